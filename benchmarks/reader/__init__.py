@@ -1,0 +1,1 @@
+"""Makes the bundled reader: facts, prompts, tokenizer, training, evaluation."""

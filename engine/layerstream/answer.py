@@ -1,0 +1,94 @@
+"""An :class:`Answer`: one sequence's tokens on their way to text. Owned by the engine's thread."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from layerstream.completion import Completion, CompletionMetrics, Delta, FinishReason, TokenLogprob, Usage
+from layerstream.request import Request
+from layerstream.scheduling.sampler import SampledToken
+from layerstream.sequence import Sequence
+from layerstream.text.detokenizer import Detokenizer
+from layerstream.text.stop import StopMatcher
+
+
+@dataclass(eq=False)
+class Answer:
+    """What one sequence has said so far.
+
+    Attributes:
+        end_token_ids: ids that end it; they are kept as tokens and not shown.
+        submitted: ``time.perf_counter()`` at submission.
+    """
+
+    request: Request
+    index: int
+    sequence: Sequence
+    detokenizer: Detokenizer
+    stop: StopMatcher
+    end_token_ids: frozenset[int]
+    submitted: float
+    num_sweeps: int = 0
+    streamed_bytes: int = 0
+    cached_tokens: int = 0
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    first_token_seconds: float | None = None
+
+    def took_part(self, streamed_bytes: int) -> None:
+        """A sweep carried rows of this sequence."""
+        self.num_sweeps += 1
+        self.streamed_bytes += streamed_bytes
+
+    def accept(self, token: SampledToken) -> FinishReason | None:
+        """Append *token* to the sequence, tell the request, and say whether that was the end."""
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.perf_counter() - self.submitted
+        self.sequence.token_ids.append(token.token_id)
+        if token.logprob is not None:
+            self.logprobs.append(token.logprob)
+        fresh, reason = self._read(token.token_id)
+        self.text += fresh
+        completion = self._complete(reason) if reason else None
+        self.request.push(Delta(fresh, [token.token_id], reason, self.index, completion))
+        return reason
+
+    def cancel(self) -> None:
+        """End here, at the caller's wish."""
+        self.request.push(Delta("", [], "cancelled", self.index, self._complete("cancelled")))
+
+    def _read(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """Text that may be shown now, and why the answer ends if it does."""
+        if token_id in self.end_token_ids:
+            return self._flush(self.detokenizer.finish()), "stop"
+        fresh = self.stop.push(self.detokenizer.push(token_id))
+        if self.stop.matched is not None:
+            return fresh, "stop"
+        if self.sequence.num_tokens >= self.sequence.max_num_tokens:
+            fresh += self._flush(self.detokenizer.finish())
+            return fresh, "stop" if self.stop.matched is not None else "length"
+        return fresh, None
+
+    def _flush(self, rest: str) -> str:
+        fresh = self.stop.push(rest)
+        return fresh if self.stop.matched is not None else fresh + self.stop.finish()
+
+    def _complete(self, reason: FinishReason) -> Completion:
+        now = time.perf_counter() - self.submitted
+        sequence = self.sequence
+        return Completion(
+            text=self.text,
+            token_ids=sequence.output_ids,
+            finish_reason=reason,
+            usage=Usage(sequence.num_prompt_tokens, self.cached_tokens, sequence.num_output_tokens),
+            metrics=CompletionMetrics(
+                sweeps=self.num_sweeps,
+                streamed_bytes=self.streamed_bytes,
+                first_token_seconds=now if self.first_token_seconds is None else self.first_token_seconds,
+                seconds=now,
+            ),
+            index=self.index,
+            seed=None if sequence.params.is_greedy else sequence.params.seed,
+            logprobs=self.logprobs if sequence.params.logprobs is not None else None,
+        )

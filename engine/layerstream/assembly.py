@@ -1,0 +1,222 @@
+"""Puts an engine together from its configuration: skeleton, plan, weights, pages, scheduler."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from layerstream.checkpoint.hub import locate
+from layerstream.errors import ConfigurationError
+from layerstream.events import Listener, LoadProgress
+from layerstream.kv.pages import PagePool
+from layerstream.kv.state import LayerState
+from layerstream.loop import LoopCounters
+from layerstream.machine import available_memory_bytes
+from layerstream.model.embedding import EmbeddingRows
+from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, kv_values_per_token, usable_context
+from layerstream.model.runner import SweepRunner
+from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.model.weights import ModelWeights
+from layerstream.planner import CHUNK_TOKENS, ModelFacts, Plan, comfortable_bytes, make_plan
+from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.streaming.reader import DirectReader
+from layerstream.text.defaults import GenerationDefaults, load_defaults
+
+logger = logging.getLogger(__name__)
+
+SPARE_SHARE = 0.8  # of the free memory, when no budget was given
+ASSUMED_READ_RATE = 1e9  # bytes per second, until something was read
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the caller chose."""
+
+    model: str
+    device: str = "auto"
+    memory_bytes: int | None = None
+    dtype: str = "auto"
+    max_context: int | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+    token: str | None = None
+    allow_untested: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in {"auto", "cpu"}:
+            raise ConfigurationError(
+                f"device is {self.device!r}; this version computes on the CPU: pass 'auto' or 'cpu'"
+            )
+        if self.max_context is not None and self.max_context < 1:
+            raise ConfigurationError(f"max_context is {self.max_context}; expected a number of tokens >= 1")
+
+    @staticmethod
+    def check_not_yet(
+        host_memory: object, quantization: object, kv_store: object, speculation: object, draft_model: object
+    ) -> None:
+        """Refuse options whose capability this version does not have, rather than ignore them."""
+        for name, value, accepted in (
+            ("host_memory", host_memory, (None,)),
+            ("quantization", quantization, (None,)),
+            ("kv_store", kv_store, ("auto", None)),
+            ("speculation", speculation, ("auto", "off")),
+            ("draft_model", draft_model, (None,)),
+        ):
+            if value not in accepted:
+                raise ConfigurationError(
+                    f"{name} is {value!r}, which this version does not have yet: leave {name} at {accepted[0]!r}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """An engine's parts, before its thread starts."""
+
+    config: EngineConfig
+    tokenizer: Any
+    defaults: GenerationDefaults
+    plan: Plan
+    context_length: int
+    model_bytes: int
+    reader: DirectReader
+    weights: ModelWeights
+    scheduler: Scheduler
+    runner: SweepRunner
+    read_rate: float
+
+    def seconds_per_sweep(self, counters: LoopCounters) -> float:
+        """As measured so far, else what the disk's rate says."""
+        if counters.sweeps:
+            return counters.sweep_seconds / counters.sweeps
+        return self.plan.streamed_bytes / self.read_rate
+
+
+def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
+    """Open the model, plan, load what stays; on failure nothing is left open."""
+    plan, skeleton, folder = plan_model(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
+    reader = DirectReader()
+    try:
+        return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def model_facts(skeleton: Skeleton, context_length: int) -> ModelFacts:
+    """What a plan depends on, read off the skeleton."""
+    config = skeleton.config
+    embedding = skeleton.sources[skeleton.embedding_key]
+    embedding_bytes = embedding.num_bytes // embedding.dtype.itemsize * skeleton.dtype.itemsize
+    widest = max(module.out_features for module in _linears(skeleton))
+    return ModelFacts(
+        body=skeleton.body,
+        head=skeleton.head,
+        embedding_bytes=0 if skeleton.is_tied else embedding_bytes,
+        kv_token_bytes=kv_values_per_token(config) * skeleton.dtype.itemsize,
+        hidden_size=config.hidden_size,
+        intermediate_size=widest,
+        vocab_size=skeleton.head.num_rows,
+        itemsize=skeleton.dtype.itemsize,
+        context_length=context_length,
+    )
+
+
+def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
+    """The plan for *config*, the skeleton and the folder it comes from, without reading a weight."""
+    folder = locate(
+        config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
+    )
+    skeleton = build_skeleton(
+        folder,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        allow_untested=config.allow_untested,
+    )
+    facts = model_facts(skeleton, min(usable_context(skeleton.config), config.max_context or 2**62))
+    return make_plan(facts, _budget(config, facts)), skeleton, folder
+
+
+def _assemble(
+    config: EngineConfig,
+    folder: Path,
+    skeleton: Skeleton,
+    tokenizer: Any,
+    plan: Plan,
+    reader: DirectReader,
+    listener: Listener | None,
+) -> Assembly:
+    progress = _LoadCounter(plan.resident_bytes, listener)
+    started = time.perf_counter()
+    weights = ModelWeights(skeleton, plan.weights, reader, progress.add)
+    embedding = _embedding(skeleton, plan, weights, reader)
+    seconds = time.perf_counter() - started
+    pool = PagePool(plan.num_pages, plan.page_tokens)
+    states = [LayerState(plan.num_pages, plan.page_tokens) for _ in range(skeleton.config.num_hidden_layers)]
+    limits = SweepLimits(
+        max_tokens=plan.max_sweep_tokens,
+        chunk_tokens=CHUNK_TOKENS,
+        decode_rows=plan.decode_rows,
+        one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
+    )
+    return Assembly(
+        config=config,
+        tokenizer=tokenizer,
+        defaults=load_defaults(folder, skeleton.config, tokenizer),
+        plan=plan,
+        context_length=plan.facts.context_length,
+        model_bytes=skeleton.model_bytes,
+        reader=reader,
+        weights=weights,
+        scheduler=Scheduler(limits, pool),
+        runner=SweepRunner(skeleton, weights, embedding, states, plan.decode_rows),
+        read_rate=progress.done_bytes / seconds if progress.done_bytes > 2**24 else ASSUMED_READ_RATE,
+    )
+
+
+def _embedding(skeleton: Skeleton, plan: Plan, weights: ModelWeights, reader: DirectReader) -> EmbeddingRows:
+    source = skeleton.sources[skeleton.embedding_key]
+    resident: torch.Tensor | None = None
+    if skeleton.is_tied:
+        resident = weights.resident_matrix(skeleton.head_key)
+    elif plan.embedding_resident:
+        resident = weights.load_matrix(skeleton.embedding_key, reader)
+    return EmbeddingRows(source, skeleton.dtype, reader, max_rows=plan.max_sweep_tokens, resident=resident)
+
+
+def _budget(config: EngineConfig, facts: ModelFacts) -> int:
+    """The caller's budget, or what the model wants within what the machine has free."""
+    available = available_memory_bytes()
+    if config.memory_bytes is None:
+        return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE)))
+    if config.memory_bytes > available:
+        logger.warning(
+            "the memory budget of %d bytes is more than the %d bytes that are free", config.memory_bytes, available
+        )
+    return config.memory_bytes
+
+
+def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:
+    return [module for module in skeleton.decoder.modules() if isinstance(module, torch.nn.Linear)]
+
+
+class _LoadCounter:
+    """Turns finished reads into events."""
+
+    def __init__(self, total_bytes: int, listener: Listener | None) -> None:
+        self.done_bytes = 0
+        self._total_bytes = total_bytes
+        self._listener = listener
+
+    def add(self, num_bytes: int) -> None:
+        """*num_bytes* more are there (several reader threads; a lost update would only shake the bar)."""
+        self.done_bytes += num_bytes
+        if self._listener is not None:
+            self._listener(LoadProgress(min(self.done_bytes, self._total_bytes), self._total_bytes))

@@ -1,0 +1,192 @@
+"""From the names in a checkpoint to the parameters of a model.
+
+Transformers knows how stored names and layouts become module parameters (renamings; fused experts). This module asks
+it, key by key, the way its own loader does, and notes where the bytes lie instead of loading them. What would have to
+*compute* (transpose, interleave) is refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Split,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from layerstream.checkpoint.header import TensorEntry
+from layerstream.checkpoint.pieces import Piece, PiecedTensor, concatenate, split, stack
+from layerstream.errors import InvalidHeader, MissingTensor, UnsupportedFormat
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+_Collected = dict[str, dict[str, list[TensorEntry]]]  # target -> source pattern -> entries, in natural order
+
+
+@dataclass(frozen=True)
+class ParameterSource:
+    """Where the bytes of a parameter or persistent buffer lie; *dtype* is the stored one."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored bytes."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one stored tensor, or one contiguous part of one."""
+        return len(self.pieces) == 1
+
+
+def resolve_parameters(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, ParameterSource]:
+    """The source of every name in ``model.state_dict()``; tied names share one source object.
+
+    Raises:
+        MissingTensor: a parameter that nothing fills.
+        InvalidHeader: a stored shape that is not the parameter's.
+        UnsupportedFormat: a conversion that computes, or a dtype that is not streamed.
+    """
+    meta = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    plain: dict[str, TensorEntry] = {}
+    collected: _Collected = {}
+    for key in sorted(tensors, key=dot_natural_key):
+        target, pattern = _rename(key, model, meta, renamings, converters)
+        if target not in meta:
+            logger.debug("%s is in the checkpoint and not in the model", key)
+        elif pattern is None:
+            plain[target] = tensors[key]
+        else:
+            collected.setdefault(target, {}).setdefault(pattern, []).append(tensors[key])
+    sources = {target: _plain_source(target, entry) for target, entry in plain.items()}
+    for target, by_source in collected.items():
+        converter = by_pattern[next(iter(by_source))]
+        sources.update(_convert(target, by_source, converter, meta))
+    _tie(model, sources)
+    _check(meta, sources)
+    return {name: sources[name] for name in meta}
+
+
+def _rename(key: str, model: Any, meta: Mapping[str, Any], renamings: Any, converters: Any) -> tuple[str, str | None]:
+    """Target name, and the converter's pattern if the tensor has to be put together: as transformers' loader does."""
+    prefix = model.base_model_prefix
+    target, pattern = rename_source_key(key, renamings, converters, prefix, meta)  # type: ignore[arg-type]
+    if target not in meta and key in meta:
+        return rename_source_key(key, [], [], prefix, meta)  # type: ignore[arg-type]
+    return target, pattern
+
+
+def _plain_source(target: str, entry: TensorEntry) -> ParameterSource:
+    return _source(target, entry, PiecedTensor.of(entry, _dtype(target, entry).itemsize))
+
+
+def _source(target: str, entry: TensorEntry, tensor: PiecedTensor) -> ParameterSource:
+    return ParameterSource(target, _dtype(target, entry), tensor.shape, tensor.pieces)
+
+
+def _dtype(target: str, entry: TensorEntry) -> torch.dtype:
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise UnsupportedFormat(
+            f"{entry.extent.path}: {entry.name!r}, which becomes {target!r}, has dtype {entry.dtype}, which this version "
+            "does not stream yet"
+        )
+    return dtype
+
+
+def _convert(
+    target: str, by_source: dict[str, list[TensorEntry]], converter: WeightConverter, meta: Mapping[str, Any]
+) -> dict[str, ParameterSource]:
+    """Run the converter's operations on pieces; the results by full target name."""
+    first = next(iter(by_source.values()))[0]
+    itemsize = _dtype(target, first).itemsize
+    if {entry.dtype for entries in by_source.values() for entry in entries} != {first.dtype}:
+        raise UnsupportedFormat(f"{first.extent.path}: the tensors that form {target!r} have different dtypes")
+    values: dict[str, list[PiecedTensor]] = {
+        pattern: [PiecedTensor.of(entry, itemsize) for entry in entries] for pattern, entries in by_source.items()
+    }
+    for operation in converter.operations:
+        values = _apply(operation, values, converter, target, meta)
+    results = {}
+    for pattern, (tensor,) in values.items():
+        name = target.replace(converter.target_patterns[0], pattern) if len(values) > 1 else target
+        results[name] = _source(name, first, tensor)
+    return results
+
+
+def _apply(
+    operation: Any,
+    values: dict[str, list[PiecedTensor]],
+    converter: WeightConverter,
+    target: str,
+    meta: Mapping[str, Any],
+) -> dict[str, list[PiecedTensor]]:
+    targets = converter.target_patterns
+    if isinstance(operation, MergeModulelist) and operation.dim == 0:
+        return {pattern: [stack(tensors)] for pattern, tensors in values.items()}
+    if isinstance(operation, Concatenate):
+        ordered = [tensor for pattern in converter.source_patterns for tensor in values.get(pattern, [])]
+        return {targets[0]: [concatenate(ordered, operation.dim)]}
+    if isinstance(operation, Chunk | Split) and len(values) == 1 and len(targets) > 1:
+        tensor = next(iter(values.values()))[0]
+        sizes = _sizes(operation, tensor, targets, target, meta)
+        return {name: [part] for name, part in zip(targets, split(tensor, sizes, operation.dim), strict=True)}
+    raise UnsupportedFormat(
+        f"{target!r} is stored in a layout that has to be computed ({operation!r}); save the model once with "
+        "save_original_format=False, which writes it as the modules have it"
+    )
+
+
+def _sizes(
+    operation: Any, tensor: PiecedTensor, targets: Sequence[str], target: str, meta: Mapping[str, Any]
+) -> list[int]:
+    if isinstance(operation, Split):
+        return [meta[target.replace(targets[0], name)].shape[operation.dim] for name in targets]
+    return [tensor.shape[operation.dim] // len(targets)] * len(targets)
+
+
+def _tie(model: Any, sources: dict[str, ParameterSource]) -> None:
+    """Tied names that the checkpoint has once share that one; those that it has twice keep their own, as stored."""
+    for target, source in model.all_tied_weights_keys.items():
+        if target not in sources and source in sources:
+            sources[target] = sources[source]
+        elif source not in sources and target in sources:
+            sources[source] = sources[target]
+
+
+def _check(meta: Mapping[str, Any], sources: Mapping[str, ParameterSource]) -> None:
+    missing = [name for name in meta if name not in sources]
+    if missing:
+        shown = ", ".join(missing[:3])
+        raise MissingTensor(
+            f"the checkpoint has nothing for {len(missing)} of {len(meta)} parameters: {shown}"
+            f"{', …' if len(missing) > 3 else ''}; it is incomplete, or of another model than its config.json says"
+        )
+    for name, tensor in meta.items():
+        found, expected = sources[name].shape, tuple(tensor.shape)
+        if found != expected:
+            raise InvalidHeader(f"{name!r} is stored with shape {list(found)}; config.json says {list(expected)}")

@@ -1,0 +1,89 @@
+"""What comes back: :class:`Completion` whole, :class:`Delta` piece by piece."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one completion.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: those among them whose KV was there before and was not computed again.
+        completion_tokens: tokens generated, a final EOS included.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionMetrics:
+    """What one completion took.
+
+    Attributes:
+        sweeps: passes over the model that carried rows of this request.
+        streamed_bytes: weight bytes read during those sweeps; requests in the same sweep share them.
+        first_token_seconds: from submission to the first token.
+        seconds: from submission to the end.
+    """
+
+    sweeps: int
+    streamed_bytes: int
+    first_token_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of a generated token under the model's own distribution, before any penalty.
+
+    ``top`` holds the most probable tokens, best first, as ``(token_id, logprob)``.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer.
+
+    ``index`` counts the ``n`` completions of one prompt. ``text`` leaves out special tokens and stop strings;
+    ``token_ids`` holds every generated token.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    metrics: CompletionMetrics
+    index: int = 0
+    seed: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one sweep added to an answer; ``finish_reason`` is set on the last one, ``completion`` too.
+
+    ``text`` may be empty while a character or a possible stop string is incomplete.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    index: int = 0
+    completion: Completion | None = None

@@ -1,0 +1,285 @@
+"""The one object users hold: :class:`LayerStream`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from layerstream.answer import Answer
+from layerstream.assembly import Assembly, EngineConfig, assemble
+from layerstream.completion import Completion, Delta
+from layerstream.errors import EngineClosed, PromptTooLong
+from layerstream.events import Listener
+from layerstream.loop import EngineLoop
+from layerstream.params import SamplingParams
+from layerstream.planner import Plan
+from layerstream.progress import make_listener
+from layerstream.request import Request
+from layerstream.scheduling.sampler import Sampler
+from layerstream.sequence import Sequence
+from layerstream.sizes import parse_size
+from layerstream.text.detokenizer import Detokenizer
+from layerstream.text.prompt import Prompt, PromptEncoder, split_prompts
+from layerstream.text.stop import StopMatcher
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 30 * 60  # the default max_tokens fits in this much time
+DEFAULT_MAX_TOKENS = 256
+MIN_DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine started.
+
+    Attributes:
+        weight_bytes_streamed: read from disk by sweeps; resident weights, read once, are not in it.
+        peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations.
+        wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
+        read_modes: files per way of reading ("direct", "uncached", "buffered").
+    """
+
+    sweeps: int
+    tokens_in: int
+    tokens_out: int
+    weight_bytes_streamed: int
+    sweep_seconds: float
+    wait_seconds: float
+    peak_memory_bytes: int
+    budget_bytes: int
+    resident_bytes: int
+    model_bytes: int
+    read_modes: Mapping[str, int]
+
+
+class LayerStream:
+    """A language model whose weights stream past the compute within a memory budget.
+
+    Args:
+        model: a folder, a hub id, or ``"demo"`` for the bundled reader.
+        device: ``"auto"`` or ``"cpu"``.
+        memory: ceiling for all that the engine allocates (``"3GiB"`` or bytes); ``None``: what the model wants, within
+            what the machine has free.
+        dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        max_context: tokens per sequence at most, if fewer than the model's own limit.
+        allow_untested: try a family that is not on the tested list, after a self-check.
+        progress: ``"auto"`` (a line on a terminal or in a notebook once an answer takes longer than two seconds),
+            a bool, or a function that is called with :mod:`layerstream.events`.
+
+    Raises:
+        UnsupportedModel, CheckpointError, ConfigurationError: before a weight is read.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "demo",
+        *,
+        device: str = "auto",
+        memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        kv_store: str | Path | None = "auto",
+        speculation: str = "auto",
+        draft_model: str | None = None,
+        max_context: int | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        allow_untested: bool = False,
+        progress: Literal["auto"] | bool | Listener = "auto",
+    ) -> None:
+        config = EngineConfig(
+            model=str(model),
+            device=device,
+            memory_bytes=None if memory is None else parse_size(memory),
+            dtype=dtype,
+            max_context=max_context,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            token=token,
+            allow_untested=allow_untested,
+        )
+        config.check_not_yet(host_memory, quantization, kv_store, speculation, draft_model)
+        self._progress = make_listener(progress)
+        self._parts: Assembly = assemble(config, self._progress)
+        self._loop = EngineLoop(
+            self._parts.scheduler, self._parts.runner, Sampler(), self._parts.weights, self._progress
+        )
+        self._close = weakref.finalize(self, _shut, self._loop, self._parts)
+        self._encoder = PromptEncoder(self._parts.tokenizer, max_context=self.context_length)
+        self._numbers = iter(range(2**62))
+        self._lock = threading.Lock()
+        logger.info("%s: %s", self.model_name, self._parts.defaults.describe())
+
+    @property
+    def model_name(self) -> str:
+        """The model as it was asked for."""
+        return self._parts.config.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+        return self._parts.tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._parts.context_length
+
+    @property
+    def plan(self) -> Plan:
+        """What is resident, what streams, and how the budget is spent; ``print`` it."""
+        return self._parts.plan
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What ``None`` in :class:`SamplingParams` means for this model."""
+        return self._parts.defaults.sampling
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts may be lists of chat messages."""
+        return self._encoder.has_chat_template
+
+    def apply_chat_template(self, messages: Seq[Mapping[str, Any]], tools: Any = None, **options: Any) -> str:
+        """The prompt text that the model's chat template makes of *messages*."""
+        return self._encoder.apply_chat_template(messages, tools=tools, **options)
+
+    def generate(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+        """Complete one prompt or several; several share every sweep.
+
+        Args:
+            prompts: text, a list of token ids or a list of chat messages; or a list of those.
+
+        Returns:
+            ``n`` completions for each prompt, in order.
+
+        Raises:
+            PromptError: before anything runs. Other errors: the cause of the first request that failed.
+        """
+        requests = self.submit_many(split_prompts(prompts), params)
+        try:
+            return [completion for request in requests for completion in request.completions()]
+        except BaseException:  # Ctrl-C, or one of several failed: nobody waits for the rest
+            for request in requests:
+                request.cancel()
+            raise
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Deltas as the sweeps bring them; leaving the iteration cancels the request."""
+        request = self.submit(prompt, params)
+        try:
+            yield from request
+        finally:
+            request.cancel()
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Hand *prompt* in and go on; it joins the next sweep."""
+        return self.submit_many([prompt], params)[0]
+
+    def submit_many(self, prompts: Seq[Prompt], params: SamplingParams | None = None) -> list[Request]:
+        """Hand several prompts in, to join the same sweep. All are checked before any is handed in."""
+        if not self._close.alive:
+            raise EngineClosed("the engine is closed; make a new LayerStream")
+        submitted = time.perf_counter()
+        wanted = (params or SamplingParams()).with_defaults(self.sampling_defaults)
+        encoded = [self._encoder.encode(prompt) for prompt in prompts]
+        answers: list[Answer] = []
+        requests = []
+        for token_ids in encoded:
+            request = Request(wanted.n, self._loop.cancel)
+            requests.append(request)
+            answers.extend(self._answers(request, token_ids, wanted, submitted))
+        self._loop.submit(answers)
+        return requests
+
+    def stats(self) -> EngineStats:
+        """Counters since the engine started."""
+        parts, counters = self._parts, self._loop.counters
+        pool, plan = parts.scheduler.pool, parts.plan
+        used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes
+        fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.activation_bytes
+        streamer = parts.weights.streamer
+        return EngineStats(
+            sweeps=counters.sweeps,
+            tokens_in=counters.tokens_in,
+            tokens_out=counters.tokens_out,
+            weight_bytes_streamed=streamer.streamed_bytes if streamer else 0,
+            sweep_seconds=counters.sweep_seconds,
+            wait_seconds=streamer.wait_seconds if streamer else 0.0,
+            peak_memory_bytes=fixed + used_kv,
+            budget_bytes=plan.budget_bytes,
+            resident_bytes=plan.resident_bytes,
+            model_bytes=parts.model_bytes,
+            read_modes=dict(parts.reader.stats.modes),
+        )
+
+    def close(self) -> None:
+        """Stop by the next unit; what still runs fails with :class:`EngineClosed`. Idempotent."""
+        self._close()
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
+
+    def _answers(
+        self, request: Request, token_ids: list[int], params: SamplingParams, submitted: float
+    ) -> Iterator[Answer]:
+        params = dataclasses.replace(params, max_tokens=self._max_tokens(len(token_ids), params.max_tokens))
+        seed = random.getrandbits(48) if params.seed is None else params.seed
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self._parts.defaults.eos_token_ids
+        for index in range(params.n):
+            own = dataclasses.replace(params, seed=(seed + index) % 2**63)
+            with self._lock:
+                number = next(self._numbers)
+            yield Answer(
+                request=request,
+                index=index,
+                sequence=Sequence(number, list(token_ids), len(token_ids), own),
+                detokenizer=Detokenizer(self.tokenizer, prompt_ids=token_ids),
+                stop=StopMatcher(tuple(params.stop)),
+                end_token_ids=ends,
+                submitted=submitted,
+            )
+
+    def _max_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
+        """New tokens a prompt may get: as wanted, or as fits the speed, within context and KV pages."""
+        pool = self._parts.scheduler.pool
+        room = min(self.context_length, pool.num_tokens) - num_prompt_tokens
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {num_prompt_tokens} tokens; the memory budget leaves KV pages for {pool.num_tokens} "
+                f"and the context is {self.context_length}: shorten the prompt or raise memory"
+            )
+        if wanted is not None:
+            return min(wanted, room)
+        seconds = self._parts.seconds_per_sweep(self._loop.counters)
+        fitting = max(MIN_DEFAULT_MAX_TOKENS, min(DEFAULT_MAX_TOKENS, int(PATIENCE_SECONDS / max(seconds, 1e-3))))
+        chosen = min(fitting, room)
+        if self.plan.streams:
+            logger.info("max_tokens is not set: %d tokens at %.1f s each", chosen, seconds)
+        return chosen
+
+
+def _shut(loop: EngineLoop, parts: Assembly) -> None:
+    """Close what the engine owns; must not refer to the engine itself."""
+    loop.close()
+    parts.reader.close()

@@ -1,0 +1,125 @@
+"""Every error LayerStream raises on purpose, as one tree.
+
+::
+
+    LayerStreamError
+    ├── ConfigurationError (ValueError)      a value the caller chose cannot work
+    │   ├── InvalidSize                      "3GBs", negative, not a number
+    │   ├── InvalidSamplingParams            names the field and the allowed range
+    │   └── BudgetTooSmall                   names the minimum
+    ├── PromptError (ValueError)
+    │   ├── EmptyPrompt
+    │   └── PromptTooLong
+    ├── CheckpointError                      the model's files
+    │   ├── CheckpointNotFound
+    │   ├── GatedRepository                  says where to ask for access
+    │   ├── InvalidHeader                    a header that lies
+    │   ├── TruncatedFile
+    │   ├── MissingTensor
+    │   └── UnsupportedFormat                pickles, unknown dtypes
+    ├── UnsupportedModel                     a family outside the tested list, with the reason
+    ├── ReadError (OSError)                  the disk failed in the middle of a sweep
+    ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
+    ├── RequestTimeout (TimeoutError)
+    └── EngineClosed (RuntimeError)
+
+A message says what was found, what was expected, and what to do next. Catching
+:class:`LayerStreamError` catches all of them; each also derives from the builtin that
+a caller would have guessed.
+"""
+
+from __future__ import annotations
+
+from layerstream.sizes import format_size
+
+
+class LayerStreamError(Exception):
+    """Base of every error raised on purpose by this library."""
+
+
+class ConfigurationError(LayerStreamError, ValueError):
+    """A value the caller chose cannot work."""
+
+
+class InvalidSize(ConfigurationError):
+    """A size such as ``"3GiB"`` that cannot be read."""
+
+
+class InvalidSamplingParams(ConfigurationError):
+    """A sampling field outside its range."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(f"SamplingParams.{field} is {value!r}; expected {expected}")
+        self.field = field
+
+
+class BudgetTooSmall(ConfigurationError):
+    """The memory budget cannot hold what one sweep needs at the least."""
+
+    def __init__(self, budget_bytes: int, required_bytes: int, reason: str) -> None:
+        super().__init__(
+            f"a memory budget of {format_size(budget_bytes)} is too small: this model needs at least "
+            f"{format_size(required_bytes)} ({reason}); pass memory={format_size(required_bytes, exact=True)!r} or more"
+        )
+        self.budget_bytes = budget_bytes
+        self.required_bytes = required_bytes
+
+
+class PromptError(LayerStreamError, ValueError):
+    """A prompt that cannot be run."""
+
+
+class EmptyPrompt(PromptError):
+    """A prompt without a single token."""
+
+
+class PromptTooLong(PromptError):
+    """More tokens than the model's context, or than the KV budget, can hold."""
+
+
+class CheckpointError(LayerStreamError):
+    """The model's files are missing, damaged or of a kind that cannot be streamed."""
+
+
+class CheckpointNotFound(CheckpointError, FileNotFoundError):
+    """No model at the place named, or a shard of it is missing."""
+
+
+class GatedRepository(CheckpointError, PermissionError):
+    """The hub asks for an access request or a token."""
+
+
+class InvalidHeader(CheckpointError):
+    """A file header whose claims contradict each other or the file."""
+
+
+class TruncatedFile(CheckpointError):
+    """A file shorter than its header says."""
+
+
+class MissingTensor(CheckpointError):
+    """The model has a parameter that no tensor of the checkpoint fills."""
+
+
+class UnsupportedFormat(CheckpointError):
+    """Weights in a format that is refused (pickles) or not understood."""
+
+
+class UnsupportedModel(LayerStreamError):
+    """A model family that LayerStream does not run, and why."""
+
+
+class ReadError(LayerStreamError, OSError):
+    """Reading weights failed in the middle of a sweep; the next sweep tries again."""
+
+
+class InvalidLogits(LayerStreamError, ArithmeticError):
+    """The model's logits for a sequence are unusable; that request fails, its neighbours go on."""
+
+
+class RequestTimeout(LayerStreamError, TimeoutError):
+    """The answer was not there in time; the request goes on unless cancelled."""
+
+
+class EngineClosed(LayerStreamError, RuntimeError):
+    """The engine was closed while, or before, the request ran."""

@@ -1,0 +1,1 @@
+"""Floor 3: the keys and values of every sequence, in pages."""

@@ -1,0 +1,59 @@
+"""The tensors behind the pages: per layer, what transformers' ``Cache.update`` receives.
+
+Layout: one tensor per layer and kind, ``(num_pages · page_tokens, heads, width)``, so that neighbouring pages are
+neighbouring rows and a contiguous run of pages is one view. Keys and values are whatever the model caches: after RoPE,
+per KV head; for MLA the latents (one head). Memory is reserved when a layer first writes and touched as pages fill.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class LayerState:
+    """Keys and values of one layer for all pages."""
+
+    def __init__(self, num_pages: int, page_tokens: int) -> None:
+        self._num_rows = num_pages * page_tokens
+        self._page_tokens = page_tokens
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+
+    def append(self, pages: list[int], start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write tokens ``[start, start + T)`` of the sequence that owns *pages*.
+
+        Args:
+            keys: ``(heads, T, width)``.
+            values: ``(heads, T, width of values)``.
+        """
+        if self._keys is None or self._values is None:
+            self._keys = keys.new_empty((self._num_rows, keys.shape[0], keys.shape[2]))
+            self._values = values.new_empty((self._num_rows, values.shape[0], values.shape[2]))
+        at, stop = start, start + keys.shape[1]
+        while at < stop:  # page by page: rows of one page are neighbours
+            page, within = divmod(at, self._page_tokens)
+            count = min(stop - at, self._page_tokens - within)
+            row = pages[page] * self._page_tokens + within
+            source = slice(at - start, at - start + count)
+            self._keys[row : row + count] = keys[:, source].transpose(0, 1)
+            self._values[row : row + count] = values[:, source].transpose(0, 1)
+            at += count
+
+    def read(self, pages: list[int], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of tokens ``[start, stop)``, each ``(heads, stop - start, width)``.
+
+        A view where the pages are neighbours, a gathered copy otherwise.
+        """
+        assert self._keys is not None and self._values is not None, "read before the first append"
+        first, last = start // self._page_tokens, (stop - 1) // self._page_tokens
+        within = slice(start - first * self._page_tokens, stop - first * self._page_tokens)
+        ids = pages[first : last + 1]
+        keys, values = (self._rows(tensor, ids)[within].transpose(0, 1) for tensor in (self._keys, self._values))
+        return keys, values
+
+    def _rows(self, tensor: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        size = self._page_tokens
+        if ids[-1] - ids[0] == len(ids) - 1 and all(b - a == 1 for a, b in zip(ids, ids[1:], strict=False)):
+            return tensor[ids[0] * size : (ids[-1] + 1) * size]
+        paged = tensor.view(-1, size, *tensor.shape[1:])
+        return paged[torch.tensor(ids, device=tensor.device)].flatten(0, 1)

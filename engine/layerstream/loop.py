@@ -1,0 +1,221 @@
+"""The engine's one thread: schedule, run, sample, commit.
+
+Callers on any thread put answers into the inbox and wait on their requests; everything else here belongs to the
+engine's thread. Invariants: an answer is in the inbox, or the scheduler knows its sequence, or its request is done;
+a sweep that fails ends the requests it carried, with the cause, and the engine serves the next; after ``close``
+returns, no thread is left and every request is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from layerstream.answer import Answer
+from layerstream.errors import EngineClosed, LayerStreamError
+from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
+from layerstream.model.runner import SweepRunner
+from layerstream.model.weights import ModelWeights
+from layerstream.request import Request
+from layerstream.scheduling.sampler import SampledToken, Sampler
+from layerstream.scheduling.scheduler import Scheduler
+from layerstream.sequence import Sequence
+from layerstream.sweep import Sweep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class LoopCounters:
+    """What the loop did so far."""
+
+    sweeps: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    sweep_seconds: float = 0.0
+
+
+class EngineLoop:
+    """Runs sweeps as long as there is something to run."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: SweepRunner,
+        sampler: Sampler,
+        weights: ModelWeights,
+        listener: Listener | None,
+    ) -> None:
+        self.counters = LoopCounters()
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._weights = weights
+        self._listener = listener
+        self._changed = threading.Condition()
+        self._inbox: list[Answer] = []
+        self._cancelled: set[Request] = set()
+        self._answers: dict[Sequence, Answer] = {}
+        self._is_closing = False
+        self._unit = 0
+        self._unit_bytes = 0
+        weights.on_unit = self._unit_done
+        self._thread = threading.Thread(target=self._run, name="layerstream-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, answers: Seq[Answer]) -> None:
+        """Let *answers* join at the next sweep, all of them at the same one."""
+        with self._changed:
+            if self._is_closing:
+                raise EngineClosed("the engine is closed; make a new LayerStream")
+            self._inbox.extend(answers)
+            self._changed.notify_all()
+
+    def cancel(self, request: Request) -> None:
+        """Drop *request* by the next sweep."""
+        with self._changed:
+            self._cancelled.add(request)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop by the next unit, fail what is left, join the thread. Idempotent."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._weights.streamer is not None:
+            self._weights.streamer.interrupt(_closed())
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._step()
+        except EngineClosed:
+            pass
+        except BaseException:
+            logger.exception("the engine's thread died")
+            raise
+        finally:
+            self._shut_down()
+
+    def _step(self) -> None:
+        sweep = self._scheduler.schedule()
+        if sweep is None:
+            return
+        started, streamed = self._begin(sweep)
+        try:
+            logits = self._runner.run(sweep)
+        except EngineClosed:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a sweep dies of, only its own requests die with it
+            self._fail(sweep, error)
+            return
+        tokens = self._sample(logits, sweep)
+        self._commit(sweep, tokens, self._streamed_bytes() - streamed)
+        self._finish(started, len(tokens), self._streamed_bytes() - streamed)
+
+    def _wait_for_work(self) -> bool:
+        """Take the inbox in, drop the cancelled; wait while there is nothing to do. False when closing."""
+        with self._changed:
+            while not self._is_closing:
+                for answer in self._inbox:
+                    self._answers[answer.sequence] = answer
+                    self._scheduler.add(answer.sequence)
+                self._inbox.clear()
+                cancelled, self._cancelled = self._cancelled, set()
+                for answer in [answer for answer in self._answers.values() if answer.request in cancelled]:
+                    self._drop(answer.sequence)
+                    answer.cancel()
+                if self._answers:
+                    return True
+                self._emit(EngineIdle())
+                self._changed.wait_for(lambda: self._is_closing or self._inbox)
+            return False
+
+    def _begin(self, sweep: Sweep) -> tuple[float, int]:
+        self._unit = self._unit_bytes = 0
+        num_sequences = len({span.sequence for _, span in sweep.spans()})
+        planned = self._weights.plan
+        self._emit(
+            SweepStarted(
+                self.counters.sweeps, len(planned.units), sweep.num_tokens, num_sequences, planned.streamed_bytes
+            )
+        )
+        return time.perf_counter(), self._streamed_bytes()
+
+    def _sample(self, logits: torch.Tensor, sweep: Sweep) -> dict[Sequence, SampledToken]:
+        """One token for each sampled sequence; a sequence whose logits are broken fails alone."""
+        tokens = {}
+        for row, sequence in enumerate(sweep.sampled):
+            try:
+                tokens[sequence] = self._sampler.sample(logits[row : row + 1], [sequence])[0]
+            except LayerStreamError as error:
+                self._drop(sequence).request.fail(error)
+        return tokens
+
+    def _commit(self, sweep: Sweep, tokens: dict[Sequence, SampledToken], streamed_bytes: int) -> None:
+        """Rows are computed, tokens are drawn: advance the sequences and tell their requests."""
+        self.counters.tokens_in += sweep.num_tokens
+        self.counters.tokens_out += len(tokens)
+        carried = {}
+        for _, span in sweep.spans():
+            carried[span.sequence] = span.stop
+        for sequence, stop in carried.items():
+            if sequence in self._answers:
+                sequence.num_computed = stop
+                self._answers[sequence].took_part(streamed_bytes)
+        for sequence, token in tokens.items():
+            if self._answers[sequence].accept(token) is not None:
+                self._drop(sequence)
+
+    def _finish(self, started: float, tokens_out: int, streamed_bytes: int) -> None:
+        seconds = time.perf_counter() - started
+        self.counters.sweeps += 1
+        self.counters.sweep_seconds += seconds
+        self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed_bytes))
+
+    def _fail(self, sweep: Sweep, error: BaseException) -> None:
+        logger.error("sweep %d failed: %s", self.counters.sweeps, error)
+        carried = {span.sequence for _, span in sweep.spans()}
+        failed = {self._answers[sequence].request for sequence in carried}
+        for answer in [answer for answer in self._answers.values() if answer.request in failed]:
+            self._drop(answer.sequence).request.fail(error)
+
+    def _drop(self, sequence: Sequence) -> Answer:
+        self._scheduler.remove(sequence)
+        return self._answers.pop(sequence)
+
+    def _shut_down(self) -> None:
+        with self._changed:
+            self._is_closing = True
+            left = [*self._answers.values(), *self._inbox]
+            self._answers.clear()
+            self._inbox.clear()
+        if self._weights.streamer is not None:
+            self._weights.streamer.abort()
+        for answer in left:
+            answer.request.fail(_closed())
+
+    def _unit_done(self, num_bytes: int) -> None:
+        if self._is_closing:
+            raise _closed()
+        self._unit += 1
+        self._unit_bytes += num_bytes
+        self._emit(UnitFinished(self._unit - 1, len(self._weights.plan.units), self._unit_bytes))
+
+    def _streamed_bytes(self) -> int:
+        return 0 if self._weights.streamer is None else self._weights.streamer.streamed_bytes
+
+    def _emit(self, event: Event) -> None:
+        if self._listener is not None:
+            self._listener(event)
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("the engine was closed before the answer was complete")

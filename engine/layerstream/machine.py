@@ -1,0 +1,62 @@
+"""What this machine has to give."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+_CGROUP_V2 = Path("/sys/fs/cgroup")
+_CGROUP_V1 = Path("/sys/fs/cgroup/memory")
+
+
+def available_memory_bytes() -> int:
+    """Host memory this process may still take: what the system has free, within the process's memory cgroup."""
+    available = psutil.virtual_memory().available
+    limit = _cgroup_room() if sys.platform == "linux" else None
+    return available if limit is None else max(0, min(available, limit))
+
+
+def _cgroup_room() -> int | None:
+    """Bytes between the tightest memory limit of this process's cgroups and their use without page cache."""
+    rooms = []
+    for folder, limit_name, usage_name, cache_key in _cgroups():
+        for level in [folder, *folder.parents]:
+            limit, usage = _read_int(level / limit_name), _read_int(level / usage_name)
+            if limit is not None and usage is not None and limit < 2**60:
+                rooms.append(limit - usage + _reclaimable(level, cache_key))
+    return min(rooms, default=None)
+
+
+def _cgroups() -> list[tuple[Path, str, str, str]]:
+    found = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
+            found.append((_CGROUP_V2 / path.lstrip("/"), "memory.max", "memory.current", "file"))
+        elif "memory" in controllers.split(","):
+            found.append(
+                (_CGROUP_V1 / path.lstrip("/"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+            )
+    return found
+
+
+def _reclaimable(level: Path, key: str) -> int:
+    try:
+        stat = (level / "memory.stat").read_text()
+    except OSError:
+        return 0
+    fields = dict(line.split(" ", 1) for line in stat.splitlines() if " " in line)
+    return int(fields.get(key, 0))
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # "max", or no such file
+        return None

@@ -1,0 +1,62 @@
+"""A ``past_key_values`` for transformers' modules that appends to pages instead of growing tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from layerstream.errors import UnsupportedModel
+from layerstream.model.context import current
+
+
+class PagedCache:
+    """Quacks like transformers' ``Cache`` as far as attention modules and mask helpers look.
+
+    ``update`` appends the new rows of every span in hand to its sequence's pages. It returns its arguments, and the
+    attention function reads the pages itself; for models that cache latents and expand them afterwards (*latent*), it
+    returns past and new rows of the one sequence in hand.
+    """
+
+    is_compileable = False
+    is_sliding: tuple[bool, ...] = ()  # transformers then asks for the sizes of layer 0; our masks are our own
+
+    def __init__(self, *, latent: bool) -> None:
+        self._latent = latent
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``(1, heads, rows, width)`` keys and values of the rows in hand."""
+        context = current()
+        state = context.states[layer_idx]
+        for row, span in context.spans():
+            rows = slice(row, row + len(span))
+            state.append(span.sequence.pages, span.start, key_states[0, :, rows], value_states[0, :, rows])
+        if not self._latent:
+            return key_states, value_states
+        span = self._only_span("expands cached latents")
+        keys, values = state.read(span.sequence.pages, 0, span.stop)
+        return keys[None], values[None]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before the rows in hand; 0 where they belong to several sequences (positions are passed along)."""
+        spans = [span for _, span in current().spans()]
+        return spans[0].start if len(spans) == 1 else 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As :meth:`get_seq_length`."""
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Sizes for a mask that is never built."""
+        return query_length, 0
+
+    def _only_span(self, what: str) -> Any:
+        spans = [span for _, span in current().spans()]
+        if len(spans) != 1:
+            raise UnsupportedModel(
+                f"a model that {what} runs one sequence per row block, and {len(spans)} are in hand: its attention "
+                "does not fit the ring as a whole; give it a larger memory budget"
+            )
+        return spans[0]

@@ -1,0 +1,88 @@
+"""What a module needs to know about the sweep that runs through it, kept in a ``ContextVar``.
+
+A keyword argument would be dropped by some families' layers; a context variable reaches every module.
+
+Invariant: ``active`` always describes the rows of the tensors in hand: all row blocks while the model's own forward
+passes packed rows along, exactly one inside a row block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+from layerstream.kv.state import LayerState
+from layerstream.sweep import RowBlock, Span, Sweep
+
+
+@dataclass(slots=True)
+class SweepContext:
+    """The sweep under way.
+
+    Attributes:
+        states: the KV of each layer.
+        active: the row blocks in hand, each with the row that it starts at.
+        masks: attention masks of this sweep, by what they depend on.
+    """
+
+    sweep: Sweep
+    states: list[LayerState]
+    active: list[tuple[int, RowBlock]] = field(default_factory=list)
+    masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        row = 0
+        for block in self.sweep.blocks:
+            self.active.append((row, block))
+            row += block.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in hand."""
+        row, block = self.active[-1]
+        return row + block.num_rows
+
+    @property
+    def is_single_block(self) -> bool:
+        """Whether the rows in hand are one row block."""
+        return len(self.active) == 1
+
+    def spans(self) -> Iterator[tuple[int, Span]]:
+        """The spans in hand, each with the row that it starts at."""
+        for row, block in self.active:
+            at = row
+            for span in block.spans:
+                yield at, span
+                at += len(span)
+
+    def row_blocks(self) -> Iterator[slice]:
+        """Go through the row blocks in hand; while one is yielded, it is the only active one."""
+        whole = self.active
+        try:
+            for row, block in whole:
+                self.active = [(0, block)]
+                yield slice(row, row + block.num_rows)
+        finally:
+            self.active = whole
+
+
+_CURRENT: ContextVar[SweepContext] = ContextVar("layerstream_sweep")
+
+
+def current() -> SweepContext:
+    """The sweep under way; ``LookupError`` outside of one."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def sweeping(context: SweepContext) -> Iterator[SweepContext]:
+    """Make *context* the current one."""
+    token = _CURRENT.set(context)
+    try:
+        yield context
+    finally:
+        _CURRENT.reset(token)

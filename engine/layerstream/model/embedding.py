@@ -1,0 +1,68 @@
+"""Token embeddings: a gather of rows from disk, never a resident matrix (unless everything is resident)."""
+
+from __future__ import annotations
+
+import torch
+
+from layerstream.checkpoint.names import ParameterSource
+from layerstream.streaming.loader import Countdown
+from layerstream.streaming.reader import DirectReader
+from layerstream.streaming.residency import PAGE
+from layerstream.streaming.ring import Arena
+from layerstream.streaming.unit import ReadRequest
+
+_DEMAND = 0  # before scheduled reads: the sweep cannot start without it
+
+
+class EmbeddingRows:
+    """Rows of the embedding matrix, ``(vocabulary, hidden)`` on disk.
+
+    Args:
+        resident: the whole matrix in the compute dtype, where it is in memory anyway (a tied, resident head).
+        max_rows: distinct rows one lookup may ask for.
+    """
+
+    def __init__(
+        self,
+        source: ParameterSource,
+        dtype: torch.dtype,
+        reader: DirectReader,
+        *,
+        max_rows: int,
+        resident: torch.Tensor | None = None,
+    ) -> None:
+        self._source = source
+        self._dtype = dtype
+        self._reader = reader
+        self._resident = resident
+        self._row_bytes = source.num_bytes // source.shape[0]
+        self._arena = None if resident is not None else Arena(max_rows * self._row_bytes)
+
+    def gather(self, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distinct rows among *token_ids* and each token's index among them: ``(distinct, hidden)``, ``(n,)``.
+
+        Raises:
+            ReadError: a row could not be read.
+        """
+        distinct = sorted(set(token_ids))
+        index_of = {token: index for index, token in enumerate(distinct)}
+        indices = torch.tensor([index_of[token] for token in token_ids])
+        if self._resident is not None:
+            return self._resident[torch.tensor(distinct)], indices
+        return self._read(distinct).to(self._dtype), indices
+
+    def _read(self, distinct: list[int]) -> torch.Tensor:
+        assert self._arena is not None
+        countdown = Countdown(len(distinct))
+        (stored,) = self._source.pieces
+        extent = stored.entry.extent
+        for index, token in enumerate(distinct):
+            start = extent.offset + stored.source_offset + token * self._row_bytes
+            first = start // PAGE * PAGE
+            needed = start + self._row_bytes - first
+            copies = ((start - first, index * self._row_bytes, self._row_bytes),)
+            request = ReadRequest(extent.path, first, -(-needed // PAGE) * PAGE, needed, None, copies)
+            self._reader.submit(request, self._arena.view, 0, countdown, priority=_DEMAND)
+        countdown.wait()
+        num_bytes = len(distinct) * self._row_bytes
+        return self._arena.tensor[:num_bytes].view(self._source.dtype).view(len(distinct), -1)

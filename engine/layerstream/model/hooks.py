@@ -1,0 +1,140 @@
+"""What is hung onto transformers' modules: weights come and go, and rows pass one row block at a time.
+
+Only instances are touched, never classes: ``forward`` of a module becomes a wrapper that (1) waits for the module's
+weights and binds them as views, (2) calls the module's own forward once per row block, (3) lets the weights go.
+Between sweeps every streamed parameter is the meta tensor it was built as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from layerstream.model.context import SweepContext, current
+
+Residence: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""Makes a module's weights present for the time of the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One parameter or persistent buffer of a module."""
+
+    holder: dict[str, Any]  # ``_parameters`` or ``_buffers`` of the owner
+    name: str
+    key: str
+    dtype: torch.dtype
+    meta: Any
+
+
+class Binding:
+    """The parameters and persistent buffers that the tensors of one unit become.
+
+    Args:
+        module: the unit's module.
+        path: its path, to name tensors as the state dict does.
+        keys: the state dict names that belong to the unit.
+        dtypes: the dtype each is computed in.
+    """
+
+    def __init__(self, module: torch.nn.Module, path: str, keys: set[str], dtypes: Mapping[str, torch.dtype]) -> None:
+        self._targets = [
+            _Target(holder, name, key, dtypes[key], holder[name])
+            for key, holder, name in named_holders(module, path)
+            if key in keys
+        ]
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put *tensors* in place of the meta ones, converted to the compute dtype where they are stored in another."""
+        for target in self._targets:
+            target.holder[target.name] = tensors[target.key].to(target.dtype)
+
+    def unbind(self) -> None:
+        """Put the meta tensors back."""
+        for target in self._targets:
+            target.holder[target.name] = target.meta
+
+
+def named_holders(module: torch.nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """``(state dict name, dict that holds it, name in that dict)`` for all of *module*'s weights."""
+    for owner_path, owner in module.named_modules(prefix=path):
+        prefix = f"{owner_path}." if owner_path else ""
+        for holder in (owner._parameters, owner._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None and name not in owner._non_persistent_buffers_set:
+                    yield prefix + name, holder, name
+
+
+def wrap(module: torch.nn.Module, residence: Residence = nullcontext) -> None:
+    """Run *module* one row block at a time, inside *residence*."""
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        context = current()
+        with residence():
+            if context.is_single_block:
+                return forward(*args, **kwargs)
+            return _by_row_block(context, forward, args, kwargs)
+
+    module.forward = run
+
+
+def _by_row_block(context: SweepContext, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    total = context.num_rows
+    axis = next((axis for axis in map(_row_axis_of(total), _tensors((args, kwargs))) if axis is not None), None)
+    if axis is None:  # nothing in it has rows
+        return forward(*args, **kwargs)
+    outputs = [
+        forward(*_rows_of(args, total, rows), **_rows_of(kwargs, total, rows)) for rows in context.row_blocks()
+    ]
+    return _joined(outputs, axis)
+
+
+def _row_axis_of(total: int) -> Callable[[torch.Tensor], int | None]:
+    """Finds the axis of a tensor that counts the sweep's rows: 1 for ``(1, rows, …)``, 0 for ``(rows, …)``."""
+
+    def row_axis(tensor: torch.Tensor) -> int | None:
+        if tensor.dim() >= 2 and tensor.shape[0] == 1 and tensor.shape[1] == total:
+            return 1
+        if tensor.dim() >= 1 and tensor.shape[0] == total:
+            return 0
+        return None
+
+    return row_axis
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _rows_of(value: Any, total: int, rows: slice) -> Any:
+    """*value* with every tensor that has all rows cut down to *rows*."""
+    if isinstance(value, torch.Tensor):
+        axis = _row_axis_of(total)(value)
+        return value if axis is None else value[rows] if axis == 0 else value[:, rows]
+    if isinstance(value, tuple | list):
+        return type(value)(_rows_of(item, total, rows) for item in value)
+    if isinstance(value, dict):
+        return {key: _rows_of(item, total, rows) for key, item in value.items()}
+    return value
+
+
+def _joined(outputs: list[Any], axis: int) -> Any:
+    """The outputs of all row blocks as one, tensor by tensor."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs, dim=axis if first.dim() > 2 and first.shape[0] == 1 else 0)
+    if isinstance(first, tuple):
+        return tuple(_joined([output[index] for output in outputs], axis) for index in range(len(first)))
+    return first

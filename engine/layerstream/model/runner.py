@@ -1,0 +1,131 @@
+"""Runs a sweep: rows in, logits out, every streamed weight past the compute once.
+
+transformers owns the forward: the decoder's own ``forward`` walks its layers, and the wrappers on its modules bring
+weights and cut row blocks. The head is taken apart from it, because only sampled rows go through and its slices pass
+once for all of them: the causal model's ``forward`` is then called per row with decoder and head short-circuited, so
+that what it does to logits (scaling, soft caps) is done by it, in one shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from layerstream.kv.state import LayerState
+from layerstream.model.cache import PagedCache
+from layerstream.model.context import SweepContext, sweeping
+from layerstream.model.embedding import EmbeddingRows
+from layerstream.model.families import latent_width
+from layerstream.model.linear import padded_blocks
+from layerstream.model.skeleton import Skeleton
+from layerstream.model.weights import ModelWeights
+from layerstream.sweep import Sweep
+
+
+class SweepRunner:
+    """Computes sweeps, one at a time, on the thread that calls.
+
+    Args:
+        states: the KV of each layer.
+        head_rows: rows per row block of the head.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        weights: ModelWeights,
+        embedding: EmbeddingRows,
+        states: list[LayerState],
+        head_rows: int,
+    ) -> None:
+        self._model = skeleton.model
+        self._dtype = skeleton.dtype
+        self._weights = weights
+        self._embedding = embedding
+        self._states = states
+        self._head_rows = head_rows
+        self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
+        self._decode = skeleton.decoder.forward
+        self._stubs = _Stubs(skeleton)
+
+    def run(self, sweep: Sweep) -> torch.Tensor:
+        """Logits ``(len(sweep.sampled), vocabulary)`` of the sampled rows; new KV rows are in the pages.
+
+        After an error the ring is empty and the sweep had no effect that a later one could see: rows in the pages past
+        a sequence's ``num_computed`` are written again.
+        """
+        streamer = self._weights.streamer
+        try:
+            with torch.inference_mode(), sweeping(SweepContext(sweep, self._states)):
+                if streamer is not None:
+                    streamer.begin(with_tail=bool(sweep.sampled))
+                hidden = self._decode(**self._inputs(sweep)).last_hidden_state
+                logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
+                if streamer is not None:
+                    streamer.end()
+                return logits
+        except BaseException:
+            if streamer is not None:
+                streamer.abort()
+            raise
+
+    def _inputs(self, sweep: Sweep) -> dict[str, Any]:
+        token_ids: list[int] = []
+        rows: list[int] = []
+        positions = torch.zeros((1, sweep.num_rows), dtype=torch.long)
+        for row, span in sweep.spans():
+            token_ids.extend(span.sequence.token_ids[span.start : span.stop])
+            rows.extend(range(row, row + len(span)))
+            positions[0, row : row + len(span)] = torch.arange(span.start, span.stop)
+        distinct, indices = self._embedding.gather(token_ids)
+        embedded = self._stubs.embed(distinct, indices)
+        packed = embedded.new_zeros((1, sweep.num_rows, embedded.shape[-1]))
+        packed[0, rows] = embedded
+        return {
+            "inputs_embeds": packed,
+            "position_ids": positions,
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``(n, vocabulary)`` of final hidden states ``(n, hidden)``."""
+        blocks = padded_blocks(len(hidden), self._head_rows)
+        padded = F.pad(hidden, (0, 0, 0, blocks[-1].stop - len(hidden)))
+        raw = self._weights.head.project(padded, blocks)[: len(hidden)]
+        return torch.cat([self._stubs.finish(hidden[row], raw[row]) for row in range(len(hidden))])
+
+
+class _Stubs:
+    """Short-circuits for the parts of the causal model that the runner does itself."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._model = skeleton.model
+        self._embedding = skeleton.model.get_input_embeddings()
+        self._hidden: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
+        skeleton.decoder.forward = self._decoded
+        skeleton.model.get_output_embeddings().forward = lambda _: self._logits
+
+    def embed(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The embedding module's own forward over gathered *rows*: ``(n, hidden)``, scaled where the family does."""
+        meta = self._embedding._parameters["weight"]
+        self._embedding._parameters["weight"] = rows
+        try:
+            return self._embedding(indices)
+        finally:
+            self._embedding._parameters["weight"] = meta
+
+    def finish(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """``(1, vocabulary)``: what the causal model makes of one row's raw *logits*."""
+        self._hidden, self._logits = hidden[None, None], logits[None, None]
+        try:
+            return self._model(inputs_embeds=self._hidden, use_cache=False).logits[0]
+        finally:
+            self._hidden = self._logits = None
+
+    def _decoded(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden)

@@ -1,0 +1,203 @@
+"""The model without its weights: transformers' modules on the meta device, and where their weights lie."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+
+from layerstream.checkpoint.folder import open_folder
+from layerstream.checkpoint.names import ParameterSource, resolve_parameters
+from layerstream.errors import ConfigurationError, UnsupportedModel
+from layerstream.model import attention, experts
+from layerstream.model.families import check_supported
+from layerstream.streaming.residency import WeightNode
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A causal language model on the meta device.
+
+    Attributes:
+        model: the causal model; its parameters are meta tensors, its non-persistent buffers are real.
+        config: the text config it was built from.
+        sources: where the bytes of every parameter and persistent buffer lie, by state dict name.
+        dtypes: the dtype that each of them is computed in.
+        body: sizes of what every sweep passes, in module order: decoder layers, then the final norm.
+        head: sizes of the output projection.
+        model_bytes: bytes of all distinct weights on disk.
+    """
+
+    model: Any
+    config: Any
+    dtype: torch.dtype
+    sources: Mapping[str, ParameterSource]
+    dtypes: Mapping[str, torch.dtype]
+    body: tuple[WeightNode, ...]
+    head: WeightNode
+    model_bytes: int
+
+    @property
+    def decoder(self) -> Any:
+        """The model below the head."""
+        return self.model.base_model
+
+    @property
+    def embedding_key(self) -> str:
+        """State dict name of the embedding matrix."""
+        return f"{self.path_of(self.model.get_input_embeddings())}.weight"
+
+    @property
+    def head_key(self) -> str:
+        """State dict name of the output projection's matrix."""
+        return f"{self.head.name}.weight"
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether embedding and output projection are the same matrix."""
+        return self.sources[self.head_key] is self.sources[self.embedding_key]
+
+    def path_of(self, module: torch.nn.Module) -> str:
+        """Path of *module* within the causal model."""
+        return next(name for name, other in self.model.named_modules() if other is module)
+
+    def keys_of(self, path: str, *, own_only: bool = False) -> set[str]:
+        """State dict names of the weights at and below *path*, or of those it owns itself."""
+        prefix = f"{path}."
+        below = {key for key in self.sources if key.startswith(prefix)}
+        return {key for key in below if "." not in key[len(prefix) :]} if own_only else below
+
+
+def build_skeleton(
+    folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False, allow_untested: bool = False
+) -> Skeleton:
+    """Build the model of *folder* without reading a weight.
+
+    Raises:
+        UnsupportedModel: the family cannot run, with the reason.
+        CheckpointError: the files are missing, damaged or of an unknown kind.
+    """
+    checkpoint = open_folder(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    text_config = _text_config(config)
+    check_supported(text_config, allow_untested=allow_untested)
+    compute_dtype = resolve_dtype(dtype, text_config)
+    attention.register()
+    experts.register()
+    model = _build_meta(text_config, compute_dtype, trust_remote_code)
+    sources = resolve_parameters(model, checkpoint.tensors)
+    dtypes = _compute_dtypes(model, sources, compute_dtype)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
+        raise UnsupportedModel(
+            f"{text_config.model_type!r} has a {type(embedding).__name__} and a {type(head).__name__} where an "
+            "embedding and a linear output projection are expected"
+        )
+    embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
+    names = {id(module): name for name, module in model.named_modules()}
+    body = tuple(
+        node
+        for child in _body_modules(model.base_model, embedding)
+        if (node := _weigh(child, names[id(child)], sources, dtypes)).total_bytes
+    )
+    return Skeleton(
+        model=model,
+        config=text_config,
+        dtype=compute_dtype,
+        sources=sources,
+        dtypes=dtypes,
+        body=body,
+        head=_weigh(head, names[id(head)], sources, dtypes),
+        model_bytes=sum({id(source): source.num_bytes for source in sources.values()}.values()),
+    )
+
+
+def resolve_dtype(dtype: str, config: Any) -> torch.dtype:
+    """The torch dtype meant by *dtype*; ``"auto"`` is what the checkpoint was saved in."""
+    if dtype == "auto":
+        saved = getattr(config, "dtype", None)
+        if isinstance(saved, str):
+            saved = _DTYPES.get(saved)
+        return saved if saved in _DTYPES.values() else torch.float32
+    if dtype not in _DTYPES:
+        raise ConfigurationError(f"dtype is {dtype!r}; expected 'auto', {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[dtype]
+
+
+def _text_config(config: Any) -> Any:
+    """The language model's config; of a multimodal model, its text part."""
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        logger.info("%s is multimodal: its language model %s runs alone", config.model_type, text.model_type)
+    return text
+
+
+def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    config = copy.deepcopy(config)
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention.IMPLEMENTATION, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.eval()
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):  # set by transformers' decorator on every fused experts module
+            module.config._experts_implementation_internal = experts.IMPLEMENTATION
+    return model
+
+
+def _compute_dtypes(
+    model: Any, sources: Mapping[str, ParameterSource], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """As transformers loads them: everything in *dtype*, but what the family keeps in fp32, and what is no float."""
+    patterns = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    keep = re.compile("|".join(rf"((^|\.){pattern}($|\.))" for pattern in sorted(patterns))) if patterns else None
+    return {
+        key: source.dtype
+        if not source.dtype.is_floating_point
+        else torch.float32
+        if dtype != torch.float32 and keep is not None and keep.search(key)
+        else dtype
+        for key, source in sources.items()
+    }
+
+
+def _body_modules(decoder: Any, embedding: torch.nn.Module) -> list[torch.nn.Module]:
+    """What a sweep passes between embedding and head, in module order; lists of layers are opened."""
+    modules: list[torch.nn.Module] = []
+    for child in decoder.children():
+        if child is not embedding:
+            modules.extend(child if isinstance(child, torch.nn.ModuleList) else [child])
+    return modules
+
+
+def _weigh(
+    module: torch.nn.Module, path: str, sources: Mapping[str, ParameterSource], dtypes: Mapping[str, torch.dtype]
+) -> WeightNode:
+    own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
+    return WeightNode(
+        name=path,
+        own_bytes=sum(sources[key].num_bytes for key in own),
+        compute_bytes=sum(
+            sources[key].num_bytes // sources[key].dtype.itemsize * dtypes[key].itemsize for key in own
+        ),
+        num_rows=module.out_features if isinstance(module, torch.nn.Linear) else 0,
+        children=tuple(_weigh(child, f"{path}.{name}", sources, dtypes) for name, child in module.named_children()),
+    )
+
+
+def _own_names(module: torch.nn.Module) -> list[str]:
+    return [*module._parameters, *(name for name in module._buffers if name not in module._non_persistent_buffers_set)]

@@ -1,0 +1,115 @@
+"""What a caller may ask of a completion: :class:`SamplingParams`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from layerstream.errors import InvalidSamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when they stop.
+
+    ``None`` means "the model's own default" (``generation_config.json``), and where the model has none,
+    the neutral value in brackets. :meth:`with_defaults` fills them in; ``engine.sampling_defaults`` shows them.
+
+    Attributes:
+        max_tokens: new tokens at most; ``None``: what fits the speed (the engine logs its choice).
+        temperature: 0 is greedy [0]; otherwise logits are divided by it.
+        top_p: smallest set of tokens with this much probability, in (0, 1] [1].
+        top_k: this many most probable tokens; 0 switches it off [0].
+        min_p: tokens with at least this share of the best token's probability, in [0, 1] [0].
+        repetition_penalty: as in CTRL (arXiv 1909.05858), over prompt and output, > 0 [1].
+        presence_penalty: subtracted once from the logits of tokens already in the output [0].
+        frequency_penalty: subtracted once per occurrence in the output [0].
+        stop: strings that end the text; they are matched across token boundaries and never shown.
+        stop_token_ids: ids that end the text, beside the model's EOS.
+        ignore_eos: go on past the model's EOS.
+        seed: same seed, same prompt, same text, alone or among other requests; ``None`` draws a fresh one.
+        n: completions per prompt.
+        logprobs: return the log-probability of each token and of this many most probable ones.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _set = object.__setattr__
+        _set(self, "stop", _as_strings("stop", self.stop))
+        _set(self, "stop_token_ids", _as_token_ids("stop_token_ids", self.stop_token_ids))
+        self._check_int("max_tokens", 1, None)
+        self._check_float("temperature", 0.0, None)
+        self._check_float("top_p", 0.0, 1.0, above_low=True)
+        self._check_int("top_k", 0, None)
+        self._check_float("min_p", 0.0, 1.0)
+        self._check_float("repetition_penalty", 0.0, None, above_low=True)
+        self._check_float("presence_penalty", -2.0, 2.0)
+        self._check_float("frequency_penalty", -2.0, 2.0)
+        self._check_int("seed", 0, 2**63 - 1)
+        self._check_int("n", 1, 256)
+        self._check_int("logprobs", 0, 100)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidSamplingParams("ignore_eos", self.ignore_eos, "True or False")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return not self.temperature
+
+    def with_defaults(self, defaults: SamplingParams) -> SamplingParams:
+        """A copy whose ``None`` fields are taken from *defaults*."""
+        missing = {
+            field.name: getattr(defaults, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is None
+        }
+        return dataclasses.replace(self, **missing)
+
+    def _check_int(self, field: str, low: int, high: int | None) -> None:
+        value = getattr(self, field)
+        if value is None and field != "n":
+            return
+        expected = f"a whole number >= {low}" if high is None else f"a whole number in [{low}, {high}]"
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            raise InvalidSamplingParams(field, value, expected)
+
+    def _check_float(self, field: str, low: float, high: float | None, *, above_low: bool = False) -> None:
+        value = getattr(self, field)
+        if value is None:
+            return
+        bracket = "(" if above_low else "["
+        expected = f"a number {'>' if above_low else '>='} {low:g}" if high is None else f"a number in {bracket}{low:g}, {high:g}]"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InvalidSamplingParams(field, value, expected)
+        if value < low or (above_low and value == low) or (high is not None and value > high):
+            raise InvalidSamplingParams(field, value, expected)
+
+
+def _as_strings(field: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+    strings = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(item, str) and item for item in strings):
+        raise InvalidSamplingParams(field, value, "a non-empty string or several of them")
+    return strings
+
+
+def _as_token_ids(field: str, value: Iterable[int] | None) -> tuple[int, ...]:
+    ids = () if value is None else tuple(value)
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        raise InvalidSamplingParams(field, value, "token ids >= 0")
+    return ids

@@ -1,0 +1,249 @@
+"""What fits where, before anything is loaded. Pure: sizes in, :class:`Plan` out.
+
+A budget is spent in this order: what a sweep computes with (activations, logits, embedding rows), pinned weights, KV
+pages, the ring, and with all that is left a fixed set of resident units. If everything fits, nothing streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerstream.errors import BudgetTooSmall
+from layerstream.sizes import format_size
+from layerstream.streaming.residency import (
+    PlannedUnit,
+    UnitPlan,
+    WeightNode,
+    choose_residents,
+    cut_units,
+    largest_unit,
+    slice_rows,
+)
+
+CHUNK_TOKENS = 128
+STREAMING_ROWS = 16  # decode rows per row block where weights stream: compute is idle anyway
+RESIDENT_ROWS = 1
+MAX_SWEEP_TOKENS = 512
+KV_SHARE = 0.25  # of the budget at most
+MIN_KV_TOKENS = 2 * CHUNK_TOKENS
+MAX_KV_SEQUENCES = 16  # full-length sequences that KV is reserved for at most
+RING_UNITS = 2.25  # one computing, one arriving, and the beginning of the next
+RING_SHARE = 0.6  # of what weights may take; past it, units are cut finer
+HEAD_SLICE_BYTES = 64 * 2**20
+FINEST_UNIT_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the plan depends on.
+
+    Attributes:
+        body: sizes of what every sweep passes, in module order.
+        head: sizes of the output projection.
+        embedding_bytes: the embedding matrix in the compute dtype; 0 if it is the head's.
+        kv_token_bytes: KV of one token over all layers.
+        hidden_size, intermediate_size, vocab_size: widths that activations have.
+        itemsize: bytes of one value in the compute dtype.
+        context_length: tokens a sequence may have.
+    """
+
+    body: tuple[WeightNode, ...]
+    head: WeightNode
+    embedding_bytes: int
+    kv_token_bytes: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    itemsize: int
+    context_length: int
+
+    @property
+    def compute_bytes(self) -> int:
+        """All weights in the compute dtype."""
+        return sum(node.total_compute_bytes for node in (*self.body, self.head)) + self.embedding_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes; ``print(plan)`` shows it.
+
+    Attributes:
+        weights: the units, and which of them are resident.
+        embedding_resident: whether embedding rows come from memory.
+        num_pages, page_tokens: KV pages.
+        activation_bytes: what a sweep computes with, at most.
+    """
+
+    budget_bytes: int
+    facts: ModelFacts
+    weights: UnitPlan
+    embedding_resident: bool
+    num_pages: int
+    page_tokens: int
+    activation_bytes: int
+    max_sweep_tokens: int
+
+    @property
+    def streams(self) -> bool:
+        """Whether any weight streams."""
+        return self.weights.num_streamed > 0
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows per row block of decoding sequences, and of the head."""
+        return STREAMING_ROWS if self.streams else RESIDENT_ROWS
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that stay, in the compute dtype."""
+        return self.weights.resident_bytes + (self.facts.embedding_bytes if self.embedding_resident else 0)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that one sampling sweep reads."""
+        return self.weights.streamed_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Room for KV pages."""
+        return self.num_pages * self.page_tokens * self.facts.kv_token_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """What all parts take together, at most ``budget_bytes``."""
+        return self.resident_bytes + self.weights.ring_bytes + self.kv_bytes + self.activation_bytes
+
+    def __str__(self) -> str:
+        weights = self.weights
+        rows = [
+            ("budget", self.budget_bytes, ""),
+            ("resident weights", self.resident_bytes, f"{len(weights.residents)} of {len(weights.units)} units, read once"),
+            ("ring", weights.ring_bytes, f"{weights.num_streamed} units pass through it"),
+            ("KV pages", self.kv_bytes, f"{self.num_pages * self.page_tokens:,} tokens"),
+            ("activations", self.activation_bytes, f"{self.max_sweep_tokens} tokens in a sweep"),
+            ("left over", self.budget_bytes - self.planned_bytes, ""),
+            ("streamed per sweep", self.streamed_bytes, "read from disk for every sweep"),
+        ]
+        return "\n".join(f"{name:<20}{format_size(num_bytes):>11}  {note}".rstrip() for name, num_bytes, note in rows)
+
+
+def make_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
+    """Spend *budget_bytes* on the model of *facts*.
+
+    Raises:
+        BudgetTooSmall: names the minimum, and what needs it.
+    """
+    return _resident_plan(facts, budget_bytes) or _streaming_plan(facts, budget_bytes)
+
+
+def comfortable_bytes(facts: ModelFacts) -> int:
+    """The budget from which on nothing streams and KV has all the room that it may take."""
+    fixed = facts.compute_bytes + _activation_bytes(facts, MAX_SWEEP_TOKENS)
+    return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_token_bytes
+
+
+def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
+    """Everything resident, or ``None`` if that does not fit."""
+    activations = _activation_bytes(facts, MAX_SWEEP_TOKENS)
+    left = budget_bytes - activations - facts.compute_bytes
+    if left < MIN_KV_TOKENS * facts.kv_token_bytes:
+        return None
+    body = tuple(unit for node in facts.body for unit in cut_units(node, node.total_bytes))
+    head = (PlannedUnit(facts.head.name, facts.head.total_bytes, facts.head.total_compute_bytes),)
+    return Plan(
+        budget_bytes=budget_bytes,
+        facts=facts,
+        weights=UnitPlan(body, head, residents=frozenset(range(len(body) + 1)), ring_bytes=0),
+        embedding_resident=True,
+        num_pages=_num_pages(facts, left),
+        page_tokens=CHUNK_TOKENS,
+        activation_bytes=activations,
+        max_sweep_tokens=MAX_SWEEP_TOKENS,
+    )
+
+
+def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
+    sweep_tokens = MAX_SWEEP_TOKENS
+    kv_bytes = int(budget_bytes * KV_SHARE)
+    if kv_bytes < MIN_KV_TOKENS * facts.kv_token_bytes or _least_bytes(facts, sweep_tokens) > budget_bytes:
+        sweep_tokens = CHUNK_TOKENS
+        kv_bytes = max(MIN_KV_TOKENS * facts.kv_token_bytes, kv_bytes // 2)
+    least = _least_bytes(facts, sweep_tokens)
+    if least > budget_bytes:
+        raise BudgetTooSmall(budget_bytes, least, _reason(facts))
+    activations = _activation_bytes(facts, sweep_tokens)
+    kv_bytes = min(kv_bytes, MIN_KV_TOKENS * facts.kv_token_bytes + budget_bytes - least)
+    num_pages = _num_pages(facts, kv_bytes)
+    for_weights = budget_bytes - activations - num_pages * CHUNK_TOKENS * facts.kv_token_bytes
+    limit = _unit_limit(facts, for_weights)
+    body, head = _cut_all(facts, limit)
+    everything = body + head
+    pinned = frozenset(index for index, unit in enumerate(everything) if unit.pinned)
+    for_weights -= sum(everything[index].compute_bytes for index in pinned) + _scratch_bytes(everything)
+    ring_bytes = min(int(RING_UNITS * largest_unit(everything)), for_weights)
+    free = [index for index in range(len(everything)) if index not in pinned]
+    chosen = choose_residents([everything[index].compute_bytes for index in free], for_weights - ring_bytes)
+    residents = pinned | {free[position] for position in chosen}
+    return Plan(
+        budget_bytes=budget_bytes,
+        facts=facts,
+        weights=UnitPlan(body, head, residents, ring_bytes),
+        embedding_resident=False,
+        num_pages=num_pages,
+        page_tokens=CHUNK_TOKENS,
+        activation_bytes=activations + _scratch_bytes(everything),
+        max_sweep_tokens=sweep_tokens,
+    )
+
+
+def _unit_limit(facts: ModelFacts, for_weights: int) -> int:
+    """The largest unit that leaves the ring within its share: a whole layer, or less."""
+    largest_layer = max(node.total_bytes for node in facts.body)
+    if RING_UNITS * largest_layer <= RING_SHARE * for_weights:
+        return largest_layer
+    return max(FINEST_UNIT_BYTES, int(RING_SHARE * for_weights / RING_UNITS))
+
+
+def _cut_all(facts: ModelFacts, limit: int) -> tuple[tuple[PlannedUnit, ...], tuple[PlannedUnit, ...]]:
+    body = tuple(unit for node in facts.body for unit in cut_units(node, limit))
+    return body, tuple(slice_rows(facts.head, min(limit, HEAD_SLICE_BYTES)))
+
+
+def _least_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
+    """The smallest budget that runs at all: finest units, a ring for two of them, KV for two chunks."""
+    body, head = _cut_all(facts, FINEST_UNIT_BYTES)
+    units = body + head
+    pinned = sum(unit.compute_bytes for unit in units if unit.pinned)
+    kv_bytes = MIN_KV_TOKENS * facts.kv_token_bytes
+    return (
+        _activation_bytes(facts, sweep_tokens) + _scratch_bytes(units) + pinned + kv_bytes + 2 * largest_unit(units)
+    )
+
+
+def _reason(facts: ModelFacts) -> str:
+    body, head = _cut_all(facts, FINEST_UNIT_BYTES)
+    largest = max(body + head, key=lambda unit: unit.ring_bytes)
+    return f"its largest unit that cannot be cut, {largest.name}, has {format_size(largest.num_bytes)}"
+
+
+def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:
+    """Room for one unit converted to the compute dtype, where it is stored in another."""
+    return max((unit.compute_bytes for unit in units if unit.converts), default=0)
+
+
+def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
+    most = -(-facts.context_length // CHUNK_TOKENS) * MAX_KV_SEQUENCES
+    return max(MIN_KV_TOKENS // CHUNK_TOKENS, min(most, kv_bytes // (CHUNK_TOKENS * facts.kv_token_bytes)))
+
+
+def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
+    """What a sweep of *sweep_tokens* computes with, at most.
+
+    Packed rows are there three times (in, out, embedding rows); one row block has its MLP's gate, up and product and
+    its attention's projections; sampling holds logits of one row block in the compute dtype, twice in fp32 and once in
+    fp64.
+    """
+    packed = 3 * (sweep_tokens + STREAMING_ROWS) * facts.hidden_size * facts.itemsize
+    block = CHUNK_TOKENS * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
+    logits = STREAMING_ROWS * facts.vocab_size * (facts.itemsize + 4 + 4 + 8)
+    return packed + block + logits

@@ -1,0 +1,3 @@
+"""placeholder"""
+def make_listener(progress):
+    return progress if callable(progress) else None

@@ -1,0 +1,55 @@
+"""A :class:`Sequence`: the tokens of one prompt and its answer, and how far their KV has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from layerstream.params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One token sequence on its way through the sweeps.
+
+    The scheduler reads it, the engine's commit step writes it, nobody else does.
+
+    Attributes:
+        sequence_id: unique within the engine; also the order of arrival.
+        token_ids: prompt, then every accepted token.
+        num_prompt_tokens: how many of them are the prompt.
+        params: sampling parameters with the model's defaults filled in.
+        num_computed: tokens whose KV is in ``pages``; ``token_ids[num_computed:]`` are still to be computed.
+        pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
+    """
+
+    sequence_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens together."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Tokens that prompt and the longest allowed answer have together."""
+        return self.num_prompt_tokens + (self.params.max_tokens or 0)
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether only the newest token is still to be computed."""
+        return self.num_computed >= self.num_prompt_tokens

@@ -1,0 +1,50 @@
+"""Byte sizes as people write them: ``"3GiB"`` ↔ ``3221225472``."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 2**10, "kib": 2**10, "kb": 10**3,
+    "m": 2**20, "mib": 2**20, "mb": 10**6,
+    "g": 2**30, "gib": 2**30, "gb": 10**9,
+    "t": 2**40, "tib": 2**40, "tb": 10**12,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes meant by *size*: an int, or a number with a unit (``"512MiB"``, ``"3g"``, ``"1.5 GB"``).
+
+    ``K``, ``M``, ``G``, ``T`` alone are binary. Raises :class:`~layerstream.errors.InvalidSize`.
+    """
+    from layerstream.errors import InvalidSize  # errors draws on this module for its messages
+
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise InvalidSize(f"a size is an int or a string such as '3GiB', not {size!r}")
+    if isinstance(size, int):
+        if size <= 0:
+            raise InvalidSize(f"a size is positive, not {size}")
+        return size
+    match = _SIZE.fullmatch(size)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise InvalidSize(f"cannot read {size!r} as a size; write for example '3GiB', '512MiB' or '2.5GB'")
+    num_bytes = int(float(match[1]) * unit)
+    if num_bytes <= 0:
+        raise InvalidSize(f"a size is positive, not {size!r}")
+    return num_bytes
+
+
+def format_size(num_bytes: float, *, exact: bool = False) -> str:
+    """*num_bytes* for people: ``"3.0 GiB"``; with *exact*, rounded up so that it parses to at least as much."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= unit:
+            if exact:
+                smaller = unit // 1024  # one unit down keeps the rounding under 0.1 %
+                names = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "B"}
+                return f"{-(-int(num_bytes) // smaller)}{names[smaller]}"
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{int(num_bytes)}B" if exact else f"{int(num_bytes)} B"

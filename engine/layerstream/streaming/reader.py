@@ -1,0 +1,231 @@
+"""Reads pages from files into memory, several requests in flight, around the page cache.
+
+Streaming a model through the page cache would evict everything else and hit nothing (a cyclic scan defeats LRU), so
+files are opened for direct I/O where the file system takes it. What it takes is found by reading, not by guessing:
+
+| probe | mode | where |
+|---|---|---|
+| ``O_DIRECT`` read works | ``direct`` | Linux on ext4, xfs, btrfs, most overlays |
+| ``F_NOCACHE`` accepted | ``uncached`` | macOS |
+| neither | ``buffered``, pages dropped behind the read where the system can | tmpfs, some network file systems, Windows |
+
+The GIL is released inside the read, so plain threads reach the disk's limit. Invariants: a request's callback is
+called exactly once, on a reader thread, after its bytes are in place or with the error; requests of a lower
+*priority* number are started first, equal ones in order of submission; ``close`` waits for running requests and
+fails the others. Reading never writes: files are opened read-only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from layerstream.errors import EngineClosed, ReadError, TruncatedFile
+from layerstream.sizes import format_size
+from layerstream.streaming.residency import PAGE
+from layerstream.streaming.ring import Arena
+from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest
+
+Mode: TypeAlias = Literal["direct", "uncached", "buffered"]
+Done: TypeAlias = Callable[[Exception | None], None]
+Skip: TypeAlias = Callable[[], bool] | None
+
+
+@dataclass(slots=True)
+class ReaderStats:
+    """What was read so far; ``modes`` counts the files per mode."""
+
+    num_requests: int = 0
+    read_bytes: int = 0
+    modes: dict[Mode, int] = field(default_factory=dict)
+
+
+class DirectReader:
+    """A pool of reader threads."""
+
+    def __init__(self, num_threads: int = 4, *, direct: bool = True) -> None:
+        self.stats = ReaderStats()
+        self._direct = direct
+        self._files: dict[Path, _OpenFile] = {}
+        self._heap: list[tuple[int, int, _Job]] = []
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"layerstream-reader-{index}", daemon=True)
+            for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self, request: ReadRequest, memory: memoryview, base: int, done: Done, *, priority: int = 1, skip: Skip = None
+    ) -> None:
+        """Queue *request* for the unit that starts at byte *base* of *memory*.
+
+        *skip*, asked just before the read starts, may say that nobody wants it any more; *done* is called all the same.
+        """
+        with self._changed:
+            if self._closed:
+                raise EngineClosed("the reader is closed")
+            heapq.heappush(self._heap, (priority, next(self._order), _Job(request, memory, base, done, skip)))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Fail what is queued, wait for what is running, close the files. Idempotent."""
+        with self._changed:
+            self._closed = True
+            dropped, self._heap = self._heap, []
+            self._changed.notify_all()
+        for _, _, job in dropped:
+            job.done(EngineClosed("the engine was closed while it read weights"))
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        for file in self._files.values():
+            os.close(file.descriptor)
+        self._files.clear()
+
+    def _work(self) -> None:
+        bounce: Arena | None = None
+        while (job := self._next()) is not None:
+            error: Exception | None = None
+            if job.skip is None or not job.skip():
+                if job.request.destination is None and bounce is None:
+                    bounce = Arena(REQUEST_BYTES + PAGE)
+                try:
+                    self._read(job, bounce)
+                except (OSError, TruncatedFile) as reason:
+                    error = reason if isinstance(reason, TruncatedFile) else _read_error(job.request, reason)
+            job.done(error)
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            while not self._heap and not self._closed:
+                self._changed.wait()
+            return heapq.heappop(self._heap)[2] if self._heap else None
+
+    def _read(self, job: _Job, bounce: Arena | None) -> None:
+        request = job.request
+        file = self._open(request.path)
+        if request.destination is not None:
+            start = job.base + request.destination
+            target = job.memory[start : start + request.num_bytes]
+        else:
+            assert bounce is not None
+            target = bounce.view[: request.num_bytes]
+        got = file.read(target, request.offset)
+        if got < request.needed_bytes:
+            raise TruncatedFile(
+                f"{request.path}: the file ends at byte {request.offset + got}, but weights are expected up to byte "
+                f"{request.offset + request.needed_bytes}; it was changed while in use or cut short: fetch it again"
+            )
+        if request.copies:
+            source, destination = np.frombuffer(target, np.uint8), np.frombuffer(job.memory, np.uint8)
+            for origin, place, length in request.copies:  # numpy releases the GIL for these
+                at = job.base + place
+                destination[at : at + length] = source[origin : origin + length]
+        with self._changed:
+            self.stats.num_requests += 1
+            self.stats.read_bytes += got
+
+    def _open(self, path: Path) -> _OpenFile:
+        file = self._files.get(path)
+        if file is None:
+            with self._changed:
+                file = self._files.get(path)
+                if file is None:
+                    file = _open_file(path, self._direct)
+                    self._files[path] = file
+                    self.stats.modes[file.mode] = self.stats.modes.get(file.mode, 0) + 1
+        return file
+
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    request: ReadRequest
+    memory: memoryview
+    base: int
+    done: Done
+    skip: Skip
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    descriptor: int
+    mode: Mode
+    seek_lock: threading.Lock
+
+    def read(self, target: memoryview, offset: int) -> int:
+        """Fill *target* from *offset*; fewer bytes only at the end of the file."""
+        done = 0
+        while done < len(target):
+            got = self._read_once(target[done:], offset + done)
+            if got == 0:
+                break
+            done += got
+            if self.mode == "direct" and done % PAGE:
+                break  # an unaligned count means the end of the file; another direct read would be refused
+        if self.mode == "buffered" and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, offset, done, os.POSIX_FADV_DONTNEED)
+        return done
+
+    def _read_once(self, target: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, [target], offset)
+        with self.seek_lock:  # Windows has no positioned read
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            data = os.read(self.descriptor, len(target))
+        target[: len(data)] = data
+        return len(data)
+
+
+def _open_file(path: Path, direct: bool) -> _OpenFile:
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    if direct and hasattr(os, "O_DIRECT"):
+        descriptor = _open_direct(path, flags | os.O_DIRECT)
+        if descriptor is not None:
+            return _OpenFile(descriptor, "direct", threading.Lock())
+    descriptor = os.open(path, flags)
+    mode: Mode = "buffered"
+    if direct and hasattr(os, "preadv"):
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import fcntl
+
+            fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)  # type: ignore[attr-defined]  # macOS only
+            mode = "uncached"
+    return _OpenFile(descriptor, mode, threading.Lock())
+
+
+def _open_direct(path: Path, flags: int) -> int | None:
+    """A descriptor that a direct read was seen to work on, or ``None``."""
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:
+        return None
+    try:
+        os.preadv(descriptor, [Arena(PAGE).view], 0)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _read_error(request: ReadRequest, reason: OSError) -> ReadError:
+    error = ReadError(
+        f"{request.path}: reading {format_size(request.num_bytes)} at byte {request.offset} failed: {reason}; the "
+        "requests of this sweep fail, the next one tries again"
+    )
+    error.errno = reason.errno
+    error.__cause__ = reason
+    return error

@@ -1,0 +1,179 @@
+"""Which weights stream together, and which never leave: pure decisions over a tree of sizes.
+
+A *unit* is the smallest module whose weights stream together. Units are cut as coarse as the ring allows: a whole
+decoder layer where it fits, else its attention and its MLP, else single Linears, else row slices of a Linear. What
+is too small to be worth a place in the stream (norms, sinks, biases of a module that had to be cut) is pinned.
+
+Residents are a *fixed* set: a cyclic scan through an LRU cache hits about 0 %, a fixed set hits exactly its share.
+They are spread evenly over the sweep, so that the reader has something to hide behind everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+PAGE = 4096
+PIN_BELOW = 128 * 1024  # smaller units cost more in requests than they save in memory
+UNIT_OVERHEAD = 16 * PAGE  # page alignment at both ends of each run of tensors in a unit
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNode:
+    """Sizes of one module and of what is below it.
+
+    Attributes:
+        name: path of the module in the model, ``""`` for the root.
+        own_bytes: stored bytes of the parameters and persistent buffers that the module itself owns.
+        compute_bytes: the same in the dtype they are computed in.
+        num_rows: output rows if the module is a Linear, which may be split by rows; else 0.
+        children: modules below, in module order.
+    """
+
+    name: str
+    own_bytes: int = 0
+    compute_bytes: int = 0
+    num_rows: int = 0
+    children: tuple[WeightNode, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored bytes of the whole subtree."""
+        return self.own_bytes + sum(child.total_bytes for child in self.children)
+
+    @property
+    def total_compute_bytes(self) -> int:
+        """Bytes of the whole subtree in the compute dtype."""
+        return self.compute_bytes + sum(child.total_compute_bytes for child in self.children)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedUnit:
+    """One unit: a module with all below it, its own weights alone (``own_only``), or rows of a Linear."""
+
+    module: str
+    num_bytes: int
+    compute_bytes: int
+    rows: tuple[int, int] | None = None
+    own_only: bool = False
+    pinned: bool = False
+
+    @property
+    def name(self) -> str:
+        """The module's path, with the row range if it is a slice."""
+        return self.module if self.rows is None else f"{self.module}[{self.rows[0]}:{self.rows[1]}]"
+
+    @property
+    def converts(self) -> bool:
+        """Whether the weights are stored in another dtype than they are computed in."""
+        return self.num_bytes != self.compute_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """Room that the unit takes in the ring at most."""
+        return -(-(self.num_bytes + UNIT_OVERHEAD) // PAGE) * PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPlan:
+    """The units of body and head in the order a sweep passes them, and which of them stay.
+
+    Attributes:
+        body, head: planned units.
+        residents: indices into ``units`` of those that never leave.
+        ring_bytes: capacity of the ring; 0 if nothing streams.
+    """
+
+    body: tuple[PlannedUnit, ...]
+    head: tuple[PlannedUnit, ...]
+    residents: frozenset[int]
+    ring_bytes: int
+
+    @property
+    def units(self) -> tuple[PlannedUnit, ...]:
+        """Body, then head."""
+        return self.body + self.head
+
+    @property
+    def num_streamed(self) -> int:
+        """Units that stream."""
+        return len(self.units) - len(self.residents)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that stay, in the compute dtype."""
+        return sum(self.units[index].compute_bytes for index in self.residents)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that one sampling sweep reads."""
+        return sum(unit.num_bytes for index, unit in enumerate(self.units) if index not in self.residents)
+
+
+def cut_units(node: WeightNode, limit: int) -> list[PlannedUnit]:
+    """Cut the subtree of *node* into units of at most *limit* bytes, as coarse as possible, in module order.
+
+    A unit may still exceed *limit* where nothing is left to cut (fused experts); the caller compares
+    :func:`largest_unit` with its ring and refuses.
+    """
+    return list(_cut(node, limit))
+
+
+def largest_unit(units: Sequence[PlannedUnit]) -> int:
+    """Ring bytes of the largest unit that is not pinned; 0 if there is none."""
+    return max((unit.ring_bytes for unit in units if not unit.pinned), default=0)
+
+
+def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
+    total, compute = node.total_bytes, node.total_compute_bytes
+    if not total:
+        return
+    if total <= limit or not (node.children or node.num_rows):
+        yield PlannedUnit(node.name, total, compute, pinned=total < PIN_BELOW)
+    elif node.children:
+        if node.own_bytes:
+            yield PlannedUnit(node.name, node.own_bytes, node.compute_bytes, own_only=True, pinned=True)
+        for child in node.children:
+            yield from _cut(child, limit)
+    else:
+        yield from slice_rows(node, limit)
+
+
+def slice_rows(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
+    """Slices of a Linear's output rows, of nearly equal size, each at most *limit* bytes (one row at least)."""
+    row_bytes = -(-node.own_bytes // node.num_rows)
+    most = max(1, limit // row_bytes)
+    step = 16 if most >= 16 else 1  # whole vector registers, where the limit allows it
+    num_slices = -(-node.num_rows // (most // step * step))
+    rows_each = -(-node.num_rows // (num_slices * step)) * step
+    for first in range(0, node.num_rows, rows_each):
+        last = min(first + rows_each, node.num_rows)
+        share = (last - first) / node.num_rows
+        yield PlannedUnit(
+            node.name, round(node.own_bytes * share), round(node.compute_bytes * share), rows=(first, last)
+        )
+
+
+def choose_residents(sizes: Sequence[int], available_bytes: int) -> frozenset[int]:
+    """Indices of the units that stay, their sizes summing to at most *available_bytes*.
+
+    All of them if they fit; else taken in the van der Corput order, which spreads any number of picks evenly.
+    """
+    if sum(sizes) <= available_bytes:
+        return frozenset(range(len(sizes)))
+    chosen: set[int] = set()
+    left = available_bytes
+    for index in _spread_order(len(sizes)):
+        if sizes[index] <= left:
+            chosen.add(index)
+            left -= sizes[index]
+    return frozenset(chosen)
+
+
+def _spread_order(count: int) -> Iterator[int]:
+    """0…count-1 in bit-reversed order: every prefix is spread evenly over the range."""
+    bits = max(count - 1, 0).bit_length()
+    for index in range(1 << bits):
+        reversed_index = int(format(index, f"0{bits}b")[::-1], 2) if bits else 0
+        if reversed_index < count:
+            yield reversed_index

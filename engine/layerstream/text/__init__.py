@@ -1,0 +1,1 @@
+"""Floor 5: prompts to tokens, tokens to text."""
