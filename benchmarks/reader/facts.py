@@ -1,172 +1,35 @@
-"""Invented facts, the sentences that state them and the questions that ask for them.
+"""Fact sheets about invented entities: drawing them, asking about them, writing them as documents.
 
-Everything follows from the random generator that is passed in: the same seed gives the same facts. Names are put
-together from syllables, so that a value cannot be known, only copied.
+Everything follows from the random generator that is passed in: the same seed gives the same facts.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.reader.names import UNIT_KINDS
+from benchmarks.reader.relations import BY_KIND, DRAW_NAME, PERSON, PROJECT, UNIT, Relation
+
 NOT_FOUND = "Not in the context."
-
-_ONSETS = "b br d dr f fl g gr h j k kl kr l m n p pr r s sk sl st sv t tr th v w z vr gl pl dw".split()
-_VOWELS = "a e i o u ae ei ia o u a e y".split()
-_CODAS = ["", "", "", "l", "n", "r", "s", "k", "m", "rn", "st", "nd", "ld", "rk", "th", "x"]
-_KINDS = ["Station", "Workshop", "Archive", "Garden", "Office", "Laboratory", "Mill", "Harbour", "Library", "Depot"]
-_COLOURS = "amber azure black copper crimson green grey indigo ivory ochre orange purple red silver teal white".split()
-_VEHICLES = "barge bicycle cart ferry lorry minibus sledge tractor tram van wagon balloon".split()
-
-
-def word(rng: random.Random, syllables: int | None = None) -> str:
-    """A capitalised invented word."""
-    count = syllables or rng.choice((2, 2, 2, 3))
-    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(count)]
-    return ("".join(parts) + rng.choice(_CODAS)).capitalize()
-
-
-def person(rng: random.Random) -> str:
-    """First name and surname."""
-    return f"{word(rng, 2)} {word(rng)}"
-
-
-def entity(rng: random.Random) -> str:
-    """The name of a place, team or project."""
-    return f"{word(rng)} {rng.choice(_KINDS)}" if rng.random() < 0.4 else word(rng)
-
-
-@dataclass(frozen=True)
-class Relation:
-    """Something that can be said of an entity.
-
-    Attributes:
-        statements: sentences with ``{e}`` and ``{v}``.
-        questions: questions with ``{e}``.
-        value: draws a value.
-    """
-
-    name: str
-    statements: tuple[str, ...]
-    questions: tuple[str, ...]
-    value: Callable[[random.Random], str]
-
-
-def _amount(rng: random.Random) -> str:
-    return f"{rng.randrange(12, 980)},{rng.choice(('000', '500', '250', '750'))} crowns"
-
-
-def _hours(rng: random.Random) -> str:
-    return f"{rng.randrange(6, 11)}:{rng.choice(('00', '15', '30', '45'))} to {rng.randrange(14, 21)}:{rng.choice(('00', '30'))}"
-
-
-def _room(rng: random.Random) -> str:
-    return f"{rng.choice('ABCDEFGHKLMNPRSTUVW')}-{rng.randrange(101, 999)}"
-
-
-def _code(rng: random.Random) -> str:
-    letters = "".join(rng.choice("ABCDEFGHKLMNPRSTUVWXZ") for _ in range(2))
-    return f"{letters}{rng.randrange(1000, 9999)}"
-
-
-RELATIONS = (
-    Relation(
-        "leader",
-        ("{e} is led by {v}.", "{v} leads {e}.", "The head of {e} is {v}.", "{v} has been in charge of {e} for years."),
-        ("Who leads {e}?", "Who is the head of {e}?", "Who is in charge of {e}?"),
-        person,
-    ),
-    Relation(
-        "deputy",
-        ("{v} is the deputy at {e}.", "The deputy head of {e} is {v}.", "At {e}, {v} serves as deputy."),
-        ("Who is the deputy at {e}?", "Who is the deputy head of {e}?"),
-        person,
-    ),
-    Relation(
-        "founded",
-        ("{e} was founded in {v}.", "{e} has existed since {v}.", "The founding year of {e} is {v}."),
-        ("When was {e} founded?", "In which year was {e} founded?", "Since when has {e} existed?"),
-        lambda rng: str(rng.randrange(1780, 2024)),
-    ),
-    Relation(
-        "location",
-        ("{e} is located in {v}.", "{e} lies in {v}.", "You will find {e} in {v}."),
-        ("Where is {e} located?", "Where is {e}?", "In which town is {e}?"),
-        word,
-    ),
-    Relation(
-        "staff",
-        ("{e} employs {v}.", "{v} work at {e}.", "The staff of {e} counts {v}."),
-        ("How many people work at {e}?", "How many people does {e} employ?"),
-        lambda rng: f"{rng.randrange(3, 480)} people",
-    ),
-    Relation(
-        "budget",
-        ("The yearly budget of {e} is {v}.", "{e} has a budget of {v}.", "{e} spends {v} a year."),
-        ("What is the budget of {e}?", "How much does {e} spend a year?"),
-        _amount,
-    ),
-    Relation(
-        "extension",
-        ("The phone extension of {e} is {v}.", "{e} can be reached at extension {v}.", "Dial {v} to reach {e}."),
-        ("What is the phone extension of {e}?", "Which extension reaches {e}?"),
-        lambda rng: str(rng.randrange(1000, 9999)),
-    ),
-    Relation(
-        "room",
-        ("{e} meets in room {v}.", "The meeting room of {e} is {v}.", "Room {v} belongs to {e}."),
-        ("Which room belongs to {e}?", "In which room does {e} meet?"),
-        _room,
-    ),
-    Relation(
-        "codename",
-        ("The code name of {e} is {v}.", "Internally, {e} is called {v}.", "{e} goes by the code name {v}."),
-        ("What is the code name of {e}?", "What is {e} called internally?"),
-        lambda rng: word(rng).upper(),
-    ),
-    Relation(
-        "supplier",
-        ("{e} buys its material from {v}.", "The supplier of {e} is {v}.", "{v} supplies {e}."),
-        ("Who supplies {e}?", "Who is the supplier of {e}?"),
-        lambda rng: f"{word(rng)} {rng.choice(('Ltd', 'Brothers', 'Works', 'Trading'))}",
-    ),
-    Relation(
-        "hours",
-        ("{e} is open from {v}.", "The opening hours of {e} are {v}.", "Visitors are welcome at {e} from {v}."),
-        ("What are the opening hours of {e}?", "When is {e} open?"),
-        _hours,
-    ),
-    Relation(
-        "product",
-        ("{e} makes the {v}.", "The {v} is made by {e}.", "The best known product of {e} is the {v}."),
-        ("What does {e} make?", "What is the best known product of {e}?"),
-        lambda rng: f"{word(rng)} {rng.choice(('lamp', 'valve', 'clock', 'engine', 'loom', 'pump', 'lens', 'kettle'))}",
-    ),
-    Relation(
-        "colour",
-        ("The colour of {e} is {v}.", "The doors of {e} are painted {v}.", "{e} uses {v} as its colour."),
-        ("What is the colour of {e}?", "Which colour does {e} use?"),
-        lambda rng: f"{rng.choice(('dark', 'light', 'pale', 'bright'))} {rng.choice(_COLOURS)}",
-    ),
-    Relation(
-        "vehicle",
-        ("{e} owns a {v}.", "Goods reach {e} by {v}.", "The vehicle of {e} is a {v}."),
-        ("Which vehicle does {e} own?", "What is the vehicle of {e}?"),
-        lambda rng: f"{rng.choice(_COLOURS)} {rng.choice(_VEHICLES)}",
-    ),
-    Relation(
-        "shelf",
-        ("The files of {e} are on shelf {v}.", "Shelf {v} holds the files of {e}.", "{e} keeps its files on shelf {v}."),
-        ("On which shelf are the files of {e}?", "Which shelf holds the files of {e}?"),
-        _code,
-    ),
-    Relation(
-        "partner",
-        ("{e} works together with {v}.", "The partner of {e} is {v}.", "{v} is the partner of {e}."),
-        ("Who is the partner of {e}?", "Who does {e} work together with?"),
-        entity,
-    ),
+FILLERS = (
+    "This page is kept by the registry.",
+    "Please tell the registry when something changes.",
+    "Visitors are asked to sign the book at the door.",
+    "The figures were checked last spring.",
+    "Everything else is decided at the yearly meeting.",
+    "Older papers are kept in the cellar.",
+    "Lunch is served at noon.",
+    "New colleagues receive a short tour on their first day.",
+    "Letters are answered within a week.",
+    "Coats can be left near the entrance.",
+    "A map hangs beside the stairs.",
+    "Nobody remembers who chose the carpet.",
+    "Guests are always welcome.",
+    "The lift is slow, so most people take the stairs.",
+    "Questions are best asked in the morning.",
+    "In winter, the path is cleared before dawn.",
 )
 
 
@@ -180,72 +43,149 @@ class Fact:
 
     def statement(self, rng: random.Random) -> str:
         """A sentence that states it."""
-        return rng.choice(self.relation.statements).format(e=self.entity, v=self.value)
+        predicates = [f"{self.entity} {predicate}." for predicate in self.relation.predicates]
+        forms = [template.format(e=self.entity, v=self.value) for template in (*predicates, *self.relation.sentences)]
+        return rng.choice(forms)
+
+    def predicate(self, rng: random.Random) -> str:
+        """What follows the entity in a sentence."""
+        return rng.choice(self.relation.predicates).format(v=self.value)
 
     def question(self, rng: random.Random) -> str:
         """A question that it answers."""
-        return rng.choice(self.relation.questions).format(e=self.entity)
+        return ask(rng, self.relation, self.entity)
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """An entity and some facts about it."""
+    """An entity of some kind and what is said of it."""
 
     entity: str
+    kind: str
     facts: tuple[Fact, ...]
 
 
-def draw_sheet(rng: random.Random, num_facts: int, name: str | None = None) -> Sheet:
-    """A sheet of *num_facts* different relations (at most as many as there are)."""
-    name = name or entity(rng)
-    relations = rng.sample(RELATIONS, min(num_facts, len(RELATIONS)))
-    return Sheet(name, tuple(Fact(name, relation, relation.value(rng)) for relation in relations))
+def ask(rng: random.Random, relation: Relation, entity: str) -> str:
+    """A question after *relation* of *entity*."""
+    return rng.choice(relation.questions).format(e=entity)
+
+
+def draw_sheet(rng: random.Random, num_facts: int, kind: str, name: str | None = None) -> Sheet:
+    """A sheet of *num_facts* different relations (at most as many as *kind* has)."""
+    name = name or DRAW_NAME[kind](rng)
+    relations = rng.sample(BY_KIND[kind], min(num_facts, len(BY_KIND[kind])))
+    return Sheet(name, kind, tuple(Fact(name, relation, relation.value(rng)) for relation in relations))
 
 
 def draw_sheets(rng: random.Random, num_facts: int) -> list[Sheet]:
-    """Sheets of two to eight facts each, *num_facts* together, about different entities."""
+    """Sheets of two to eight facts each, *num_facts* together, about different entities.
+
+    Some entities were named as a value of an earlier sheet, and some share a word with another one.
+    """
     sheets: list[Sheet] = []
-    names: set[str] = set()
+    taken: set[str] = set()
     left = num_facts
     while left:
-        name = entity(rng)
-        if name in names:
+        kind, name = _draw_entity(rng, sheets)
+        if name in taken:
             continue
-        names.add(name)
-        sheet = draw_sheet(rng, min(left, rng.randint(2, 8)), name)
+        taken.add(name)
+        sheet = draw_sheet(rng, min(left, rng.randint(2, 8)), kind, name)
         sheets.append(sheet)
         left -= len(sheet.facts)
     return sheets
 
 
-def draw_question(rng: random.Random, sheets: list[Sheet], unanswerable: float = 0.12) -> tuple[str, str]:
-    """A question and its answer; with probability *unanswerable* one that the sheets leave open."""
+def _draw_entity(rng: random.Random, sheets: Sequence[Sheet]) -> tuple[str, str]:
+    """Kind and name of one more entity."""
+    choice = rng.random()
+    if sheets and choice < 0.25:
+        named = [(f.relation.value_kind, f.value) for sheet in sheets for f in sheet.facts if f.relation.value_kind]
+        if named:
+            kind, name = rng.choice(named)
+            return kind or UNIT, name
+    if sheets and choice > 0.9:
+        siblings = [sheet.entity for sheet in sheets if sheet.entity.split()[-1] in UNIT_KINDS]
+        if siblings:
+            return UNIT, f"{rng.choice(siblings).split()[0]} {rng.choice(UNIT_KINDS)}"
+    kind = rng.choices((UNIT, PROJECT, PERSON), (0.6, 0.2, 0.2))[0]
+    return kind, DRAW_NAME[kind](rng)
+
+
+def draw_question(rng: random.Random, sheets: Sequence[Sheet], unanswerable: float = 0.15) -> tuple[str, str]:
+    """A question and its answer; with probability *unanswerable* one that the sheets leave open.
+
+    Open questions are mostly near misses: a known entity without that relation. The others name a stranger.
+    """
     sheet = rng.choice(sheets)
-    if rng.random() < unanswerable:
-        known = {fact.relation.name for fact in sheet.facts}
-        open_relations = [relation for relation in RELATIONS if relation.name not in known]
-        if rng.random() < 0.3 or not open_relations:
-            stranger = Sheet(entity(rng), ())
-            return rng.choice(rng.choice(RELATIONS).questions).format(e=stranger.entity), NOT_FOUND
-        return rng.choice(rng.choice(open_relations).questions).format(e=sheet.entity), NOT_FOUND
-    fact = rng.choice(sheet.facts)
-    return fact.question(rng), fact.value
+    if rng.random() >= unanswerable:
+        fact = rng.choice(sheet.facts)
+        return _vary(rng, fact.question(rng)), fact.value
+    known = {fact.relation.name for fact in sheet.facts}
+    missing = [relation for relation in BY_KIND[sheet.kind] if relation.name not in known]
+    if missing and rng.random() < 0.7:
+        return _vary(rng, ask(rng, rng.choice(missing), sheet.entity)), NOT_FOUND
+    taken = {other.entity for other in sheets}
+    stranger = DRAW_NAME[sheet.kind](rng)
+    while stranger in taken:
+        stranger = DRAW_NAME[sheet.kind](rng)
+    return _vary(rng, ask(rng, rng.choice(BY_KIND[sheet.kind]), stranger)), NOT_FOUND
 
 
-def render_document(rng: random.Random, sheet: Sheet) -> str:
-    """The sheet as a short document: with or without heading, prose, lines or bullets."""
-    sentences = [fact.statement(rng) for fact in sheet.facts]
-    rng.shuffle(sentences)
+def _vary(rng: random.Random, question: str) -> str:
+    """The question as it is, or now and then with a polite start or without its mark."""
+    choice = rng.random()
+    if choice < 0.05:
+        return f"Please tell me: {question}"
+    if choice < 0.1:
+        return question.rstrip("?")
+    return question
+
+
+def write_sentences(rng: random.Random, facts: Sequence[Fact], joined: float = 0.2, filler: float = 0.1) -> list[str]:
+    """Sentences that state *facts* in their order.
+
+    Args:
+        joined: how often two facts share a sentence ("X lies in Y and is led by Z.").
+        filler: how often a sentence that states nothing comes in between.
+    """
+    sentences: list[str] = []
+    position = 0
+    while position < len(facts):
+        fact = facts[position]
+        following = facts[position + 1] if position + 1 < len(facts) else None
+        if following is not None and rng.random() < joined:
+            sentences.append(f"{fact.entity} {fact.predicate(rng)} and {following.predicate(rng)}.")
+            position += 2
+        else:
+            sentences.append(fact.statement(rng))
+            position += 1
+        if rng.random() < filler:
+            sentences.append(rng.choice(FILLERS))
+    return sentences
+
+
+def render_document(entity: str, facts: Sequence[Fact], rng: random.Random) -> str:
+    """A short document about *entity*: with or without heading, as prose, lines or bullets."""
+    sentences = write_sentences(rng, facts)
     style = rng.random()
-    if style < 0.6:
+    if style < 0.5:
         body = " ".join(sentences)
+    elif style < 0.65 and len(sentences) > 3:
+        middle = len(sentences) // 2
+        body = " ".join(sentences[:middle]) + "\n\n" + " ".join(sentences[middle:])
     elif style < 0.8:
         body = "\n".join(sentences)
     else:
         body = "\n".join(f"- {sentence}" for sentence in sentences)
     heading = rng.random()
     if heading < 0.45:
-        return f"# {sheet.entity}\n\n{body}"
-    if heading < 0.6:
-        return f"file_path: {sheet.entity.lower().replace(' ', '-')}.md\n\n{body}"
+        return f"# {entity}\n\n{body}"
+    if heading < 0.5:
+        return f"{entity}\n\n{body}"
     return body
+
+
+def file_name(entity: str) -> str:
+    """The name that a document about *entity* is stored under."""
+    return entity.lower().replace(" ", "-") + ".md"

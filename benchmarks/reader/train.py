@@ -1,9 +1,10 @@
 """Trains the reader; resumable.
 
-    python -m benchmarks.reader.train OUT [--tokens 14000000] [--checkpoint FILE]
+    python -m benchmarks.reader.train OUT [--tokens 24000000] [--minutes M] [--checkpoint FILE] [--warm FOLDER]
 
 Contexts grow from 8 to 60 facts over the first 70 % of the run; Muon moves the matrices, AdamW the rest; the learning
-rate is constant over the first half and falls linearly to zero over the second.
+rate is constant over the first half and falls linearly to zero over the second. A run ends after its tokens or its
+minutes, whichever comes first. A warm run starts from another reader, whose tokenizer may differ, and with 30 facts.
 """
 
 from __future__ import annotations
@@ -11,23 +12,52 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.reader.prompts import BOS, END, PAD, Sample, draw_sample
-from benchmarks.reader.tokenizer import VOCAB_SIZE, save_tokenizer
+from benchmarks.reader.prompts import draw_sample
+from benchmarks.reader.tokenizer import BOS_ID, END_ID, PAD_ID, VOCAB_SIZE, encode, save_tokenizer
 
 STEP_TOKENS = 6000
 LEARNING_RATE = 2e-3
 CONTEXT_LOSS = 0.3
-FEWEST_FACTS, MOST_FACTS = 8, 60
-IGNORED = -100
+MOST_FACTS = 60
+SAVE_SECONDS = 90
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+@dataclass(frozen=True)
+class Plan:
+    """How long a run takes, and with how many facts its contexts start."""
+
+    tokens: int
+    minutes: float = float("inf")
+    first_facts: int = 8
+    growth: float = 0.7
+    seed: int = 0
+
+    def most_facts(self, share: float) -> int:
+        """The longest contexts when *share* of the run is over."""
+        return round(self.first_facts + (MOST_FACTS - self.first_facts) * min(1.0, share / self.growth))
+
+
+@dataclass
+class Progress:
+    """What has been done; part of the checkpoint."""
+
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+
+    def share(self, plan: Plan) -> float:
+        """Of the plan's tokens or minutes, whichever is nearer to its end."""
+        return max(self.tokens / plan.tokens, self.seconds / (60 * plan.minutes))
+
+
+def make_model() -> LlamaForCausalLM:
     """1.9 M parameters, tied embeddings."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -39,9 +69,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         head_dim=32,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        bos_token_id=BOS_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
     )
     return LlamaForCausalLM(config)
 
@@ -75,32 +105,18 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-def encode(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[bool]]:
-    """Token ids, and which of them are part of an answer."""
-    ids: list[int] = []
-    marks: list[bool] = []
-    for text, is_answer in sample.pieces:
-        piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += piece
-        marks += [is_answer] * len(piece)
-    return ids, marks
-
-
 def draw_batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, share: float
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, most_facts: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Ids and answer marks ``(samples, length)`` of about :data:`STEP_TOKENS` tokens, and how many are no padding."""
-    most = FEWEST_FACTS + (MOST_FACTS - FEWEST_FACTS) * min(1.0, share / 0.7)
-    num_facts = rng.randint(4, max(4, round(most)))
-    if rng.random() < 0.4:
-        num_facts = round(most)
+    num_facts = most_facts if rng.random() < 0.4 else rng.randint(4, most_facts)
     rows: list[tuple[list[int], list[bool]]] = []
     count = 0
     while count < STEP_TOKENS:
         rows.append(encode(draw_sample(rng, num_facts), tokenizer))
         count += len(rows[-1][0])
     longest = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    ids = torch.full((len(rows), longest), PAD_ID)
     marks = torch.zeros((len(rows), longest), dtype=torch.bool)
     for row, (row_ids, row_marks) in enumerate(rows):
         ids[row, : len(row_ids)] = torch.tensor(row_ids)
@@ -108,76 +124,108 @@ def draw_batch(
     return ids, marks, count
 
 
-def compute_loss(
-    model: LlamaForCausalLM, ids: torch.Tensor, marks: torch.Tensor, pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_loss(model: LlamaForCausalLM, ids: torch.Tensor, marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss on the answers, and on everything else."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
     targets, is_answer = ids[:, 1:].flatten(), marks[:, 1:].flatten()
-    losses = F.cross_entropy(logits, targets.masked_fill(targets == pad, IGNORED), reduction="none", ignore_index=IGNORED)
-    is_context = ~is_answer & (targets != pad)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    is_context = ~is_answer & (targets != PAD_ID)
     return losses[is_answer].mean(), losses[is_context].mean()
 
 
-def train(out: Path, checkpoint: Path, total_tokens: int, seed: int = 0) -> None:
-    """Train for *total_tokens* and write the model to *out*."""
+def train(out: Path, checkpoint: Path, plan: Plan, warm: Path | None = None) -> None:
+    """Train as planned, from *checkpoint* if it exists, else from *warm* or from nothing; write the model to *out*."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(out)
-    torch.manual_seed(seed)
-    model = make_model(tokenizer)
+    torch.manual_seed(plan.seed)
+    model = make_model()
+    if warm is not None:
+        transplant(model, tokenizer, warm)
     optimizers = Optimizers(model)
-    done = step = 0
+    progress = Progress()
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizers.load_state_dict(state["optimizers"])
-        done, step = state["tokens"], state["step"]
-    started, begun_at = time.time(), done
+        progress = load_checkpoint(checkpoint, model, optimizers)
+    begun = Progress(**asdict(progress))
+    saved = started = time.monotonic()
     model.train()
-    while done < total_tokens:
-        share = done / total_tokens
-        ids, marks, count = draw_batch(random.Random(seed * 10**9 + step), tokenizer, share)
-        answer_loss, context_loss = compute_loss(model, ids, marks, tokenizer.pad_token_id)
+    while (share := progress.share(plan)) < 1:
+        rng = random.Random(plan.seed * 10**9 + progress.steps)
+        ids, marks, count = draw_batch(rng, tokenizer, plan.most_facts(share))
+        answer_loss, context_loss = compute_loss(model, ids, marks)
         (answer_loss + CONTEXT_LOSS * context_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(share)
-        done += count
-        step += 1
-        if step % 20 == 0:
-            rate = (done - begun_at) / (time.time() - started)
-            print(f"{step:5d} {done / 1e6:6.2f}M answer {answer_loss:.3f} context {context_loss:.3f} {rate:5.0f}/s", flush=True)
-        if step % 100 == 0:
-            save_checkpoint(checkpoint, model, optimizers, done, step)
-    save_checkpoint(checkpoint, model, optimizers, done, step)
+        now = time.monotonic()
+        progress = Progress(progress.tokens + count, progress.steps + 1, begun.seconds + now - started)
+        if progress.steps % 20 == 0:
+            rate = (progress.tokens - begun.tokens) / (now - started)
+            losses = f"answer {answer_loss:.3f} context {context_loss:.3f}"
+            print(f"{progress.steps:5d} {progress.tokens / 1e6:6.2f}M {share:4.0%} {losses} {rate:5.0f}/s", flush=True)
+        if now - saved > SAVE_SECONDS:
+            save_checkpoint(checkpoint, model, optimizers, progress)
+            saved = now
+    save_checkpoint(checkpoint, model, optimizers, progress)
     write_model(model, tokenizer, out)
 
 
-def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: Optimizers, tokens: int, step: int) -> None:
+@torch.no_grad()
+def transplant(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, warm: Path) -> None:
+    """Take the weights of the reader in *warm*; a token that it lacks starts as the mean of its parts there."""
+    source = LlamaForCausalLM.from_pretrained(warm, dtype=torch.float32)
+    source_tokenizer = AutoTokenizer.from_pretrained(warm)
+    rows = source.model.embed_tokens.weight.clone()
+    model.load_state_dict(source.state_dict())
+    known = source_tokenizer.get_vocab()
+    embedding = model.model.embed_tokens.weight
+    for token, index in tokenizer.get_vocab().items():
+        if token in known:
+            parts = [known[token]]
+        else:
+            parts = source_tokenizer(tokenizer.decode([index]), add_special_tokens=False)["input_ids"]
+        embedding[index] = rows[parts].mean(0)
+
+
+def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: Optimizers, progress: Progress) -> None:
     """Replace the checkpoint at once."""
-    state = {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "tokens": tokens, "step": step}
+    state = {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "progress": asdict(progress)}
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
+
+
+def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: Optimizers) -> Progress:
+    """Fill model and optimizers; the progress so far."""
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizers.load_state_dict(state["optimizers"])
+    return Progress(**state["progress"])
 
 
 def write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write bf16 weights, config and generation defaults (greedy)."""
     model.generation_config = GenerationConfig(
         do_sample=False,
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
+        bos_token_id=BOS_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
     )
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=int, default=14_000_000)
-    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--tokens", type=int, default=24_000_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--checkpoint", type=Path, help="default: training.pt in OUT")
+    parser.add_argument("--warm", type=Path, help="a reader to start from")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    train(options.out, options.checkpoint or options.out / "training.pt", options.tokens)
+    torch.set_num_threads(options.threads)
+    warmed = {"first_facts": 30, "growth": 0.3} if options.warm else {}
+    plan = Plan(options.tokens, options.minutes, seed=options.seed, **warmed)
+    train(options.out, options.checkpoint or options.out / "training.pt", plan, options.warm)
 
 
 if __name__ == "__main__":
