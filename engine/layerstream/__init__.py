@@ -1,0 +1,102 @@
+"""LayerStream: language models whose weights stream past the compute within a memory budget.
+
+Importing this package is quick and needs no torch; a public name loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerstream.airllm import AutoModel
+    from layerstream.completion import Completion, CompletionMetrics, Delta, TokenLogprob, Usage
+    from layerstream.engine import EngineStats, LayerStream
+    from layerstream.errors import (
+        BudgetTooSmall,
+        CheckpointError,
+        CheckpointNotFound,
+        ConfigurationError,
+        DocumentError,
+        EmptyPrompt,
+        EngineClosed,
+        GatedRepository,
+        InvalidHeader,
+        InvalidLogits,
+        InvalidSamplingParams,
+        InvalidSize,
+        LayerStreamError,
+        MissingTensor,
+        PromptError,
+        PromptTooLong,
+        ReadError,
+        RequestTimeout,
+        TruncatedFile,
+        UnsupportedFormat,
+        UnsupportedModel,
+    )
+    from layerstream.params import SamplingParams
+    from layerstream.request import Request
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoModel",
+    "BudgetTooSmall",
+    "CheckpointError",
+    "CheckpointNotFound",
+    "Completion",
+    "CompletionMetrics",
+    "ConfigurationError",
+    "Delta",
+    "DocumentError",
+    "EmptyPrompt",
+    "EngineClosed",
+    "EngineStats",
+    "GatedRepository",
+    "InvalidHeader",
+    "InvalidLogits",
+    "InvalidSamplingParams",
+    "InvalidSize",
+    "LayerStream",
+    "LayerStreamError",
+    "MissingTensor",
+    "PromptError",
+    "PromptTooLong",
+    "ReadError",
+    "Request",
+    "RequestTimeout",
+    "SamplingParams",
+    "TokenLogprob",
+    "TruncatedFile",
+    "UnsupportedFormat",
+    "UnsupportedModel",
+    "Usage",
+    "__version__",
+]
+
+_ELSEWHERE = {
+    "AutoModel": "airllm",
+    "Completion": "completion",
+    "CompletionMetrics": "completion",
+    "Delta": "completion",
+    "EngineStats": "engine",
+    "LayerStream": "engine",
+    "Request": "request",
+    "SamplingParams": "params",
+    "TokenLogprob": "completion",
+    "Usage": "completion",
+}
+"""The module that a public name lives in; the names not here are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'errors')}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

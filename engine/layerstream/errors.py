@@ -17,6 +17,7 @@
     │   ├── TruncatedFile
     │   ├── MissingTensor
     │   └── UnsupportedFormat                pickles, unknown dtypes
+    ├── DocumentError (ValueError)           a folder of documents with nothing that can be read
     ├── UnsupportedModel                     a family outside the tested list, with the reason
     ├── ReadError (OSError)                  the disk failed in the middle of a sweep
     ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
@@ -103,6 +104,10 @@ class MissingTensor(CheckpointError):
 
 class UnsupportedFormat(CheckpointError):
     """Weights in a format that is refused (pickles) or not understood."""
+
+
+class DocumentError(LayerStreamError, ValueError):
+    """Documents that cannot be read, or none where some were expected."""
 
 
 class UnsupportedModel(LayerStreamError):
