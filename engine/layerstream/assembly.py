@@ -23,7 +23,7 @@ from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, kv_values_per_tok
 from layerstream.model.runner import SweepRunner
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.model.weights import ModelWeights
-from layerstream.planner import CHUNK_TOKENS, ModelFacts, Plan, comfortable_bytes, make_plan
+from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.scheduling.scheduler import Scheduler, SweepLimits
 from layerstream.streaming.reader import DirectReader
 from layerstream.text.defaults import GenerationDefaults, load_defaults
@@ -162,7 +162,7 @@ def _assemble(
     states = [LayerState(plan.num_pages, plan.page_tokens) for _ in range(skeleton.config.num_hidden_layers)]
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
-        chunk_tokens=CHUNK_TOKENS,
+        chunk_tokens=plan.page_tokens,
         decode_rows=plan.decode_rows,
         one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
     )
@@ -188,7 +188,7 @@ def _embedding(skeleton: Skeleton, plan: Plan, weights: ModelWeights, reader: Di
         resident = weights.resident_matrix(skeleton.head_key)
     elif plan.embedding_resident:
         resident = weights.load_matrix(skeleton.embedding_key, reader)
-    return EmbeddingRows(source, skeleton.dtype, reader, max_rows=plan.max_sweep_tokens, resident=resident)
+    return EmbeddingRows(source, skeleton.dtype, reader, max_rows=plan.max_sweep_rows, resident=resident)
 
 
 def _budget(config: EngineConfig, facts: ModelFacts) -> int:

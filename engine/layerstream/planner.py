@@ -70,7 +70,7 @@ class Plan:
     Attributes:
         weights: the units, and which of them are resident.
         embedding_resident: whether embedding rows come from memory.
-        num_pages, page_tokens: KV pages.
+        num_pages, page_tokens: KV pages; a page holds one chunk of a prompt.
         activation_bytes: what a sweep computes with, at most.
     """
 
@@ -92,6 +92,11 @@ class Plan:
     def decode_rows(self) -> int:
         """Rows per row block of decoding sequences, and of the head."""
         return STREAMING_ROWS if self.streams else RESIDENT_ROWS
+
+    @property
+    def max_sweep_rows(self) -> int:
+        """Rows of one sweep at most: the last chunk may reach past the token budget."""
+        return self.max_sweep_tokens + self.page_tokens
 
     @property
     def resident_bytes(self) -> int:
@@ -243,7 +248,7 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     its attention's projections; sampling holds logits of one row block in the compute dtype, twice in fp32 and once in
     fp64.
     """
-    packed = 3 * (sweep_tokens + STREAMING_ROWS) * facts.hidden_size * facts.itemsize
+    packed = 3 * (sweep_tokens + CHUNK_TOKENS) * facts.hidden_size * facts.itemsize
     block = CHUNK_TOKENS * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
     logits = STREAMING_ROWS * facts.vocab_size * (facts.itemsize + 4 + 4 + 8)
     return packed + block + logits

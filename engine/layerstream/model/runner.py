@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from layerstream.kv.state import LayerState
 from layerstream.model.cache import PagedCache
@@ -127,5 +127,5 @@ class _Stubs:
         finally:
             self._hidden = self._logits = None
 
-    def _decoded(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
+    def _decoded(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self._hidden)

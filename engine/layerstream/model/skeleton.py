@@ -51,8 +51,8 @@ class Skeleton:
 
     @property
     def decoder(self) -> Any:
-        """The model below the head."""
-        return self.model.base_model
+        """The model below the head: what owns the embedding (``base_model`` is the causal model itself for some)."""
+        return self.model.get_submodule(self.embedding_key.rpartition(".")[0].rpartition(".")[0])
 
     @property
     def embedding_key(self) -> str:
@@ -107,9 +107,10 @@ def build_skeleton(
         )
     embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
     names = {id(module): name for name, module in model.named_modules()}
+    decoder = model.get_submodule(names[id(embedding)].rpartition(".")[0])
     body = tuple(
         node
-        for child in _body_modules(model.base_model, embedding)
+        for child in _body_modules(decoder, embedding)
         if (node := _weigh(child, names[id(child)], sources, dtypes)).total_bytes
     )
     return Skeleton(

@@ -50,7 +50,8 @@ class ModelWeights:
         if streamed:
             layouts = [self._layouts[index] for index in streamed]
             num_cycle = sum(index < len(plan.body) for index in streamed)
-            self.streamer = Streamer(layouts, num_cycle, plan.ring_bytes, reader)
+            largest = max(layout.num_bytes for layout in layouts)  # a unit strewn over a file has more page ends
+            self.streamer = Streamer(layouts, num_cycle, max(plan.ring_bytes, largest), reader)
         self._install()
         self.head = SlicedLinear([self._slice(index) for index in range(len(plan.body), len(plan.units))])
 

@@ -104,8 +104,10 @@ class DirectReader:
                     bounce = Arena(REQUEST_BYTES + PAGE)
                 try:
                     self._read(job, bounce)
-                except (OSError, TruncatedFile) as reason:
-                    error = reason if isinstance(reason, TruncatedFile) else _read_error(job.request, reason)
+                except OSError as reason:
+                    error = _read_error(job.request, reason)
+                except Exception as reason:  # noqa: BLE001  # whoever waits must hear of it, whatever it is
+                    error = reason
             job.done(error)
 
     def _next(self) -> _Job | None:

@@ -57,6 +57,9 @@ class Streamer:
     """
 
     def __init__(self, layouts: Sequence[UnitLayout], num_cycle: int, ring_bytes: int, reader: DirectReader) -> None:
+        largest = max(layout.num_bytes for layout in layouts)
+        if largest > ring_bytes:
+            raise ValueError(f"a ring of {ring_bytes} bytes cannot hold the largest unit of {largest}")
         self._layouts = layouts
         self._reader = reader
         self._arena = Arena(ring_bytes)
