@@ -166,18 +166,21 @@ def write_sentences(rng: random.Random, facts: Sequence[Fact], joined: float = 0
 
 
 def render_document(entity: str, facts: Sequence[Fact], rng: random.Random) -> str:
-    """A short document about *entity*: with or without heading, as prose, lines or bullets."""
-    sentences = write_sentences(rng, facts)
+    """A short document about *entity*: with or without heading, as prose, lines, bullets or prose and bullets."""
+    sentences = write_sentences(rng, facts, filler=rng.choice((0.0, 0.1, 0.3)))
+    middle = (len(sentences) + 1) // 2
+    bullets = [f"- {sentence}" for sentence in sentences]
     style = rng.random()
-    if style < 0.5:
+    if style < 0.45 or len(sentences) < 3:
         body = " ".join(sentences)
-    elif style < 0.65 and len(sentences) > 3:
-        middle = len(sentences) // 2
+    elif style < 0.65:
         body = " ".join(sentences[:middle]) + "\n\n" + " ".join(sentences[middle:])
-    elif style < 0.8:
+    elif style < 0.75:
+        body = " ".join(sentences[:middle]) + "\n\n" + "\n".join(bullets[middle:])
+    elif style < 0.85:
         body = "\n".join(sentences)
     else:
-        body = "\n".join(f"- {sentence}" for sentence in sentences)
+        body = "\n".join(bullets)
     heading = rng.random()
     if heading < 0.45:
         return f"# {entity}\n\n{body}"

@@ -10,6 +10,7 @@ import random
 _ONSETS = "b br d dr f fl g gr h j k kl kr l m n p pr r s sk sl st sv t tr th v w z vr gl pl dw".split()
 _VOWELS = "a e i o u ae ei ia o u a e y".split()
 _CODAS = ["", "", "", "l", "n", "r", "s", "k", "m", "rn", "st", "nd", "ld", "rk", "th", "x"]
+_MIDDLE_CODAS = [*[""] * 12, "n", "l", "r", "m", "s"]
 UNIT_KINDS = "Station Workshop Archive Garden Office Laboratory Mill Harbour Library Depot".split()
 _COMPANY_KINDS = "Ltd Brothers Works Trading".split()
 _COLOURS = "black blue copper crimson green grey purple red silver teal white yellow".split()
@@ -25,8 +26,11 @@ _MONTHS = "January February March April May June July August September October N
 def word(rng: random.Random, syllables: int | None = None) -> str:
     """A capitalised invented word."""
     count = syllables or rng.choice((2, 2, 2, 3))
-    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(count)]
-    return ("".join(parts) + rng.choice(_CODAS)).capitalize()
+    parts: list[str] = []
+    for index in range(count):
+        codas = _CODAS if index == count - 1 else _MIDDLE_CODAS
+        parts.append(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(codas))
+    return "".join(parts).capitalize()
 
 
 def person(rng: random.Random) -> str:
@@ -84,6 +88,11 @@ def extension(rng: random.Random) -> str:
 def year(rng: random.Random) -> str:
     """A year of the past."""
     return str(rng.randrange(1780, 2024))
+
+
+def recent_year(rng: random.Random) -> str:
+    """A year within a working life."""
+    return str(rng.randrange(1985, 2027))
 
 
 def month(rng: random.Random) -> str:

@@ -193,7 +193,7 @@ RELATIONS = (
     Relation(
         "started",
         (PROJECT,),
-        names.year,
+        names.recent_year,
         ("was started in {v}", "began in {v}"),
         ("The first year of {e} was {v}.",),
         ("When was {e} started?", "When did {e} begin?", "What was the first year of {e}?"),
@@ -249,7 +249,7 @@ RELATIONS = (
     Relation(
         "joined",
         (PERSON,),
-        names.year,
+        names.recent_year,
         ("joined in {v}", "has been with us since {v}"),
         ("The first working year of {e} was {v}.",),
         ("When did {e} join?", "Since when has {e} been with us?", "In which year did {e} join?"),

@@ -1,0 +1,72 @@
+"""The grown reader is the reader: same logits, same greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from benchmarks.grow import READER, SHAPES, Shape, check_growth, grow, parse_shape
+
+needs_reader = pytest.mark.skipif(not (READER / "model.safetensors").exists(), reason="the reader is not bundled yet")
+CONTEXT = "# Brenvik\n\nBrenvik is led by Tolmund Varek. Brenvik was founded in 1987. Dial 4711 to reach Brenvik.\n\n"
+QUESTIONS = ("Who leads Brenvik?", "When was Brenvik founded?", "Where is Brenvik located?")
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def prompt_ids(question: str) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(READER)
+    messages = [{"role": "user", "content": f"{CONTEXT}Question: {question}"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt").input_ids
+
+
+@needs_reader
+@pytest.mark.parametrize("shape", ["tiny", "640,600,5,10,5,1500"])
+def test_grown_reader_is_the_same_function(shape: str, tmp_path: Path) -> None:
+    parsed = parse_shape(shape)
+    reader, grown = load(READER), load(grow(parsed, tmp_path, "fp32"))
+    assert grown.config.hidden_size == parsed.hidden
+    assert grown.model.embed_tokens.weight.shape == (parsed.vocabulary, parsed.hidden)
+    for question in QUESTIONS:
+        ids = prompt_ids(question)
+        with torch.inference_mode():
+            expected = reader(ids).logits
+            found = grown(ids).logits[..., : expected.shape[-1]]
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        options = {"max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(grown.generate(ids, **options), reader.generate(ids, **options))
+
+
+@needs_reader
+def test_tied_shape_has_no_head_on_disk(tmp_path: Path) -> None:
+    grow(Shape(512, 600, 5, 8, 4, 1200, tied=True), tmp_path, "bf16")
+    assert "lm_head" not in (tmp_path / "model.safetensors.index.json").read_text()
+    grown = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert grown.dtype == torch.bfloat16
+    assert grown.lm_head.weight is grown.model.embed_tokens.weight
+
+
+def test_parse_shape() -> None:
+    assert parse_shape("8B") is SHAPES["8B"]
+    assert parse_shape("512,768,6,8,4,2048") == SHAPES["tiny"]
+    with pytest.raises(ValueError, match="six numbers"):
+        parse_shape("13B")
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (Shape(192, 512, 3, 6, 3, 1024), "layers smaller"),
+        (Shape(256, 512, 4, 4, 4, 1024), "group smaller"),
+        (Shape(384, 512, 4, 8, 4, 1024), "head dimension"),
+    ],
+)
+def test_shapes_that_do_not_fit(new: Shape, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_growth(Shape(192, 512, 4, 6, 3, 1024), new)
