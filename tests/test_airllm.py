@@ -84,7 +84,7 @@ def test_new_tokens_are_twenty_or_what_max_length_leaves(model: AutoModel) -> No
     torch.manual_seed(1)
     assert model.generate(ids, **options).shape == (1, 23)
     assert model.generate(ids, max_length=10, **options).shape == (1, 10)
-    with pytest.raises(ConfigurationError, match="max_length is 3; expected more than the prompt's 3 tokens"):
+    with pytest.raises(ConfigurationError, match="max_length is 3; the prompt has 3 tokens already"):
         model.generate(ids, max_length=3)
 
 

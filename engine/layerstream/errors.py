@@ -18,6 +18,7 @@
     │   ├── MissingTensor
     │   └── UnsupportedFormat                pickles, unknown dtypes
     ├── DocumentError (ValueError)           a folder of documents with nothing that can be read
+    ├── MissingExtra (ImportError)           says what to install
     ├── UnsupportedModel                     a family outside the tested list, with the reason
     ├── ReadError (OSError)                  the disk failed in the middle of a sweep
     ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
@@ -108,6 +109,15 @@ class UnsupportedFormat(CheckpointError):
 
 class DocumentError(LayerStreamError, ValueError):
     """Documents that cannot be read, or none where some were expected."""
+
+
+class MissingExtra(LayerStreamError, ImportError):
+    """A package is missing that one of the extras brings."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(f"{module} is not installed; it comes with: pip install 'layerstream[{extra}]'")
+        self.module = module
+        self.extra = extra
 
 
 class UnsupportedModel(LayerStreamError):
