@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 320
 
+# fmt: off
 _SMALL = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+}
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
@@ -31,7 +32,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
             }
         },
-    ),  # fmt: skip
+    ),
     "llama4-text": (
         "Llama4Text",
         {
@@ -39,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "interleave_moe_layer_step": 2, "attention_chunk_size": 48, "no_rope_layer_interval": 4, "floor_scale": 32,
             "attn_scale": 0.1, "attn_temperature_tuning": True,
         },
-    ),  # fmt: skip
+    ),
     "mistral-window": ("Mistral", {"sliding_window": 40}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
@@ -74,8 +75,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 48, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 24,
             "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8,
         },
-    ),  # fmt: skip
-}  # fmt: skip
+    ),
+}
+
+
+# fmt: on
 
 
 def make_model(family: str, folder: Path, *, seed: int = 0, **save_options: Any) -> Any:

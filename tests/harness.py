@@ -1,0 +1,88 @@
+"""Runs small models through the engine's parts, step by step, with every logit in sight."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from layerstream import planner
+from layerstream.assembly import EngineConfig, assemble, model_facts
+from layerstream.model.skeleton import build_skeleton
+from layerstream.params import SamplingParams
+from layerstream.sequence import Sequence
+from layerstream.streaming import residency
+
+from tests.models import VOCAB_SIZE
+
+NEW_TOKENS = 6
+
+
+def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut and stream models of a few hundred kilobytes as if they were large."""
+    monkeypatch.setattr(residency, "PIN_BELOW", 0)
+    monkeypatch.setattr(residency, "UNIT_OVERHEAD", 4 * residency.PAGE)
+    monkeypatch.setattr(planner, "FINEST_UNIT_BYTES", 12 * 1024)
+    monkeypatch.setattr(planner, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(planner, "MIN_KV_TOKENS", 512)
+    monkeypatch.setattr(planner, "MAX_SWEEP_TOKENS", 96)
+
+
+def budget_for(folder: Path, mode: str) -> int:
+    """A budget under which the model is resident, streams by layers, or is cut as fine as it gets."""
+    facts = model_facts(build_skeleton(folder, dtype="float32"), 1024)
+    least = planner._least_bytes(facts, planner.MAX_SWEEP_TOKENS)
+    if mode == "resident":
+        return planner.comfortable_bytes(facts)
+    if mode == "cut":
+        return least + 2048
+    kv_bytes = planner.MIN_KV_TOKENS * facts.kv_token_bytes
+    resident = planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS) + facts.compute_bytes + kv_bytes
+    return min(least + facts.compute_bytes // 2, resident - 1)
+
+
+def add_tokenizer(folder: Path, tokenizer_folder: Path) -> None:
+    """Put the tokenizer's files beside the model's."""
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
+
+
+def draw_prompt(length: int, seed: int = 7) -> list[int]:
+    """Random ordinary token ids."""
+    generator = torch.Generator().manual_seed(seed + length)
+    return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+@dataclass
+class Run:
+    """Greedy tokens and the logits of every step ``(steps, vocabulary)``, per prompt; whether weights streamed."""
+
+    tokens: list[list[int]]
+    logits: list[torch.Tensor]
+    streams: bool
+
+
+def run_greedily(folder: Path, budget: int, prompts: list[list[int]], dtype: str = "float32") -> Run:
+    """Answer *prompts* together with :data:`NEW_TOKENS` tokens each."""
+    parts = assemble(EngineConfig(str(folder), memory_bytes=budget, dtype=dtype), None)
+    try:
+        params = SamplingParams(max_tokens=NEW_TOKENS)
+        sequences = [Sequence(i, list(ids), len(ids), params) for i, ids in enumerate(prompts)]
+        logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+        for sequence in sequences:
+            parts.scheduler.add(sequence)
+        while (sweep := parts.scheduler.schedule()) is not None:
+            rows = parts.runner.run(sweep).clone()
+            parts.scheduler.check_integrity()
+            for _, span in sweep.spans():
+                span.sequence.num_computed = span.stop
+            for sequence, row in zip(sweep.sampled, rows, strict=True):
+                logits[sequence.sequence_id].append(row)
+                sequence.token_ids.append(int(row.argmax()))
+                if sequence.num_output_tokens == NEW_TOKENS:
+                    parts.scheduler.remove(sequence)
+        return Run([s.output_ids for s in sequences], [torch.stack(rows) for rows in logits], parts.plan.streams)
+    finally:
+        parts.reader.close()

@@ -1,0 +1,114 @@
+"""The scheduler's decisions, row block by row block."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layerstream.kv.pages import PagePool
+from layerstream.params import SamplingParams
+from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.sequence import Sequence
+from layerstream.sweep import Sweep
+
+LIMITS = SweepLimits(max_tokens=20, chunk_tokens=8, decode_rows=4)
+
+
+def make(number: int, num_tokens: int, max_tokens: int = 4) -> Sequence:
+    return Sequence(number, list(range(num_tokens)), num_tokens, SamplingParams(max_tokens=max_tokens))
+
+
+def shape(sweep: Sweep | None) -> list[tuple[list[tuple[int, int, int]], int]]:
+    """Per row block: (sequence, start, stop) of its spans, and its rows."""
+    assert sweep is not None
+    return [
+        ([(span.sequence.sequence_id, span.start, span.stop) for span in block.spans], block.num_rows)
+        for block in sweep.blocks
+    ]
+
+
+def commit(scheduler: Scheduler, sweep: Sweep) -> None:
+    for _, span in sweep.spans():
+        span.sequence.num_computed = span.stop
+    for sequence in sweep.sampled:
+        sequence.token_ids.append(0)
+        if sequence.num_output_tokens == sequence.params.max_tokens:
+            scheduler.remove(sequence)
+
+
+def test_prompts_are_chunked_from_position_zero_and_decodes_share_a_block() -> None:
+    scheduler = Scheduler(LIMITS, PagePool(100, 8))
+    scheduler.add(make(0, 19))
+    scheduler.add(make(1, 3))
+    scheduler.add(make(2, 9))
+    sweep = scheduler.schedule()
+    assert shape(sweep) == [([(0, 0, 8)], 8), ([(0, 8, 16)], 8), ([(0, 16, 19)], 3), ([(1, 0, 3)], 3)][:4]
+    assert sweep is not None
+    assert [sequence.sequence_id for sequence in sweep.sampled] == [0, 1]
+    assert sweep.sampled_rows == (18, 21)
+    commit(scheduler, sweep)
+    sweep = scheduler.schedule()
+    assert shape(sweep) == [([(0, 19, 20), (1, 3, 4)], 4), ([(2, 0, 8)], 8), ([(2, 8, 9)], 1)]
+    assert sweep is not None
+    assert sweep.sampled_rows == (0, 1, 12)
+    assert sweep.blocks[0].num_padding == 2
+
+
+def test_one_sequence_per_block_where_the_model_needs_it() -> None:
+    limits = SweepLimits(max_tokens=20, chunk_tokens=8, decode_rows=4, one_sequence_per_block=True)
+    scheduler = Scheduler(limits, PagePool(100, 8))
+    for number in range(2):
+        scheduler.add(make(number, 2))
+    sweep = scheduler.schedule()
+    assert sweep is not None
+    commit(scheduler, sweep)
+    assert shape(scheduler.schedule()) == [([(0, 2, 3)], 4), ([(1, 2, 3)], 4)]
+
+
+def test_a_sequence_waits_until_its_longest_answer_fits() -> None:
+    scheduler = Scheduler(LIMITS, PagePool(3, 8))
+    scheduler.add(make(0, 8, max_tokens=8))
+    scheduler.add(make(1, 8, max_tokens=8))
+    scheduler.add(make(2, 1, max_tokens=1))
+    assert shape(scheduler.schedule()) == [([(0, 0, 8)], 8)]
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 2), "arrival order: the small one does not overtake"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5)), min_size=1, max_size=12),
+    st.integers(8, 20),
+    st.randoms(use_true_random=False),
+)
+def test_everything_finishes_once_without_gaps(
+    requests: list[tuple[int, int]], num_pages: int, rng: random.Random
+) -> None:
+    scheduler = Scheduler(LIMITS, PagePool(num_pages, 8))
+    waiting = [make(number, *request) for number, request in enumerate(requests)]
+    everyone = list(waiting)
+    cancelled: set[int] = set()
+    for _ in range(2000):
+        while waiting and rng.random() < 0.5:
+            scheduler.add(waiting.pop(0))
+        sweep = scheduler.schedule()
+        scheduler.check_integrity()
+        if sweep is None:
+            if not waiting:
+                break
+            continue
+        computed = {}
+        for _, span in sweep.spans():
+            assert span.start == computed.get(span.sequence, span.sequence.num_computed), "rows in order, no gap"
+            computed[span.sequence] = span.stop
+        assert set(sweep.sampled) == {s for s, stop in computed.items() if stop == s.num_tokens}
+        assert sweep.num_tokens <= LIMITS.max_tokens + LIMITS.chunk_tokens + scheduler.num_running
+        commit(scheduler, sweep)
+        victims = [s for s in everyone if s.pages and s.num_output_tokens and rng.random() < 0.05]
+        for victim in victims:
+            scheduler.remove(victim)
+            cancelled.add(victim.sequence_id)
+    for sequence in everyone:
+        done = sequence.num_output_tokens == sequence.params.max_tokens
+        assert done or sequence.sequence_id in cancelled
+    assert scheduler.pool.num_used == 0
