@@ -59,12 +59,12 @@ def resident(folder: Path) -> Iterator[LayerStream]:
 
 
 def test_several_prompts_share_every_sweep(engine: LayerStream) -> None:
-    prompts = [draw_prompt(20 + i) for i in range(3)]
+    prompts = [draw_prompt(4 + i) for i in range(3)]
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     together = engine.generate(prompts, params)
     assert engine.stats().sweeps == 5
     assert [c.metrics.sweeps for c in together] == [5, 5, 5]
-    assert [c.usage.prompt_tokens for c in together] == [20, 21, 22]
+    assert [c.usage.prompt_tokens for c in together] == [4, 5, 6]
     assert [c.usage.completion_tokens for c in together] == [5, 5, 5]
     assert [c.token_ids for c in together] == [engine.generate([p], params)[0].token_ids for p in prompts]
 

@@ -117,7 +117,9 @@ class LayerStream:
             self._parts.scheduler, self._parts.runner, Sampler(), self._parts.weights, self._progress
         )
         self._close = weakref.finalize(self, _shut, self._loop, self._parts)
-        self._encoder = PromptEncoder(self._parts.tokenizer, max_context=self.context_length)
+        self._encoder = PromptEncoder(
+            self._parts.tokenizer, max_context=self.context_length, vocab_size=self.plan.facts.vocab_size
+        )
         self._numbers = iter(range(2**62))
         self._lock = threading.Lock()
         logger.info("%s: %s", self.model_name, self._parts.defaults.describe())
@@ -222,7 +224,7 @@ class LayerStream:
             budget_bytes=plan.budget_bytes,
             resident_bytes=plan.resident_bytes,
             model_bytes=parts.model_bytes,
-            read_modes=dict(parts.reader.stats.modes),
+            read_modes={str(mode): count for mode, count in parts.reader.stats.modes.items()},
         )
 
     def close(self) -> None:

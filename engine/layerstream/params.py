@@ -94,7 +94,11 @@ class SamplingParams:
         if value is None:
             return
         bracket = "(" if above_low else "["
-        expected = f"a number {'>' if above_low else '>='} {low:g}" if high is None else f"a number in {bracket}{low:g}, {high:g}]"
+        expected = (
+            f"a number {'>' if above_low else '>='} {low:g}"
+            if high is None
+            else f"a number in {bracket}{low:g}, {high:g}]"
+        )
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InvalidSamplingParams(field, value, expected)
         if value < low or (above_low and value == low) or (high is not None and value > high):

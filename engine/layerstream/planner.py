@@ -122,7 +122,11 @@ class Plan:
         weights = self.weights
         rows = [
             ("budget", self.budget_bytes, ""),
-            ("resident weights", self.resident_bytes, f"{len(weights.residents)} of {len(weights.units)} units, read once"),
+            (
+                "resident weights",
+                self.resident_bytes,
+                f"{len(weights.residents)} of {len(weights.units)} units, read once",
+            ),
             ("ring", weights.ring_bytes, f"{weights.num_streamed} units pass through it"),
             ("KV pages", self.kv_bytes, f"{self.num_pages * self.page_tokens:,} tokens"),
             ("activations", self.activation_bytes, f"{self.max_sweep_tokens} tokens in a sweep"),
@@ -220,9 +224,7 @@ def _least_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     units = body + head
     pinned = sum(unit.compute_bytes for unit in units if unit.pinned)
     kv_bytes = MIN_KV_TOKENS * facts.kv_token_bytes
-    return (
-        _activation_bytes(facts, sweep_tokens) + _scratch_bytes(units) + pinned + kv_bytes + 2 * largest_unit(units)
-    )
+    return _activation_bytes(facts, sweep_tokens) + _scratch_bytes(units) + pinned + kv_bytes + 2 * largest_unit(units)
 
 
 def _reason(facts: ModelFacts) -> str:

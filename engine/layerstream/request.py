@@ -150,7 +150,7 @@ class Request:
         for watcher in watchers:
             try:
                 watcher()
-            except Exception:  # noqa: BLE001  # a caller's callback must not stop the engine
+            except Exception:  # a caller's callback must not stop the engine
                 logger.exception("a request's callback failed")
 
 

@@ -46,6 +46,12 @@ def layouts(folder: Path, tensors: dict[str, torch.Tensor]) -> list[UnitLayout]:
     return [lay_out(name, [Part.whole(name, source)]) for name, source in sorted(sources(folder, tensors).items())]
 
 
+def _pass(streamer: Streamer) -> None:
+    for index in range(5):
+        streamer.acquire(index)
+        streamer.release(index)
+
+
 def test_units_arrive_in_place_sweep_after_sweep(
     tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
 ) -> None:
@@ -106,9 +112,7 @@ def test_a_file_cut_short_fails_the_sweep_and_not_the_next(tmp_path: Path, tenso
     os.truncate(path, len(whole) // 3)
     streamer.begin(with_tail=False)
     with pytest.raises(TruncatedFile, match="fetch it again"):
-        for index in range(5):
-            streamer.acquire(index)
-            streamer.release(index)
+        _pass(streamer)
     streamer.abort()
     streamer.check_integrity()
     with path.open("r+b") as file:

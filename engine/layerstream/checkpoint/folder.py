@@ -83,8 +83,8 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise UnsupportedFormat(
-            f"{folder}: weights only as pickles ({', '.join(pickles[:3])}), which can run code when they are opened; save "
-            "them once with transformers' save_pretrained(), which writes safetensors"
+            f"{folder}: weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; "
+            "save them once with transformers' save_pretrained(), which writes safetensors"
         )
     raise CheckpointNotFound(f"{folder}: no *.safetensors files")
 

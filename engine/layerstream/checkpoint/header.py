@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise InvalidHeader(f"{path}: claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
         if 8 + length > file_bytes:
             raise TruncatedFile(
-                f"{path}: the header claims {length} bytes, the file has {file_bytes - 8} after its prefix; fetch it again"
+                f"{path}: the header claims {length} bytes, the file has {file_bytes - 8} more; fetch it again"
             )
         raw = file.read(length)
     entries = {
@@ -93,8 +93,12 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, claim: Any, data_start: int) -> TensorEntry:
     if not name or not isinstance(claim, dict):
-        raise InvalidHeader(f"{path}: tensor {name!r} is described by {claim!r}, expected dtype, shape and data_offsets")
-    dtype, shape, offsets = claim.get("dtype"), claim.get("shape"), claim.get("data_offsets")
+        raise InvalidHeader(
+            f"{path}: tensor {name!r} is described by {claim!r}, expected dtype, shape and data_offsets"
+        )
+    dtype: Any = claim.get("dtype")
+    shape: Any = claim.get("shape")
+    offsets: Any = claim.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InvalidHeader(f"{path}: tensor {name!r} has dtype {dtype!r}, which is not a safetensors dtype")
     if not _is_counts(shape) or prod(shape) > MAX_TENSOR_VALUES:
@@ -125,6 +129,6 @@ def _check_extents(path: Path, entries: list[TensorEntry], data_start: int, file
             )
         if entry.extent.offset < end and entry.extent.num_bytes:
             raise InvalidHeader(
-                f"{path}: tensor {entry.name!r} starts at byte {entry.extent.offset}, inside {previous!r}, which ends at {end}"
+                f"{path}: tensor {entry.name!r} starts at byte {entry.extent.offset}, inside {previous!r} (up to {end})"
             )
         end, previous = max(end, stop), entry.name

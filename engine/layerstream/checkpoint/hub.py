@@ -34,7 +34,7 @@ def locate(
     token: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """The local folder of *model*: ``"demo"``, a folder, or a hub id, whose needed files are fetched if they are not here.
+    """The local folder of *model*: ``"demo"``, a folder, or a hub id, whose files are fetched if they are not here.
 
     Raises:
         GatedRepository: the hub wants an access request or a token.
@@ -54,24 +54,24 @@ def locate(
 
 
 def _fetch(repo: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
-    needed = [*_NEEDED, "*.py"] if trust_remote_code else list(_NEEDED)
+    needed: list[str] = [*_NEEDED, *(["*.py"] if trust_remote_code else [])]
     try:
         folder = snapshot_download(
             repo, revision=revision, token=token, allow_patterns=needed, ignore_patterns=list(_NOT_NEEDED)
         )
     except GatedRepoError as error:
         raise GatedRepository(
-            f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then log in with 'hf auth login' or pass "
-            "token="
+            f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then log in with "
+            "'hf auth login' or pass token="
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointNotFound(
-            f"the hub has no model {repo!r}{at} that you can see, and there is no such folder here; a private one needs "
-            "token= or 'hf auth login'"
+            f"the hub has no model {repo!r}{at} that you can see, and there is no such folder here; a "
+            "private one needs token= or 'hf auth login'"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointNotFound(
-            f"{repo!r} is not in the local cache and could not be fetched: {error}; check the network, or pass a folder"
+            f"{repo!r} is not in the local cache and could not be fetched: {error}; check the network or pass a folder"
         ) from error
     return Path(folder)

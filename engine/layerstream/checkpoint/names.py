@@ -112,8 +112,8 @@ def _dtype(target: str, entry: TensorEntry) -> torch.dtype:
     dtype = _DTYPES.get(entry.dtype)
     if dtype is None:
         raise UnsupportedFormat(
-            f"{entry.extent.path}: {entry.name!r}, which becomes {target!r}, has dtype {entry.dtype}, which this version "
-            "does not stream yet"
+            f"{entry.extent.path}: {entry.name!r}, which becomes {target!r}, has dtype {entry.dtype}, which this "
+            "version does not stream yet"
         )
     return dtype
 

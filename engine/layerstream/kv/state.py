@@ -7,6 +7,8 @@ per KV head; for MLA the latents (one head). Memory is reserved when a layer fir
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
@@ -53,7 +55,7 @@ class LayerState:
 
     def _rows(self, tensor: torch.Tensor, ids: list[int]) -> torch.Tensor:
         size = self._page_tokens
-        if ids[-1] - ids[0] == len(ids) - 1 and all(b - a == 1 for a, b in zip(ids, ids[1:], strict=False)):
+        if all(after - before == 1 for before, after in pairwise(ids)):
             return tensor[ids[0] * size : (ids[-1] + 1) * size]
         paged = tensor.view(-1, size, *tensor.shape[1:])
         return paged[torch.tensor(ids, device=tensor.device)].flatten(0, 1)

@@ -54,8 +54,8 @@ def check_supported(config: Any, *, allow_untested: bool = False) -> None:
     recurrent = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
     if recurrent:
         raise UnsupportedModel(
-            f"{family!r} has layers of type {recurrent}: they keep recurrent state, and LayerStream streams models whose "
-            "only state is attention's keys and values"
+            f"{family!r} has layers of type {recurrent}: they keep recurrent state, and LayerStream streams models "
+            "whose only state is attention's keys and values"
         )
     if family in _BYPASS:
         raise UnsupportedModel(

@@ -88,9 +88,7 @@ def _by_row_block(context: SweepContext, forward: Callable[..., Any], args: Any,
     axis = next((axis for axis in map(_row_axis_of(total), _tensors((args, kwargs))) if axis is not None), None)
     if axis is None:  # nothing in it has rows
         return forward(*args, **kwargs)
-    outputs = [
-        forward(*_rows_of(args, total, rows), **_rows_of(kwargs, total, rows)) for rows in context.row_blocks()
-    ]
+    outputs = [forward(*_rows_of(args, total, rows), **_rows_of(kwargs, total, rows)) for rows in context.row_blocks()]
     return _joined(outputs, axis)
 
 

@@ -128,10 +128,8 @@ def build_skeleton(
 def resolve_dtype(dtype: str, config: Any) -> torch.dtype:
     """The torch dtype meant by *dtype*; ``"auto"`` is what the checkpoint was saved in."""
     if dtype == "auto":
-        saved = getattr(config, "dtype", None)
-        if isinstance(saved, str):
-            saved = _DTYPES.get(saved)
-        return saved if saved in _DTYPES.values() else torch.float32
+        saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
+        return _DTYPES.get(saved, torch.float32)
     if dtype not in _DTYPES:
         raise ConfigurationError(f"dtype is {dtype!r}; expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[dtype]
@@ -158,9 +156,7 @@ def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
     return model
 
 
-def _compute_dtypes(
-    model: Any, sources: Mapping[str, ParameterSource], dtype: torch.dtype
-) -> dict[str, torch.dtype]:
+def _compute_dtypes(model: Any, sources: Mapping[str, ParameterSource], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """As transformers loads them: everything in *dtype*, but what the family keeps in fp32, and what is no float."""
     patterns = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
@@ -192,9 +188,7 @@ def _weigh(
     return WeightNode(
         name=path,
         own_bytes=sum(sources[key].num_bytes for key in own),
-        compute_bytes=sum(
-            sources[key].num_bytes // sources[key].dtype.itemsize * dtypes[key].itemsize for key in own
-        ),
+        compute_bytes=sum(sources[key].num_bytes // sources[key].dtype.itemsize * dtypes[key].itemsize for key in own),
         num_rows=module.out_features if isinstance(module, torch.nn.Linear) else 0,
         children=tuple(_weigh(child, f"{path}.{name}", sources, dtypes) for name, child in module.named_children()),
     )

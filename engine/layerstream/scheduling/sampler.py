@@ -47,8 +47,8 @@ class Sampler:
     def _sample_row(self, logits: torch.Tensor, sequence: Sequence) -> SampledToken:
         if torch.isnan(logits).any() or not torch.isfinite(logits).any():
             raise InvalidLogits(
-                f"the model gave no usable logits for sequence {sequence.sequence_id} at position {sequence.num_tokens}: "
-                "weights are damaged, or the dtype overflows (try dtype='float32')"
+                f"the model gave no usable logits for sequence {sequence.sequence_id} at position {sequence.num_tokens}:"
+                " weights are damaged, or the dtype overflows (try dtype='float32')"
             )
         if sequence.params.is_greedy:
             token = int(torch.argmax(penalise(logits, sequence)))
@@ -62,7 +62,7 @@ def penalise(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     params = sequence.params
     if params.repetition_penalty not in (None, 1.0):
         ids = torch.tensor([sequence.token_ids])
-        logits = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, logits[None].clone())[0]
+        logits = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, logits[None].clone())[0]  # type: ignore[arg-type]
     if params.presence_penalty or params.frequency_penalty:
         counts = torch.bincount(torch.tensor(sequence.output_ids, dtype=torch.long), minlength=len(logits))
         logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)

@@ -7,7 +7,7 @@ files are opened for direct I/O where the file system takes it. What it takes is
 |---|---|---|
 | ``O_DIRECT`` read works | ``direct`` | Linux on ext4, xfs, btrfs, most overlays |
 | ``F_NOCACHE`` accepted | ``uncached`` | macOS |
-| neither | ``buffered``, pages dropped behind the read where the system can | tmpfs, some network file systems, Windows |
+| neither | ``buffered``, pages dropped behind the read where possible | tmpfs, some network file systems, Windows |
 
 The GIL is released inside the read, so plain threads reach the disk's limit. Invariants: a request's callback is
 called exactly once, on a reader thread, after its bytes are in place or with the error; requests of a lower
@@ -150,7 +150,6 @@ class DirectReader:
                     self._files[path] = file
                     self.stats.modes[file.mode] = self.stats.modes.get(file.mode, 0) + 1
         return file
-
 
 
 @dataclass(frozen=True, slots=True)

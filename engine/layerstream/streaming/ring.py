@@ -18,7 +18,6 @@ import torch
 
 from layerstream.streaming.residency import PAGE
 
-
 HUGE = 16 * 2**20  # below this, rounding up to 2 MiB pages would cost more than it saves
 
 

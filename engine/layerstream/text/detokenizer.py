@@ -25,9 +25,7 @@ class Detokenizer:
         skip_special_tokens: leave special tokens out of the text.
     """
 
-    def __init__(
-        self, tokenizer: Any, *, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Any, *, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window = list(prompt_ids[-_PROMPT_TOKENS:])

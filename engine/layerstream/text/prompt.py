@@ -36,12 +36,13 @@ class PromptEncoder:
     Args:
         tokenizer: a transformers tokenizer.
         max_context: tokens that prompt and answer may have together.
+        vocab_size: rows of the model's embedding, which may be more than the tokenizer has tokens.
     """
 
-    def __init__(self, tokenizer: Any, *, max_context: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_context: int, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._max_context = max_context
-        self._num_tokens = len(tokenizer)
+        self._vocab_size = vocab_size
 
     @property
     def has_chat_template(self) -> bool:
@@ -73,7 +74,7 @@ class PromptEncoder:
             raise EmptyPrompt("the prompt has no tokens; there is nothing to continue")
         if len(ids) >= self._max_context:
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens; the context has {self._max_context}, and an answer needs at least one: "
+                f"the prompt has {len(ids)} tokens; the context has {self._max_context}, and an answer needs one more: "
                 "shorten the prompt, or retrieve fewer documents"
             )
         return ids
@@ -89,8 +90,8 @@ class PromptEncoder:
         """
         if not self.has_chat_template:
             raise ConfigurationError(
-                "this model's tokenizer has no chat template, so it cannot be given messages; pass plain text, or use an "
-                "instruct model"
+                "this model's tokenizer has no chat template, so it cannot be given messages; pass plain text, "
+                "or use an instruct model"
             )
         try:
             return self._tokenizer.apply_chat_template(
@@ -105,9 +106,9 @@ class PromptEncoder:
         return self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
 
     def _check_ids(self, ids: list[int]) -> None:
-        wrong = next((item for item in ids if not 0 <= item < self._num_tokens), None)
+        wrong = next((item for item in ids if not 0 <= item < self._vocab_size), None)
         if wrong is not None:
-            raise PromptError(f"token id {wrong} is not in the vocabulary of {self._num_tokens} tokens")
+            raise PromptError(f"token id {wrong} is not in the vocabulary of {self._vocab_size} tokens")
 
 
 def _template_error() -> type[Exception]:

@@ -23,9 +23,7 @@ class StopMatcher:
         if self.matched is not None:
             return ""
         self._held += text
-        found = min(
-            ((at, len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None
-        )
+        found = min(((at, len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
         safe = self._num_safe()
         if found is not None and found[0] <= safe:
             self.matched = found[2]
@@ -37,9 +35,7 @@ class StopMatcher:
         """The text is over: what was held back is no stop string (or a later, complete one is found in it)."""
         if self.matched is not None:
             return ""
-        found = min(
-            ((at, len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None
-        )
+        found = min(((at, len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
         if found is not None:
             self.matched = found[2]
             self._held = self._held[: found[0]]

@@ -1,0 +1,72 @@
+"""``layerstream ask``: a question about a folder of documents, answered by the user's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerstream.demo.retrieval import QUESTION_PROMPT, Passage, Retriever, join_passages, load_documents
+from layerstream.errors import DocumentError, PromptTooLong
+from layerstream.params import SamplingParams
+
+if TYPE_CHECKING:
+    from layerstream.engine import LayerStream
+    from layerstream.request import Request
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    docs: Annotated[Path, typer.Option(help="A folder of txt, md and pdf files, or one such file.")],
+    model: Annotated[
+        str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
+    ] = "demo",
+    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; what fits the speed if not given.")] = None,
+    passages: Annotated[int, typer.Option(min=1, help="Passages of the documents to read at most.")] = 4,
+) -> None:
+    """Answer a question about a folder of documents. The answer goes to stdout, all else to stderr."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    found = Retriever(load_documents(docs)).retrieve(question, passages)
+    if not found:
+        raise DocumentError(f"no document in {docs} shares a word with the question; ask with words that are in them")
+    from layerstream.cli.report import describe_work
+    from layerstream.engine import LayerStream
+
+    with LayerStream(model, memory=memory) as engine:
+        before = engine.stats()
+        request, used = submit(engine, question, found, params)
+        show(request)
+        typer.echo(f"from {', '.join(dict.fromkeys(passage.document for passage in used))}", err=True)
+        typer.echo(f"{request.result().metrics.seconds:.1f} s · {describe_work(before, engine.stats())}", err=True)
+
+
+def submit(
+    engine: LayerStream, question: str, found: list[Passage], params: SamplingParams
+) -> tuple[Request, list[Passage]]:
+    """Hand the question in with as many of the passages *found*, best first, as the context has room for."""
+    for count in range(len(found), 0, -1):
+        text = QUESTION_PROMPT.format(context=join_passages(found[:count]), question=question)
+        try:
+            request = engine.submit([{"role": "user", "content": text}] if engine.has_chat_template else text, params)
+        except PromptTooLong:
+            if count == 1:
+                raise
+            continue
+        return request, found[:count]
+    raise ValueError("no passages to read")
+
+
+def show(request: Request) -> None:
+    """Print the answer as it comes; Ctrl-C cancels it."""
+    is_first = True
+    try:
+        for delta in request:
+            text = delta.text.lstrip() if is_first else delta.text
+            is_first = is_first and not text
+            typer.echo(text, nl=False)
+    except BaseException:
+        request.cancel()
+        raise
+    typer.echo()

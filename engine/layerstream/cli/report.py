@@ -1,0 +1,22 @@
+"""What an answer took, in lines of at most 80 columns."""
+
+from __future__ import annotations
+
+from layerstream.engine import EngineStats
+from layerstream.sizes import format_size
+
+
+def describe_work(before: EngineStats, after: EngineStats) -> str:
+    """Sweeps, tokens and bytes between two readings of an engine's counters, and its peak against the budget."""
+    sweeps = after.sweeps - before.sweeps
+    tokens = after.tokens_in - before.tokens_in
+    streamed = after.weight_bytes_streamed - before.weight_bytes_streamed
+    return (
+        f"{sweeps} sweep{'s' * (sweeps != 1)} · {tokens:,} tokens · {format_streamed(streamed)} streamed"
+        f" · peak {format_size(after.peak_memory_bytes)} of {format_size(after.budget_bytes)}"
+    )
+
+
+def format_streamed(num_bytes: int) -> str:
+    """Decimal, as disks are sold: ``"31 MB"``, ``"5.1 GB"``."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

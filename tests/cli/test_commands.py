@@ -1,0 +1,152 @@
+"""The command line as a user meets it: answers on stdout, one line per error, exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import layerstream
+import pytest
+from layerstream import LayerStream, SamplingParams
+from layerstream.cli import app
+from layerstream.demo.retrieval import QUESTION_PROMPT
+from typer.testing import CliRunner, Result
+
+from tests.models import make_model, make_tokenizer
+
+QUESTION = "Who approves travel?"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make_model("llama", folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    (tmp_path / "travel.md").write_text("Mira approves travel.")
+    (tmp_path / "food.md").write_text("The kitchen opens at noon.")
+    return tmp_path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "layerstream", *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_ask_prints_the_answer_and_says_what_it_read(model: Path, docs: Path) -> None:
+    result = run("ask", "--model", model, "--docs", docs, "--max-tokens", 8, QUESTION)
+    prompt = QUESTION_PROMPT.format(context="Mira approves travel.", question=QUESTION)
+    with LayerStream(model) as engine:
+        expected = engine.generate(
+            [{"role": "user", "content": prompt}], SamplingParams(max_tokens=8, temperature=0.0)
+        )[0]
+    assert result.exit_code == 0
+    assert result.stdout == expected.text.lstrip() + "\n"
+    source, work = result.stderr.splitlines()
+    assert source == "from travel.md"
+    assert re.fullmatch(r"[\d.]+ s · 8 sweeps · \d+ tokens · 0 MB streamed · peak [\d.]+ MiB of [\d.]+ [MG]iB", work)
+    assert len(work) <= 80
+
+
+def test_ask_reads_fewer_passages_where_the_context_is_short(model: Path, docs: Path) -> None:
+    for number in range(6):
+        (docs / f"trip-{number}.md").write_text("travel " * (5 + number))
+    result = run("ask", "--model", model, "--docs", docs, "--max-tokens", 4, "--passages", 7, QUESTION)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("from travel.md, trip-")
+    (docs / "travel.md").write_text("travel " * 200)
+    result = run("ask", "--model", model, "--docs", docs / "travel.md", QUESTION)
+    assert result.exit_code == 2
+    assert "layerstream: the prompt has" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["ask", "--docs", "{docs}/nowhere", QUESTION],
+            "layerstream: {docs}/nowhere: no such folder; pass a folder of",
+        ),
+        (["ask", "--docs", "{docs}", "Zzz?"], "layerstream: no document in {docs} shares a word with the question"),
+        (["ask", "--docs", "{docs}", "--model", "nowhere", QUESTION], "layerstream: 'nowhere' is no folder here"),
+        (["ask", "--docs", "{docs}", "--memory", "3GBs", QUESTION], "layerstream: cannot read '3GBs' as a size"),
+        (
+            ["ask", "--docs", "{docs}", "--memory", "9KiB", QUESTION],
+            "layerstream: a memory budget of 9.0 KiB is too small",
+        ),
+        (["ask", "--docs", "{docs}", "--max-tokens", "0", QUESTION], "layerstream: SamplingParams.max_tokens is 0"),
+        (["plan", "{model}", "--memory", "9KiB"], "layerstream: a memory budget of 9.0 KiB is too small"),
+        (["demo", "--memory", "9KiB"], "layerstream: a memory budget of 9.0 KiB is too small"),
+    ],
+)
+def test_errors_are_one_line(model: Path, docs: Path, arguments: list[str], message: str) -> None:
+    filled = [argument.format(docs=docs, model=model) for argument in arguments]
+    if "ask" in filled and "--model" not in filled:
+        filled += ["--model", str(model)]
+    result = run(*filled)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message.format(docs=docs))
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_where_an_error_comes_from(docs: Path) -> None:
+    for arguments in (["--debug", "ask"], ["ask", "--debug"]):
+        result = run(*arguments, "--docs", docs / "nowhere", QUESTION)
+        assert isinstance(result.exception, layerstream.DocumentError)
+
+
+def test_plan_says_where_the_budget_goes(model: Path) -> None:
+    result = run("plan", model, "--memory", "64MiB")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["budget", "64.0", "MiB"]
+    assert lines[-1].startswith("streamed per sweep")
+    assert max(map(len, lines)) <= 80
+
+
+def test_usage_errors_exit_2(docs: Path) -> None:
+    assert run("ask").exit_code == 2
+    assert run("aks").exit_code == 2
+    assert run().exit_code == 2
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.stdout == f"layerstream {layerstream.__version__}\n"
+
+
+def test_help_is_quick_and_fits_eighty_columns() -> None:
+    program = "import sys; sys.argv = ['layerstream', 'ask', '--help']\nfrom layerstream.cli import main\n"
+    program += "try: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    *shown, has_torch = done.stdout.splitlines()
+    assert has_torch == "False"
+    assert max(map(len, shown)) <= 80
+
+
+def test_ctrl_c_ends_an_answer_at_once(model: Path, docs: Path) -> None:
+    asking = start("ask", "--model", model, "--docs", docs, "--max-tokens", 900, QUESTION)
+    assert asking.stdout is not None
+    assert asking.stdout.read(1)  # the answer has begun
+    asking.send_signal(signal.SIGINT)
+    _, errors = asking.communicate(timeout=60)
+    assert asking.returncode == 130
+    assert errors == "\ninterrupted\n"
