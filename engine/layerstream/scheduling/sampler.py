@@ -47,7 +47,7 @@ class Sampler:
     def _sample_row(self, logits: torch.Tensor, sequence: Sequence) -> SampledToken:
         if torch.isnan(logits).any() or not torch.isfinite(logits).any():
             raise InvalidLogits(
-                f"the model gave no usable logits for sequence {sequence.sequence_id} at position {sequence.num_tokens}:"
+                f"the model gave no usable logits for sequence {sequence.sequence_id}, position {sequence.num_tokens}:"
                 " weights are damaged, or the dtype overflows (try dtype='float32')"
             )
         if sequence.params.is_greedy:

@@ -1,0 +1,81 @@
+"""An engine that integrations share: loaded at first use, closed when nobody holds it.
+
+Wrappers with the same model and options share one engine. Invariants: an engine is made at most once per key while
+anybody holds a handle to it; the registry holds engines weakly, handles hold them strongly; an engine that was passed
+in belongs to whoever made it and is never closed here (it closes itself when it is forgotten).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerstream.engine import LayerStream
+
+logger = logging.getLogger(__name__)
+
+MODEL_VARIABLE = "LAYERSTREAM_MODEL"
+_lock = threading.Lock()
+_loading: dict[str, threading.Lock] = {}
+_engines: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def default_model() -> str:
+    """The model that the environment names, else the bundled reader."""
+    return os.environ.get(MODEL_VARIABLE) or "demo"
+
+
+class EngineHandle:
+    """Leads to an engine: one that is there, or one that is loaded when it is first asked for.
+
+    Args:
+        model: folder, hub id or ``"demo"``; ``None`` for :func:`default_model`.
+        options: keyword arguments of :class:`~layerstream.LayerStream`.
+        engine: an engine that is there already.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        engine: LayerStream | None = None,
+    ) -> None:
+        self.model = engine.model_name if engine is not None else model or default_model()
+        self._options = dict(options or {})
+        self._engine = engine
+        self._source = "an engine that was passed in" if engine is not None else self._describe_source(model)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the engine is there."""
+        return self._engine is not None
+
+    def get(self) -> LayerStream:
+        """The engine; the first call loads it (callers on other threads wait for that one)."""
+        if self._engine is None:
+            key = json.dumps([self.model, self._options], sort_keys=True, default=repr)
+            with _lock:
+                loading = _loading.setdefault(key, threading.Lock())
+            with loading:
+                self._engine = _engines.get(key) or self._load(key)
+        return self._engine
+
+    def _load(self, key: str) -> LayerStream:
+        from layerstream.engine import LayerStream
+
+        logger.info("LayerStream runs %s (%s)", self.model, self._source)
+        engine = LayerStream(self.model, **self._options)
+        _engines[key] = engine
+        return engine
+
+    @staticmethod
+    def _describe_source(model: str | None) -> str:
+        if model:
+            return "as asked for"
+        return f"as {MODEL_VARIABLE} says" if os.environ.get(MODEL_VARIABLE) else "the bundled reader"
