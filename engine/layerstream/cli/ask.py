@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerstream.demo.retrieval import QUESTION_PROMPT, Passage, Retriever, join_passages, load_documents
-from layerstream.errors import DocumentError, PromptTooLong
+from layerstream.errors import DocumentError
 from layerstream.params import SamplingParams
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
     from layerstream.request import Request
+
+ANSWER_TOKENS = 64  # kept free for the answer where max_tokens does not say
 
 
 def ask(
@@ -45,16 +47,15 @@ def ask(
 def submit(
     engine: LayerStream, question: str, found: list[Passage], params: SamplingParams
 ) -> tuple[Request, list[Passage]]:
-    """Hand the question in with as many of the passages *found*, best first, as the context has room for."""
+    """Hand the question in with the passages *found*, best first: as many as leave room for an answer, at least one."""
+    plan = engine.plan
+    room = min(engine.context_length, plan.num_pages * plan.page_tokens) - (params.max_tokens or ANSWER_TOKENS)
     for count in range(len(found), 0, -1):
-        text = QUESTION_PROMPT.format(context=join_passages(found[:count]), question=question)
-        try:
-            request = engine.submit([{"role": "user", "content": text}] if engine.has_chat_template else text, params)
-        except PromptTooLong:
-            if count == 1:
-                raise
-            continue
-        return request, found[:count]
+        prompt = QUESTION_PROMPT.format(context=join_passages(found[:count]), question=question)
+        if engine.has_chat_template:
+            prompt = engine.apply_chat_template([{"role": "user", "content": prompt}])
+        if count == 1 or len(engine.tokenizer(prompt)["input_ids"]) <= room:
+            return engine.submit(prompt, params), found[:count]
     raise ValueError("no passages to read")
 
 
