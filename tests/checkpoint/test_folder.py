@@ -1,0 +1,162 @@
+"""Folders as they come: one file, shards, with and without index, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from layerstream.checkpoint import hub
+from layerstream.checkpoint.folder import open_folder
+from layerstream.errors import (
+    CheckpointNotFound,
+    GatedRepository,
+    InvalidHeader,
+    MissingTensor,
+    UnsupportedFormat,
+)
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_of_any_naming_without_an_index(folder: Path) -> None:
+    save_file({"a": torch.zeros(4)}, folder / "part-x.safetensors")
+    save_file({"b": torch.zeros(2)}, folder / "zz.safetensors")
+    checkpoint = open_folder(folder)
+    assert sorted(checkpoint.tensors) == ["a", "b"]
+    assert checkpoint.total_bytes == 24
+
+
+def test_an_index_says_which_files_count(folder: Path) -> None:
+    save_file({"a": torch.zeros(4)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(4)}, folder / "model-00002-of-00002.safetensors")
+    save_file({"a": torch.ones(9)}, folder / "another.safetensors")
+    index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write_index(folder, index)
+    assert open_folder(folder).tensors["a"].shape == (4,)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointNotFound, match=r"model-00002-of-00002\.safetensors of 2 is missing"):
+        open_folder(folder)
+    write_index(folder, {"a": "../model-00001-of-00002.safetensors"})
+    with pytest.raises(InvalidHeader, match="not the name of a file"):
+        open_folder(folder)
+    write_index(folder, {"a": "model-00001-of-00002.safetensors", "c": "model-00001-of-00002.safetensors"})
+    with pytest.raises(MissingTensor, match="'c'"):
+        open_folder(folder)
+
+
+def test_the_same_tensor_twice_is_refused(folder: Path) -> None:
+    for name in ("x", "y"):
+        save_file({"a": torch.zeros(4)}, folder / f"{name}.safetensors")
+    with pytest.raises(InvalidHeader, match="also in x"):
+        open_folder(folder)
+
+
+def test_adapters_and_consolidated_copies_are_not_the_model(folder: Path) -> None:
+    for name in ("model", "consolidated", "adapter_model"):
+        save_file({"a": torch.zeros(4)}, folder / f"{name}.safetensors")
+    assert open_folder(folder).tensors["a"].extent.path.name == "model.safetensors"
+
+
+def test_what_is_not_streamed_is_refused_with_the_reason(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.raises(CheckpointNotFound, match=r"no \*\.safetensors"):
+        open_folder(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(UnsupportedFormat, match="pickles"):
+        open_folder(folder)
+    save_file({"a": torch.zeros(4)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    with pytest.raises(UnsupportedFormat, match="quantised \\(awq\\)"):
+        open_folder(folder)
+    (folder / "config.json").write_text("{nonsense")
+    with pytest.raises(InvalidHeader, match=r"config.json: not JSON"):
+        open_folder(folder)
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(CheckpointNotFound, match=r"no config.json; found: nothing"):
+        open_folder(empty)
+    with pytest.raises(UnsupportedFormat, match="GGUF"):
+        open_folder(Path("model.gguf"))
+
+
+def test_a_thousand_tensors_open_in_under_a_second(folder: Path) -> None:
+    for shard in range(20):
+        save_file({f"t{shard}.{i}": torch.zeros(8) for i in range(50)}, folder / f"m{shard}.safetensors")
+    started = time.perf_counter()
+    assert len(open_folder(folder).tensors) == 1000
+    assert time.perf_counter() - started < 5  # a hang, not a benchmark: it takes about 10 ms
+
+
+def test_locate_knows_folders_the_demo_and_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.locate(folder) == folder
+    assert hub.locate("demo") == hub.bundled_reader()
+    with pytest.raises(CheckpointNotFound, match="no folder here and no hub id"):
+        hub.locate("./nowhere")
+    asked = {}
+
+    def download(repo: str, **options: object) -> str:
+        asked.update(options, repo=repo)
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert hub.locate("owner/name", revision="main", token="t") == folder
+    assert (asked["repo"], asked["revision"], asked["token"]) == ("owner/name", "main", "t")
+    assert "*.py" not in asked["allow_patterns"]  # type: ignore[operator]
+    hub.locate("owner/name", trust_remote_code=True)
+    assert "*.py" in asked["allow_patterns"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (hub_errors.GatedRepoError, GatedRepository, "ask for access at https://huggingface.co/owner/name"),
+        (hub_errors.RepositoryNotFoundError, CheckpointNotFound, "no model 'owner/name'"),
+        (hub_errors.RevisionNotFoundError, CheckpointNotFound, "at revision 'v1'"),
+        (hub_errors.LocalEntryNotFoundError, CheckpointNotFound, "not in the local cache"),
+        (OSError, CheckpointNotFound, "could not be fetched"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(
+    monkeypatch: pytest.MonkeyPatch, raised: type[Exception], expected: type[Exception], words: str
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        error = raised.__new__(raised)
+        Exception.__init__(error, "no")
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(expected, match=words):
+        hub.locate("owner/name", revision="v1")
+
+
+def test_a_model_in_the_local_cache_needs_no_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    repo = tmp_path / "hub" / "models--owner--name"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(4)}, snapshot / "model.safetensors")
+    real = hub.snapshot_download
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda *args, **options: real(*args, cache_dir=tmp_path / "hub", local_files_only=True, **options),
+    )
+    assert sorted(open_folder(hub.locate("owner/name")).tensors) == ["a"]
