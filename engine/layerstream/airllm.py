@@ -204,9 +204,7 @@ def _max_tokens(max_new_tokens: int | None, max_length: int | None, num_prompt_t
     if max_length is None:
         return 20
     if max_length <= num_prompt_tokens:
-        raise ConfigurationError(
-            f"max_length is {max_length}; expected more than the prompt's {num_prompt_tokens} tokens"
-        )
+        raise ConfigurationError(f"max_length is {max_length}; the prompt has {num_prompt_tokens} tokens already")
     return max_length - num_prompt_tokens
 
 
