@@ -33,7 +33,7 @@ PEOPLE = ("Tolmund Varek", "Sluba Merkast", "Hokil Prastend", "Krane Lukofy", "T
 FACTS_PER_SHEET = (7, 8)
 FEWEST_WORDS = 60
 _ASKED = (
-    *((UNIT, relation) for relation in ("leader", "founded", "location", "supplier", "hours")),
+    *((UNIT, relation) for relation in ("founded", "location", "supplier", "hours")),
     *((PROJECT, relation) for relation in ("leader", "deadline", "client")),
     *((PERSON, relation) for relation in ("language", "office", "hometown")),
 )
@@ -88,9 +88,10 @@ def _repeats(page: str) -> bool:
 
 
 def draw_questions(rng: random.Random, sheets: list[Sheet]) -> list[Question]:
-    """One question for each of the asked relations, and one that no document answers."""
-    questions: list[Question] = []
-    used: set[str] = set()
+    """Who leads the first unit, one question for each of the asked relations, and one that no document answers."""
+    (first,) = (f for f in _facts(sheets, UNIT, "leader") if f.entity == UNITS[0])
+    questions = [Question(f"Who leads {first.entity}?", first.value, file_name(first.entity))]
+    used = {first.entity}
     for kind, relation in _ASKED:
         fact = rng.choice([f for f in _facts(sheets, kind, relation) if f.entity not in used])
         used.add(fact.entity)

@@ -171,7 +171,7 @@ def _assemble(
         tokenizer=tokenizer,
         defaults=load_defaults(folder, skeleton.config, tokenizer),
         plan=plan,
-        context_length=plan.facts.context_length,
+        context_length=min(plan.facts.context_length, pool.num_tokens),
         model_bytes=skeleton.model_bytes,
         reader=reader,
         weights=weights,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from layerstream.answer import Answer
 from layerstream.assembly import Assembly, EngineConfig, assemble
 from layerstream.completion import Completion, Delta
-from layerstream.errors import EngineClosed, PromptTooLong
+from layerstream.errors import EngineClosed
 from layerstream.events import Listener
 from layerstream.loop import EngineLoop
 from layerstream.params import SamplingParams
@@ -136,7 +136,7 @@ class LayerStream:
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Tokens that prompt and answer may have together: the model's limit, or what the budget has KV pages for."""
         return self._parts.context_length
 
     @property
@@ -264,13 +264,7 @@ class LayerStream:
 
     def _max_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
         """New tokens a prompt may get: as wanted, or as fits the speed, within context and KV pages."""
-        pool = self._parts.scheduler.pool
-        room = min(self.context_length, pool.num_tokens) - num_prompt_tokens
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt has {num_prompt_tokens} tokens; the memory budget leaves KV pages for {pool.num_tokens} "
-                f"and the context is {self.context_length}: shorten the prompt or raise memory"
-            )
+        room = self.context_length - num_prompt_tokens
         if wanted is not None:
             return min(wanted, room)
         seconds = self._parts.seconds_per_sweep(self._loop.counters)

@@ -24,13 +24,16 @@ CHUNK_TOKENS = 128
 STREAMING_ROWS = 16  # decode rows per row block where weights stream: compute is idle anyway
 RESIDENT_ROWS = 1
 MAX_SWEEP_TOKENS = 512
-KV_SHARE = 0.25  # of the budget at most
+ACTIVATION_SHARE = 0.2  # of the budget; past it, a sweep carries fewer tokens
 MIN_KV_TOKENS = 2 * CHUNK_TOKENS
+WANTED_KV_TOKENS = 4096  # a retrieved context, question and answer
+WANTED_KV_SHARE = 0.45  # of the budget, for that
+MORE_KV_SHARE = 0.15  # of the budget, beyond that: every page is a piece of a layer that cannot stay
 MAX_KV_SEQUENCES = 16  # full-length sequences that KV is reserved for at most
 RING_UNITS = 2.25  # one computing, one arriving, and the beginning of the next
 RING_SHARE = 0.6  # of what weights may take; past it, units are cut finer
 HEAD_SLICE_BYTES = 64 * 2**20
-FINEST_UNIT_BYTES = 2**20
+FINEST_UNIT_BYTES = 128 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +175,13 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
 
 
 def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
-    sweep_tokens = MAX_SWEEP_TOKENS
-    kv_bytes = int(budget_bytes * KV_SHARE)
-    if kv_bytes < MIN_KV_TOKENS * facts.kv_token_bytes or _least_bytes(facts, sweep_tokens) > budget_bytes:
-        sweep_tokens = CHUNK_TOKENS
-        kv_bytes = max(MIN_KV_TOKENS * facts.kv_token_bytes, kv_bytes // 2)
+    sweep_tokens = _sweep_tokens(facts, budget_bytes)
     least = _least_bytes(facts, sweep_tokens)
     if least > budget_bytes:
         raise BudgetTooSmall(budget_bytes, least, _reason(facts))
     activations = _activation_bytes(facts, sweep_tokens)
-    kv_bytes = min(kv_bytes, MIN_KV_TOKENS * facts.kv_token_bytes + budget_bytes - least)
-    num_pages = _num_pages(facts, kv_bytes)
+    least_kv = MIN_KV_TOKENS * facts.kv_token_bytes
+    num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
     for_weights = budget_bytes - activations - num_pages * CHUNK_TOKENS * facts.kv_token_bytes
     limit = _unit_limit(facts, for_weights)
     body, head = _cut_all(facts, limit)
@@ -203,6 +202,19 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         activation_bytes=activations + _scratch_bytes(everything),
         max_sweep_tokens=sweep_tokens,
     )
+
+
+def _sweep_tokens(facts: ModelFacts, budget_bytes: int) -> int:
+    """The token budget of a sweep: the largest whose activations keep to their share, one chunk at the least."""
+    tokens = MAX_SWEEP_TOKENS
+    while tokens > CHUNK_TOKENS and _activation_bytes(facts, tokens) > ACTIVATION_SHARE * budget_bytes:
+        tokens = max(CHUNK_TOKENS, tokens // 2)
+    return tokens
+
+
+def _wanted_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
+    wanted = min(WANTED_KV_TOKENS, facts.context_length) * facts.kv_token_bytes
+    return int(max(min(wanted, WANTED_KV_SHARE * budget_bytes), MORE_KV_SHARE * budget_bytes))
 
 
 def _unit_limit(facts: ModelFacts, for_weights: int) -> int:

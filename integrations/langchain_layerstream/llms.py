@@ -58,7 +58,8 @@ class LayerStreamLLM(BaseLLM):
     def model_post_init(self, context: Any, /) -> None:
         """Bind the (lazy) engine."""
         super().model_post_init(context)
-        self._handle = EngineHandle(self.model, self.engine_kwargs, self.engine)
+        chosen = self.model if "model" in self.model_fields_set else None
+        self._handle = EngineHandle(chosen, self.engine_kwargs, self.engine)
         self.model = self._handle.model
 
     @property

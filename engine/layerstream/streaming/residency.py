@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 PAGE = 4096
-PIN_BELOW = 128 * 1024  # smaller units cost more in requests than they save in memory
-UNIT_OVERHEAD = 16 * PAGE  # page alignment at both ends of each run of tensors in a unit
+PIN_BELOW = 32 * 1024  # smaller units cost more in requests than they save in memory
+UNIT_OVERHEAD = 4 * PAGE  # page alignment at both ends of a run of tensors; a unit is one run or two
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from layerstream.params import SamplingParams
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
     from layerstream.request import Request
+
+logger = logging.getLogger(__name__)
 
 _SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -140,7 +143,11 @@ class LayerStreamLLM(LLM):
         }
         fields["max_tokens"] = kwargs.pop("max_new_tokens", self.max_new_tokens)
         fields.update({name: value for name, value in kwargs.items() if name in _SAMPLING_FIELDS})
-        return engine.submit(prompt, SamplingParams(**fields))
+        try:
+            return engine.submit(prompt, SamplingParams(**fields))
+        except ValueError as error:  # LlamaIndex's synthesizers turn these into an empty response, without a word
+            logger.error("%s", error)
+            raise
 
     def _wait(self, prompt: Any, kwargs: dict[str, Any]) -> Completion:
         request = self._submit(self._handle.get(), prompt, kwargs)
