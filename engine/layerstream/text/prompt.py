@@ -1,9 +1,13 @@
-"""Prompts to tokens: text, token ids or chat messages, with exactly one BOS."""
+"""Prompts to tokens: text, token ids or chat messages, with the tokens that open a text exactly once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import cached_property
+from numbers import Integral
+from typing import Any, TypeAlias, TypeGuard
+
+from jinja2 import TemplateError
 
 from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, PromptTooLong
 
@@ -11,23 +15,29 @@ Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 
 
-def is_chat(prompt: object) -> bool:
-    """Whether *prompt* is a list of chat messages (mappings with a role)."""
-    return _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, Mapping) for item in prompt)  # type: ignore[arg-type]
+def is_chat_messages(prompt: object) -> TypeGuard[Sequence[Message]]:
+    """Whether *prompt* is a list of chat messages (mappings); an empty list is not."""
+    return _is_list(prompt) and len(prompt) > 0 and all(isinstance(item, Mapping) for item in prompt)
 
 
-def is_token_ids(prompt: object) -> bool:
-    """Whether *prompt* is a list of token ids."""
-    return _is_list(prompt) and len(prompt) > 0 and all(_is_int(item) for item in prompt)  # type: ignore[arg-type]
+def is_token_ids(prompt: object) -> TypeGuard[Sequence[int]]:
+    """Whether *prompt* is a list of token ids; an empty list is not."""
+    return _is_list(prompt) and len(prompt) > 0 and all(_is_int(item) for item in prompt)
 
 
 def split_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """The prompts in *prompts*: text, one list of ids or one list of messages is a single prompt."""
-    if isinstance(prompts, str) or is_chat(prompts) or is_token_ids(prompts):
-        return [prompts]  # type: ignore[list-item]
+    """The prompts in *prompts*: text, one list of token ids or one list of messages is a single prompt.
+
+    An empty list holds no prompts. What the items of other lists are is for :meth:`PromptEncoder.encode` to judge.
+
+    Raises:
+        PromptError: neither a prompt nor a list.
+    """
+    if isinstance(prompts, str) or is_chat_messages(prompts) or is_token_ids(prompts):
+        return [prompts]
     if not _is_list(prompts):
-        raise PromptError(f"a prompt is text, a list of token ids or a list of messages, not {type(prompts).__name__}")
-    return list(prompts)  # type: ignore[arg-type]
+        raise _not_a_prompt(prompts)
+    return list(prompts)
 
 
 class PromptEncoder:
@@ -35,14 +45,14 @@ class PromptEncoder:
 
     Args:
         tokenizer: a transformers tokenizer.
-        max_context: tokens that prompt and answer may have together.
-        vocab_size: rows of the model's embedding, which may be more than the tokenizer has tokens.
+        max_context: tokens that prompt and answer may have together; ``None``: no limit.
+        vocab_size: token ids are below this; ``None``: those that the tokenizer has.
     """
 
-    def __init__(self, tokenizer: Any, *, max_context: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, *, max_context: int | None, vocab_size: int | None = None) -> None:
         self._tokenizer = tokenizer
         self._max_context = max_context
-        self._vocab_size = vocab_size
+        self._given_vocab_size = vocab_size
 
     @property
     def has_chat_template(self) -> bool:
@@ -52,27 +62,20 @@ class PromptEncoder:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of *prompt*.
 
-        Text is encoded as the tokenizer does by default (with BOS where the model has one), unless it starts with the
-        BOS already, as text from a chat template does. Messages go through the chat template.
+        Text is encoded as the tokenizer does by default (with BOS where the model has one), unless it begins with the
+        opening tokens already, as text from a chat template does. Messages go through the chat template, which writes
+        all special tokens itself. Token ids are taken as they are.
 
         Raises:
-            EmptyPrompt, PromptTooLong, PromptError: nothing in it, too much, or not a prompt.
+            EmptyPrompt: no tokens (whitespace has some).
+            PromptTooLong: no room in the context for one more token.
+            PromptError: not a prompt, or a token id outside the vocabulary.
+            ConfigurationError: messages, and the model has no chat template.
         """
-        if isinstance(prompt, str):
-            ids = self._encode_text(prompt)
-        elif is_chat(prompt):
-            text = self.apply_chat_template(prompt)  # type: ignore[arg-type]
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        elif is_token_ids(prompt):
-            ids = [int(item) for item in prompt]  # type: ignore[arg-type]
-            self._check_ids(ids)
-        elif _is_list(prompt) and not prompt:
-            ids = []
-        else:
-            raise PromptError(f"a prompt is text, a list of token ids or a list of messages, not {prompt!r:.80}")
+        ids = self._encode(prompt)
         if not ids:
             raise EmptyPrompt("the prompt has no tokens; there is nothing to continue")
-        if len(ids) >= self._max_context:
+        if self._max_context is not None and len(ids) >= self._max_context:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens; the context has {self._max_context}, and an answer needs one more: "
                 "shorten the prompt, or retrieve fewer documents"
@@ -84,42 +87,88 @@ class PromptEncoder:
     ) -> str:
         """The prompt text that the model's chat template makes of *messages*.
 
+        Args:
+            tools: functions, or their JSON schemas, for templates that know tools.
+            add_generation_prompt: end with what opens the assistant's turn.
+            options: passed on to the template (``enable_thinking``, ``continue_final_message``, …).
+
         Raises:
             ConfigurationError: the model has no chat template.
-            PromptError: the template refuses the messages (an unknown role, say).
+            PromptError: no messages, one without a role, or the template refuses them (an unknown role, say).
         """
         if not self.has_chat_template:
             raise ConfigurationError(
                 "this model's tokenizer has no chat template, so it cannot be given messages; pass plain text, "
                 "or use an instruct model"
             )
+        if not is_chat_messages(messages):
+            raise PromptError(
+                f"chat messages are a list such as [{{'role': 'user', 'content': 'Hi'}}], not {messages!r:.80}"
+            )
+        for message in messages:  # a template would print nothing for a role that is not there
+            if not isinstance(message.get("role"), str):
+                raise PromptError(f"a chat message has a 'role' such as 'user'; this one has none: {message!r:.80}")
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **options
+                [dict(message) for message in messages],
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
             )
-        except (ValueError, TypeError, KeyError, _template_error()) as error:
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
             raise PromptError(f"the model's chat template refuses these messages: {error}") from error
 
-    def _encode_text(self, text: str) -> list[int]:
-        bos = self._tokenizer.bos_token
-        has_bos = bool(bos) and text.startswith(bos)
-        return self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenize(prompt, add_special_tokens=not prompt.startswith(self._openings))
+        if is_chat_messages(prompt):
+            return self._tokenize(self.apply_chat_template(prompt), add_special_tokens=False)
+        if is_token_ids(prompt):
+            ids = [int(item) for item in prompt]
+            wrong = next((item for item in ids if not 0 <= item < self._vocab_size), None)
+            if wrong is not None:
+                raise PromptError(f"token id {wrong} is not in the vocabulary; expected 0 to {self._vocab_size - 1}")
+            return ids
+        if _is_list(prompt) and not prompt:
+            return []
+        raise _not_a_prompt(prompt)
 
-    def _check_ids(self, ids: list[int]) -> None:
-        wrong = next((item for item in ids if not 0 <= item < self._vocab_size), None)
-        if wrong is not None:
-            raise PromptError(f"token id {wrong} is not in the vocabulary of {self._vocab_size} tokens")
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # verbose: the tokenizer's own warning about long texts would come beside our error
+        return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    @cached_property
+    def _openings(self) -> tuple[str, ...]:
+        """What a text begins with that has its opening tokens already.
+
+        The BOS as a rule; GLM has none and opens with two other tokens, which its tokenizer adds as well.
+        """
+        probe = "a"
+        whole, bare = (self._tokenize(probe, add_special_tokens=add) for add in (True, False))
+        starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        added = "".join(self._tokenizer.convert_ids_to_tokens(whole[: next(starts, 0)]))
+        return tuple(opening for opening in (added, self._tokenizer.bos_token) if opening)
+
+    @cached_property
+    def _vocab_size(self) -> int:
+        if self._given_vocab_size is not None:
+            return self._given_vocab_size
+        return 1 + max(self._tokenizer.get_vocab().values())  # its len() is less where ids have gaps
 
 
-def _template_error() -> type[Exception]:
-    from jinja2 import TemplateError
+def _not_a_prompt(value: object) -> PromptError:
+    hint = "; put the message into a list" if isinstance(value, Mapping) else ""
+    hint = "; call tolist() on it" if hasattr(value, "tolist") else hint
+    return PromptError(
+        "a prompt is text, a list of token ids or a list of chat messages, "
+        f"not {type(value).__name__} {value!r:.80}{hint}"
+    )
 
-    return TemplateError
 
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's integers too

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 
 class StopMatcher:
-    """Passes text on up to the first stop string.
+    """Passes text on up to the first stop string, and holds back whatever could still become one.
 
-    Holds back whatever could still become one. The stop string that *starts* first wins; of two that start at the same
-    place, the one that is complete first.
+    The stop string that *starts* first wins, as a search of the whole text would have it; of two that start at the same
+    place, the shorter one, which is complete first. Where the text is cut into pieces makes no difference.
 
     Attributes:
-        matched: the stop string that was found, or ``None``.
+        matched: the stop string that was found, or ``None``. Once it is set, nothing more is shown.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
+        self._longest = max(map(len, stops), default=0)
         self._held = ""
         self.matched: str | None = None
 
@@ -23,29 +24,28 @@ class StopMatcher:
         if self.matched is not None:
             return ""
         self._held += text
-        found = min(((at, len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
-        safe = self._num_safe()
-        if found is not None and found[0] <= safe:
-            self.matched = found[2]
-            return self._held[: found[0]]
-        shown, self._held = self._held[:safe], self._held[safe:]
-        return shown
+        return self._release(self._unfinished())
 
     def finish(self) -> str:
-        """The text is over: what was held back is no stop string (or a later, complete one is found in it)."""
+        """The text is over: what was held back, up to a stop string that was waiting for an earlier one to end."""
         if self.matched is not None:
             return ""
-        found = min(((at, len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
-        if found is not None:
-            self.matched = found[2]
-            self._held = self._held[: found[0]]
-        shown, self._held = self._held, ""
+        return self._release(len(self._held))
+
+    def _release(self, end: int) -> str:
+        """Let go of what is held up to *end*, or to the first stop string if none can begin before it."""
+        found = [(at, len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        at, _, stop = min(found, default=(end + 1, 0, None))
+        if at <= end:
+            self.matched = stop
+            shown, self._held = self._held[:at], ""
+        else:
+            shown, self._held = self._held[:end], self._held[end:]
         return shown
 
-    def _num_safe(self) -> int:
-        """Characters at the start of what is held that no unfinished stop string can begin in."""
-        longest = max((len(stop) for stop in self._stops), default=0)
-        for at in range(max(0, len(self._held) - longest + 1), len(self._held)):
+    def _unfinished(self) -> int:
+        """Where the first stop string begins that the end of the text may have cut; the text's end if there is none."""
+        for at in range(max(0, len(self._held) - self._longest + 1), len(self._held)):
             rest = self._held[at:]
             if any(len(stop) > len(rest) and stop.startswith(rest) for stop in self._stops):
                 return at
