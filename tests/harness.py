@@ -11,8 +11,7 @@ import torch
 from layerstream import planner
 from layerstream.assembly import EngineConfig, assemble, model_facts
 from layerstream.model.skeleton import build_skeleton
-from layerstream.params import SamplingParams
-from layerstream.sequence import Sequence
+from layerstream.self_check import step_greedily
 from layerstream.streaming import residency
 
 from tests.models import VOCAB_SIZE
@@ -68,21 +67,6 @@ def run_greedily(folder: Path, budget: int, prompts: list[list[int]], dtype: str
     """Answer *prompts* together with :data:`NEW_TOKENS` tokens each."""
     parts = assemble(EngineConfig(str(folder), memory_bytes=budget, dtype=dtype), None)
     try:
-        params = SamplingParams(max_tokens=NEW_TOKENS)
-        sequences = [Sequence(i, list(ids), len(ids), params) for i, ids in enumerate(prompts)]
-        logits: list[list[torch.Tensor]] = [[] for _ in prompts]
-        for sequence in sequences:
-            parts.scheduler.add(sequence)
-        while (sweep := parts.scheduler.schedule()) is not None:
-            rows = parts.runner.run(sweep).clone()
-            parts.scheduler.check_integrity()
-            for _, span in sweep.spans():
-                span.sequence.num_computed = span.stop
-            for sequence, row in zip(sweep.sampled, rows, strict=True):
-                logits[sequence.sequence_id].append(row)
-                sequence.token_ids.append(int(row.argmax()))
-                if sequence.num_output_tokens == NEW_TOKENS:
-                    parts.scheduler.remove(sequence)
-        return Run([s.output_ids for s in sequences], [torch.stack(rows) for rows in logits], parts.plan.streams)
+        return Run(*step_greedily(parts, prompts, NEW_TOKENS), parts.plan.streams)
     finally:
         parts.reader.close()

@@ -68,6 +68,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoX", {"tie_word_embeddings": False}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
     "starcoder2": ("Starcoder2", {"sliding_window": 40}),
+    "arcee": ("Arcee", {}),
+    "apertus": ("Apertus", {}),
+    "ernie4.5": ("Ernie4_5", {}),
+    "exaone4": ("Exaone4", {"sliding_window": 40, "num_hidden_layers": 4}),
+    "glm4-moe": ("Glm4Moe", {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
+    "granite-moe": ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "helium": ("Helium", {}),
+    "olmo3": ("Olmo3", {"sliding_window": 40, "num_hidden_layers": 4}),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "phi": ("Phi", {"partial_rotary_factor": 0.5}),
+    "seed-oss": ("SeedOss", {}),
     "deepseek-v3": (
         "DeepseekV3",
         {

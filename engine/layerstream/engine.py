@@ -25,6 +25,7 @@ from layerstream.planner import Plan
 from layerstream.progress import make_listener
 from layerstream.request import Request
 from layerstream.scheduling.sampler import Sampler
+from layerstream.self_check import check_untested
 from layerstream.sequence import Sequence
 from layerstream.sizes import parse_size
 from layerstream.text.detokenizer import Detokenizer
@@ -111,6 +112,8 @@ class LayerStream:
             allow_untested=allow_untested,
         )
         config.check_not_yet(host_memory, quantization, kv_store, speculation, draft_model)
+        if allow_untested:
+            check_untested(config)
         self._progress = make_listener(progress)
         self._parts: Assembly = assemble(config, self._progress)
         self._loop = EngineLoop(

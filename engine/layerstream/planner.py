@@ -207,7 +207,9 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
 def _sweep_tokens(facts: ModelFacts, budget_bytes: int) -> int:
     """The token budget of a sweep: the largest whose activations keep to their share, one chunk at the least."""
     tokens = MAX_SWEEP_TOKENS
-    while tokens > CHUNK_TOKENS and _activation_bytes(facts, tokens) > ACTIVATION_SHARE * budget_bytes:
+    while tokens > CHUNK_TOKENS and (
+        _activation_bytes(facts, tokens) > ACTIVATION_SHARE * budget_bytes or _least_bytes(facts, tokens) > budget_bytes
+    ):
         tokens = max(CHUNK_TOKENS, tokens // 2)
     return tokens
 

@@ -59,6 +59,27 @@ class ParameterSource:
         return len(self.pieces) == 1
 
 
+def language_model_tensors(tensors: Mapping[str, TensorEntry], embedding: str) -> dict[str, TensorEntry]:
+    """The tensors of a multimodal checkpoint under the names that its language model alone has for them.
+
+    The model's *embedding* (``model.embed_tokens.weight``) is looked for: where it is stored, as
+    ``language_model.model.embed_tokens.weight`` or ``model.language_model.embed_tokens.weight``, its neighbours are.
+    """
+    stem = embedding.removesuffix(leaf := ".".join(embedding.split(".")[-2:]))
+    stored = [name.removesuffix(leaf) for name in tensors if name.endswith(leaf)]
+    if embedding in tensors or len(stored) != 1:
+        return dict(tensors)
+    (found,) = stored
+    outer = found.removesuffix(stem) if found.endswith(stem) else ""
+    renamed = {}
+    for name, entry in tensors.items():
+        if name.startswith(found):
+            renamed[stem + name.removeprefix(found)] = entry
+        else:
+            renamed[name.removeprefix(outer)] = entry
+    return renamed
+
+
 def resolve_parameters(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, ParameterSource]:
     """The source of every name in ``model.state_dict()``; tied names share one source object.
 

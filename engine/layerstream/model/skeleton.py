@@ -15,7 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from layerstream.checkpoint.folder import open_folder
-from layerstream.checkpoint.names import ParameterSource, resolve_parameters
+from layerstream.checkpoint.names import ParameterSource, language_model_tensors, resolve_parameters
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, experts
 from layerstream.model.families import check_supported
@@ -97,8 +97,6 @@ def build_skeleton(
     attention.register()
     experts.register()
     model = _build_meta(text_config, compute_dtype, trust_remote_code)
-    sources = resolve_parameters(model, checkpoint.tensors)
-    dtypes = _compute_dtypes(model, sources, compute_dtype)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
         raise UnsupportedModel(
@@ -107,6 +105,11 @@ def build_skeleton(
         )
     embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
     names = {id(module): name for name, module in model.named_modules()}
+    tensors = checkpoint.tensors
+    if text_config is not config:
+        tensors = language_model_tensors(tensors, f"{names[id(embedding)]}.weight")
+    sources = resolve_parameters(model, tensors)
+    dtypes = _compute_dtypes(model, sources, compute_dtype)
     decoder = model.get_submodule(names[id(embedding)].rpartition(".")[0])
     body = tuple(
         node
@@ -140,6 +143,8 @@ def _text_config(config: Any) -> Any:
     text = config.get_text_config(decoder=True)
     if text is not config:
         logger.info("%s is multimodal: its language model %s runs alone", config.model_type, text.model_type)
+        text = copy.deepcopy(text)
+        text.tie_word_embeddings = config.tie_word_embeddings  # the whole model was saved by its own word
     return text
 
 

@@ -78,6 +78,11 @@ class Streamer:
         self.wait_seconds = 0.0
 
     @property
+    def layouts(self) -> Sequence[UnitLayout]:
+        """The streamed units, in the order they were given."""
+        return self._layouts
+
+    @property
     def ring_bytes(self) -> int:
         """Capacity of the ring."""
         return self._ring.capacity

@@ -1,0 +1,189 @@
+"""Seconds per token of LayerStream, AirLLM, accelerate's disk offload and llama.cpp with mmap.
+
+    python -m benchmarks.peers MODEL --environments FOLDER [--cgroup 3GiB] [--memory 2300MiB] [--rounds 2]
+
+Every runner is a process of its own in its own environment (made in FOLDER at the first run; llama.cpp compiles),
+under the same memory cgroup, page cache included, with the model's files dropped from the page cache before it
+starts. Runners take turns, so that a disk that slows down slows all of them. The prompt has 512 tokens; tokens are
+greedy. What a peer writes before its first run (AirLLM's split, llama.cpp's GGUF) is made once and timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import bench
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = {
+    "airllm": (["torch==2.13.0"], ["airllm==4.0.0"]),  # brings transformers and accelerate
+    "llama": (["numpy"], ["llama-cpp-python", "gguf"]),
+}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One row of the table: a command, and the folder whose files it reads."""
+
+    name: str
+    command: Callable[[int, int], list[str]]
+    files: Path
+    prepare_seconds: float = 0.0
+    prepare_bytes: int = 0
+    new_tokens: int = 5
+
+
+def main() -> None:
+    """Make the environments, prepare the peers, take turns, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--environments", type=Path, required=True, help="where the peers' environments are, or go")
+    parser.add_argument("--work", type=Path, help="where the peers' copies of the model go (default: a temporary one)")
+    parser.add_argument("--cgroup", default="3GiB")
+    parser.add_argument("--memory", default="2300MiB", help="LayerStream's budget")
+    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="names of runners")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.model = options.model.resolve()
+    for name in ENVIRONMENTS:
+        _make_environment(options.environments / name, *ENVIRONMENTS[name])
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        runners = _prepare(options, options.work or Path(work), Path(work))
+        runners = [runner for runner in runners if not options.only or runner.name in options.only]
+        results: dict[str, list[dict[str, Any]]] = {runner.name: [] for runner in runners}
+        for _ in range(options.rounds):
+            for runner in runners:
+                bench.drop_file_cache(runner.files)
+                print(f"{runner.name} …", file=sys.stderr)
+                command = runner.command(options.prompt, runner.new_tokens)
+                results[runner.name].append(bench.run_child(command, options.cgroup))
+    summary = [_summarise(runner, results[runner.name]) for runner in runners]
+    _show(summary, options)
+    print("written to", bench.save("peers", {"model": options.model.name, "runners": summary}, options.json))
+
+
+def _prepare(options: argparse.Namespace, keep: Path, work: Path) -> list[Runner]:
+    airllm = options.environments / "airllm" / "bin" / "python"
+    llama = options.environments / "llama" / "bin" / "python"
+    split, gguf = keep / "airllm-split", keep / "model-bf16.gguf"
+    split_seconds = gguf_seconds = 0.0
+    if not split.exists():
+        split.mkdir()
+        split_seconds = _timed([str(airllm), str(HERE / "run_airllm.py"), str(options.model), str(split), "0", "0"])
+    if not gguf.exists():
+        gguf_seconds = _timed([str(llama), str(HERE / "write_gguf.py"), str(options.model), str(gguf)])
+    offload = work / "offload"
+
+    def script(python: Path | str, name: str, *arguments: object) -> list[str]:
+        return [str(python), str(HERE / name), *map(str, arguments)]
+
+    model = options.model
+    return [
+        Runner(
+            "LayerStream",
+            lambda p, n: script(sys.executable, "run_layerstream.py", model, options.memory, p, n),
+            model,
+            new_tokens=9,
+        ),
+        Runner(
+            "llama.cpp, mmap",
+            lambda p, n: script(llama, "run_llama_cpp.py", gguf, p, n),
+            keep,
+            gguf_seconds,
+            gguf.stat().st_size,
+        ),
+        Runner("accelerate, disk", lambda p, n: script(airllm, "run_accelerate.py", model, offload, "0", p, n), model),
+        Runner(
+            "AirLLM 4.0.0",
+            lambda p, n: script(airllm, "run_airllm.py", model, split, p, n),
+            split,
+            split_seconds,
+            _folder_bytes(split),
+            new_tokens=3,
+        ),
+        Runner(
+            "AirLLM without its gc",
+            lambda p, n: script(airllm, "run_airllm.py", model, split, p, n, "nogc"),
+            split,
+            split_seconds,
+            _folder_bytes(split),
+            new_tokens=3,
+        ),
+    ]
+
+
+def _summarise(runner: Runner, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": runner.name,
+        "prepare_seconds": runner.prepare_seconds,
+        "prepare_bytes": runner.prepare_bytes,
+        "open_seconds": [run["open_seconds"] for run in runs],
+        "first_token_seconds": [run["first_token_seconds"] for run in runs],
+        "token_seconds": [seconds for run in runs for seconds in run["token_seconds"]],
+        "token_ids": runs[0]["token_ids"],
+        "cgroup_limit": runs[0]["cgroup_limit"],
+        "cgroup_peak": max((run["cgroup_peak"] or 0 for run in runs), default=0),
+    }
+
+
+def _show(summary: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    ours = statistics.median(summary[0]["token_seconds"])
+    rows = []
+    for entry in summary:
+        middle = statistics.median(entry["token_seconds"])
+        before = (
+            f"{entry['prepare_seconds']:.0f} s, +{bench.gib(entry['prepare_bytes'])}" if entry["prepare_bytes"] else "-"
+        )
+        rows.append(
+            [
+                entry["name"],
+                before,
+                bench.spread(entry["open_seconds"]),
+                bench.spread(entry["first_token_seconds"]),
+                bench.spread(entry["token_seconds"]),
+                f"{middle / ours:.2f}",
+                bench.gib(entry["cgroup_peak"] or None),
+            ]
+        )
+    bench.show(
+        f"{options.model.name}, {options.prompt} prompt tokens, memory cgroup {options.cgroup}",
+        ["", "before the first run", "open, s", "first token, s", "each token, s", "x ours", "cgroup peak"],
+        rows,
+    )
+
+
+def _make_environment(folder: Path, first: list[str], rest: list[str]) -> None:
+    if (folder / ".ready").exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    for packages in (first, rest):
+        subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", *packages], check=True)
+    (folder / ".ready").touch()
+
+
+def _timed(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    if shutil.which("cc") is None:
+        print("no C compiler found; llama-cpp-python may fail to build", file=sys.stderr)
+    main()
