@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.models import make_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(2)
+settings.register_profile("layerstream", deadline=None)  # how long an example takes is the machine's business
+settings.load_profile("layerstream")
 
 
 @pytest.fixture(scope="session")

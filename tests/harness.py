@@ -32,7 +32,7 @@ def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
 def budget_for(folder: Path, mode: str) -> int:
     """A budget under which the model is resident, streams by layers, or is cut as fine as it gets."""
     facts = model_facts(build_skeleton(folder, dtype="float32"), 1024)
-    least = planner._least_bytes(facts, planner.MAX_SWEEP_TOKENS)
+    least = planner._floor_bytes(facts) + planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS)
     if mode == "resident":
         return planner.comfortable_bytes(facts)
     if mode == "cut":

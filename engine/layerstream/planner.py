@@ -175,11 +175,12 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
 
 
 def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
-    sweep_tokens = _sweep_tokens(facts, budget_bytes)
-    least = _least_bytes(facts, sweep_tokens)
+    floor = _floor_bytes(facts)
+    sweep_tokens = _sweep_tokens(facts, budget_bytes, floor)
+    activations = _activation_bytes(facts, sweep_tokens)
+    least = floor + activations
     if least > budget_bytes:
         raise BudgetTooSmall(budget_bytes, least, _reason(facts))
-    activations = _activation_bytes(facts, sweep_tokens)
     least_kv = MIN_KV_TOKENS * facts.kv_token_bytes
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
     for_weights = budget_bytes - activations - num_pages * CHUNK_TOKENS * facts.kv_token_bytes
@@ -204,12 +205,11 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     )
 
 
-def _sweep_tokens(facts: ModelFacts, budget_bytes: int) -> int:
+def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
     """The token budget of a sweep: the largest whose activations keep to their share, one chunk at the least."""
+    most = min(ACTIVATION_SHARE * budget_bytes, budget_bytes - floor)
     tokens = MAX_SWEEP_TOKENS
-    while tokens > CHUNK_TOKENS and (
-        _activation_bytes(facts, tokens) > ACTIVATION_SHARE * budget_bytes or _least_bytes(facts, tokens) > budget_bytes
-    ):
+    while tokens > CHUNK_TOKENS and _activation_bytes(facts, tokens) > most:
         tokens = max(CHUNK_TOKENS, tokens // 2)
     return tokens
 
@@ -232,13 +232,12 @@ def _cut_all(facts: ModelFacts, limit: int) -> tuple[tuple[PlannedUnit, ...], tu
     return body, tuple(slice_rows(facts.head, min(limit, HEAD_SLICE_BYTES)))
 
 
-def _least_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
-    """The smallest budget that runs at all: finest units, a ring for two of them, KV for two chunks."""
+def _floor_bytes(facts: ModelFacts) -> int:
+    """What runs at all beside the activations: finest units, a ring for two of them, KV for two chunks."""
     body, head = _cut_all(facts, FINEST_UNIT_BYTES)
     units = body + head
     pinned = sum(unit.compute_bytes for unit in units if unit.pinned)
-    kv_bytes = MIN_KV_TOKENS * facts.kv_token_bytes
-    return _activation_bytes(facts, sweep_tokens) + _scratch_bytes(units) + pinned + kv_bytes + 2 * largest_unit(units)
+    return _scratch_bytes(units) + pinned + MIN_KV_TOKENS * facts.kv_token_bytes + 2 * largest_unit(units)
 
 
 def _reason(facts: ModelFacts) -> str:

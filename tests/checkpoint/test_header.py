@@ -78,7 +78,7 @@ def test_short_files_say_what_is_missing(tmp_path: Path) -> None:
         read_header(write(path, {"a": GOOD}, b"\0" * 23))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_random_bytes_are_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     good = bytearray(save({"a": torch.zeros(2, 3), "b": torch.zeros(5, dtype=torch.int8)}))

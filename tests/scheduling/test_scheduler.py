@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from layerstream.kv.pages import PagePool
 from layerstream.params import SamplingParams
@@ -75,7 +75,6 @@ def test_a_sequence_waits_until_its_longest_answer_fits() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 2), "arrival order: the small one does not overtake"
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5)), min_size=1, max_size=12),
     st.integers(8, 20),

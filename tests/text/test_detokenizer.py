@@ -20,7 +20,7 @@ TEXTS = [
     "a\ufffdb\ufffd",
     "€" * 40,
 ]
-FAST = settings(max_examples=150, deadline=None)
+FAST = settings(max_examples=150)
 ids_below_320 = st.lists(st.integers(0, 319), max_size=60)
 
 

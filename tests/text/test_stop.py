@@ -65,7 +65,7 @@ def test_nothing_is_shown_after_a_match() -> None:
 words = st.text(alphabet="ab", min_size=1, max_size=4)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(stops=st.lists(words, max_size=3).map(tuple), pieces=st.lists(st.text(alphabet="abc", max_size=4), max_size=8))
 @example(stops=("b", "abab"), pieces=["a", "b", "a"])
 def test_any_cutting_gives_what_a_search_of_the_whole_gives(stops: tuple[str, ...], pieces: list[str]) -> None:
@@ -73,7 +73,7 @@ def test_any_cutting_gives_what_a_search_of_the_whole_gives(stops: tuple[str, ..
     assert ("".join(shown), matched) == search(stops, "".join(pieces))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(stops=st.lists(words, max_size=3).map(tuple), pieces=st.lists(st.text(alphabet="abc", max_size=4), max_size=8))
 def test_text_is_held_back_only_while_it_may_be_a_stop_string(stops: tuple[str, ...], pieces: list[str]) -> None:
     matcher = StopMatcher(stops)
