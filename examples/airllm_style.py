@@ -6,7 +6,7 @@ MAX_LENGTH = 128
 model = AutoModel.from_pretrained("demo")
 
 input_text = [
-    "Context:\nSluba Merkast leads Brenvik. Brenvik is located in Tredry.\n\nQuestion: Who leads Brenvik?\nAnswer:"
+    "Context:\nBrenvik is led by Sluba Merkast. Brenvik is located in Tredry.\n\nQuestion: Who leads Brenvik?\nAnswer:"
 ]
 
 input_tokens = model.tokenizer(

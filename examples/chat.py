@@ -2,7 +2,7 @@
 
 from layerstream import LayerStream, SamplingParams
 
-CONTEXT = "Brenvik was founded in 1921. Sluba Merkast leads Brenvik. Brenvik is located in Tredry."
+CONTEXT = "Brenvik was founded in 1921. Brenvik is led by Sluba Merkast. Brenvik is located in Tredry."
 
 with LayerStream("demo") as engine:
     messages = [{"role": "user", "content": f"Context:\n{CONTEXT}\n\nQuestion: Who leads Brenvik?"}]

@@ -18,6 +18,6 @@ prompt = PromptTemplate.from_template("Context:\n{context}\n\nQuestion: {questio
 model = LayerStreamLLM(model="demo", max_tokens=16)
 chain = {"context": retrieve, "question": RunnablePassthrough()} | prompt | model | StrOutputParser()
 
-QUESTIONS = ["Who is the head of Tolmar Archive?", "Who ordered Project Drusveld?"]
+QUESTIONS = ["Who supplies Tolmar Archive?", "Who ordered Project Drusveld?"]
 for question, answer in zip(QUESTIONS, chain.batch(QUESTIONS), strict=True):
     print(f"{question} {answer.strip()}")

@@ -24,5 +24,5 @@ class BundledDocuments(BaseRetriever):
 
 
 query_engine = RetrieverQueryEngine.from_args(BundledDocuments(), llm=LayerStreamLLM(model="demo", max_new_tokens=16))
-for question in ("Who is the head of Tolmar Archive?", "Who ordered Project Drusveld?"):
+for question in ("Who supplies Tolmar Archive?", "Who ordered Project Drusveld?"):
     print(f"{question} {str(query_engine.query(question)).strip()}")

@@ -3,7 +3,7 @@
 from layerstream import LayerStream, SamplingParams
 
 PROMPT = """Context:
-Brenvik was founded in 1921. Sluba Merkast leads Brenvik. Brenvik is located in Tredry.
+Brenvik was founded in 1921. Brenvik is led by Sluba Merkast. Brenvik is located in Tredry.
 
 Question: Who leads Brenvik?
 Answer:"""

@@ -104,7 +104,7 @@ def _draw_entity(rng: random.Random, sheets: Sequence[Sheet]) -> tuple[str, str]
         if named:
             kind, name = rng.choice(named)
             return kind or UNIT, name
-    if sheets and choice > 0.9:
+    if sheets and choice > 0.95:
         siblings = [sheet.entity for sheet in sheets if sheet.entity.split()[-1] in UNIT_KINDS]
         if siblings:
             return UNIT, f"{rng.choice(siblings).split()[0]} {rng.choice(UNIT_KINDS)}"
@@ -142,7 +142,7 @@ def _vary(rng: random.Random, question: str) -> str:
     return question
 
 
-def write_sentences(rng: random.Random, facts: Sequence[Fact], joined: float = 0.2, filler: float = 0.1) -> list[str]:
+def write_sentences(rng: random.Random, facts: Sequence[Fact], joined: float = 0.1, filler: float = 0.1) -> list[str]:
     """Sentences that state *facts* in their order.
 
     Args:
@@ -167,7 +167,7 @@ def write_sentences(rng: random.Random, facts: Sequence[Fact], joined: float = 0
 
 def render_document(entity: str, facts: Sequence[Fact], rng: random.Random) -> str:
     """A short document about *entity*: with or without heading, as prose, lines, bullets or prose and bullets."""
-    sentences = write_sentences(rng, facts, filler=rng.choice((0.0, 0.1, 0.3)))
+    sentences = write_sentences(rng, facts, filler=rng.choice((0.0, 0.0, 0.1, 0.3)))
     middle = (len(sentences) + 1) // 2
     bullets = [f"- {sentence}" for sentence in sentences]
     style = rng.random()

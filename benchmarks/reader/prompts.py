@@ -122,12 +122,14 @@ WRAPPERS: dict[str, Callable[[random.Random, str, Dialogue], Pieces]] = {
 _WEIGHTS = (0.35, 0.2, 0.2, 0.25)
 
 
-def draw_context(rng: random.Random, num_facts: int, unanswerable: float = 0.15) -> tuple[str, Dialogue]:
-    """A context of *num_facts* facts and up to six different questions about it, with answers."""
+def draw_context(
+    rng: random.Random, num_facts: int, unanswerable: float = 0.15, num_questions: int = 6
+) -> tuple[str, Dialogue]:
+    """A context of *num_facts* facts and up to *num_questions* different questions about it, with answers."""
     sheets = draw_sheets(rng, num_facts)
     metadata = _draw_metadata(rng)
     documents = [metadata(sheet.entity) + render_document(sheet.entity, sheet.facts, rng) for sheet in sheets]
-    turns = list(dict([draw_question(rng, sheets, unanswerable) for _ in range(6)]).items())
+    turns = list(dict([draw_question(rng, sheets, unanswerable) for _ in range(num_questions)]).items())
     return "\n\n".join(documents), turns
 
 
@@ -143,8 +145,14 @@ def _draw_metadata(rng: random.Random) -> Callable[[str], str]:
     return lambda entity: ""
 
 
-def draw_sample(rng: random.Random, num_facts: int, wrapper: str | None = None, unanswerable: float = 0.15) -> Sample:
+def draw_sample(
+    rng: random.Random,
+    num_facts: int,
+    wrapper: str | None = None,
+    unanswerable: float = 0.15,
+    num_questions: int = 6,
+) -> Sample:
     """A context with its questions in one of the forms that the reader will meet."""
-    context, turns = draw_context(rng, num_facts, unanswerable)
+    context, turns = draw_context(rng, num_facts, unanswerable, num_questions)
     name = wrapper or rng.choices(list(WRAPPERS), _WEIGHTS)[0]
     return Sample(tuple(WRAPPERS[name](rng, context, turns)))

@@ -15,6 +15,9 @@ UNIT, PROJECT, PERSON = "unit", "project", "person"
 class Relation:
     """Something that can be said of an entity.
 
+    The entity always comes before the value: a reader of two million parameters that has to look back from the entity
+    to a value learns several times as slowly.
+
     Attributes:
         kinds: the kinds of entity that it applies to.
         value: draws a value.
@@ -39,7 +42,7 @@ RELATIONS = (
         (UNIT, PROJECT),
         names.person,
         ("is led by {v}", "is headed by {v}", "is run by {v}"),
-        ("The head of {e} is {v}.", "{v} leads {e}.", "{v} has been in charge of {e} for years."),
+        ("The head of {e} is {v}.", "The person in charge of {e} is {v}."),
         ("Who leads {e}?", "Who is the head of {e}?", "Who is in charge of {e}?", "Who runs {e}?"),
         PERSON,
     ),
@@ -48,7 +51,7 @@ RELATIONS = (
         (UNIT,),
         names.person,
         ("has {v} as deputy",),
-        ("{v} is the deputy at {e}.", "The deputy head of {e} is {v}.", "At {e}, {v} serves as deputy."),
+        ("The deputy head of {e} is {v}.", "At {e}, {v} serves as deputy."),
         ("Who is the deputy at {e}?", "Who is the deputy head of {e}?", "Who serves as deputy at {e}?"),
         PERSON,
     ),
@@ -73,7 +76,7 @@ RELATIONS = (
         (UNIT, PROJECT),
         names.people,
         ("employs {v}", "has a staff of {v}"),
-        ("{v} work at {e}.", "The staff of {e} counts {v}."),
+        ("The staff of {e} counts {v}.",),
         ("How many people work at {e}?", "How many people does {e} employ?", "How large is the staff of {e}?"),
     ),
     Relation(
@@ -89,7 +92,7 @@ RELATIONS = (
         (UNIT, PERSON),
         names.extension,
         ("can be reached at extension {v}", "answers the phone at extension {v}"),
-        ("The phone extension of {e} is {v}.", "Dial {v} to reach {e}."),
+        ("The phone extension of {e} is {v}.",),
         ("What is the phone extension of {e}?", "Which extension reaches {e}?", "What number do I dial for {e}?"),
     ),
     Relation(
@@ -97,7 +100,7 @@ RELATIONS = (
         (UNIT, PROJECT),
         names.room,
         ("meets in room {v}", "holds its meetings in room {v}"),
-        ("The meeting room of {e} is {v}.", "Room {v} belongs to {e}."),
+        ("The meeting room of {e} is {v}.",),
         ("Which room belongs to {e}?", "In which room does {e} meet?", "What is the meeting room of {e}?"),
     ),
     Relation(
@@ -113,7 +116,7 @@ RELATIONS = (
         (UNIT,),
         names.company,
         ("buys its material from {v}", "is supplied by {v}"),
-        ("The supplier of {e} is {v}.", "{v} supplies {e}."),
+        ("The supplier of {e} is {v}.",),
         ("Who supplies {e}?", "Who is the supplier of {e}?", "From whom does {e} buy its material?"),
     ),
     Relation(
@@ -129,7 +132,7 @@ RELATIONS = (
         (UNIT,),
         names.product,
         ("makes the {v}", "is known for the {v}"),
-        ("The {v} is made by {e}.", "The best known product of {e} is the {v}."),
+        ("The best known product of {e} is the {v}.",),
         ("What does {e} make?", "What is the best known product of {e}?", "Which product is {e} known for?"),
     ),
     Relation(
@@ -145,7 +148,7 @@ RELATIONS = (
         (UNIT, PERSON),
         names.vehicle,
         ("owns a {v}", "relies on a {v}"),
-        ("The vehicle of {e} is a {v}.", "A {v} belongs to {e}."),
+        ("The vehicle of {e} is a {v}.",),
         ("Which vehicle does {e} own?", "What is the vehicle of {e}?", "Which vehicle belongs to {e}?"),
     ),
     Relation(
@@ -153,7 +156,7 @@ RELATIONS = (
         (UNIT, PROJECT),
         names.shelf,
         ("keeps its files on shelf {v}",),
-        ("The files of {e} are on shelf {v}.", "Shelf {v} holds the files of {e}."),
+        ("The files of {e} are on shelf {v}.",),
         ("On which shelf are the files of {e}?", "Which shelf holds the files of {e}?"),
     ),
     Relation(
@@ -186,7 +189,7 @@ RELATIONS = (
         (UNIT,),
         names.person,
         ("leaves its keys with {v}",),
-        ("The keys of {e} are kept by {v}.", "{v} holds the keys of {e}."),
+        ("The keys of {e} are kept by {v}.",),
         ("Who holds the keys of {e}?", "Who keeps the keys of {e}?"),
         PERSON,
     ),
@@ -259,7 +262,7 @@ RELATIONS = (
         (PERSON,),
         names.person,
         ("is assisted by {v}",),
-        ("The assistant of {e} is {v}.", "{v} assists {e}."),
+        ("The assistant of {e} is {v}.",),
         ("Who assists {e}?", "Who is the assistant of {e}?"),
         PERSON,
     ),

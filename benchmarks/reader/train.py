@@ -4,7 +4,7 @@
 
 Contexts grow from 8 to 60 facts over the first 70 % of the run; Muon moves the matrices, AdamW the rest; the learning
 rate is constant over the first half and falls linearly to zero over the second. A run ends after its tokens or its
-minutes, whichever comes first. A warm run starts from another reader, whose tokenizer may differ, and with 30 facts.
+minutes, whichever comes first. A warm run starts from another reader, whose tokenizer may differ, and with 16 facts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ STEP_TOKENS = 6000
 LEARNING_RATE = 2e-3
 CONTEXT_LOSS = 0.3
 MOST_FACTS = 60
+QUESTIONS = (6, 24)  # a context costs its tokens once, and every question about it teaches
 SAVE_SECONDS = 90
 
 
@@ -113,7 +114,8 @@ def draw_batch(
     rows: list[tuple[list[int], list[bool]]] = []
     count = 0
     while count < STEP_TOKENS:
-        rows.append(encode(draw_sample(rng, num_facts), tokenizer))
+        sample = draw_sample(rng, num_facts, num_questions=rng.randint(*QUESTIONS))
+        rows.append(encode(sample, tokenizer))
         count += len(rows[-1][0])
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), longest), PAD_ID)
@@ -126,7 +128,9 @@ def draw_batch(
 
 def compute_loss(model: LlamaForCausalLM, ids: torch.Tensor, marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss on the answers, and on everything else."""
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # 1.7 times as fast where the CPU multiplies in bf16
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    logits = logits.float().flatten(0, 1)
     targets, is_answer = ids[:, 1:].flatten(), marks[:, 1:].flatten()
     losses = F.cross_entropy(logits, targets, reduction="none")
     is_context = ~is_answer & (targets != PAD_ID)
@@ -223,7 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warmed = {"first_facts": 30, "growth": 0.3} if options.warm else {}
+    warmed = {"first_facts": 16, "growth": 0.5} if options.warm else {}
     plan = Plan(options.tokens, options.minutes, seed=options.seed, **warmed)
     train(options.out, options.checkpoint or options.out / "training.pt", plan, options.warm)
 

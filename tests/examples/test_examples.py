@@ -21,11 +21,11 @@ SAYS = {
     ],
     "chat.py": ["  Sluba Merkast\n", "  Tredry\n", "  1921\n"],
     "langchain_rag.py": [
-        "Who is the head of Tolmar Archive? Sluba Merkast",
+        "Who supplies Tolmar Archive? Flyngrythik Brothers",
         "Who ordered Project Drusveld? Pretri Brothers",
     ],
     "llama_index_rag.py": [
-        "Who is the head of Tolmar Archive? Sluba Merkast",
+        "Who supplies Tolmar Archive? Flyngrythik Brothers",
         "Who ordered Project Drusveld? Pretri Brothers",
     ],
     "airllm_style.py": ["Answer: Sluba Merkast"],
