@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from layerstream.errors import (
     GatedRepository,
     InvalidHeader,
     MissingTensor,
+    StorageFull,
     UnsupportedFormat,
 )
 from safetensors.torch import save_file
@@ -140,6 +142,15 @@ def test_what_the_hub_refuses_is_explained(
     monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(expected, match=words):
         hub.locate("owner/name", revision="v1")
+
+
+def test_a_full_disk_says_where_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(StorageFull, match="set HF_HOME to a folder elsewhere; what was fetched is kept"):
+        hub.locate("owner/name")
 
 
 def test_a_model_in_the_local_cache_needs_no_network(

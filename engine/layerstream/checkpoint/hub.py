@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -15,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from layerstream.errors import CheckpointNotFound, GatedRepository
+from layerstream.errors import CheckpointNotFound, GatedRepository, StorageFull
 
 DEMO = "demo"
 _NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt")
@@ -39,6 +41,7 @@ def locate(
     Raises:
         GatedRepository: the hub wants an access request or a token.
         CheckpointNotFound: no such folder, repository or revision, or no network and not in the cache.
+        StorageFull: no room for the files.
     """
     name = os.fspath(model)
     if name == DEMO:
@@ -71,6 +74,11 @@ def _fetch(repo: str, revision: str | None, token: str | None, trust_remote_code
             "private one needs token= or 'hf auth login'"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise StorageFull(
+                f"the disk is full; {repo!r} goes to {HF_HUB_CACHE}: free some room there, or set HF_HOME to a "
+                "folder elsewhere; what was fetched is kept, and the next try goes on from there",
+            ) from error
         raise CheckpointNotFound(
             f"{repo!r} is not in the local cache and could not be fetched: {error}; check the network or pass a folder"
         ) from error
