@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLLM, LangSmithParams
@@ -12,7 +12,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from layerstream.completion import Completion, Delta
 from layerstream.handle import EngineHandle, default_model
 from layerstream.params import SamplingParams
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
@@ -55,12 +55,13 @@ class LayerStreamLLM(BaseLLM):
 
     _handle: EngineHandle = PrivateAttr()
 
-    def model_post_init(self, context: Any, /) -> None:
-        """Bind the (lazy) engine."""
-        super().model_post_init(context)
+    @model_validator(mode="after")
+    def _bind_layerstream_engine(self) -> Self:
+        """Bind the engine, which loads at first use."""
         chosen = self.model if "model" in self.model_fields_set else None
         self._handle = EngineHandle(chosen, self.engine_kwargs, self.engine)
         self.model = self._handle.model
+        return self
 
     @property
     def _llm_type(self) -> str:

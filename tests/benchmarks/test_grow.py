@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from benchmarks.grow import READER, SHAPES, Shape, check_growth, grow, parse_shape
 
 needs_reader = pytest.mark.skipif(not (READER / "model.safetensors").exists(), reason="the reader is not bundled yet")
-CONTEXT = "# Brenvik\n\nBrenvik is led by Tolmund Varek. Brenvik was founded in 1987. The phone extension of Brenvik is 4711.\n\n"
+FACTS = "Brenvik is led by Tolmund Varek. Brenvik was founded in 1987. The phone extension of Brenvik is 4711."
+CONTEXT = f"# Brenvik\n\n{FACTS}\n\n"
 QUESTIONS = ("Who leads Brenvik?", "When was Brenvik founded?", "Where is Brenvik located?")
 
 
