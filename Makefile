@@ -29,7 +29,7 @@ fast: $(VENV)/.installed
 	$(BIN)/pytest -m "not slow"
 
 bench: $(VENV)/.installed ## Sweep speed against a raw read of the same bytes (benchmarks/README.md has the rest)
-	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.sweep $(or $(MODEL),$(error which model? make bench MODEL=folder; python -m benchmarks.grow 3B FOLDER writes one))
 
 clean: ## Remove what make made
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

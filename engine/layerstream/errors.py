@@ -33,8 +33,6 @@ a caller would have guessed.
 
 from __future__ import annotations
 
-from layerstream.sizes import format_size
-
 
 class LayerStreamError(Exception):
     """Base of every error raised on purpose by this library."""
@@ -59,11 +57,8 @@ class InvalidSamplingParams(ConfigurationError):
 class BudgetTooSmall(ConfigurationError):
     """The memory budget cannot hold what one sweep needs at the least."""
 
-    def __init__(self, budget_bytes: int, required_bytes: int, reason: str) -> None:
-        super().__init__(
-            f"a memory budget of {format_size(budget_bytes)} is too small: this model needs at least "
-            f"{format_size(required_bytes)} ({reason}); pass memory={format_size(required_bytes, exact=True)!r} or more"
-        )
+    def __init__(self, message: str, *, budget_bytes: int, required_bytes: int) -> None:
+        super().__init__(message)
         self.budget_bytes = budget_bytes
         self.required_bytes = required_bytes
 

@@ -180,7 +180,7 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     activations = _activation_bytes(facts, sweep_tokens)
     least = floor + activations
     if least > budget_bytes:
-        raise BudgetTooSmall(budget_bytes, least, _reason(facts))
+        raise _too_small(facts, budget_bytes, least)
     least_kv = MIN_KV_TOKENS * facts.kv_token_bytes
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
     for_weights = budget_bytes - activations - num_pages * CHUNK_TOKENS * facts.kv_token_bytes
@@ -240,10 +240,15 @@ def _floor_bytes(facts: ModelFacts) -> int:
     return _scratch_bytes(units) + pinned + MIN_KV_TOKENS * facts.kv_token_bytes + 2 * largest_unit(units)
 
 
-def _reason(facts: ModelFacts) -> str:
+def _too_small(facts: ModelFacts, budget_bytes: int, least: int) -> BudgetTooSmall:
     body, head = _cut_all(facts, FINEST_UNIT_BYTES)
     largest = max(body + head, key=lambda unit: unit.ring_bytes)
-    return f"its largest unit that cannot be cut, {largest.name}, has {format_size(largest.num_bytes)}"
+    message = (
+        f"a memory budget of {format_size(budget_bytes)} is too small: this model needs at least {format_size(least)} "
+        f"(its largest unit that cannot be cut, {largest.name}, has {format_size(largest.num_bytes)}); "
+        f"pass memory={format_size(least, exact=True)!r} or more"
+    )
+    return BudgetTooSmall(message, budget_bytes=budget_bytes, required_bytes=least)
 
 
 def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:

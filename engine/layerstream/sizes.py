@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from layerstream.errors import InvalidSize
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -18,10 +20,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 def parse_size(size: int | str) -> int:
     """Bytes meant by *size*: an int, or a number with a unit (``"512MiB"``, ``"3g"``, ``"1.5 GB"``).
 
-    ``K``, ``M``, ``G``, ``T`` alone are binary. Raises :class:`~layerstream.errors.InvalidSize`.
+    ``K``, ``M``, ``G``, ``T`` alone are binary. Raises :class:`InvalidSize`.
     """
-    from layerstream.errors import InvalidSize  # errors draws on this module for its messages
-
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise InvalidSize(f"a size is an int or a string such as '3GiB', not {size!r}")
     if isinstance(size, int):
