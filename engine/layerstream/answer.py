@@ -31,7 +31,6 @@ class Answer:
     submitted: float
     num_sweeps: int = 0
     streamed_bytes: int = 0
-    cached_tokens: int = 0
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     first_token_seconds: float | None = None
@@ -81,7 +80,7 @@ class Answer:
             text=self.text,
             token_ids=sequence.output_ids,
             finish_reason=reason,
-            usage=Usage(sequence.num_prompt_tokens, self.cached_tokens, sequence.num_output_tokens),
+            usage=Usage(sequence.num_prompt_tokens, sequence.num_cached, sequence.num_output_tokens),
             metrics=CompletionMetrics(
                 sweeps=self.num_sweeps,
                 streamed_bytes=self.streamed_bytes,

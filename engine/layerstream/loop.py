@@ -1,4 +1,4 @@
-"""The engine's one thread: schedule, run, sample, commit.
+"""The engine's one thread: schedule, run, commit, sample, deliver.
 
 Callers on any thread put answers into the inbox and wait on their requests; everything else here belongs to the
 engine's thread. Invariants: an answer is in the inbox, or the scheduler knows its sequence, or its request is done;
@@ -116,8 +116,9 @@ class EngineLoop:
         except Exception as error:  # noqa: BLE001  # whatever a sweep dies of, only its own requests die with it
             self._fail(sweep, error)
             return
+        self._scheduler.commit(sweep)
         tokens = self._sample(logits, sweep)
-        self._commit(sweep, tokens, self._streamed_bytes() - streamed)
+        self._deliver(sweep, tokens, self._streamed_bytes() - streamed)
         self._finish(started, len(tokens), self._streamed_bytes() - streamed)
 
     def _wait_for_work(self) -> bool:
@@ -159,17 +160,12 @@ class EngineLoop:
                 self._drop(sequence).request.fail(error)
         return tokens
 
-    def _commit(self, sweep: Sweep, tokens: dict[Sequence, SampledToken], streamed_bytes: int) -> None:
-        """Rows are computed, tokens are drawn: advance the sequences and tell their requests."""
+    def _deliver(self, sweep: Sweep, tokens: dict[Sequence, SampledToken], streamed_bytes: int) -> None:
+        """Tokens are drawn: tell their requests."""
         self.counters.tokens_in += sweep.num_tokens
         self.counters.tokens_out += len(tokens)
-        carried = {}
-        for _, span in sweep.spans():
-            carried[span.sequence] = span.stop
-        for sequence, stop in carried.items():
-            if sequence in self._answers:
-                sequence.num_computed = stop
-                self._answers[sequence].took_part(streamed_bytes)
+        for sequence in {span.sequence for _, span in sweep.spans()} & self._answers.keys():
+            self._answers[sequence].took_part(streamed_bytes)
         for sequence, token in tokens.items():
             if self._answers[sequence].accept(token) is not None:
                 self._drop(sequence)

@@ -102,8 +102,7 @@ def step_greedily(parts: Assembly, prompts: Seq[Seq[int]], num_tokens: int) -> t
     while (sweep := parts.scheduler.schedule()) is not None:
         rows = parts.runner.run(sweep).clone()
         parts.scheduler.check_integrity()
-        for _, span in sweep.spans():
-            span.sequence.num_computed = span.stop
+        parts.scheduler.commit(sweep)
         for sequence, row in zip(sweep.sampled, rows, strict=True):
             logits[sequence.sequence_id].append(row)
             sequence.token_ids.append(int(row.argmax()))

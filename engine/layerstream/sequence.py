@@ -20,6 +20,8 @@ class Sequence:
         params: sampling parameters with the model's defaults filled in.
         num_computed: tokens whose KV is in ``pages``; ``token_ids[num_computed:]`` are still to be computed.
         pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
+        prefix_keys: page keys of those pages of the prompt that other sequences may share.
+        num_cached: tokens whose KV was there, or was another sequence's to compute, when this one was admitted.
     """
 
     sequence_id: int
@@ -28,6 +30,8 @@ class Sequence:
     params: SamplingParams
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    prefix_keys: list[bytes] = field(default_factory=list)
+    num_cached: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -16,7 +16,8 @@ LIMITS = SweepLimits(max_tokens=20, chunk_tokens=8, decode_rows=4)
 
 
 def make(number: int, num_tokens: int, max_tokens: int = 4) -> Sequence:
-    return Sequence(number, list(range(num_tokens)), num_tokens, SamplingParams(max_tokens=max_tokens))
+    tokens = list(range(100 * number, 100 * number + num_tokens))  # nothing in common with the others
+    return Sequence(number, tokens, num_tokens, SamplingParams(max_tokens=max_tokens))
 
 
 def shape(sweep: Sweep | None) -> list[tuple[list[tuple[int, int, int]], int]]:
@@ -29,8 +30,7 @@ def shape(sweep: Sweep | None) -> list[tuple[list[tuple[int, int, int]], int]]:
 
 
 def commit(scheduler: Scheduler, sweep: Sweep) -> None:
-    for _, span in sweep.spans():
-        span.sequence.num_computed = span.stop
+    scheduler.commit(sweep)
     for sequence in sweep.sampled:
         sequence.token_ids.append(0)
         if sequence.num_output_tokens == sequence.params.max_tokens:
@@ -110,4 +110,4 @@ def test_everything_finishes_once_without_gaps(
     for sequence in everyone:
         done = sequence.num_output_tokens == sequence.params.max_tokens
         assert done or sequence.sequence_id in cancelled
-    assert scheduler.pool.num_used == 0
+    assert scheduler.pool.num_used == len(scheduler.prefixes), "only idle prefixes are left"

@@ -8,7 +8,8 @@ A page holds the state of ``page_tokens`` tokens over all layers. Ownership:
 | held | n ≥ 1 | each of its n holders, once |
 
 ``acquire`` prefers a contiguous run of page ids, because attention then sees a sequence's keys as one view and copies
-nothing; it takes scattered pages only when no run is long enough. ``check_integrity`` verifies the table.
+nothing: best right after the pages that a sequence shares already, else anywhere; it takes scattered pages only when
+no run is long enough. ``check_integrity`` verifies the table.
 """
 
 from __future__ import annotations
@@ -43,11 +44,20 @@ class PagePool:
         """Pages that *num_tokens* tokens need."""
         return -(-num_tokens // self.page_tokens)
 
-    def acquire(self, count: int) -> list[int] | None:
-        """*count* pages with one holder each, or ``None`` (and no change) if fewer are free."""
+    def refcount(self, page: int) -> int:
+        """How many hold *page*."""
+        return self._refcounts[page]
+
+    def acquire(self, count: int, after: int | None = None) -> list[int] | None:
+        """*count* pages with one holder each, or ``None`` (and no change) if fewer are free.
+
+        Those that follow the page *after*, if they are free.
+        """
         if count > self._num_free:
             return None
-        pages = self._find_run(count) or [page for page, refs in enumerate(self._refcounts) if not refs][:count]
+        pages = [] if after is None else list(range(after + 1, min(after + 1 + count, self.num_pages)))
+        if len(pages) < count or any(self._refcounts[page] for page in pages):
+            pages = self._find_run(count) or [page for page, refs in enumerate(self._refcounts) if not refs][:count]
         for page in pages:
             self._refcounts[page] = 1
         self._num_free -= count

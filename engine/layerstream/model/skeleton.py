@@ -156,7 +156,7 @@ def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
         )
     model.eval()
     for module in model.modules():
-        if hasattr(module, "_is_expert_parallel"):  # set by transformers' decorator on every fused experts module
+        if _is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
     return model
 
@@ -189,14 +189,32 @@ def _body_modules(decoder: Any, embedding: torch.nn.Module) -> list[torch.nn.Mod
 def _weigh(
     module: torch.nn.Module, path: str, sources: Mapping[str, ParameterSource], dtypes: Mapping[str, torch.dtype]
 ) -> WeightNode:
+    """The sizes of *module* and of what is below it.
+
+    A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a gate's
+    sigmoid) has to see the rows of one row block at a time.
+    """
+    children = tuple(_weigh(child, f"{path}.{name}", sources, dtypes) for name, child in module.named_children())
+    if any(_is_fused_experts(child) for child in module.children()):
+        keys = [key for key in sources if key.startswith(f"{path}.")]
+        num_bytes = sum(sources[key].num_bytes for key in keys)
+        return WeightNode(path, num_bytes, sum(_compute_bytes(sources[key], dtypes[key]) for key in keys))
     own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
     return WeightNode(
         name=path,
         own_bytes=sum(sources[key].num_bytes for key in own),
-        compute_bytes=sum(sources[key].num_bytes // sources[key].dtype.itemsize * dtypes[key].itemsize for key in own),
+        compute_bytes=sum(_compute_bytes(sources[key], dtypes[key]) for key in own),
         num_rows=module.out_features if isinstance(module, torch.nn.Linear) else 0,
-        children=tuple(_weigh(child, f"{path}.{name}", sources, dtypes) for name, child in module.named_children()),
+        children=children,
     )
+
+
+def _compute_bytes(source: ParameterSource, dtype: torch.dtype) -> int:
+    return source.num_bytes // source.dtype.itemsize * dtype.itemsize
+
+
+def _is_fused_experts(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_is_expert_parallel")  # set by transformers' decorator on every fused experts module
 
 
 def _own_names(module: torch.nn.Module) -> list[str]:
