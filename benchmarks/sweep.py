@@ -51,20 +51,21 @@ def main() -> None:
         memory = options.memory if options.child == "streamed" else None
         print(json.dumps(measure(options.model, memory, options.rounds)))
         return
-    parts = {}
+    parts, path = {}, options.json
     for name in ("streamed", "resident", "thin", "larger"):
         if options.only in (None, name):
             print(f"{name} …", file=sys.stderr)
             parts[name] = _run_part(name, options)
+            path = bench.save("sweep", {"model": options.model.name, **parts}, options.json)
     report(parts)
-    print("written to", bench.save("sweep", {"model": options.model.name, **parts}, options.json))
+    print("written to", path)
 
 
 def _run_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name == "thin":
         with tempfile.TemporaryDirectory() as folder:
             write_thin(options.model, Path(folder))
-            return bench.run_child(_command(Path(folder), "streamed", "200MiB", options.rounds))
+            return bench.run_child(_command(Path(folder), "streamed", "110MiB", options.rounds))
     if name == "resident":
         return bench.run_child(_command(options.model, "resident", "0", options.rounds))
     memory, limit = options.larger if name == "larger" else (options.memory, options.cgroup)
@@ -77,11 +78,17 @@ def _command(model: Path, child: str, memory: str, rounds: int) -> list[str]:
 
 
 class SweepTimes:
-    """A listener that keeps tokens and seconds of every sweep."""
+    """A listener that keeps tokens and seconds of every sweep; and a source of prompts that share no beginning."""
 
     def __init__(self) -> None:
         self.sweeps: list[tuple[int, float]] = []
         self._tokens = 0
+        self._num_prompts = 0
+
+    def draw_prompt(self, length: int) -> list[int]:
+        """Token ids that any vocabulary of a thousand has; no two prompts begin alike."""
+        self._num_prompts += 1
+        return [5 + (self._num_prompts + at) % 900 for at in range(length)]
 
     def __call__(self, event: object) -> None:
         from layerstream.events import SweepFinished, SweepStarted
@@ -108,7 +115,7 @@ def measure(model: Path, memory: str | None, rounds: int) -> dict[str, Any]:
         for _ in range(rounds):
             for threads in RAW_THREADS if ranges else ():
                 raw[threads].append(raw_read(ranges, threads))
-            for tokens in TOKENS:
+            for tokens in (tokens for tokens in TOKENS if tokens <= engine.plan.max_sweep_tokens):
                 waited = engine.stats().wait_seconds
                 measured = run_sweeps(engine, times, tokens)
                 seconds[tokens].extend(measured[1:])
@@ -122,8 +129,8 @@ def measure(model: Path, memory: str | None, rounds: int) -> dict[str, Any]:
             "resident_bytes": stats.resident_bytes,
             "units": engine.plan.weights.num_streamed,
             "raw_seconds": raw if ranges else None,
-            "sweep_seconds": seconds,
-            "wait_seconds": {tokens: statistics.median(values) for tokens, values in waits.items()},
+            "sweep_seconds": {tokens: values for tokens, values in seconds.items() if values},
+            "wait_seconds": {tokens: statistics.median(values) for tokens, values in waits.items() if values},
             "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "planned_peak": stats.peak_memory_bytes,
             "read_modes": dict(stats.read_modes),
@@ -137,11 +144,11 @@ def run_sweeps(engine: Any, times: SweepTimes, tokens: int) -> list[float]:
     times.sweeps.clear()
     if tokens < MAX_FREE_TOKENS:
         params = SamplingParams(max_tokens=SWEEPS_PER_ROUND + 2, temperature=0.0, ignore_eos=True)
-        engine.generate([[5 + index, 6, 7] for index in range(tokens)], params)
+        engine.generate([times.draw_prompt(3) for _ in range(tokens)], params)
     else:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-        for index in range(SWEEPS_PER_ROUND + 1):
-            engine.generate([5 + (index + at) % 900 for at in range(tokens)], params)
+        for _ in range(SWEEPS_PER_ROUND + 1):
+            engine.generate(times.draw_prompt(tokens), params)
     return [seconds for count, seconds in times.sweeps if count == tokens]
 
 

@@ -53,7 +53,7 @@ def test_what_fits_is_resident_and_streams_nothing() -> None:
     assert not plan.streams
     assert plan.streamed_bytes == 0
     assert plan.embedding_resident
-    assert plan.decode_rows == 1
+    assert plan.decode_rows == planner.RESIDENT_ROWS
 
 
 def test_what_does_not_fit_streams_all_but_a_fixed_set() -> None:

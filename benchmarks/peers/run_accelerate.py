@@ -7,13 +7,14 @@ import sys
 
 import torch
 from clock import Clock, prompt_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 model_path, folder, memory, num_prompt, num_new = sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:6])
 clock = Clock()
 if memory == "0":
     names = {"model.embed_tokens": "disk", "model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "disk"}
-    device_map: object = names | {f"model.layers.{index}": "disk" for index in range(200)}
+    num_layers = AutoConfig.from_pretrained(model_path).num_hidden_layers
+    device_map: object = names | {f"model.layers.{index}": "disk" for index in range(num_layers)}
     limits = None
 else:
     device_map, limits = "auto", {"cpu": memory}

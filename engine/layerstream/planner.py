@@ -22,7 +22,7 @@ from layerstream.streaming.residency import (
 
 CHUNK_TOKENS = 128
 STREAMING_ROWS = 16  # decode rows per row block where weights stream: compute is idle anyway
-RESIDENT_ROWS = 1
+RESIDENT_ROWS = 4  # one row is not faster than four
 MAX_SWEEP_TOKENS = 512
 ACTIVATION_SHARE = 0.2  # of the budget; past it, a sweep carries fewer tokens
 MIN_KV_TOKENS = 2 * CHUNK_TOKENS
@@ -191,7 +191,9 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     for_weights -= sum(everything[index].compute_bytes for index in pinned) + _scratch_bytes(everything)
     ring_bytes = min(int(RING_UNITS * largest_unit(everything)), for_weights)
     free = [index for index in range(len(everything)) if index not in pinned]
-    chosen = choose_residents([everything[index].compute_bytes for index in free], for_weights - ring_bytes)
+    head_first = [position for position, index in enumerate(free) if index >= len(body)]
+    sizes = [everything[index].compute_bytes for index in free]
+    chosen = choose_residents(sizes, for_weights - ring_bytes, head_first)
     residents = pinned | {free[position] for position in chosen}
     return Plan(
         budget_bytes=budget_bytes,

@@ -5,7 +5,8 @@ decoder layer where it fits, else its attention and its MLP, else single Linears
 is too small to be worth a place in the stream (norms, sinks, biases of a module that had to be cut) is pinned.
 
 Residents are a *fixed* set: a cyclic scan through an LRU cache hits about 0 %, a fixed set hits exactly its share.
-They are spread evenly over the sweep, so that the reader has something to hide behind everywhere.
+The head comes first: only sampled rows pass it, so it has the least compute for a read to hide behind. The others are
+spread evenly over the sweep, so that the reader has something to hide behind everywhere.
 """
 
 from __future__ import annotations
@@ -154,16 +155,17 @@ def slice_rows(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
         )
 
 
-def choose_residents(sizes: Sequence[int], available_bytes: int) -> frozenset[int]:
+def choose_residents(sizes: Sequence[int], available_bytes: int, first: Sequence[int] = ()) -> frozenset[int]:
     """Indices of the units that stay, their sizes summing to at most *available_bytes*.
 
-    All of them if they fit; else taken in the van der Corput order, which spreads any number of picks evenly.
+    All of them if they fit; else those of *first*, in order, and then the others in the van der Corput order, which
+    spreads any number of picks evenly.
     """
     if sum(sizes) <= available_bytes:
         return frozenset(range(len(sizes)))
     chosen: set[int] = set()
     left = available_bytes
-    for index in _spread_order(len(sizes)):
+    for index in [*first, *(index for index in _spread_order(len(sizes)) if index not in set(first))]:
         if sizes[index] <= left:
             chosen.add(index)
             left -= sizes[index]
