@@ -241,7 +241,10 @@ def test_ctrl_c_in_the_middle_of_an_answer(folder: Path, tmp_path: Path) -> None
         "    print('ready', flush=True)\n"
         "    engine.generate([[5, 6, 7]] , SamplingParams(max_tokens=1000, n=64, temperature=1.0, ignore_eos=True))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     time.sleep(0.3)
