@@ -12,6 +12,7 @@ from hypothesis import settings
 from tests.models import make_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["LAYERSTREAM_KV_STORE"] = "off"  # tests that want a store say where
 torch.set_num_threads(2)
 settings.register_profile("layerstream", deadline=None)  # how long an example takes is the machine's business
 settings.load_profile("layerstream")

@@ -13,10 +13,10 @@ import layerstream
 import pytest
 from layerstream import errors
 
-PUBLIC = [
-    "AutoModel", "Completion", "CompletionMetrics", "Delta", "EngineStats", "LayerStream", "Request", "SamplingParams",
-    "TokenLogprob", "Usage", "__version__",
-]  # fmt: skip
+PUBLIC = """
+AutoModel Completion CompletionMetrics Delta EngineStats KVStoreConfig LayerStream Request SamplingParams TokenLogprob
+Usage __version__
+""".split()
 ERRORS = [name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)]
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         InvalidLogits,
         InvalidSamplingParams,
         InvalidSize,
+        KVStoreUnusable,
         LayerStreamError,
         MissingExtra,
         MissingTensor,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         UnsupportedFormat,
         UnsupportedModel,
     )
+    from layerstream.kv.config import KVStoreConfig
     from layerstream.params import SamplingParams
     from layerstream.request import Request
 
@@ -60,6 +62,8 @@ __all__ = [
     "InvalidLogits",
     "InvalidSamplingParams",
     "InvalidSize",
+    "KVStoreConfig",
+    "KVStoreUnusable",
     "LayerStream",
     "LayerStreamError",
     "MissingExtra",
@@ -85,6 +89,7 @@ _ELSEWHERE = {
     "CompletionMetrics": "completion",
     "Delta": "completion",
     "EngineStats": "engine",
+    "KVStoreConfig": "kv.config",
     "LayerStream": "engine",
     "Request": "request",
     "SamplingParams": "params",

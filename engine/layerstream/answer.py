@@ -86,6 +86,8 @@ class Answer:
                 streamed_bytes=self.streamed_bytes,
                 first_token_seconds=now if self.first_token_seconds is None else self.first_token_seconds,
                 seconds=now,
+                loaded_tokens=sequence.num_loaded,
+                recomputed_tokens=sequence.num_declined,
             ),
             index=self.index,
             seed=None if sequence.params.is_greedy else sequence.params.seed,

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from layerstream import planner
 from layerstream.checkpoint.hub import locate
 from layerstream.errors import ConfigurationError
 from layerstream.events import Listener, LoadProgress
+from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.pages import PagePool
 from layerstream.kv.state import LayerState
+from layerstream.kv.store import PrefixStore
 from layerstream.loop import LoopCounters
 from layerstream.machine import available_memory_bytes
 from layerstream.model.embedding import EmbeddingRows
@@ -23,6 +26,7 @@ from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, kv_values_per_tok
 from layerstream.model.runner import SweepRunner
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.model.weights import ModelWeights
+from layerstream.persistence import open_store
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.scheduling.scheduler import Scheduler, SweepLimits
 from layerstream.streaming.reader import DirectReader
@@ -30,6 +34,7 @@ from layerstream.text.defaults import GenerationDefaults, load_defaults
 
 logger = logging.getLogger(__name__)
 
+CHUNK_CHOICES = (32, 64, 128, 256, 512)
 SPARE_SHARE = 0.8  # of the free memory, when no budget was given
 ASSUMED_READ_RATE = 1e9  # bytes per second, until something was read
 
@@ -43,10 +48,13 @@ class EngineConfig:
     memory_bytes: int | None = None
     dtype: str = "auto"
     max_context: int | None = None
+    chunk_tokens: int | None = None
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None
     allow_untested: bool = False
+    kv_store: KVStoreConfig | None = None
+    kv_store_is_default: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in {"auto", "cpu"}:
@@ -55,16 +63,15 @@ class EngineConfig:
             )
         if self.max_context is not None and self.max_context < 1:
             raise ConfigurationError(f"max_context is {self.max_context}; expected a number of tokens >= 1")
+        if self.chunk_tokens is not None and self.chunk_tokens not in CHUNK_CHOICES:
+            raise ConfigurationError(f"chunk_tokens is {self.chunk_tokens!r}; expected one of {CHUNK_CHOICES}")
 
     @staticmethod
-    def check_not_yet(
-        host_memory: object, quantization: object, kv_store: object, speculation: object, draft_model: object
-    ) -> None:
+    def check_not_yet(host_memory: object, quantization: object, speculation: object, draft_model: object) -> None:
         """Refuse options whose capability this version does not have, rather than ignore them."""
         for name, value, accepted in (
             ("host_memory", host_memory, (None,)),
             ("quantization", quantization, (None,)),
-            ("kv_store", kv_store, ("auto", None)),
             ("speculation", speculation, ("auto", "off")),
             ("draft_model", draft_model, (None,)),
         ):
@@ -88,7 +95,14 @@ class Assembly:
     weights: ModelWeights
     scheduler: Scheduler
     runner: SweepRunner
+    store: PrefixStore | None
     read_rate: float
+
+    def close(self) -> None:
+        """Write what is to be stored, let go of all files. Idempotent."""
+        if self.store is not None:
+            self.store.close()
+        self.reader.close()
 
     def seconds_per_sweep(self, counters: LoopCounters) -> float:
         """As measured so far, else what the disk's rate says."""
@@ -110,7 +124,7 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         raise
 
 
-def model_facts(skeleton: Skeleton, context_length: int) -> ModelFacts:
+def model_facts(skeleton: Skeleton, context_length: int, chunk_tokens: int | None = None) -> ModelFacts:
     """What a plan depends on, read off the skeleton."""
     config = skeleton.config
     embedding = skeleton.sources[skeleton.embedding_key]
@@ -126,6 +140,7 @@ def model_facts(skeleton: Skeleton, context_length: int) -> ModelFacts:
         vocab_size=skeleton.head.num_rows,
         itemsize=skeleton.dtype.itemsize,
         context_length=context_length,
+        chunk_tokens=chunk_tokens or planner.CHUNK_TOKENS,
     )
 
 
@@ -140,7 +155,8 @@ def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
         trust_remote_code=config.trust_remote_code,
         allow_untested=config.allow_untested,
     )
-    facts = model_facts(skeleton, min(usable_context(skeleton.config), config.max_context or 2**62))
+    context_length = min(usable_context(skeleton.config), config.max_context or 2**62)
+    facts = model_facts(skeleton, context_length, config.chunk_tokens)
     return make_plan(facts, _budget(config, facts)), skeleton, folder
 
 
@@ -160,6 +176,20 @@ def _assemble(
     seconds = time.perf_counter() - started
     pool = PagePool(plan.num_pages, plan.page_tokens)
     states = [LayerState(plan.num_pages, plan.page_tokens) for _ in range(skeleton.config.num_hidden_layers)]
+    read_rate = progress.done_bytes / seconds if progress.done_bytes > 2**24 else ASSUMED_READ_RATE
+    store = None
+    if config.kv_store is not None:
+        store = open_store(
+            config.kv_store,
+            is_default=config.kv_store_is_default,
+            model=config.model,
+            folder=folder,
+            skeleton=skeleton,
+            plan=plan,
+            states=states,
+            reader=reader,
+            read_rate=read_rate,
+        )
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
         chunk_tokens=plan.page_tokens,
@@ -175,9 +205,12 @@ def _assemble(
         model_bytes=skeleton.model_bytes,
         reader=reader,
         weights=weights,
-        scheduler=Scheduler(limits, pool),
-        runner=SweepRunner(skeleton, weights, embedding, states, plan.decode_rows),
-        read_rate=progress.done_bytes / seconds if progress.done_bytes > 2**24 else ASSUMED_READ_RATE,
+        scheduler=Scheduler(limits, pool, store),
+        runner=SweepRunner(
+            skeleton, weights, embedding, states, plan.decode_rows, None if store is None else store.loader
+        ),
+        store=store,
+        read_rate=read_rate,
     )
 
 

@@ -36,6 +36,8 @@ class CompletionMetrics:
         sweeps: passes over the model that carried rows of this request.
         streamed_bytes: weight bytes read during those sweeps; requests in the same sweep share them.
         first_token_seconds: from submission to the first token.
+        loaded_tokens: prompt tokens whose KV came from the store.
+        recomputed_tokens: prompt tokens that the store had and that it was faster to compute again.
         seconds: from submission to the end.
     """
 
@@ -43,6 +45,8 @@ class CompletionMetrics:
     streamed_bytes: int
     first_token_seconds: float
     seconds: float
+    loaded_tokens: int = 0
+    recomputed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from layerstream.assembly import Assembly, EngineConfig, assemble
 from layerstream.completion import Completion, Delta
 from layerstream.errors import EngineClosed
 from layerstream.events import Listener
+from layerstream.kv.config import KVStoreConfig, store_config
+from layerstream.kv.store import KVStats
 from layerstream.loop import EngineLoop
 from layerstream.params import SamplingParams
 from layerstream.planner import Plan
@@ -47,6 +49,7 @@ class EngineStats:
         weight_bytes_streamed: read from disk by sweeps; resident weights, read once, are not in it.
         peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations.
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
+        kv: what the prefix cache did.
         read_modes: files per way of reading ("direct", "uncached", "buffered").
     """
 
@@ -61,6 +64,7 @@ class EngineStats:
     resident_bytes: int
     model_bytes: int
     read_modes: Mapping[str, int]
+    kv: KVStats
 
 
 class LayerStream:
@@ -72,7 +76,10 @@ class LayerStream:
         memory: ceiling for all that the engine allocates (``"3GiB"`` or bytes); ``None``: what the model wants, within
             what the machine has free.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        kv_store: where the KV of prompts outlives the process: ``"auto"`` (the user's cache folder), a folder, a
+            :class:`KVStoreConfig`, or ``None`` for nowhere.
         max_context: tokens per sequence at most, if fewer than the model's own limit.
+        chunk_tokens: prompt tokens that are computed as one row block, and that a page of the KV store holds (128).
         allow_untested: try a family that is not on the tested list, after a self-check.
         progress: ``"auto"`` (a line on a terminal or in a notebook once an answer takes longer than two seconds),
             a bool, or a function that is called with :mod:`layerstream.events`.
@@ -90,35 +97,38 @@ class LayerStream:
         host_memory: int | str | None = None,
         dtype: str = "auto",
         quantization: str | None = None,
-        kv_store: str | Path | None = "auto",
+        kv_store: str | Path | KVStoreConfig | None = "auto",
         speculation: str = "auto",
         draft_model: str | None = None,
         max_context: int | None = None,
+        chunk_tokens: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
         token: str | None = None,
         allow_untested: bool = False,
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
+        EngineConfig.check_not_yet(host_memory, quantization, speculation, draft_model)
         config = EngineConfig(
             model=str(model),
             device=device,
             memory_bytes=None if memory is None else parse_size(memory),
             dtype=dtype,
             max_context=max_context,
+            chunk_tokens=chunk_tokens,
             trust_remote_code=trust_remote_code,
             revision=revision,
             token=token,
             allow_untested=allow_untested,
+            kv_store=store_config(kv_store),
+            kv_store_is_default=kv_store == "auto",
         )
-        config.check_not_yet(host_memory, quantization, kv_store, speculation, draft_model)
         if allow_untested:
             check_untested(config)
         self._progress = make_listener(progress)
         self._parts: Assembly = assemble(config, self._progress)
-        self._loop = EngineLoop(
-            self._parts.scheduler, self._parts.runner, Sampler(), self._parts.weights, self._progress
-        )
+        parts = self._parts
+        self._loop = EngineLoop(parts.scheduler, parts.runner, Sampler(), parts.weights, parts.store, self._progress)
         self._close = weakref.finalize(self, _shut, self._loop, self._parts)
         self._encoder = PromptEncoder(
             self._parts.tokenizer, max_context=self.context_length, vocab_size=self.plan.facts.vocab_size
@@ -228,6 +238,25 @@ class LayerStream:
             resident_bytes=plan.resident_bytes,
             model_bytes=parts.model_bytes,
             read_modes={str(mode): count for mode, count in parts.reader.stats.modes.items()},
+            kv=self._kv_stats(),
+        )
+
+    def _kv_stats(self) -> KVStats:
+        counters, store = self._loop.counters, self._parts.store
+        if store is None:
+            return KVStats(hits=counters.prefix_hits, reused_tokens=counters.reused_tokens)
+        return KVStats(
+            state=store.state,
+            hits=counters.prefix_hits,
+            reused_tokens=counters.reused_tokens,
+            loaded_tokens=store.counters.loaded_tokens,
+            loaded_bytes=store.loader.counters.num_bytes,
+            recomputed_tokens=store.counters.declined_tokens,
+            written_pages=store.counters.written_pages,
+            written_bytes=store.counters.written_bytes,
+            skipped_pages=store.counters.skipped_pages,
+            lost_pages=store.counters.lost_pages,
+            saved_seconds=store.counters.saved_seconds,
         )
 
     def close(self) -> None:
@@ -281,4 +310,4 @@ class LayerStream:
 def _shut(loop: EngineLoop, parts: Assembly) -> None:
     """Close what the engine owns; must not refer to the engine itself."""
     loop.close()
-    parts.reader.close()
+    parts.close()

@@ -20,6 +20,7 @@
     ├── DocumentError (ValueError)           a folder of documents with nothing that can be read
     ├── MissingExtra (ImportError)           says what to install
     ├── UnsupportedModel                     a family outside the tested list, with the reason
+    ├── KVStoreUnusable (OSError)            a folder that cannot hold the KV store, with the reason
     ├── StorageFull (OSError)                no room on the disk; what is there already is kept
     ├── ReadError (OSError)                  the disk failed in the middle of a sweep
     ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
@@ -118,6 +119,10 @@ class MissingExtra(LayerStreamError, ImportError):
 
 class UnsupportedModel(LayerStreamError):
     """A model family that LayerStream does not run, and why."""
+
+
+class KVStoreUnusable(LayerStreamError, OSError):
+    """A folder that cannot be used as a KV store; nothing in it was changed."""
 
 
 class StorageFull(LayerStreamError, OSError):

@@ -1,9 +1,9 @@
-"""The engine's one thread: schedule, run, commit, sample, deliver.
+"""The engine's one thread: schedule, run, commit, publish, sample, deliver.
 
 Callers on any thread put answers into the inbox and wait on their requests; everything else here belongs to the
 engine's thread. Invariants: an answer is in the inbox, or the scheduler knows its sequence, or its request is done;
-a sweep that fails ends the requests it carried, with the cause, and the engine serves the next; after ``close``
-returns, no thread is left and every request is done.
+a sweep that fails ends the requests it carried, with the cause, and the engine serves the next; one that only missed a
+stored page is run again without it; after ``close`` returns, no thread is left and every request is done.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import torch
 from layerstream.answer import Answer
 from layerstream.errors import EngineClosed, LayerStreamError
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
+from layerstream.kv.loader import PagesLost
+from layerstream.kv.prefix import Published
+from layerstream.kv.store import PrefixStore
 from layerstream.model.runner import SweepRunner
 from layerstream.model.weights import ModelWeights
 from layerstream.request import Request
@@ -29,6 +32,8 @@ from layerstream.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.02  # between looks at what another process is computing
+
 
 @dataclass(slots=True)
 class LoopCounters:
@@ -37,6 +42,8 @@ class LoopCounters:
     sweeps: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    prefix_hits: int = 0
+    reused_tokens: int = 0
     sweep_seconds: float = 0.0
 
 
@@ -49,6 +56,7 @@ class EngineLoop:
         runner: SweepRunner,
         sampler: Sampler,
         weights: ModelWeights,
+        store: PrefixStore | None,
         listener: Listener | None,
     ) -> None:
         self.counters = LoopCounters()
@@ -56,6 +64,7 @@ class EngineLoop:
         self._runner = runner
         self._sampler = sampler
         self._weights = weights
+        self._store = store
         self._listener = listener
         self._changed = threading.Condition()
         self._inbox: list[Answer] = []
@@ -106,17 +115,25 @@ class EngineLoop:
 
     def _step(self) -> None:
         sweep = self._scheduler.schedule()
-        if sweep is None:
+        if sweep is None:  # all that is left waits for another process
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closing or self._inbox or self._cancelled, POLL_SECONDS)
             return
         started, streamed = self._begin(sweep)
+        waited = self._waited_seconds()
         try:
             logits = self._runner.run(sweep)
         except EngineClosed:
             raise
+        except PagesLost as lost:
+            self._lose(lost)
+            return
         except Exception as error:  # noqa: BLE001  # whatever a sweep dies of, only its own requests die with it
             self._fail(sweep, error)
             return
-        self._scheduler.commit(sweep)
+        self._publish(
+            self._scheduler.commit(sweep), sweep, time.perf_counter() - started - (self._waited_seconds() - waited)
+        )
         tokens = self._sample(logits, sweep)
         self._deliver(sweep, tokens, self._streamed_bytes() - streamed)
         self._finish(started, len(tokens), self._streamed_bytes() - streamed)
@@ -150,6 +167,25 @@ class EngineLoop:
         )
         return time.perf_counter(), self._streamed_bytes()
 
+    def _lose(self, lost: PagesLost) -> None:
+        """A stored page is not what it should be: the sweep is scheduled again, and computes it."""
+        logger.warning("a stored prefix is computed again: %s", lost)
+        assert self._store is not None
+        self._store.lose(lost.key)
+        self._scheduler.lose(lost.key)
+
+    def _publish(self, published: list[Published], sweep: Sweep, compute_seconds: float) -> None:
+        if self._store is not None:
+            for item in published:
+                num_tokens = len(item.keys) * self._scheduler.limits.chunk_tokens
+                self._store.publish(item, compute_seconds * num_tokens / sweep.num_tokens)
+
+    def _waited_seconds(self) -> float:
+        """How long the compute has waited for the disk so far."""
+        streamer = self._weights.streamer
+        waited = 0.0 if streamer is None else streamer.wait_seconds
+        return waited if self._store is None else waited + self._store.loader.counters.wait_seconds
+
     def _sample(self, logits: torch.Tensor, sweep: Sweep) -> dict[Sequence, SampledToken]:
         """One token for each sampled sequence; a sequence whose logits are broken fails alone."""
         tokens = {}
@@ -164,6 +200,9 @@ class EngineLoop:
         """Tokens are drawn: tell their requests."""
         self.counters.tokens_in += sweep.num_tokens
         self.counters.tokens_out += len(tokens)
+        for sequence in (sequence for sequence in tokens if sequence.num_tokens == sequence.num_prompt_tokens):
+            self.counters.prefix_hits += sequence.num_cached > 0
+            self.counters.reused_tokens += sequence.num_cached
         for sequence in {span.sequence for _, span in sweep.spans()} & self._answers.keys():
             self._answers[sequence].took_part(streamed_bytes)
         for sequence, token in tokens.items():

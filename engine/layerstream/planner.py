@@ -48,6 +48,7 @@ class ModelFacts:
         hidden_size, intermediate_size, vocab_size: widths that activations have.
         itemsize: bytes of one value in the compute dtype.
         context_length: tokens a sequence may have.
+        chunk_tokens: prompt tokens computed as one row block; a page holds as many.
     """
 
     body: tuple[WeightNode, ...]
@@ -59,6 +60,7 @@ class ModelFacts:
     vocab_size: int
     itemsize: int
     context_length: int
+    chunk_tokens: int = CHUNK_TOKENS
 
     @property
     def compute_bytes(self) -> int:
@@ -158,7 +160,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
     """Everything resident, or ``None`` if that does not fit."""
     activations = _activation_bytes(facts, MAX_SWEEP_TOKENS)
     left = budget_bytes - activations - facts.compute_bytes
-    if left < MIN_KV_TOKENS * facts.kv_token_bytes:
+    if left < _least_kv_bytes(facts):
         return None
     body = tuple(unit for node in facts.body for unit in cut_units(node, node.total_bytes))
     head = (PlannedUnit(facts.head.name, facts.head.total_bytes, facts.head.total_compute_bytes),)
@@ -168,7 +170,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
         weights=UnitPlan(body, head, residents=frozenset(range(len(body) + 1)), ring_bytes=0),
         embedding_resident=True,
         num_pages=_num_pages(facts, left),
-        page_tokens=CHUNK_TOKENS,
+        page_tokens=facts.chunk_tokens,
         activation_bytes=activations,
         max_sweep_tokens=MAX_SWEEP_TOKENS,
     )
@@ -181,9 +183,9 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least = floor + activations
     if least > budget_bytes:
         raise _too_small(facts, budget_bytes, least)
-    least_kv = MIN_KV_TOKENS * facts.kv_token_bytes
+    least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
-    for_weights = budget_bytes - activations - num_pages * CHUNK_TOKENS * facts.kv_token_bytes
+    for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_token_bytes
     limit = _unit_limit(facts, for_weights)
     body, head = _cut_all(facts, limit)
     everything = body + head
@@ -201,7 +203,7 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         weights=UnitPlan(body, head, residents, ring_bytes),
         embedding_resident=False,
         num_pages=num_pages,
-        page_tokens=CHUNK_TOKENS,
+        page_tokens=facts.chunk_tokens,
         activation_bytes=activations + _scratch_bytes(everything),
         max_sweep_tokens=sweep_tokens,
     )
@@ -211,8 +213,8 @@ def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
     """The token budget of a sweep: the largest whose activations keep to their share, one chunk at the least."""
     most = min(ACTIVATION_SHARE * budget_bytes, budget_bytes - floor)
     tokens = MAX_SWEEP_TOKENS
-    while tokens > CHUNK_TOKENS and _activation_bytes(facts, tokens) > most:
-        tokens = max(CHUNK_TOKENS, tokens // 2)
+    while tokens > facts.chunk_tokens and _activation_bytes(facts, tokens) > most:
+        tokens = max(facts.chunk_tokens, tokens // 2)
     return tokens
 
 
@@ -239,7 +241,7 @@ def _floor_bytes(facts: ModelFacts) -> int:
     body, head = _cut_all(facts, FINEST_UNIT_BYTES)
     units = body + head
     pinned = sum(unit.compute_bytes for unit in units if unit.pinned)
-    return _scratch_bytes(units) + pinned + MIN_KV_TOKENS * facts.kv_token_bytes + 2 * largest_unit(units)
+    return _scratch_bytes(units) + pinned + _least_kv_bytes(facts) + 2 * largest_unit(units)
 
 
 def _too_small(facts: ModelFacts, budget_bytes: int, least: int) -> BudgetTooSmall:
@@ -259,8 +261,15 @@ def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:
 
 
 def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
-    most = -(-facts.context_length // CHUNK_TOKENS) * MAX_KV_SEQUENCES
-    return max(MIN_KV_TOKENS // CHUNK_TOKENS, min(most, kv_bytes // (CHUNK_TOKENS * facts.kv_token_bytes)))
+    page_bytes = facts.chunk_tokens * facts.kv_token_bytes
+    most = -(-facts.context_length // facts.chunk_tokens) * MAX_KV_SEQUENCES
+    return max(_least_kv_bytes(facts) // page_bytes, min(most, kv_bytes // page_bytes))
+
+
+def _least_kv_bytes(facts: ModelFacts) -> int:
+    """KV of two chunks at the least."""
+    size = facts.chunk_tokens
+    return max(2, MIN_KV_TOKENS // size) * size * facts.kv_token_bytes
 
 
 def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
@@ -270,7 +279,7 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     its attention's projections; sampling holds logits of one row block in the compute dtype, twice in fp32 and once in
     fp64.
     """
-    packed = 3 * (sweep_tokens + CHUNK_TOKENS) * facts.hidden_size * facts.itemsize
-    block = CHUNK_TOKENS * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
+    packed = 3 * (sweep_tokens + facts.chunk_tokens) * facts.hidden_size * facts.itemsize
+    block = facts.chunk_tokens * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
     logits = STREAMING_ROWS * facts.vocab_size * (facts.itemsize + 4 + 4 + 8)
     return packed + block + logits

@@ -22,6 +22,8 @@ class Sequence:
         pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
         prefix_keys: page keys of those pages of the prompt that other sequences may share.
         num_cached: tokens whose KV was there, or was another sequence's to compute, when this one was admitted.
+        num_loaded: those among them that came from the store.
+        num_declined: tokens that the store had and that it was faster to compute.
     """
 
     sequence_id: int
@@ -32,6 +34,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     prefix_keys: list[bytes] = field(default_factory=list)
     num_cached: int = 0
+    num_loaded: int = 0
+    num_declined: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -40,15 +40,24 @@ class RowBlock:
         return self.num_rows - sum(map(len, self.spans))
 
 
+@dataclass(frozen=True, slots=True)
+class PageLoad:
+    """A page whose KV lies on disk under *key* and is brought to frame *page* while the sweep goes on."""
+
+    key: bytes
+    page: int
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """Row blocks in order, and the sequences whose last row is to be sampled.
+    """Row blocks in order, the sequences whose last row is to be sampled, and the stored pages that the rows need.
 
     A sequence appears in ``sampled`` exactly when its last known token is among the rows.
     """
 
     blocks: tuple[RowBlock, ...]
     sampled: tuple[Sequence, ...]
+    loads: tuple[PageLoad, ...] = ()
 
     @cached_property
     def num_rows(self) -> int:

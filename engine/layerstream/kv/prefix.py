@@ -1,21 +1,24 @@
 """Which pages hold which prefixes, so that no prefix is computed twice: pure accounting, no tensors.
 
-A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is the root. Equal keys therefore
-mean equal tokens from position 0 on, and the key of a page says all that its KV depends on, but for what the root
-stands for. Only whole pages of a prompt, computed as one prefill chunk, are entered; what decoding wrote never is.
+A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is empty. Equal keys therefore
+mean equal tokens from position 0 on, and the key of a page says all that its KV depends on, but for the model and its
+arithmetic, which a store's namespace stands for. Only whole pages of a prompt, computed as one prefill chunk, are
+entered; what decoding wrote never is.
 
 States of an entry, and who holds its page:
 
 | state | page held by | next |
 |---|---|---|
 | *pending*: ``owner`` will compute it | the owner and whoever shares it | ready, when the owner's rows are committed |
+| *stored*: the next sweep that needs it loads it | whoever shares it | ready, with its commit; pending, if it is lost |
 | *ready*: its KV is there | the table, and whoever shares it | gone, when evicted |
 
 Invariants:
 
-* an entry's parent is in the table (or is the root), so every chain starts at position 0;
+* an entry's parent is in the table (or there is none), so every chain starts at position 0;
 * the owner of a pending entry is running and has its page at the entry's position; when it goes, the next sharer in
   order of admission becomes the owner and starts there; with no sharer the entry goes too;
+* a stored entry has a sharer; when the last one goes, so does the entry;
 * only a ready entry that nobody but the table holds, and that is no entry's parent, is evicted: least recently used
   first.
 """
@@ -26,11 +29,50 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from layerstream.kv.pages import PagePool
 from layerstream.sequence import Sequence as TokenSequence
+from layerstream.sweep import PageLoad
 
 Key = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a store has of a prefix: pages to load now, and pages that it is faster to compute again."""
+
+    num_pages: int
+    num_declined: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Consecutive pages that were just computed; ``parent`` is the key before the first."""
+
+    keys: tuple[Key, ...]
+    parent: Key
+    pages: tuple[int, ...]
+
+
+class StoredPrefixes(Protocol):
+    """What the scheduler asks of a store."""
+
+    def take(self, keys: Sequence[Key], start: int) -> Stored | None:
+        """What is there of ``keys[start:]``; ``None``: another process is computing it, ask again later."""
+        ...
+
+    def abandon(self, keys: Sequence[Key]) -> None:
+        """*keys* are not going to be computed."""
+        ...
+
+    def collect(self) -> list[int]:
+        """Frames that ``publish`` was given and that need not be held any longer."""
+        ...
+
+    def give_back(self) -> list[int]:
+        """Frames that can be had by not storing what is in them."""
+        ...
 
 
 @dataclass(slots=True)
@@ -41,17 +83,22 @@ class Entry:
     parent: Key
     position: int
     page: int
-    owner: TokenSequence | None
     last_used: int
+    owner: TokenSequence | None = None
+    is_stored: bool = False
     num_children: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its KV is in the page."""
+        return self.owner is None and not self.is_stored
 
 
 class PrefixTable:
     """The prefixes whose pages are in *pool*."""
 
-    def __init__(self, pool: PagePool, root: Key = b"") -> None:
+    def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._root = root
         self._entries: dict[Key, Entry] = {}
         self._clock = 0
 
@@ -60,15 +107,10 @@ class PrefixTable:
 
     def keys_of(self, token_ids: Sequence[int]) -> list[Key]:
         """Keys of the pages that a prompt may share: whole ones, and never the last token, which has to be sampled."""
-        keys: list[Key] = []
-        parent, size = self._root, self._pool.page_tokens
-        for start in range(0, (len(token_ids) - 1) // size * size, size):
-            parent = hashlib.sha256(parent + array("q", token_ids[start : start + size]).tobytes()).digest()
-            keys.append(parent)
-        return keys
+        return page_keys(token_ids, self._pool.page_tokens)
 
     def match(self, keys: Sequence[Key]) -> list[int]:
-        """The pages of the longest known prefix of *keys*, ready or pending."""
+        """The pages of the longest known prefix of *keys*, in whatever state."""
         pages: list[int] = []
         self._clock += 1
         for key in keys:
@@ -79,13 +121,20 @@ class PrefixTable:
             pages.append(entry.page)
         return pages
 
-    def enter(self, keys: Sequence[Key], first: int, owner: TokenSequence) -> None:
-        """*owner* is going to compute the pages of ``keys[first:]``, which nobody has yet."""
+    def enter(self, keys: Sequence[Key], first: int, owner: TokenSequence, num_stored: int = 0) -> None:
+        """Enter ``keys[first:]``, which nobody has: the first *num_stored* are loaded, *owner* computes the rest."""
         for position in range(first, len(keys)):
-            parent = keys[position - 1] if position else self._root
+            parent = keys[position - 1] if position else b""
             assert keys[position] not in self._entries, "a prefix is entered once"
+            is_stored = position < first + num_stored
             self._entries[keys[position]] = Entry(
-                keys[position], parent, position, owner.pages[position], owner, self._clock
+                key=keys[position],
+                parent=parent,
+                position=position,
+                page=owner.pages[position],
+                last_used=self._clock,
+                owner=None if is_stored else owner,
+                is_stored=is_stored,
             )
             if position:
                 self._entries[parent].num_children += 1
@@ -95,27 +144,54 @@ class PrefixTable:
         found = (self._entries.get(key) for key in keys)
         return [(entry.position, entry.owner) for entry in found if entry is not None and entry.owner is not None]
 
-    def publish(self, keys: Sequence[Key], owner: TokenSequence) -> None:
-        """The rows of *owner* up to ``owner.num_computed`` are in its pages."""
+    def loads(self, keys: Iterable[Key]) -> list[PageLoad]:
+        """Those of *keys* that are stored and have to be loaded, in order."""
+        found = (self._entries.get(key) for key in keys)
+        return [PageLoad(entry.key, entry.page) for entry in found if entry is not None and entry.is_stored]
+
+    def loaded(self, loads: Iterable[PageLoad]) -> None:
+        """The pages of *loads* are in memory."""
+        for load in loads:
+            entry = self._entries[load.key]
+            entry.is_stored = False
+            self._pool.share([entry.page])
+
+    def publish(self, keys: Sequence[Key], owner: TokenSequence) -> Published | None:
+        """The rows of *owner* up to ``owner.num_computed`` are in its pages; those that are ready since."""
+        fresh: list[Entry] = []
         for key in keys[: owner.num_computed // self._pool.page_tokens]:
             entry = self._entries.get(key)
             if entry is not None and entry.owner is owner:
                 entry.owner = None
                 self._pool.share([entry.page])
+                fresh.append(entry)
+        if not fresh:
+            return None
+        return Published(tuple(e.key for e in fresh), fresh[0].parent, tuple(e.page for e in fresh))
 
-    def abandon(self, keys: Sequence[Key], owner: TokenSequence, others: Iterable[TokenSequence]) -> None:
-        """*owner* is leaving: its pending entries go to the first of *others* that shares them, or go."""
-        pending = [entry for key in keys if (entry := self._entries.get(key)) is not None and entry.owner is owner]
+    def abandon(self, keys: Sequence[Key], owner: TokenSequence, others: Iterable[TokenSequence]) -> list[Key]:
+        """*owner* is leaving: what only it wanted goes, what it owned goes to the first of *others* that shares it.
+
+        Returns:
+            Keys that nobody is going to compute any more.
+        """
+        entries = [entry for key in keys if (entry := self._entries.get(key)) is not None]
         heirs = list(others)
-        for entry in pending:
-            entry.owner = next((heir for heir in heirs if _holds(heir, entry)), None)
+        gone = self._hand_over([entry for entry in entries if entry.owner is owner], heirs)
+        unwanted = [entry for entry in entries if entry.is_stored and not any(_holds(heir, entry) for heir in heirs)]
+        for entry in reversed(unwanted):
+            self._remove(entry)
+        return gone
+
+    def lose(self, key: Key, running: Iterable[TokenSequence]) -> None:
+        """The store has not got page *key* any more: it and its stored descendants are computed by who shares them."""
+        lost = [entry for entry in self._entries.values() if entry.is_stored and self._descends(entry, key)]
+        for entry in lost:
+            entry.is_stored = False
+        self._hand_over(sorted(lost, key=lambda entry: entry.position), list(running))
+        for entry in lost:
             if entry.owner is not None:
-                start = entry.position * self._pool.page_tokens
-                entry.owner.num_computed = min(entry.owner.num_computed, start)
-                entry.owner.num_cached = min(entry.owner.num_cached, start)
-        for entry in reversed(pending):
-            if entry.owner is None:
-                self._remove(entry)
+                entry.owner.num_loaded -= self._pool.page_tokens
 
     def evict(self, count: int) -> int:
         """Free up to *count* pages of prefixes that nobody uses; how many it was."""
@@ -134,30 +210,66 @@ class PrefixTable:
     def num_idle(self) -> int:
         """Pages that :meth:`evict` could free; nobody uses a child of theirs, since its users hold them too."""
         entries = self._entries.values()
-        return sum(entry.owner is None and self._pool.refcount(entry.page) == 1 for entry in entries)
+        return sum(entry.is_ready and self._pool.refcount(entry.page) == 1 for entry in entries)
 
     def held_pages(self) -> list[int]:
         """The pages that the table itself holds."""
-        return [entry.page for entry in self._entries.values() if entry.owner is None]
+        return [entry.page for entry in self._entries.values() if entry.is_ready]
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where the invariants do not hold."""
         children: dict[Key, int] = {}
         for entry in self._entries.values():
-            assert entry.parent == self._root or entry.parent in self._entries, "an entry without its parent"
+            assert not entry.parent or entry.parent in self._entries, "an entry without its parent"
             children[entry.parent] = children.get(entry.parent, 0) + 1
             if entry.owner is not None:
                 assert entry.owner.pages[entry.position] == entry.page, "an owner without the page"
+                assert not entry.is_stored, "an entry that is both computed and loaded"
+            if entry.is_stored:
+                assert self._pool.refcount(entry.page), "a stored entry that nobody wants"
         for entry in self._entries.values():
             assert entry.num_children == children.get(entry.key, 0), "children are counted wrongly"
 
+    def _hand_over(self, entries: Sequence[Entry], heirs: Sequence[TokenSequence]) -> list[Key]:
+        """*entries*, parents first, are pending from now on and owned by the first heir that shares them, or go."""
+        gone = []
+        for entry in entries:
+            entry.owner = next((heir for heir in heirs if _holds(heir, entry)), None)
+            if entry.owner is not None:
+                start = entry.position * self._pool.page_tokens
+                entry.owner.num_computed = min(entry.owner.num_computed, start)
+                entry.owner.num_cached = min(entry.owner.num_cached, start)
+        for entry in reversed(entries):
+            if entry.owner is None:
+                self._remove(entry)
+                gone.append(entry.key)
+        return gone
+
+    def _descends(self, entry: Entry, key: Key) -> bool:
+        found: Entry | None = entry
+        while found is not None:
+            if found.key == key:
+                return True
+            found = self._entries.get(found.parent)
+        return False
+
     def _is_idle(self, entry: Entry) -> bool:
-        return entry.owner is None and not entry.num_children and self._pool.refcount(entry.page) == 1
+        return entry.is_ready and not entry.num_children and self._pool.refcount(entry.page) == 1
 
     def _remove(self, entry: Entry) -> None:
         del self._entries[entry.key]
         if entry.position:
             self._entries[entry.parent].num_children -= 1
+
+
+def page_keys(token_ids: Sequence[int], page_tokens: int) -> list[Key]:
+    """Keys of the whole pages of *token_ids*, the last token left out."""
+    keys: list[Key] = []
+    parent = b""
+    for start in range(0, (len(token_ids) - 1) // page_tokens * page_tokens, page_tokens):
+        parent = hashlib.sha256(parent + array("q", token_ids[start : start + page_tokens]).tobytes()).digest()
+        keys.append(parent)
+    return keys
 
 
 def _holds(sequence: TokenSequence, entry: Entry) -> bool:

@@ -2,7 +2,7 @@
 
 Layout: one tensor per layer and kind, ``(num_pages · page_tokens, heads, width)``, so that neighbouring pages are
 neighbouring rows and a contiguous run of pages is one view. Keys and values are whatever the model caches: after RoPE,
-per KV head; for MLA the latents (one head). Memory is reserved when a layer first writes and touched as pages fill.
+per KV head; for MLA the latents (one head). Memory is reserved when a layer is first written and touched as pages fill.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+
+from layerstream.kv.segment import PageShape
 
 
 class LayerState:
@@ -20,6 +22,28 @@ class LayerState:
         self._page_tokens = page_tokens
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> PageShape | None:
+        """What one token takes; ``None`` before anything was written."""
+        if self._keys is None or self._values is None:
+            return None
+        _, key_heads, key_width = self._keys.shape
+        _, value_heads, value_width = self._values.shape
+        return PageShape(key_heads, key_width, value_heads, value_width, str(self._keys.dtype).removeprefix("torch."))
+
+    def reserve(self, shape: PageShape) -> None:
+        """Make room for tokens of *shape*, unless there is.
+
+        Raises:
+            ValueError: there is room for tokens of another shape.
+        """
+        if self._keys is None:
+            dtype = getattr(torch, shape.dtype)
+            self._keys = torch.empty((self._num_rows, shape.key_heads, shape.key_width), dtype=dtype)
+            self._values = torch.empty((self._num_rows, shape.value_heads, shape.value_width), dtype=dtype)
+        elif shape != self.shape:
+            raise ValueError(f"pages of {shape} do not fit among those of {self.shape}")
 
     def append(self, pages: list[int], start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write tokens ``[start, start + T)`` of the sequence that owns *pages*.
@@ -52,6 +76,12 @@ class LayerState:
         ids = pages[first : last + 1]
         keys, values = (self._rows(tensor, ids)[within].transpose(0, 1) for tensor in (self._keys, self._values))
         return keys, values
+
+    def page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``(page_tokens, heads, width)`` and values of one page, as views to read or to fill."""
+        assert self._keys is not None and self._values is not None, "no page was written yet"
+        rows = slice(page * self._page_tokens, (page + 1) * self._page_tokens)
+        return self._keys[rows], self._values[rows]
 
     def _rows(self, tensor: torch.Tensor, ids: list[int]) -> torch.Tensor:
         size = self._page_tokens

@@ -29,7 +29,7 @@ class PagedCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append ``(1, heads, rows, width)`` keys and values of the rows in hand."""
         context = current()
-        state = context.states[layer_idx]
+        state = context.state(layer_idx)
         for row, span in context.spans():
             rows = slice(row, row + len(span))
             state.append(span.sequence.pages, span.start, key_states[0, :, rows], value_states[0, :, rows])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from layerstream.kv.loader import PageLoader
 from layerstream.kv.state import LayerState
 from layerstream.sweep import RowBlock, Span, Sweep
 
@@ -25,12 +26,14 @@ class SweepContext:
 
     Attributes:
         states: the KV of each layer.
+        loader: brings the stored pages that the sweep needs; ``None`` if it needs none.
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
     """
 
     sweep: Sweep
     states: list[LayerState]
+    loader: PageLoader | None = None
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -39,6 +42,12 @@ class SweepContext:
         for block in self.sweep.blocks:
             self.active.append((row, block))
             row += block.num_rows
+
+    def state(self, layer: int) -> LayerState:
+        """The KV of *layer*, with the stored pages of this sweep in it."""
+        if self.loader is not None:
+            self.loader.wait(layer)
+        return self.states[layer]
 
     @property
     def num_rows(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from layerstream.kv.loader import PageLoader
 from layerstream.kv.state import LayerState
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
@@ -31,6 +32,7 @@ class SweepRunner:
     Args:
         states: the KV of each layer.
         head_rows: rows per row block of the head.
+        loader: brings stored pages; ``None`` without a store.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class SweepRunner:
         embedding: EmbeddingRows,
         states: list[LayerState],
         head_rows: int,
+        loader: PageLoader | None = None,
     ) -> None:
         self._model = skeleton.model
         self._dtype = skeleton.dtype
@@ -47,6 +50,7 @@ class SweepRunner:
         self._embedding = embedding
         self._states = states
         self._head_rows = head_rows
+        self._loader = loader
         self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
         self._decode = skeleton.decoder.forward
         self._stubs = _Stubs(skeleton)
@@ -56,18 +60,28 @@ class SweepRunner:
 
         After an error the ring is empty and the sweep had no effect that a later one could see: rows in the pages past
         a sequence's ``num_computed`` are written again.
+
+        Raises:
+            PagesLost: a stored page is damaged or gone. ReadError, EngineClosed: weights could not be read.
         """
         streamer = self._weights.streamer
+        loader = self._loader if sweep.loads else None
         try:
-            with torch.inference_mode(), sweeping(SweepContext(sweep, self._states)):
+            if loader is not None:
+                loader.begin(sweep.loads)
+            with torch.inference_mode(), sweeping(SweepContext(sweep, self._states, loader)):
                 if streamer is not None:
                     streamer.begin(with_tail=bool(sweep.sampled))
                 hidden = self._decode(**self._inputs(sweep)).last_hidden_state
                 logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
                 if streamer is not None:
                     streamer.end()
+                if loader is not None:
+                    loader.end()
                 return logits
         except BaseException:
+            if loader is not None:
+                loader.abort()
             if streamer is not None:
                 streamer.abort()
             raise

@@ -8,7 +8,9 @@ Rules:
 
 * a sequence is admitted when the pages for its longest possible answer are free, in order of arrival, so that it never
   has to stop half-way; until then it waits. Pages of its prompt that others have computed, or are going to, it shares;
-  prefixes that nobody uses any more are evicted when their pages are wanted;
+  prefixes that nobody uses any more are evicted when their pages are wanted. What a store has of the rest is loaded
+  while the first sweep that needs it goes on; what another process is just computing is waited for, and others go
+  ahead meanwhile;
 * a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
   blocks: every layer appends a block's KV before it turns to the next block. Owners are older than sharers, so the
   oldest sequence never waits for another;
@@ -25,9 +27,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import PrefixTable
+from layerstream.kv.prefix import PrefixTable, Published, Stored, StoredPrefixes
 from layerstream.sequence import Sequence
-from layerstream.sweep import RowBlock, Span, Sweep
+from layerstream.sweep import PageLoad, RowBlock, Span, Sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,18 @@ class SweepLimits:
 
 
 class Scheduler:
-    """Holds the waiting and the running sequences."""
+    """Holds the waiting and the running sequences.
 
-    def __init__(self, limits: SweepLimits, pool: PagePool) -> None:
+    Args:
+        store: what outlives the process; ``None``: prefixes are shared in memory alone.
+    """
+
+    def __init__(self, limits: SweepLimits, pool: PagePool, store: StoredPrefixes | None = None) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
         self.limits = limits
         self.pool = pool
+        self._store = store
+        self._held_by_store: list[int] = []
         self.prefixes = PrefixTable(pool)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -77,7 +85,9 @@ class Scheduler:
         """*sequence* is finished, cancelled or failed: forget it and free its pages."""
         if sequence in self._running:
             self._running.remove(sequence)
-            self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
+            gone = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
+            if self._store is not None:
+                self._store.abandon(gone)
             self.pool.release(sequence.pages)
             sequence.pages = []
         else:
@@ -85,6 +95,7 @@ class Scheduler:
 
     def schedule(self) -> Sweep | None:
         """The next sweep, or ``None`` when nothing is there to run."""
+        self._release_stored()
         self._admit()
         decoding = [sequence for sequence in self._running if sequence.is_prefilled]
         blocks = self._decode_blocks(decoding)
@@ -101,40 +112,87 @@ class Scheduler:
                 room -= sum(block.num_rows for block in chunks)
                 if planned[sequence] == sequence.num_tokens:
                     sampled.append(sequence)
-        return Sweep(tuple(blocks), tuple(sampled)) if blocks else None
+        return Sweep(tuple(blocks), tuple(sampled), self._loads(blocks)) if blocks else None
 
-    def commit(self, sweep: Sweep) -> None:
-        """The rows of *sweep* are in their pages: sequences advance, and whole pages of prompts may be shared."""
+    def commit(self, sweep: Sweep) -> list[Published]:
+        """The rows of *sweep* are in their pages: sequences advance, and whole pages of prompts may be shared.
+
+        Returns:
+            What may be stored. With a store its pages are held until ``store.collect`` or ``store.give_back`` names
+            them.
+        """
+        self.prefixes.loaded(sweep.loads)
         for _, span in sweep.spans():
             span.sequence.num_computed = span.stop
-        for sequence in {span.sequence for _, span in sweep.spans()}:
-            self.prefixes.publish(sequence.prefix_keys, sequence)
+        found = [self.prefixes.publish(s.prefix_keys, s) for s in {span.sequence: None for _, span in sweep.spans()}]
+        published = [item for item in found if item is not None]
+        if self._store is not None:
+            for item in published:
+                self.pool.share(list(item.pages))
+                self._held_by_store.extend(item.pages)
+        return published
+
+    def lose(self, key: bytes) -> None:
+        """The store has lost page *key*, and the sweep that was to load it had no effect: the page is computed."""
+        self.prefixes.lose(key, self._running)
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless pages, page tables and prefixes account for each other."""
         self.prefixes.check_integrity()
-        self.pool.check_integrity([*(sequence.pages for sequence in self._running), self.prefixes.held_pages()])
+        running = [sequence.pages for sequence in self._running]
+        self.pool.check_integrity([*running, self.prefixes.held_pages(), self._held_by_store])
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
     def _admit(self) -> None:
-        while self._waiting:
-            sequence = self._waiting[0]
+        for sequence in list(self._waiting):
             shared = self.prefixes.match(sequence.prefix_keys)
             self.pool.share(shared)
             own = self._acquire(self.pool.pages_for(sequence.max_num_tokens) - len(shared), shared)
             if own is None:
                 self.pool.release(shared)
                 return
-            self._running.append(self._waiting.popleft())
+            stored = self._take(sequence, len(shared))
+            if stored is None:  # being computed elsewhere
+                self.pool.release(shared + own)
+                continue
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+            size = self.pool.page_tokens
             sequence.pages = shared + own
-            sequence.num_computed = sequence.num_cached = len(shared) * self.pool.page_tokens
-            self.prefixes.enter(sequence.prefix_keys, len(shared), sequence)
+            sequence.num_computed = sequence.num_cached = (len(shared) + stored.num_pages) * size
+            sequence.num_loaded = stored.num_pages * size
+            sequence.num_declined = stored.num_declined * size
+            self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
+
+    def _take(self, sequence: Sequence, num_shared: int) -> Stored | None:
+        if self._store is None or num_shared == len(sequence.prefix_keys):
+            return Stored(0, 0)
+        return self._store.take(sequence.prefix_keys, num_shared)
 
     def _acquire(self, count: int, shared: list[int]) -> list[int] | None:
+        missing = count - self.pool.num_free
+        if missing > 0 and self._store is not None and self.prefixes.num_idle < missing:
+            self._release(self._store.give_back())
         missing = count - self.pool.num_free
         if missing > 0 and self.prefixes.num_idle >= missing:
             self.prefixes.evict(missing)
         return self.pool.acquire(count, after=shared[-1] if shared else None)
+
+    def _release_stored(self) -> None:
+        if self._store is not None:
+            self._release(self._store.collect())
+
+    def _release(self, pages: list[int]) -> None:
+        """The store does not hold *pages* any more."""
+        for page in pages:
+            self._held_by_store.remove(page)
+        self.pool.release(pages)
+
+    def _loads(self, blocks: list[RowBlock]) -> tuple[PageLoad, ...]:
+        """The stored pages that the rows of *blocks* attend to."""
+        sequences = {span.sequence: None for block in blocks for span in block.spans}
+        loads = {load: None for sequence in sequences for load in self.prefixes.loads(sequence.prefix_keys)}
+        return tuple(loads)
 
     def _is_ahead(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
         """Whether *sequence* shares pages that are neither computed nor planned for the sweep so far."""

@@ -38,6 +38,7 @@ from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest
 Mode: TypeAlias = Literal["direct", "uncached", "buffered"]
 Done: TypeAlias = Callable[[Exception | None], None]
 Skip: TypeAlias = Callable[[], bool] | None
+Consume: TypeAlias = Callable[[memoryview], None] | None
 
 
 @dataclass(slots=True)
@@ -68,17 +69,33 @@ class DirectReader:
             thread.start()
 
     def submit(
-        self, request: ReadRequest, memory: memoryview, base: int, done: Done, *, priority: int = 1, skip: Skip = None
+        self,
+        request: ReadRequest,
+        memory: memoryview,
+        base: int,
+        done: Done,
+        *,
+        priority: int = 1,
+        skip: Skip = None,
+        consume: Consume = None,
     ) -> None:
         """Queue *request* for the unit that starts at byte *base* of *memory*.
 
         *skip*, asked just before the read starts, may say that nobody wants it any more; *done* is called all the same.
+        *consume* gets the bytes of a request without a destination, on the reader thread, valid during the call.
         """
         with self._changed:
             if self._closed:
                 raise EngineClosed("the reader is closed")
-            heapq.heappush(self._heap, (priority, next(self._order), _Job(request, memory, base, done, skip)))
+            heapq.heappush(self._heap, (priority, next(self._order), _Job(request, memory, base, done, skip, consume)))
             self._changed.notify()
+
+    def forget(self, path: Path) -> None:
+        """Close *path*, which no request is queued or running for."""
+        with self._changed:
+            file = self._files.pop(path, None)
+        if file is not None:
+            os.close(file.descriptor)
 
     def close(self) -> None:
         """Fail what is queued, wait for what is running, close the files. Idempotent."""
@@ -100,8 +117,8 @@ class DirectReader:
         while (job := self._next()) is not None:
             error: Exception | None = None
             if job.skip is None or not job.skip():
-                if job.request.destination is None and bounce is None:
-                    bounce = Arena(REQUEST_BYTES + PAGE)
+                if job.request.destination is None and (bounce is None or bounce.num_bytes < job.request.num_bytes):
+                    bounce = Arena(max(REQUEST_BYTES + PAGE, job.request.num_bytes))
                 try:
                     self._read(job, bounce)
                 except OSError as reason:
@@ -128,9 +145,11 @@ class DirectReader:
         got = file.read(target, request.offset)
         if got < request.needed_bytes:
             raise TruncatedFile(
-                f"{request.path}: the file ends at byte {request.offset + got}, but weights are expected up to byte "
+                f"{request.path}: the file ends at byte {request.offset + got}, but there should be some up to byte "
                 f"{request.offset + request.needed_bytes}; it was changed while in use or cut short: fetch it again"
             )
+        if job.consume is not None:
+            job.consume(target[:got])
         if request.copies:
             source, destination = np.frombuffer(target, np.uint8), np.frombuffer(job.memory, np.uint8)
             for origin, place, length in request.copies:  # numpy releases the GIL for these
@@ -159,6 +178,7 @@ class _Job:
     base: int
     done: Done
     skip: Skip
+    consume: Consume
 
 
 @dataclass(frozen=True, slots=True)

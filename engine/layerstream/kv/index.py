@@ -1,0 +1,410 @@
+"""What is where in a local store: one SQLite database, shared by all processes that use the folder.
+
+The index is an accelerator: everything that matters for correctness is in the segments' footers, from which
+:meth:`Index.add_segment` rebuilds it. What only the index has is use (frequency, pins, priorities), the digests of
+weight files, and leases.
+
+Invariants, each kept by one transaction:
+
+* a page's row points to a segment that is whole: rows of pages appear in the transaction that ends the writing;
+* a page's parent is there too, or is the root (an empty key);
+* bytes are reserved before a segment is written, so all writers together keep to the bound;
+* a lease that its owner does not renew ends by itself; an owner whose process is gone has none.
+
+Connections belong to threads (:mod:`sqlite3` wants it); every thread gets its own on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from layerstream.kv.eviction import Candidate
+from layerstream.kv.migrations import migrate
+from layerstream.kv.segment import Key, SegmentInfo
+
+BUSY_SECONDS = 30.0
+LEASE_SECONDS = 15.0
+_AT_ONCE = 500  # parameters of one statement
+
+
+@dataclass(frozen=True, slots=True)
+class PageRow:
+    """Where a page is."""
+
+    key: Key
+    segment: int
+    name: str
+    slot: int
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRow:
+    """A segment as people see it."""
+
+    segment: int
+    namespace: str
+    name: str
+    num_bytes: int
+    num_pages: int
+    seconds: float
+    frequency: int
+    pinned: int
+    created: float
+    last_used: float
+
+
+class Index:
+    """The database at *path*; made if it is not there, unless *read_only*."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self._path = path
+        self._read_only = read_only
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}:{os.urandom(4).hex()}"
+        connection = self._connection()
+        if not read_only:
+            migrate(connection, path)
+            self._drop_unfinished()
+
+    def close(self) -> None:
+        """Give leases back, close all connections."""
+        if not self._read_only:
+            with contextlib.suppress(sqlite3.Error), self._transaction() as connection:
+                connection.execute("DELETE FROM leases WHERE owner = ?", (self.owner,))
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+        self._local = threading.local()
+
+    # Namespaces
+
+    def namespace_id(self, name: str, description: str = "") -> int | None:
+        """The number of namespace *name*, entered if need be; ``None`` if it is not there and cannot be."""
+        row = self._connection().execute("SELECT id FROM namespaces WHERE name = ?", (name,)).fetchone()
+        if row is None and not self._read_only:
+            with self._transaction() as connection:
+                connection.execute(
+                    "INSERT OR IGNORE INTO namespaces (name, description) VALUES (?, ?)", (name, description)
+                )
+                row = connection.execute("SELECT id FROM namespaces WHERE name = ?", (name,)).fetchone()
+        return row and row[0]
+
+    def namespaces(self) -> dict[str, str]:
+        """Name and description of each."""
+        return dict(self._connection().execute("SELECT name, description FROM namespaces"))
+
+    def remove_namespace(self, name: str) -> None:
+        """Forget *name* and all its segments."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
+
+    # Pages
+
+    def find(self, namespace: int, keys: Sequence[Key]) -> list[PageRow]:
+        """The pages of the longest stored prefix of *keys*, in order."""
+        found: list[PageRow] = []
+        for at in range(0, len(keys), _AT_ONCE):
+            some = keys[at : at + _AT_ONCE]
+            marks = ",".join("?" * len(some))
+            rows = self._connection().execute(
+                "SELECT p.key, s.id, s.name, p.slot, s.num_bytes / s.num_pages, s.seconds / s.num_pages "
+                f"FROM pages p JOIN segments s ON s.id = p.segment WHERE p.namespace = ? AND p.key IN ({marks})",
+                (namespace, *some),
+            )
+            by_key = {row[0]: PageRow(*row) for row in rows}
+            for key in some:
+                if key not in by_key:
+                    return found
+                found.append(by_key[key])
+        return found
+
+    def drop_pages(self, namespace: int, key: Key) -> list[str]:
+        """Forget page *key* and all that descend from it; names of segments that have no page left."""
+        with self._transaction() as connection:
+            connection.execute(
+                "WITH RECURSIVE gone (key) AS (VALUES (?) UNION SELECT p.key FROM pages p JOIN gone "
+                "ON p.parent = gone.key WHERE p.namespace = ?) "
+                "DELETE FROM pages WHERE namespace = ? AND key IN (SELECT key FROM gone)",
+                (key, namespace, namespace),
+            )
+            return self._drop_empty(connection)
+
+    # Segments
+
+    def reserve(self, namespace: int, name: str, num_bytes: int) -> int | None:
+        """Count *num_bytes* for a segment about to be written; its number, or ``None`` if it is there already."""
+        now = time.time()
+        with self._transaction() as connection:
+            cursor = connection.execute(
+                "INSERT OR IGNORE INTO segments "
+                "(namespace, name, num_bytes, num_pages, seconds, priority, created, last_used, writer) "
+                "VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?)",
+                (namespace, name, num_bytes, now, now, self.owner),
+            )
+            return cursor.lastrowid if cursor.rowcount else None
+
+    def add_segment(self, namespace: int, info: SegmentInfo, num_bytes: int, *, pinned: bool = False) -> bool:
+        """The segment of *info* is whole: enter its pages, end its reservation.
+
+        False, and no change, if its first page's parent is not there or all its pages are there already.
+        """
+        now = time.time()
+        with self._transaction() as connection:
+            if info.parent and not _has_page(connection, namespace, info.parent):
+                return False
+            row = (namespace, info.name, num_bytes, len(info.keys), info.seconds, int(pinned), now, now)
+            (segment,) = connection.execute(
+                "INSERT INTO segments "
+                "(namespace, name, num_bytes, num_pages, seconds, pinned, created, last_used, priority) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (namespace, name) DO UPDATE SET "
+                "num_bytes = excluded.num_bytes, num_pages = excluded.num_pages, seconds = excluded.seconds, "
+                "pinned = max(pinned, excluded.pinned), writer = NULL RETURNING id",
+                row,
+            ).fetchone()
+            connection.executemany(
+                "INSERT OR IGNORE INTO pages (namespace, key, parent, segment, slot) VALUES (?, ?, ?, ?, ?)",
+                [
+                    (namespace, key, parent, segment, slot)
+                    for slot, (key, parent) in enumerate(zip(info.keys, info.parents(), strict=True))
+                ],
+            )
+            connection.executemany(
+                "DELETE FROM leases WHERE namespace = ? AND key = ?", [(namespace, key) for key in info.keys]
+            )
+            (num_pages,) = connection.execute("SELECT count(*) FROM pages WHERE segment = ?", (segment,)).fetchone()
+            if not num_pages:  # others wrote all of them, in other segments
+                connection.execute("DELETE FROM segments WHERE id = ?", (segment,))
+                return False
+            _reprioritise(connection, [segment])
+            return True
+
+    def cancel(self, segment: int) -> None:
+        """Nothing came of the reservation *segment*."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM segments WHERE id = ? AND writer IS NOT NULL", (segment,))
+
+    def touch(self, segments: Sequence[int]) -> None:
+        """*segments* were used once more."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "UPDATE segments SET frequency = frequency + 1, last_used = ? WHERE id = ?",
+                [(time.time(), segment) for segment in segments],
+            )
+            _reprioritise(connection, segments)
+
+    def pin(self, namespace: int, keys: Sequence[Key], pinned: bool) -> None:
+        """Keep the segments of *keys* from eviction, or no longer."""
+        segments = {row.segment for row in self.find(namespace, keys)}
+        with self._transaction() as connection:
+            connection.executemany(
+                "UPDATE segments SET pinned = ? WHERE id = ?", [(int(pinned), segment) for segment in segments]
+            )
+
+    def segments(self) -> list[SegmentRow]:
+        """Every whole segment."""
+        rows = self._connection().execute(
+            "SELECT s.id, n.name, s.name, s.num_bytes, s.num_pages, s.seconds, s.frequency, s.pinned, s.created, "
+            "s.last_used FROM segments s JOIN namespaces n ON n.id = s.namespace WHERE s.writer IS NULL ORDER BY s.id"
+        )
+        return [SegmentRow(*row) for row in rows]
+
+    def total_bytes(self) -> int:
+        """Of all segments, those being written included."""
+        return self._connection().execute("SELECT coalesce(sum(num_bytes), 0) FROM segments").fetchone()[0]
+
+    def candidates(self) -> list[Candidate]:
+        """What eviction chooses from, with who depends on whom."""
+        connection = self._connection()
+        parents = dict(
+            connection.execute(
+                "SELECT DISTINCT child.segment, parent.segment FROM pages child JOIN pages parent "
+                "ON parent.namespace = child.namespace AND parent.key = child.parent "
+                "WHERE child.slot = 0 AND child.segment != parent.segment"
+            )
+        )
+        rows = connection.execute("SELECT id, num_bytes, priority, pinned FROM segments WHERE writer IS NULL")
+        return [Candidate(row[0], parents.get(row[0]), row[1], row[2], bool(row[3])) for row in rows]
+
+    def location(self, segment: int) -> tuple[str, str] | None:
+        """Namespace and name of *segment*."""
+        row = self._connection().execute(
+            "SELECT n.name, s.name FROM segments s JOIN namespaces n ON n.id = s.namespace WHERE s.id = ?", (segment,)
+        )
+        return row.fetchone()
+
+    def remove(self, segment: int) -> bool:
+        """Forget *segment*, unless another one has come to depend on it; whether that was done. Ages the clock."""
+        with self._transaction() as connection:
+            dependants = connection.execute(
+                "SELECT 1 FROM pages parent JOIN pages child ON child.namespace = parent.namespace "
+                "AND child.parent = parent.key WHERE parent.segment = ? AND child.segment != ? LIMIT 1",
+                (segment, segment),
+            ).fetchone()
+            if dependants:
+                return False
+            connection.execute(
+                "UPDATE clock SET value = max(value, coalesce((SELECT priority FROM segments WHERE id = ?), 0))",
+                (segment,),
+            )
+            connection.execute("DELETE FROM segments WHERE id = ?", (segment,))
+            return True
+
+    # Leases
+
+    def claim(self, namespace: int, keys: Sequence[Key]) -> bool:
+        """Announce that this process computes *keys*. False, and no change, if another one computes the first."""
+        now = time.time()
+        with self._transaction() as connection:
+            row = connection.execute(
+                "SELECT owner, expires FROM leases WHERE namespace = ? AND key = ?", (namespace, keys[0])
+            ).fetchone()
+            if row and row[0] != self.owner and _is_current(row[1], now) and _is_alive(*row):
+                return False
+            connection.executemany(
+                "INSERT INTO leases (namespace, key, owner, expires) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET owner = excluded.owner, expires = excluded.expires "
+                "WHERE owner = excluded.owner OR expires < ? OR key = ?",
+                [(namespace, key, self.owner, now + LEASE_SECONDS, now, keys[0]) for key in keys],
+            )
+            return True
+
+    def renew(self) -> None:
+        """This process is still at work on what it claimed."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE leases SET expires = ? WHERE owner = ?", (time.time() + LEASE_SECONDS, self.owner)
+            )
+
+    def unclaim(self, namespace: int, keys: Sequence[Key]) -> None:
+        """This process does not compute *keys* any more."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "DELETE FROM leases WHERE namespace = ? AND key = ? AND owner = ?",
+                [(namespace, key, self.owner) for key in keys],
+            )
+
+    # Digests of files
+
+    def digest(self, path: Path, stat: os.stat_result) -> str | None:
+        """The SHA-256 that was taken of *path* when it was exactly this file."""
+        row = self._connection().execute(
+            "SELECT sha256 FROM digests WHERE path = ? AND inode = ? AND num_bytes = ? AND mtime_ns = ? "
+            "AND ctime_ns = ?",
+            (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns),
+        )  # fmt: skip
+        found = row.fetchone()
+        return found and found[0]
+
+    def remember_digest(self, path: Path, stat: os.stat_result, sha256: str) -> None:
+        """Take *sha256* for *path* as long as it is exactly this file."""
+        with self._transaction() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)",
+                (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256),
+            )
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` where an invariant of the module docstring does not hold."""
+        connection = self._connection()
+        (orphans,) = connection.execute(
+            "SELECT count(*) FROM pages child WHERE child.parent != x'' AND NOT EXISTS "
+            "(SELECT 1 FROM pages p WHERE p.namespace = child.namespace AND p.key = child.parent)"
+        ).fetchone()
+        assert not orphans, f"{orphans} pages without their parent"
+        (unfinished,) = connection.execute(
+            "SELECT count(*) FROM pages p JOIN segments s ON s.id = p.segment WHERE s.writer IS NOT NULL"
+        ).fetchone()
+        assert not unfinished, f"{unfinished} pages of segments that are not whole"
+
+    def _drop_unfinished(self) -> None:
+        """Forget reservations of processes that are gone."""
+        rows = (
+            self._connection().execute("SELECT id, writer, created FROM segments WHERE writer IS NOT NULL").fetchall()
+        )
+        for segment, writer, created in rows:
+            if not _is_alive(writer, created + LEASE_SECONDS):
+                self.cancel(segment)
+
+    def _drop_empty(self, connection: sqlite3.Connection) -> list[str]:
+        rows = connection.execute(
+            "DELETE FROM segments WHERE writer IS NULL "
+            "AND NOT EXISTS (SELECT 1 FROM pages WHERE segment = segments.id) RETURNING name"
+        ).fetchall()
+        return [name for (name,) in rows]
+
+    def _connection(self) -> sqlite3.Connection:
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            mode = "ro" if self._read_only else "rwc"
+            immutable = "&immutable=1" if self._read_only else ""
+            connection = sqlite3.connect(
+                f"{self._path.absolute().as_uri()}?mode={mode}{immutable}",
+                uri=True,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,  # closed by whoever closes the index
+            )
+            connection.execute("PRAGMA foreign_keys = ON")
+            if not self._read_only:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+            self._local.connection = connection
+            self._connections.append(connection)
+        return connection
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        connection = self._connection()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+
+def _has_page(connection: sqlite3.Connection, namespace: int, key: Key) -> bool:
+    row = connection.execute("SELECT 1 FROM pages WHERE namespace = ? AND key = ?", (namespace, key)).fetchone()
+    return row is not None
+
+
+def _reprioritise(connection: sqlite3.Connection, segments: Sequence[int]) -> None:
+    connection.executemany(
+        "UPDATE segments SET priority = (SELECT value FROM clock) + frequency * seconds / num_bytes WHERE id = ?",
+        [(segment,) for segment in segments],
+    )
+
+
+def _is_current(expires: float, now: float) -> bool:
+    """Whether a lease runs; one from the far future is from before a jump of the clock."""
+    return now <= expires <= now + 2 * LEASE_SECONDS
+
+
+def _is_alive(owner: str, expires: float) -> bool:
+    """Whether *owner*'s process is there; of another host's (a shared volume), whether it was lately."""
+    host, pid, born, _ = owner.rsplit(":", 3)
+    if host != socket.gethostname():
+        return _is_current(expires, time.time())
+    return _born(int(pid)) == born
+
+
+def _born(pid: int) -> str:
+    """When process *pid* started, so that a number used again is not taken for its former bearer; empty if gone."""
+    try:
+        return f"{psutil.Process(pid).create_time():.2f}"
+    except psutil.Error:
+        return ""

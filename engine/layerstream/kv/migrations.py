@@ -1,0 +1,89 @@
+"""The index's schema, as the steps that lead to it. A step, once released, is never edited: the next one is added."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from layerstream.errors import KVStoreUnusable
+
+APPLICATION_ID = 0x4C534B56  # "LSKV", in the header of the SQLite file
+
+STEPS = (
+    """
+    CREATE TABLE namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, description TEXT NOT NULL);
+    CREATE TABLE segments (
+        id INTEGER PRIMARY KEY,
+        namespace INTEGER NOT NULL REFERENCES namespaces ON DELETE CASCADE,
+        name TEXT NOT NULL,
+        num_bytes INTEGER NOT NULL,
+        num_pages INTEGER NOT NULL,
+        seconds REAL NOT NULL,             -- what computing its pages took
+        frequency INTEGER NOT NULL DEFAULT 1,
+        priority REAL NOT NULL,            -- eviction: clock at the last use + frequency * seconds / bytes
+        pinned INTEGER NOT NULL DEFAULT 0,
+        created REAL NOT NULL,             -- wall clock, for people only
+        last_used REAL NOT NULL,           -- likewise
+        writer TEXT,                       -- who is writing it, NULL once it is whole
+        UNIQUE (namespace, name)
+    );
+    CREATE TABLE pages (
+        namespace INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        parent BLOB NOT NULL,
+        segment INTEGER NOT NULL REFERENCES segments ON DELETE CASCADE,
+        slot INTEGER NOT NULL,             -- which page of the segment it is
+        PRIMARY KEY (namespace, key)
+    ) WITHOUT ROWID;
+    CREATE INDEX pages_by_segment ON pages (segment);
+    CREATE INDEX pages_by_parent ON pages (namespace, parent);
+    CREATE TABLE leases (
+        namespace INTEGER NOT NULL,
+        key BLOB NOT NULL,
+        owner TEXT NOT NULL,
+        expires REAL NOT NULL,
+        PRIMARY KEY (namespace, key)
+    ) WITHOUT ROWID;
+    CREATE TABLE digests (
+        path TEXT PRIMARY KEY,
+        inode INTEGER NOT NULL,
+        num_bytes INTEGER NOT NULL,
+        mtime_ns INTEGER NOT NULL,
+        ctime_ns INTEGER NOT NULL,
+        sha256 TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), value REAL NOT NULL);
+    INSERT INTO clock VALUES (0, 0.0);
+    """,
+)
+
+
+def migrate(connection: sqlite3.Connection, where: object) -> None:
+    """Bring the database to the newest schema.
+
+    Raises:
+        KVStoreUnusable: it is another program's, or from a newer version. Nothing is changed then.
+    """
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application != APPLICATION_ID and (application or num_tables):
+        raise KVStoreUnusable(f"{where} is a database of another program; choose another folder for the KV store")
+    if version > len(STEPS):
+        raise KVStoreUnusable(
+            f"{where} was written by a newer version of LayerStream (schema {version}, this one knows {len(STEPS)}): "
+            "update layerstream, or choose another folder for the KV store"
+        )
+    if version == len(STEPS):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()  # another process may have been faster
+        for step in STEPS[version:]:
+            for statement in step.split(";"):  # executescript would commit first; so no ";" within a statement
+                connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {len(STEPS)}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise

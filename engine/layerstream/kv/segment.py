@@ -1,0 +1,263 @@
+"""A segment: the file that a run of pages lies in. Format only; who writes and reads when is others' business.
+
+Layer-major, so that one layer of consecutive pages is one contiguous read, and a writer only ever appends::
+
+    layer 0: page 0 | page 1 | …      each page-layer is encoded by the codec and padded to 4 KiB
+    layer 1: page 0 | page 1 | …
+    …
+    footer:  JSON, then a trailer of fixed size: magic, version, CRC-32 and length of the JSON
+
+The footer says all that is needed to use the pages, and the index can be rebuilt from it: namespace, keys, the parent
+of the first page, shapes, codec, and a CRC-32 for every page-layer. A segment is written under a temporary name,
+synced, renamed and the folder synced; after that its bytes never change. Footers are hostile input: every count is
+checked against the file's length before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from layerstream.errors import LayerStreamError
+from layerstream.streaming.residency import PAGE as ALIGNMENT
+
+VERSION = 1
+MAX_PAGES = 16
+SUFFIX = ".kv"
+TEMPORARY = ".tmp"
+_MAGIC = b"LSKVPAGE"
+_TRAILER = struct.Struct("<8sIIQ")
+_MAX_FOOTER = 2**24
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Key = bytes
+Buffers = Sequence[memoryview]
+
+
+class DamagedSegment(LayerStreamError):
+    """A segment whose bytes are not what was written; callers recompute its pages and users never see this."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """What one layer keeps for one token: keys ``(heads, width)`` and values, and their dtype's name."""
+
+    key_heads: int
+    key_width: int
+    value_heads: int
+    value_width: int
+    dtype: str
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one token's keys."""
+        return self.key_heads * self.key_width * _ITEM_BYTES[self.dtype]
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one token's values."""
+        return self.value_heads * self.value_width * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """What a footer says.
+
+    Attributes:
+        namespace: what the keys are keys of: model, arithmetic, tenant.
+        keys: page keys in order; the first page's parent is ``parent``, empty at position 0.
+        codec: how page-layers are encoded; ``encoded_bytes`` is the length of one, per layer, before padding.
+        shapes: what each layer keeps.
+        checksums: CRC-32 of page-layers, ``checksums[layer][page]``.
+        seconds: what computing the pages took.
+    """
+
+    namespace: str
+    keys: tuple[Key, ...]
+    parent: Key
+    page_tokens: int
+    codec: str
+    encoded_bytes: tuple[int, ...]
+    shapes: tuple[PageShape, ...]
+    checksums: tuple[tuple[int, ...], ...]
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """The file's name: it says the contents, so whoever writes the same pages writes the same file."""
+        return f"{self.keys[0].hex()[:16]}-{self.keys[-1].hex()[:32]}{SUFFIX}"
+
+    @cached_property
+    def layer_offsets(self) -> tuple[int, ...]:
+        """Where each layer begins; one more entry for the end of the last."""
+        offsets = [0]
+        for size in self.encoded_bytes:
+            offsets.append(offsets[-1] + padded(size) * len(self.keys))
+        return tuple(offsets)
+
+    def parents(self) -> tuple[Key, ...]:
+        """The parent of each page."""
+        return (self.parent, *self.keys[:-1])
+
+
+def padded(num_bytes: int) -> int:
+    """*num_bytes* rounded up to the alignment of direct reads."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class SegmentWriter:
+    """Appends layer after layer to a temporary file; ``commit`` makes it a segment, leaving without it removes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / f"{os.getpid()}-{os.urandom(6).hex()}{TEMPORARY}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._descriptor = os.open(self._path, flags, 0o600)
+        self._is_open = True
+        self.checksums: list[tuple[int, ...]] = []
+        self.encoded_bytes: list[int] = []
+
+    def write_layer(self, pages: Iterable[Buffers]) -> None:
+        """Append one layer's page-layers, each a few buffers, all of the same length."""
+        checksums, sizes = [], set()
+        for buffers in pages:
+            checksum, size = 0, 0
+            for buffer in buffers:
+                checksum = zlib.crc32(buffer, checksum)
+                size += len(buffer)
+                self._write(buffer)
+            self._write(memoryview(bytes(padded(size) - size)))
+            checksums.append(checksum)
+            sizes.add(size)
+        assert len(sizes) == 1, "page-layers of one layer have one length"
+        self.checksums.append(tuple(checksums))
+        self.encoded_bytes.append(sizes.pop())
+
+    def commit(self, info: SegmentInfo) -> int:
+        """Append the footer, sync, rename into place, sync the folder; the file's length."""
+        for buffer in _footer(info):
+            self._write(memoryview(buffer))
+        size = os.fstat(self._descriptor).st_size
+        os.fsync(self._descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # it is read around the page cache
+        self._close()
+        os.replace(self._path, self._folder / info.name)
+        sync_folder(self._folder)
+        return size
+
+    def __enter__(self) -> SegmentWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        self._path.unlink(missing_ok=True)
+
+    def _write(self, buffer: memoryview) -> None:
+        while len(buffer):
+            buffer = buffer[os.write(self._descriptor, buffer) :]
+
+    def _close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            os.close(self._descriptor)
+
+
+def read_info(path: Path) -> SegmentInfo:
+    """The footer of the segment at *path*.
+
+    Raises:
+        DamagedSegment: it is not a whole segment of this version. OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < _TRAILER.size:
+            raise DamagedSegment(f"{path}: {size} bytes are no segment")
+        file.seek(size - _TRAILER.size)
+        magic, version, checksum, length = _TRAILER.unpack(file.read(_TRAILER.size))
+        if magic != _MAGIC or version != VERSION:
+            raise DamagedSegment(f"{path}: not a segment of version {VERSION}")
+        if length > min(_MAX_FOOTER, size - _TRAILER.size):
+            raise DamagedSegment(f"{path}: a footer of {length} bytes in a file of {size}")
+        file.seek(size - _TRAILER.size - length)
+        text = file.read(length)
+    if zlib.crc32(text) != checksum:
+        raise DamagedSegment(f"{path}: its footer is damaged")
+    try:
+        info = _parse(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedSegment(f"{path}: its footer cannot be understood: {error}") from error
+    if info.layer_offsets[-1] + length + _TRAILER.size != size:
+        raise DamagedSegment(f"{path}: {size} bytes, its footer speaks of others")
+    return info
+
+
+def verify(path: Path, info: SegmentInfo) -> list[int]:
+    """The pages of the segment at *path* that are damaged, by reading all of it."""
+    damaged = set()
+    with open(path, "rb") as file:
+        for layer, checksums in enumerate(info.checksums):
+            size = info.encoded_bytes[layer]
+            for page, checksum in enumerate(checksums):
+                file.seek(info.layer_offsets[layer] + page * padded(size))
+                if zlib.crc32(file.read(size)) != checksum:
+                    damaged.add(page)
+    return sorted(damaged)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in *folder* survive a power cut, where folders can be synced."""
+    with contextlib.suppress(OSError):  # Windows has no handle for a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _footer(info: SegmentInfo) -> tuple[bytes, bytes]:
+    fields = {
+        "namespace": info.namespace,
+        "keys": [key.hex() for key in info.keys],
+        "parent": info.parent.hex(),
+        "page_tokens": info.page_tokens,
+        "codec": info.codec,
+        "encoded_bytes": info.encoded_bytes,
+        "shapes": [asdict(shape) for shape in dict.fromkeys(info.shapes)],
+        "shape_of_layer": [list(dict.fromkeys(info.shapes)).index(shape) for shape in info.shapes],
+        "checksums": info.checksums,
+        "seconds": info.seconds,
+    }
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    return text, _TRAILER.pack(_MAGIC, VERSION, zlib.crc32(text), len(text))
+
+
+def _parse(fields: dict) -> SegmentInfo:
+    shapes = [PageShape(**shape) for shape in fields["shapes"]]
+    info = SegmentInfo(
+        namespace=str(fields["namespace"]),
+        keys=tuple(bytes.fromhex(key) for key in fields["keys"]),
+        parent=bytes.fromhex(fields["parent"]),
+        page_tokens=int(fields["page_tokens"]),
+        codec=str(fields["codec"]),
+        encoded_bytes=tuple(map(int, fields["encoded_bytes"])),
+        shapes=tuple(shapes[index] for index in fields["shape_of_layer"]),
+        checksums=tuple(tuple(map(int, layer)) for layer in fields["checksums"]),
+        seconds=float(fields["seconds"]),
+    )
+    if not 0 < len(info.keys) <= MAX_PAGES or min(info.encoded_bytes, default=0) <= 0 or info.page_tokens <= 0:
+        raise ValueError("counts out of range")
+    if len({len(info.shapes), len(info.checksums), len(info.encoded_bytes)}) != 1:
+        raise ValueError("layers are counted differently")
+    if any(len(layer) != len(info.keys) for layer in info.checksums):
+        raise ValueError("pages are counted differently")
+    if any(shape.dtype not in _ITEM_BYTES for shape in shapes):
+        raise ValueError("an unknown dtype")
+    return info

@@ -1,0 +1,1 @@
+"""Where pages outlive the process: the interface, and the local disk."""
