@@ -29,6 +29,7 @@ from layerstream.model.weights import ModelWeights
 from layerstream.persistence import open_store
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.step import SweepStep
 from layerstream.streaming.reader import DirectReader
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 
@@ -94,7 +95,7 @@ class Assembly:
     reader: DirectReader
     weights: ModelWeights
     scheduler: Scheduler
-    runner: SweepRunner
+    step: SweepStep
     store: PrefixStore | None
     read_rate: float
 
@@ -196,6 +197,9 @@ def _assemble(
         decode_rows=plan.decode_rows,
         one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
     )
+    scheduler = Scheduler(limits, pool, store)
+    loader = None if store is None else store.loader
+    runner = SweepRunner(skeleton, weights, embedding, states, plan.decode_rows, loader)
     return Assembly(
         config=config,
         tokenizer=tokenizer,
@@ -205,10 +209,8 @@ def _assemble(
         model_bytes=skeleton.model_bytes,
         reader=reader,
         weights=weights,
-        scheduler=Scheduler(limits, pool, store),
-        runner=SweepRunner(
-            skeleton, weights, embedding, states, plan.decode_rows, None if store is None else store.loader
-        ),
+        scheduler=scheduler,
+        step=SweepStep(scheduler, runner, weights, store),
         store=store,
         read_rate=read_rate,
     )

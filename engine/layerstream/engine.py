@@ -128,7 +128,7 @@ class LayerStream:
         self._progress = make_listener(progress)
         self._parts: Assembly = assemble(config, self._progress)
         parts = self._parts
-        self._loop = EngineLoop(parts.scheduler, parts.runner, Sampler(), parts.weights, parts.store, self._progress)
+        self._loop = EngineLoop(parts.scheduler, parts.step, Sampler(), parts.weights, self._progress)
         self._close = weakref.finalize(self, _shut, self._loop, self._parts)
         self._encoder = PromptEncoder(
             self._parts.tokenizer, max_context=self.context_length, vocab_size=self.plan.facts.vocab_size

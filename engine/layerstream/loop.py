@@ -1,4 +1,4 @@
-"""The engine's one thread: schedule, run, commit, publish, sample, deliver.
+"""The engine's one thread: schedule, run and commit (:mod:`layerstream.step`), sample, deliver.
 
 Callers on any thread put answers into the inbox and wait on their requests; everything else here belongs to the
 engine's thread. Invariants: an answer is in the inbox, or the scheduler knows its sequence, or its request is done;
@@ -19,15 +19,12 @@ import torch
 from layerstream.answer import Answer
 from layerstream.errors import EngineClosed, LayerStreamError
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
-from layerstream.kv.loader import PagesLost
-from layerstream.kv.prefix import Published
-from layerstream.kv.store import PrefixStore
-from layerstream.model.runner import SweepRunner
 from layerstream.model.weights import ModelWeights
 from layerstream.request import Request
 from layerstream.scheduling.sampler import SampledToken, Sampler
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sequence import Sequence
+from layerstream.step import SweepStep
 from layerstream.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -53,18 +50,16 @@ class EngineLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: SweepRunner,
+        step: SweepStep,
         sampler: Sampler,
         weights: ModelWeights,
-        store: PrefixStore | None,
         listener: Listener | None,
     ) -> None:
         self.counters = LoopCounters()
         self._scheduler = scheduler
-        self._runner = runner
+        self._sweep_step = step
         self._sampler = sampler
         self._weights = weights
-        self._store = store
         self._listener = listener
         self._changed = threading.Condition()
         self._inbox: list[Answer] = []
@@ -120,20 +115,15 @@ class EngineLoop:
                 self._changed.wait_for(lambda: self._is_closing or self._inbox or self._cancelled, POLL_SECONDS)
             return
         started, streamed = self._begin(sweep)
-        waited = self._waited_seconds()
         try:
-            logits = self._runner.run(sweep)
+            logits = self._sweep_step.run(sweep)
         except EngineClosed:
             raise
-        except PagesLost as lost:
-            self._lose(lost)
-            return
         except Exception as error:  # noqa: BLE001  # whatever a sweep dies of, only its own requests die with it
             self._fail(sweep, error)
             return
-        self._publish(
-            self._scheduler.commit(sweep), sweep, time.perf_counter() - started - (self._waited_seconds() - waited)
-        )
+        if logits is None:
+            return
         tokens = self._sample(logits, sweep)
         self._deliver(sweep, tokens, self._streamed_bytes() - streamed)
         self._finish(started, len(tokens), self._streamed_bytes() - streamed)
@@ -166,25 +156,6 @@ class EngineLoop:
             )
         )
         return time.perf_counter(), self._streamed_bytes()
-
-    def _lose(self, lost: PagesLost) -> None:
-        """A stored page is not what it should be: the sweep is scheduled again, and computes it."""
-        logger.warning("a stored prefix is computed again: %s", lost)
-        assert self._store is not None
-        self._store.lose(lost.key)
-        self._scheduler.lose(lost.key)
-
-    def _publish(self, published: list[Published], sweep: Sweep, compute_seconds: float) -> None:
-        if self._store is not None:
-            for item in published:
-                num_tokens = len(item.keys) * self._scheduler.limits.chunk_tokens
-                self._store.publish(item, compute_seconds * num_tokens / sweep.num_tokens)
-
-    def _waited_seconds(self) -> float:
-        """How long the compute has waited for the disk so far."""
-        streamer = self._weights.streamer
-        waited = 0.0 if streamer is None else streamer.wait_seconds
-        return waited if self._store is None else waited + self._store.loader.counters.wait_seconds
 
     def _sample(self, logits: torch.Tensor, sweep: Sweep) -> dict[Sequence, SampledToken]:
         """One token for each sampled sequence; a sequence whose logits are broken fails alone."""

@@ -100,9 +100,11 @@ def step_greedily(parts: Assembly, prompts: Seq[Seq[int]], num_tokens: int) -> t
     for sequence in sequences:
         parts.scheduler.add(sequence)
     while (sweep := parts.scheduler.schedule()) is not None:
-        rows = parts.runner.run(sweep).clone()
+        rows = parts.step.run(sweep)
         parts.scheduler.check_integrity()
-        parts.scheduler.commit(sweep)
+        if rows is None:
+            continue
+        rows = rows.clone()
         for sequence, row in zip(sweep.sampled, rows, strict=True):
             logits[sequence.sequence_id].append(row)
             sequence.token_ids.append(int(row.argmax()))

@@ -184,7 +184,6 @@ class PrefixStore:
         if self._load == "never" or (self._load == "auto" and computing < loading):
             self.counters.declined_tokens += num_tokens
             return Stored(0, len(facts))
-        self.counters.loaded_tokens += num_tokens
         self.counters.saved_seconds += max(0.0, computing - loading)
         return Stored(len(facts), 0)
 
@@ -192,6 +191,10 @@ class PrefixStore:
         """*keys*, which were claimed, are not going to be computed."""
         if self._tier is not None and keys:
             self._tier.unclaim(keys)
+
+    def count_loaded(self, num_pages: int) -> None:
+        """A sweep that loaded *num_pages* was committed."""
+        self.counters.loaded_tokens += num_pages * self._page_tokens
 
     def lose(self, key: Key) -> None:
         """Page *key* is damaged or gone: forget it and all that descend from it."""

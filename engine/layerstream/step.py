@@ -1,0 +1,62 @@
+"""One sweep and what follows from it for the pages: run, commit, publish; or forget a stored page that was damaged."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from layerstream.kv.loader import PagesLost
+from layerstream.kv.store import PrefixStore
+from layerstream.model.runner import SweepRunner
+from layerstream.model.weights import ModelWeights
+from layerstream.scheduling.scheduler import Scheduler
+from layerstream.sweep import Sweep
+
+logger = logging.getLogger(__name__)
+
+
+class SweepStep:
+    """Runs the sweeps that *scheduler* makes; one thread."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: SweepRunner, weights: ModelWeights, store: PrefixStore | None
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._weights = weights
+        self._store = store
+
+    def run(self, sweep: Sweep) -> torch.Tensor | None:
+        """Logits of the sampled rows; the pages are committed, and those of prompts on their way to the store.
+
+        Returns:
+            ``None`` if a stored page turned out damaged or gone: nothing happened, and the next sweep computes it.
+
+        Raises:
+            Whatever the sweep died of; nothing was committed then.
+        """
+        started, waited = time.perf_counter(), self._waited_seconds()
+        try:
+            logits = self._runner.run(sweep)
+        except PagesLost as lost:
+            logger.warning("a stored prefix is computed again: %s", lost)
+            assert self._store is not None
+            self._store.lose(lost.key)
+            self._scheduler.lose(lost.key)
+            return None
+        computed = time.perf_counter() - started - (self._waited_seconds() - waited)
+        published_pages = self._scheduler.commit(sweep)
+        if self._store is not None:
+            self._store.count_loaded(len(sweep.loads))
+            for published in published_pages:
+                num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
+                self._store.publish(published, computed * num_tokens / sweep.num_tokens)
+        return logits
+
+    def _waited_seconds(self) -> float:
+        """How long the compute has waited for the disk so far."""
+        streamer = self._weights.streamer
+        waited = 0.0 if streamer is None else streamer.wait_seconds
+        return waited if self._store is None else waited + self._store.loader.counters.wait_seconds
