@@ -105,7 +105,7 @@ def measure(model: Path, memory: str | None, rounds: int) -> dict[str, Any]:
 
     times = SweepTimes()
     started = time.perf_counter()
-    with LayerStream(model, memory=memory, progress=times) as engine:
+    with LayerStream(model, memory=memory, kv_store=None, progress=times) as engine:
         open_seconds = time.perf_counter() - started
         ranges = _streamed_ranges(engine)
         raw: dict[int, list[float]] = {threads: [] for threads in RAW_THREADS}

@@ -7,7 +7,7 @@ from layerstream import LayerStream, SamplingParams
 
 model_path, memory, num_prompt, num_new = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 clock = Clock()
-with LayerStream(model_path, memory=memory, progress=False) as engine:
+with LayerStream(model_path, memory=memory, kv_store=None, progress=False) as engine:
     clock.ready()
     clock.put("prompt")
     for delta in engine.stream(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 from layerstream import planner
 from layerstream.checkpoint.hub import locate
-from layerstream.errors import ConfigurationError
+from layerstream.errors import ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress
 from layerstream.kv.config import KVStoreConfig
+from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.pages import PagePool
-from layerstream.kv.state import LayerState
+from layerstream.kv.state import LayerState, PageMemory
 from layerstream.kv.store import PrefixStore
 from layerstream.loop import LoopCounters
 from layerstream.machine import available_memory_bytes
@@ -26,18 +27,17 @@ from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, kv_values_per_tok
 from layerstream.model.runner import SweepRunner
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.model.weights import ModelWeights
-from layerstream.persistence import open_store
+from layerstream.persistence import describe, open_store, weight_paths
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.scheduling.scheduler import Scheduler, SweepLimits
 from layerstream.step import SweepStep
-from layerstream.streaming.reader import DirectReader
+from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 
 logger = logging.getLogger(__name__)
 
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
 SPARE_SHARE = 0.8  # of the free memory, when no budget was given
-ASSUMED_READ_RATE = 1e9  # bytes per second, until something was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,6 @@ class Assembly:
     scheduler: Scheduler
     step: SweepStep
     store: PrefixStore | None
-    read_rate: float
 
     def close(self) -> None:
         """Write what is to be stored, let go of all files. Idempotent."""
@@ -109,7 +108,7 @@ class Assembly:
         """As measured so far, else what the disk's rate says."""
         if counters.sweeps:
             return counters.sweep_seconds / counters.sweeps
-        return self.plan.streamed_bytes / self.read_rate
+        return self.plan.streamed_bytes / (self.reader.rate() or ASSUMED_READ_RATE)
 
 
 def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
@@ -161,6 +160,20 @@ def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
     return make_plan(facts, _budget(config, facts)), skeleton, folder
 
 
+def identify(config: EngineConfig, store: KVStoreConfig, memory: DigestMemory) -> tuple[str, dict[str, Any]]:
+    """Namespace and description of the KV that *config* would compute, without loading its weights.
+
+    Raises:
+        KVStoreUnusable: the model's files are being changed.
+    """
+    plan, skeleton, folder = plan_model(config)
+    digests = WeightFiles.of(weight_paths(skeleton)).take_digests(memory)
+    if digests is None:
+        raise KVStoreUnusable(f"the files of {config.model} are being changed; try again when they are whole")
+    fingerprint = describe(store, folder, skeleton, plan, digests)
+    return namespace(fingerprint, store.salt), {"model": config.model, "fingerprint": fingerprint}
+
+
 def _assemble(
     config: EngineConfig,
     folder: Path,
@@ -170,14 +183,15 @@ def _assemble(
     reader: DirectReader,
     listener: Listener | None,
 ) -> Assembly:
+    memory = PageMemory(plan.kv_bytes)
+    if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
+        threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
     progress = _LoadCounter(plan.resident_bytes, listener)
-    started = time.perf_counter()
     weights = ModelWeights(skeleton, plan.weights, reader, progress.add)
     embedding = _embedding(skeleton, plan, weights, reader)
-    seconds = time.perf_counter() - started
     pool = PagePool(plan.num_pages, plan.page_tokens)
-    states = [LayerState(plan.num_pages, plan.page_tokens) for _ in range(skeleton.config.num_hidden_layers)]
-    read_rate = progress.done_bytes / seconds if progress.done_bytes > 2**24 else ASSUMED_READ_RATE
+    num_layers = skeleton.config.num_hidden_layers
+    states = [LayerState(plan.num_pages, plan.page_tokens, memory) for _ in range(num_layers)]
     store = None
     if config.kv_store is not None:
         store = open_store(
@@ -189,7 +203,6 @@ def _assemble(
             plan=plan,
             states=states,
             reader=reader,
-            read_rate=read_rate,
         )
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
@@ -212,7 +225,6 @@ def _assemble(
         scheduler=scheduler,
         step=SweepStep(scheduler, runner, weights, store),
         store=store,
-        read_rate=read_rate,
     )
 
 

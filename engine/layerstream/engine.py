@@ -8,7 +8,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any, Literal
 from layerstream.answer import Answer
 from layerstream.assembly import Assembly, EngineConfig, assemble
 from layerstream.completion import Completion, Delta
-from layerstream.errors import EngineClosed
+from layerstream.errors import ConfigurationError, EngineClosed
 from layerstream.events import Listener
 from layerstream.kv.config import KVStoreConfig, store_config
-from layerstream.kv.store import KVStats
+from layerstream.kv.store import KVStats, PrefixStore
 from layerstream.loop import EngineLoop
 from layerstream.params import SamplingParams
 from layerstream.planner import Plan
@@ -33,6 +33,7 @@ from layerstream.sizes import parse_size
 from layerstream.text.detokenizer import Detokenizer
 from layerstream.text.prompt import Prompt, PromptEncoder, split_prompts
 from layerstream.text.stop import StopMatcher
+from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmReport, forecast, warm
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +220,53 @@ class LayerStream:
         self._loop.submit(answers)
         return requests
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids that *prompt* stands for, with the model's opening tokens once."""
+        return self._encoder.encode(prompt)
+
+    def warm(
+        self,
+        documents: Iterable[str],
+        *,
+        prompt: PromptTemplate | None = None,
+        chat_template: Literal["auto"] | bool = "auto",
+        on_document: Callable[[int, int], None] | None = None,
+    ) -> WarmReport:
+        """Prefill *documents* into the KV store, ahead of questions about them. What is there already costs nothing.
+
+        Args:
+            documents: contexts, each as it will stand in a prompt.
+            prompt: the very template that questions use: text with ``{context}`` and ``{question}``, or a function of
+                both that returns a prompt. ``None``: LangChain's and LlamaIndex's usual one, as ``layerstream ask``.
+            chat_template: put a text as a user message through the chat template: where the model has one, always,
+                or never.
+            on_document: called with the number of documents done and of all, after each.
+
+        Raises:
+            ConfigurationError: no store, or a template without a common beginning.
+            StorageFull: more than the store may hold; nothing was computed.
+        """
+        store = self._open_store()
+        prefixes = Prefixes(self, documents, prompt, chat_template)
+        return warm(self, prefixes, store, on_document or (lambda done, count: None))
+
+    def forecast_warm(
+        self,
+        documents: Iterable[str],
+        *,
+        prompt: PromptTemplate | None = None,
+        chat_template: Literal["auto"] | bool = "auto",
+    ) -> WarmForecast:
+        """What :meth:`warm` would take, without doing it."""
+        store = self._open_store()
+        return forecast(self, Prefixes(self, documents, prompt, chat_template), store)
+
+    @property
+    def compute_seconds_per_token(self) -> float | None:
+        """What computing a prompt's token took so far, reading left out; ``None`` before a prompt was computed."""
+        step = self._parts.step
+        return step.prefill_seconds / step.prefill_tokens if step.prefill_tokens else None
+
     def stats(self) -> EngineStats:
         """Counters since the engine started."""
         parts, counters = self._parts, self._loop.counters
@@ -240,6 +288,15 @@ class LayerStream:
             read_modes={str(mode): count for mode, count in parts.reader.stats.modes.items()},
             kv=self._kv_stats(),
         )
+
+    def _open_store(self) -> PrefixStore:
+        store = self._parts.store
+        if store is None:
+            raise ConfigurationError("this engine has no KV store to warm: pass kv_store='auto' or a folder")
+        store.wait_until_open()
+        if store.tier is None:
+            raise ConfigurationError("the KV store of this engine cannot be used; the log says why")
+        return store
 
     def _kv_stats(self) -> KVStats:
         counters, store = self._loop.counters, self._parts.store

@@ -25,7 +25,7 @@ from layerstream.kv.tiers.local import Bounds, LocalTier, StoreFolder
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
 from layerstream.planner import Plan
-from layerstream.streaming.reader import DirectReader
+from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ def open_store(
     plan: Plan,
     states: Sequence[LayerState],
     reader: DirectReader,
-    read_rate: float,
 ) -> PrefixStore | None:
     """The store that *config* asks for.
 
@@ -73,6 +72,10 @@ def open_store(
         taken = files.take_digests(store_folder.index, is_stopped)
         return None if taken is None else open_tier(taken)
 
+    def rates() -> Rates:
+        rate = reader.rate() or ASSUMED_READ_RATE
+        return Rates(rate, plan.streamed_bytes / rate, plan.max_sweep_tokens)
+
     digests = None if store_folder.read_only else files.known_digests(store_folder.index)
     if digests is None and files.num_bytes <= HASHED_AT_ONCE:
         digests = files.take_digests(None if store_folder.read_only else store_folder.index)
@@ -80,7 +83,7 @@ def open_store(
         states,
         plan.page_tokens,
         CODECS[config.compression],
-        Rates(read_rate, plan.streamed_bytes / read_rate, plan.max_sweep_tokens),
+        rates,
         tier=None if digests is None else open_tier(digests),
         open_tier=open_later,
         is_current=files.is_unchanged,

@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class SweepStep:
-    """Runs the sweeps that *scheduler* makes; one thread."""
+    """Runs the sweeps that *scheduler* makes; one thread.
+
+    Attributes:
+        prefill_tokens, prefill_seconds: of sweeps with at least one whole chunk: tokens, and the time that computing
+            took, waiting for the disk left out.
+    """
 
     def __init__(
         self, scheduler: Scheduler, runner: SweepRunner, weights: ModelWeights, store: PrefixStore | None
@@ -27,6 +32,8 @@ class SweepStep:
         self._runner = runner
         self._weights = weights
         self._store = store
+        self.prefill_tokens = 0
+        self.prefill_seconds = 0.0
 
     def run(self, sweep: Sweep) -> torch.Tensor | None:
         """Logits of the sampled rows; the pages are committed, and those of prompts on their way to the store.
@@ -47,6 +54,9 @@ class SweepStep:
             self._scheduler.lose(lost.key)
             return None
         computed = time.perf_counter() - started - (self._waited_seconds() - waited)
+        if sweep.num_tokens >= self._scheduler.limits.chunk_tokens:
+            self.prefill_tokens += sweep.num_tokens
+            self.prefill_seconds += computed
         published_pages = self._scheduler.commit(sweep)
         if self._store is not None:
             self._store.count_loaded(len(sweep.loads))

@@ -13,7 +13,7 @@ import layerstream
 import pytest
 from layerstream import LayerStream, SamplingParams
 from layerstream.cli import app
-from layerstream.demo.retrieval import QUESTION_PROMPT
+from layerstream.text.prompt import QUESTION_PROMPT
 from typer.testing import CliRunner, Result
 
 from tests.models import make_model, make_tokenizer

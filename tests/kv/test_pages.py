@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layerstream.kv.pages import PagePool
-from layerstream.kv.state import LayerState
+from layerstream.kv.state import LayerState, PageMemory
 
 
 def test_neighbouring_pages_are_preferred_and_scattered_ones_taken_at_need() -> None:
@@ -61,7 +61,7 @@ def test_counts_always_agree_with_the_page_tables(num_pages: int, wants: list[in
 
 @pytest.mark.parametrize("pages", [[1, 2, 3], [4, 0, 2]])
 def test_what_is_appended_is_read_back(pages: list[int]) -> None:
-    state = LayerState(num_pages=5, page_tokens=4)
+    state = LayerState(num_pages=5, page_tokens=4, memory=PageMemory(0))
     keys, values = torch.randn(2, 11, 3), torch.randn(2, 11, 5)
     for start, stop in ((0, 7), (7, 8), (8, 11)):
         state.append(pages, start, keys[:, start:stop], values[:, start:stop])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from layerstream import KVStoreConfig, KVStoreUnusable, LayerStream, SamplingParams, planner
 from layerstream.assembly import Assembly, EngineConfig, assemble
+from layerstream.kv.choice import Rates
 from layerstream.kv.migrations import STEPS
 from layerstream.self_check import step_greedily
 from layerstream.streaming.residency import PAGE
@@ -272,16 +273,14 @@ def test_recomputing_is_chosen_where_it_is_faster(model: Path, store: KVStoreCon
         first.ask(QUESTIONS[0])
     with Session(wanted) as second:
         assert second.parts.store is not None
-        second.parts.store.rates = replace(second.parts.store.rates, read_bytes_per_second=1.0)
+        second.parts.store.rates = lambda: Rates(read_bytes_per_second=1.0, weight_seconds=1.0, max_sweep_tokens=96)
         second.ask(QUESTIONS[1])
         counters = second.parts.store.counters
         assert (counters.loaded_tokens, counters.declined_tokens) == (0, WHOLE_PAGES)
         assert counters.written_pages == 1, "its own page; what is there is not written again"
     with Session(wanted) as third:
         assert third.parts.store is not None
-        third.parts.store.rates = replace(
-            third.parts.store.rates, read_bytes_per_second=1e12, weight_seconds=0.0, max_sweep_tokens=96
-        )
+        third.parts.store.rates = lambda: Rates(read_bytes_per_second=1e12, weight_seconds=0.0, max_sweep_tokens=96)
         third.ask(QUESTIONS[2])
         assert third.parts.store.counters.loaded_tokens == WHOLE_PAGES
 

@@ -13,7 +13,9 @@ from typer.core import TyperGroup
 from layerstream import __version__
 from layerstream.cli.ask import ask
 from layerstream.cli.demo import demo
+from layerstream.cli.kv import app as kv
 from layerstream.cli.plan import plan
+from layerstream.cli.warm import warm
 from layerstream.errors import LayerStreamError
 
 INTERRUPTED = 130  # as shells do: 128 + SIGINT
@@ -47,6 +49,8 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 app.command()(demo)
 app.command()(ask)
 app.command()(plan)
+app.command()(warm)
+app.add_typer(kv, name="kv")
 
 
 def _show_version(wanted: bool) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.demo.retrieval import QUESTION_PROMPT, Passage, Retriever, join_passages, load_documents
+from layerstream.demo.retrieval import Passage, Retriever, join_passages, load_documents
 from layerstream.errors import DocumentError
 from layerstream.params import SamplingParams
+from layerstream.text.prompt import QUESTION_PROMPT
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream

@@ -11,8 +11,10 @@ def describe_work(before: EngineStats, after: EngineStats) -> str:
     sweeps = after.sweeps - before.sweeps
     tokens = after.tokens_in - before.tokens_in
     streamed = after.weight_bytes_streamed - before.weight_bytes_streamed
+    reused = after.kv.reused_tokens - before.kv.reused_tokens
+    cached = f" + {reused:,} cached" if reused else ""
     return (
-        f"{sweeps} sweep{'s' * (sweeps != 1)} · {tokens:,} tokens · {format_streamed(streamed)} streamed"
+        f"{sweeps} sweep{'s' * (sweeps != 1)} · {tokens:,} tokens{cached} · {format_streamed(streamed)} streamed"
         f" · peak {format_size(after.peak_memory_bytes)} of {format_size(after.budget_bytes)}"
     )
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerstream.demo.retrieval import QUESTION_PROMPT, Retriever
+from layerstream.demo.retrieval import Retriever
 from layerstream.errors import MissingExtra
+from layerstream.text.prompt import QUESTION_PROMPT
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream

@@ -14,12 +14,6 @@ from layerstream.errors import DocumentError, MissingExtra
 PASSAGE_CHARACTERS = 1500  # about 400 tokens of English
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".markdown"})
 
-QUESTION_PROMPT = (
-    "Use the following pieces of context to answer the question at the end. If you don't know the answer, just say "
-    "that you don't know, don't try to make up an answer.\n\n{context}\n\nQuestion: {question}\nHelpful Answer:"
-)
-"""The question after the context: documents that are retrieved again begin with the same tokens."""
-
 
 @dataclass(frozen=True, slots=True)
 class Document:

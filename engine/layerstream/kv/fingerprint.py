@@ -110,18 +110,19 @@ def describe(
         layout: dtypes, page size, codec, cuts, context.
         arithmetic: what makes results differ in their last bits; ``None`` to do without.
     """
-    return {
+    fields = {
         "layout_version": LAYOUT,
         "weights": sorted(weights),
         "config": {name: value for name, value in config.items() if name not in _NOT_IDENTITY},
         "layout": dict(layout),
         "arithmetic": None if arithmetic is None else dict(arithmetic),
     }
+    return json.loads(json.dumps(fields, default=str))  # as whoever reads it from a file will see it
 
 
 def namespace(fingerprint: Mapping[str, Any], salt: str) -> str:
     """The name under which pages of *fingerprint* are kept for the tenant with *salt*."""
-    text = json.dumps(fingerprint, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(fingerprint, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).digest()
     return hashlib.sha256(digest + salt.encode()).hexdigest()[:40]
 

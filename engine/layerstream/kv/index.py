@@ -205,12 +205,20 @@ class Index:
             )
             _reprioritise(connection, segments)
 
-    def pin(self, namespace: int, keys: Sequence[Key], pinned: bool) -> None:
-        """Keep the segments of *keys* from eviction, or no longer."""
-        segments = {row.segment for row in self.find(namespace, keys)}
+    def pin(self, namespace: int, keys: Sequence[Key]) -> None:
+        """Keep the segments of those of *keys* that are here from eviction."""
         with self._transaction() as connection:
             connection.executemany(
-                "UPDATE segments SET pinned = ? WHERE id = ?", [(int(pinned), segment) for segment in segments]
+                "UPDATE segments SET pinned = 1 WHERE id = (SELECT segment FROM pages WHERE namespace = ? AND key = ?)",
+                [(namespace, key) for key in keys],
+            )
+
+    def unpin(self, namespace: str) -> None:
+        """Let the segments of namespace *namespace* be evicted again."""
+        with self._transaction() as connection:
+            connection.execute(
+                "UPDATE segments SET pinned = 0 WHERE namespace = (SELECT id FROM namespaces WHERE name = ?)",
+                (namespace,),
             )
 
     def segments(self) -> list[SegmentRow]:
@@ -237,6 +245,11 @@ class Index:
         )
         rows = connection.execute("SELECT id, num_bytes, priority, pinned FROM segments WHERE writer IS NULL")
         return [Candidate(row[0], parents.get(row[0]), row[1], row[2], bool(row[3])) for row in rows]
+
+    def keys_of(self, segment: int) -> list[Key]:
+        """The pages that are in *segment*, in order."""
+        rows = self._connection().execute("SELECT key FROM pages WHERE segment = ? ORDER BY slot", (segment,))
+        return [key for (key,) in rows]
 
     def location(self, segment: int) -> tuple[str, str] | None:
         """Namespace and name of *segment*."""

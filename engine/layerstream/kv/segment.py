@@ -16,7 +16,9 @@ checked against the file's length before it is used.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import mmap
 import os
 import struct
 import zlib
@@ -35,6 +37,7 @@ TEMPORARY = ".tmp"
 _MAGIC = b"LSKVPAGE"
 _TRAILER = struct.Struct("<8sIIQ")
 _MAX_FOOTER = 2**24
+_BLOCK_BYTES = 2 * 2**20
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Key = bytes
@@ -118,9 +121,7 @@ class SegmentWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / f"{os.getpid()}-{os.urandom(6).hex()}{TEMPORARY}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        self._descriptor = os.open(self._path, flags, 0o600)
-        self._is_open = True
+        self._file = _DirectFile(self._path)
         self.checksums: list[tuple[int, ...]] = []
         self.encoded_bytes: list[int] = []
 
@@ -132,8 +133,8 @@ class SegmentWriter:
             for buffer in buffers:
                 checksum = zlib.crc32(buffer, checksum)
                 size += len(buffer)
-                self._write(buffer)
-            self._write(memoryview(bytes(padded(size) - size)))
+                self._file.write(buffer)
+            self._file.write(memoryview(bytes(padded(size) - size)))
             checksums.append(checksum)
             sizes.add(size)
         assert len(sizes) == 1, "page-layers of one layer have one length"
@@ -143,12 +144,8 @@ class SegmentWriter:
     def commit(self, info: SegmentInfo) -> int:
         """Append the footer, sync, rename into place, sync the folder; the file's length."""
         for buffer in _footer(info):
-            self._write(memoryview(buffer))
-        size = os.fstat(self._descriptor).st_size
-        os.fsync(self._descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # it is read around the page cache
-        self._close()
+            self._file.write(memoryview(buffer))
+        size = self._file.finish()
         os.replace(self._path, self._folder / info.name)
         sync_folder(self._folder)
         return size
@@ -157,17 +154,69 @@ class SegmentWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def _write(self, buffer: memoryview) -> None:
-        while len(buffer):
-            buffer = buffer[os.write(self._descriptor, buffer) :]
 
-    def _close(self) -> None:
+class _DirectFile:
+    """Writes around the page cache where that is possible: pages are read around it too, and memory is scarce."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        try:
+            self._descriptor = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
+            self._is_direct = hasattr(os, "O_DIRECT")
+        except OSError:  # tmpfs, some network file systems
+            path.unlink(missing_ok=True)
+            self._descriptor = os.open(path, flags, 0o600)
+            self._is_direct = False
+        self._is_open = True
+        self._block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))  # page-aligned, as direct writes want it
+        self._used = 0
+
+    def write(self, buffer: memoryview) -> None:
+        """Append *buffer*."""
+        while len(buffer):
+            count = min(len(buffer), _BLOCK_BYTES - self._used)
+            self._block[self._used : self._used + count] = buffer[:count]
+            self._used += count
+            buffer = buffer[count:]
+            if self._used == _BLOCK_BYTES:
+                self._flush()
+
+    def finish(self) -> int:
+        """Write what is left, sync, close; the file's length."""
+        if self._is_direct:
+            self._make_buffered()  # the end is no whole page
+        self._flush()
+        size = os.fstat(self._descriptor).st_size
+        os.fsync(self._descriptor)
+        self.close()
+        return size
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
         if self._is_open:
             self._is_open = False
             os.close(self._descriptor)
+
+    def _flush(self) -> None:
+        rest = self._block[: self._used]
+        while len(rest):
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._is_direct:
+                    raise
+                self._make_buffered()  # a file system that takes the flag and refuses the write
+        self._used = 0
+
+    def _make_buffered(self) -> None:
+        import fcntl
+
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self._is_direct = False
 
 
 def read_info(path: Path) -> SegmentInfo:

@@ -8,16 +8,45 @@ per KV head; for MLA the latents (one head). Memory is reserved when a layer is 
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 
 import torch
 
 from layerstream.kv.segment import PageShape
+from layerstream.streaming.residency import PAGE
+from layerstream.streaming.ring import Arena
+
+
+class PageMemory:
+    """The memory that the pages of all layers lie in: *num_bytes* in one piece, handed out once.
+
+    Touching a page for the first time costs more than filling it, so :meth:`populate` does it ahead, while the engine
+    reads its weights and the processor is idle.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._arena = Arena(num_bytes)
+        self._used = 0
+
+    def take(self, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a tensor, page-aligned; from elsewhere if there is not enough left."""
+        num_bytes = prod(shape) * dtype.itemsize
+        start, stop = self._used, self._used + num_bytes
+        if stop > self._arena.num_bytes:
+            return Arena(num_bytes).tensor[:num_bytes].view(dtype).view(shape)
+        self._used = -(-stop // PAGE) * PAGE
+        return self._arena.tensor[start:stop].view(dtype).view(shape)
+
+    def populate(self) -> None:
+        """Touch all of it."""
+        self._arena.populate()
 
 
 class LayerState:
     """Keys and values of one layer for all pages."""
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
+    def __init__(self, num_pages: int, page_tokens: int, memory: PageMemory) -> None:
+        self._memory = memory
         self._num_rows = num_pages * page_tokens
         self._page_tokens = page_tokens
         self._keys: torch.Tensor | None = None
@@ -40,8 +69,8 @@ class LayerState:
         """
         if self._keys is None:
             dtype = getattr(torch, shape.dtype)
-            self._keys = torch.empty((self._num_rows, shape.key_heads, shape.key_width), dtype=dtype)
-            self._values = torch.empty((self._num_rows, shape.value_heads, shape.value_width), dtype=dtype)
+            self._keys = self._memory.take((self._num_rows, shape.key_heads, shape.key_width), dtype)
+            self._values = self._memory.take((self._num_rows, shape.value_heads, shape.value_width), dtype)
         elif shape != self.shape:
             raise ValueError(f"pages of {shape} do not fit among those of {self.shape}")
 
@@ -53,8 +82,8 @@ class LayerState:
             values: ``(heads, T, width of values)``.
         """
         if self._keys is None or self._values is None:
-            self._keys = keys.new_empty((self._num_rows, keys.shape[0], keys.shape[2]))
-            self._values = values.new_empty((self._num_rows, values.shape[0], values.shape[2]))
+            self._keys = self._memory.take((self._num_rows, keys.shape[0], keys.shape[2]), keys.dtype)
+            self._values = self._memory.take((self._num_rows, values.shape[0], values.shape[2]), values.dtype)
         at, stop = start, start + keys.shape[1]
         while at < stop:  # page by page: rows of one page are neighbours
             page, within = divmod(at, self._page_tokens)

@@ -111,6 +111,7 @@ class PrefixStore:
         tier: where pages are kept; ``None``: *open_tier*, run on the writer thread, will say.
         is_current: whether the model's files are still those that the digests were taken of.
         on_close: called last.
+        rates: what was measured so far.
         load: as in :class:`~layerstream.kv.config.KVStoreConfig`.
     """
 
@@ -119,7 +120,7 @@ class PrefixStore:
         states: Sequence[LayerState],
         page_tokens: int,
         codec: PageCodec,
-        rates: Rates,
+        rates: Callable[[], Rates],
         *,
         tier: Tier | None,
         open_tier: OpenTier,
@@ -179,8 +180,8 @@ class PrefixStore:
         num_bytes, seconds = sum(fact.num_bytes for fact in facts), sum(fact.seconds for fact in facts)
         if not facts:
             return Stored(0, 0)
-        loading = load_seconds(num_bytes, self.rates)
-        computing = recompute_seconds(num_tokens, seconds, self.rates)
+        rates = self.rates()
+        loading, computing = load_seconds(num_bytes, rates), recompute_seconds(num_tokens, seconds, rates)
         if self._load == "never" or (self._load == "auto" and computing < loading):
             self.counters.declined_tokens += num_tokens
             return Stored(0, len(facts))
@@ -208,6 +209,27 @@ class PrefixStore:
             self._pinned.update(keys)
         if self._tier is not None:
             self._tier.pin(keys)
+
+    def count_stored(self, keys: Sequence[Key]) -> int:
+        """How many of *keys*, from the first on, are stored."""
+        return 0 if self._tier is None else len(self._tier.contains(keys))
+
+    def room(self) -> tuple[int, int]:
+        """Bytes that are stored, and how many may be."""
+        return (0, 0) if self._tier is None else self._tier.room()
+
+    def page_bytes(self, kv_token_bytes: int) -> int:
+        """Bytes of a page on disk; before anything was computed, what it takes without compression."""
+        shapes = [state.shape for state in self._states]
+        if any(shape is None for shape in shapes):
+            return self._page_tokens * kv_token_bytes
+        return sum(padded(self._codec.num_bytes(shape, self._page_tokens)) for shape in shapes if shape is not None)
+
+    def wait_until_open(self) -> None:
+        """Return when the weights' digests are known, or the store turned out unusable."""
+        with self._changed:
+            while self.state == "hashing" and self._thread.is_alive():
+                self._changed.wait(timeout=0.1)
 
     def publish(self, published: Published, seconds: float) -> None:
         """Write pages behind the sweeps; *seconds* is what computing them took. Their frames are held until then."""

@@ -10,6 +10,7 @@ neighbours in the sweep change no bit.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from layerstream.model.context import SweepContext, current
 from layerstream.sweep import Span
 
 IMPLEMENTATION = "layerstream"
-_MANUAL_LIMIT = 2**24  # scores per call above which sinks and soft caps go one KV head at a time
+SCORES_AT_ONCE = 2**20  # 4 MiB
+PRODUCT_ROWS = 32
 
 
 def register() -> None:
@@ -72,10 +74,11 @@ def attend(
             keys, values = context.states[layer].read(span.sequence.pages, first, span.stop)
         mask = _mask(context, span, first, window, chunk, query.shape[1] // keys.shape[0], query.device)
         grouped = query[0, :, rows].reshape(keys.shape[0], -1, query.shape[3])  # (kv heads, group · T, width)
-        if softcap is None and s_aux is None:
+        if softcap is None and s_aux is None and not _prefers_products(query, len(span)):
             result = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask, scale=scale)[0]
         else:
-            result = _attend_manually(grouped, keys, values, mask, scale, softcap, s_aux)
+            first_masked = span.start - first if window is None and chunk is None else 0
+            result = _attend_by_head(grouped, keys, values, mask, first_masked, scale, softcap, s_aux)
         out[rows] = result.reshape(query.shape[1], len(span), -1).transpose(0, 1)
     return out[None], None
 
@@ -129,36 +132,56 @@ def _mask(
     return mask
 
 
-def _attend_manually(
+def _attend_by_head(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
+    first_masked: int,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with a soft cap (Gemma 2) or sinks (gpt-oss), which SDPA has no argument for.
+    """Attention as matrix products, one KV head after the other, a few rows at a time so that scores stay in the cache.
+
+    With a soft cap (Gemma 2) or sinks (gpt-oss), which SDPA has no argument for; and in bf16, where SDPA's kernel for
+    the CPU takes three times as long. Scores are rounded to the compute dtype, as transformers' eager attention does.
 
     Shapes: query ``(kv heads, group · T, width)``, keys and values ``(kv heads, L, width)``, sinks ``(heads,)``.
+    Columns before *first_masked* are seen by all rows.
     """
-    if query.shape[0] > 1 and query.shape[0] * query.shape[1] * keys.shape[1] > _MANUAL_LIMIT:
-        per_head = [None] * query.shape[0] if sinks is None else list(sinks.view(query.shape[0], -1))
-        parts = [
-            _attend_manually(query[h : h + 1], keys[h : h + 1], values[h : h + 1], mask, scale, softcap, per_head[h])
-            for h in range(query.shape[0])
-        ]
-        return torch.cat(parts)
-    scores = (query @ keys.transpose(1, 2)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is None:
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    else:
-        group = sinks.numel() // query.shape[0]
-        column = sinks.view(query.shape[0], group, 1).expand(-1, -1, query.shape[1] // group)
-        joined = torch.cat([scores, column.reshape(query.shape[0], -1, 1).to(scores.dtype)], dim=-1)
-        weights = torch.softmax(joined, dim=-1, dtype=torch.float32)[..., :-1]
-    return weights.to(values.dtype) @ values
+    num_heads, num_rows, num_columns = query.shape[0], query.shape[1], keys.shape[1]
+    out = query.new_empty((num_heads, num_rows, values.shape[2]))
+    column = None if sinks is None else _sink_column(sinks, num_heads, num_rows)
+    hidden = None if mask is None else ~mask[:, first_masked:]
+    step = max(16, SCORES_AT_ONCE // num_columns // 16 * 16)
+    for head in range(num_heads):
+        for start in range(0, num_rows, step):
+            rows = slice(start, start + step)
+            scores = F.linear(query[head, rows], keys[head]).float().mul_(scale)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            if hidden is not None:
+                scores[:, first_masked:].masked_fill_(hidden[rows], float("-inf"))
+            if column is not None:
+                scores = torch.cat([scores, column[head, rows]], dim=-1)
+            weights = torch.softmax(scores, dim=-1)[:, :num_columns].to(values.dtype)
+            torch.mm(weights, values[head], out=out[head, rows])
+    return out
+
+
+def _sink_column(sinks: torch.Tensor, num_heads: int, num_rows: int) -> torch.Tensor:
+    """``(kv heads, group · T, 1)`` in fp32: each query head's sink beside its rows."""
+    group = sinks.numel() // num_heads
+    column = sinks.float().view(num_heads, group, 1).expand(-1, -1, num_rows // group)
+    return column.reshape(num_heads, num_rows, 1)
+
+
+def _prefers_products(query: torch.Tensor, num_rows: int) -> bool:
+    """Whether matrix products beat SDPA: in bf16 where the processor has instructions for it, from 32 tokens on."""
+    return query.dtype == torch.bfloat16 and num_rows >= PRODUCT_ROWS and _has_bf16_products()
+
+
+@functools.cache
+def _has_bf16_products() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -22,6 +22,7 @@ import heapq
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,12 +42,17 @@ Skip: TypeAlias = Callable[[], bool] | None
 Consume: TypeAlias = Callable[[memoryview], None] | None
 
 
+ASSUMED_READ_RATE = 1e9  # bytes per second, until enough was read
+ENOUGH_BYTES = 64 * 2**20  # below this a rate says little
+
+
 @dataclass(slots=True)
 class ReaderStats:
-    """What was read so far; ``modes`` counts the files per mode."""
+    """What was read so far; ``modes`` counts the files per mode, ``busy_seconds`` the time with a read under way."""
 
     num_requests: int = 0
     read_bytes: int = 0
+    busy_seconds: float = 0.0
     modes: dict[Mode, int] = field(default_factory=dict)
 
 
@@ -61,6 +67,8 @@ class DirectReader:
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
+        self._num_running = 0
+        self._counted = 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"layerstream-reader-{index}", daemon=True)
             for index in range(num_threads)
@@ -119,13 +127,30 @@ class DirectReader:
             if job.skip is None or not job.skip():
                 if job.request.destination is None and (bounce is None or bounce.num_bytes < job.request.num_bytes):
                     bounce = Arena(max(REQUEST_BYTES + PAGE, job.request.num_bytes))
+                self._count(1)
                 try:
                     self._read(job, bounce)
                 except OSError as reason:
                     error = _read_error(job.request, reason)
                 except Exception as reason:  # noqa: BLE001  # whoever waits must hear of it, whatever it is
                     error = reason
+                self._count(-1)
             job.done(error)
+
+    def rate(self) -> float | None:
+        """Bytes per second while there was something to read; ``None`` before enough was read to tell."""
+        with self._changed:
+            is_enough = self.stats.read_bytes >= ENOUGH_BYTES and self.stats.busy_seconds > 0
+            return self.stats.read_bytes / self.stats.busy_seconds if is_enough else None
+
+    def _count(self, change: int) -> None:
+        """One more or one fewer read is under way."""
+        with self._changed:
+            now = time.perf_counter()
+            if self._num_running:
+                self.stats.busy_seconds += now - self._counted
+            self._num_running += change
+            self._counted = now
 
     def _next(self) -> _Job | None:
         with self._changed:

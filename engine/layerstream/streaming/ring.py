@@ -18,7 +18,9 @@ import torch
 
 from layerstream.streaming.residency import PAGE
 
-HUGE = 16 * 2**20  # below this, rounding up to 2 MiB pages would cost more than it saves
+POPULATED_AT_ONCE = 8 * 2**20
+_MADV_POPULATE_WRITE = 23
+HUGE = 4 * 2**20  # below this, rounding up to 2 MiB pages would cost more than it saves
 
 
 class RingAllocator:
@@ -83,5 +85,12 @@ class Arena:
         if self.num_bytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memory
         self.view = memoryview(memory)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def populate(self) -> None:
+        """Have the system back all of it with memory now, where it can be asked to; what is there already stays."""
+        for start in range(0, self.num_bytes, POPULATED_AT_ONCE):  # so that other threads' page faults are not held up
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # before Linux 5.14, or another system
+                self._memory.madvise(_MADV_POPULATE_WRITE, start, min(POPULATED_AT_ONCE, self.num_bytes - start))

@@ -14,6 +14,12 @@ from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, Pro
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 
+QUESTION_PROMPT = (
+    "Use the following pieces of context to answer the question at the end. If you don't know the answer, just say "
+    "that you don't know, don't try to make up an answer.\n\n{context}\n\nQuestion: {question}\nHelpful Answer:"
+)
+"""The question after the context: documents that are retrieved again begin with the same tokens."""
+
 
 def is_chat_messages(prompt: object) -> TypeGuard[Sequence[Message]]:
     """Whether *prompt* is a list of chat messages (mappings); an empty list is not."""

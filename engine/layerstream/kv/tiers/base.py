@@ -85,6 +85,10 @@ class Tier(Protocol):
         """Keep *pages*; the bytes written, 0 if they are here already or there is no room."""
         ...
 
+    def room(self) -> tuple[int, int]:
+        """Bytes that are stored, of all namespaces, and how many may be."""
+        ...
+
     def pin(self, keys: Sequence[Key]) -> None:
         """Keep *keys* from eviction."""
         ...

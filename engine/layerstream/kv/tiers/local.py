@@ -253,10 +253,14 @@ class LocalTier:
             return 0
         return num_bytes
 
-    def pin(self, keys: Sequence[Key], pinned: bool = True) -> None:
-        """Keep *keys* from eviction, or no longer."""
+    def room(self) -> tuple[int, int]:
+        """Bytes in the folder, and how many there may be."""
+        return self.folder.total_bytes(), self._bounds.max_bytes
+
+    def pin(self, keys: Sequence[Key]) -> None:
+        """Keep *keys* from eviction."""
         if not self.folder.read_only and self._namespace_id is not None:
-            self._index.pin(self._namespace_id, keys, pinned)
+            self._index.pin(self._namespace_id, keys)
 
     def drop(self, key: Key) -> None:
         """Forget *key* and its descendants."""

@@ -1,0 +1,58 @@
+"""``layerstream warm``: prefill a folder of documents ahead of questions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerstream.demo.retrieval import load_documents, split_passages
+from layerstream.sizes import format_size
+
+if TYPE_CHECKING:
+    from layerstream.warming import WarmForecast
+
+
+def warm(
+    docs: Annotated[Path, typer.Option(help="A folder of txt, md and pdf files, or one such file.")],
+    model: Annotated[
+        str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
+    ] = "demo",
+    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
+    prompt: Annotated[
+        Path | None, typer.Option(help="A file with the template that questions use: {context}, {question}.")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Whole documents rather than passages.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
+) -> None:
+    """Compute what questions about these documents share, and keep it. Interrupted, it goes on where it stopped."""
+    documents = load_documents(docs)
+    texts = [d.text for d in documents] if whole else [p.text for d in documents for p in split_passages(d)]
+    template = None if prompt is None else prompt.read_text("utf-8")
+    from layerstream.engine import LayerStream
+
+    with LayerStream(model, memory=memory) as engine:
+        forecast = engine.forecast_warm(texts, prompt=template)
+        typer.echo(_describe(forecast, "document" if whole else "passage"))
+        if dry_run or not forecast.missing_tokens:
+            return
+        report = engine.warm(texts, prompt=template, on_document=_show if sys.stderr.isatty() else None)
+        rate = report.computed_tokens / max(report.seconds, 1e-3)
+        typer.echo(f"{report.computed_tokens:,} tokens in {report.seconds:.1f} s ({rate:,.0f} tokens/s)")
+
+
+def _describe(forecast: WarmForecast, what: str) -> str:
+    if not forecast.missing_tokens:
+        return f"{forecast.documents} {what}s, {forecast.prefix_tokens:,} tokens: all stored already"
+    time = "" if forecast.seconds is None else f", about {forecast.seconds:.0f} s"
+    return (
+        f"{forecast.documents} {what}s, {forecast.prefix_tokens:,} tokens: {forecast.missing_tokens:,} to compute"
+        f"{time};\n{format_size(forecast.missing_bytes)} on disk, with {format_size(forecast.stored_bytes)} there and "
+        f"{format_size(forecast.max_bytes)} allowed"
+    )
+
+
+def _show(done: int, count: int) -> None:
+    typer.echo(f"\r{done} of {count}" + ("\n" if done == count else ""), nl=False, err=True)

@@ -1,0 +1,126 @@
+"""``layerstream kv`` and ``layerstream warm`` as a user calls them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from layerstream.cli import app
+from typer.testing import CliRunner
+
+TEXT = "Mira Velk approves travel at the Brenvik office before the tenth of the month. " * 20
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAYERSTREAM_KV_STORE", str(tmp_path / "kv"))
+    return tmp_path / "kv"
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "travel.md").write_text(TEXT)
+    (folder / "food.txt").write_text("The kitchen opens at noon. " * 30)
+    return folder
+
+
+def run(*arguments: object, columns: str = "80") -> Result:
+    return CliRunner(env={"COLUMNS": columns}).invoke(app, [str(argument) for argument in arguments])
+
+
+def warm(docs: Path, *more: object) -> Result:
+    result = run("warm", "--docs", docs, *more)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_warm_says_what_it_takes_and_does_it_once(docs: Path, store: Path) -> None:
+    dry = warm(docs, "--dry-run").stdout
+    assert "to compute" in dry
+    assert not [*store.rglob("*.kv")]
+    first = warm(docs).stdout
+    assert "tokens/s" in first
+    assert "all stored already" in warm(docs).stdout
+
+
+def test_warmed_documents_are_found_by_ask(docs: Path) -> None:
+    warm(docs, "--whole")
+    result = run("ask", "--docs", docs, "--max-tokens", 4, "Who approves travel?")
+    assert result.exit_code == 0
+    assert re.search(r"tokens \+ \d+ cached", result.stderr)
+
+
+def test_ls(docs: Path) -> None:
+    assert "there is no KV store yet" in run("kv", "ls").output
+    warm(docs)
+    result = run("kv", "ls")
+    assert result.exit_code == 0
+    assert all(len(line) <= 80 for line in result.stdout.splitlines()[:-1])
+    header, row, *_ = result.stdout.splitlines()
+    assert header.split() == ["id", "model", "tokens", "size", "pinned", "hits", "last", "used"]
+    assert row.split()[1] == "demo"
+
+
+def test_verify_drops_damage(docs: Path, store: Path) -> None:
+    warm(docs)
+    assert run("kv", "verify").exit_code == 0
+    path = max(store.rglob("*.kv"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    result = run("kv", "verify")
+    assert result.exit_code == 1
+    assert "1 damaged" in result.stdout
+    assert run("kv", "verify").exit_code == 0
+    assert "to compute" in warm(docs).stdout
+
+
+def test_prune_and_clear(docs: Path, store: Path) -> None:
+    warm(docs)
+    assert "0 B freed" in run("kv", "prune", "--to", "1GB").stdout
+    assert run("kv", "prune", "--to", "1KiB").exit_code == 0
+    assert [*store.rglob("*.kv")], "what was warmed is pinned"
+    assert "holds nothing for 'other'" in run("kv", "clear", "other").output
+    result = run("kv", "clear", "demo")
+    assert "0 B left" in result.stdout
+    assert not [*store.rglob("*.kv")]
+    assert run("kv", "ls").exit_code == 0
+
+
+def test_a_corpus_moves_to_another_machine(docs: Path, store: Path, tmp_path: Path) -> None:
+    warm(docs)
+    tar = tmp_path / "corpus.tar"
+    assert run("kv", "export", "demo", tar).exit_code == 0
+    assert "is there already" in run("kv", "export", "demo", tar).output
+    count = len([*store.rglob("*.kv")])
+    shutil.rmtree(store)
+    assert f"{count} segments are new" in run("kv", "import", tar, "--model", "demo").stdout
+    assert "0 segments are new" in run("kv", "import", tar, "--model", "demo").stdout
+    assert "all stored already" in warm(docs).stdout
+
+
+def test_what_this_machine_would_compute_otherwise_is_refused(docs: Path, tmp_path: Path) -> None:
+    warm(docs)
+    tar = tmp_path / "corpus.tar"
+    run("kv", "export", "demo", tar)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        result = run("kv", "import", tar, "--model", "demo", "--store", tmp_path / "other")
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 2
+    assert f"arithmetic.threads: {threads + 1}, there {threads}" in result.output
+
+
+def test_not_an_export(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"no tar")
+    result = run("kv", "import", tmp_path / "x.tar", "--model", "demo")
+    assert result.exit_code == 2
+    assert "not an export" in result.output

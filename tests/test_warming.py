@@ -1,0 +1,116 @@
+"""Documents prefilled ahead of questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from layerstream import ConfigurationError, KVStoreConfig, LayerStream, SamplingParams, StorageFull
+from layerstream.text.prompt import QUESTION_PROMPT
+
+CHUNK = 32
+DOCUMENTS = [f"The {name} of the house has {count} doors. " * 12 for count, name in enumerate(("hall", "attic"), 3)]
+PARAMS = SamplingParams(max_tokens=4, temperature=0.0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> KVStoreConfig:
+    return KVStoreConfig(tmp_path / "kv", load="always", max_bytes="1GiB", min_free_bytes=0)
+
+
+def make(store: KVStoreConfig | None) -> LayerStream:
+    return LayerStream("demo", kv_store=store, chunk_tokens=CHUNK, progress=False)
+
+
+def ask(engine: LayerStream, document: str, question: str) -> int:
+    prompt = QUESTION_PROMPT.format(context=document, question=question)
+    return engine.generate([[{"role": "user", "content": prompt}]], PARAMS)[0].usage.cached_tokens
+
+
+def test_what_was_warmed_is_the_prefix_of_questions(store: KVStoreConfig) -> None:
+    with make(store) as engine:
+        calls: list[tuple[int, int]] = []
+        report = engine.warm(DOCUMENTS, on_document=lambda *counts: calls.append(counts))
+        assert calls == [(0, 2), (1, 2), (2, 2)]
+        assert report.computed_tokens == report.forecast.missing_tokens == report.forecast.prefix_tokens > 0
+    with make(store) as engine:
+        for document in DOCUMENTS:
+            whole = engine.encode([{"role": "user", "content": QUESTION_PROMPT.format(context=document, question="X")}])
+            cached = ask(engine, document, "How many doors?")
+            assert cached % CHUNK == 0
+            assert len(whole) - cached < 2 * CHUNK, "all but the question and a part of a page"
+
+
+def test_warming_again_computes_nothing(store: KVStoreConfig) -> None:
+    with make(store) as engine:
+        engine.warm(DOCUMENTS[:1])
+    with make(store) as engine:
+        forecast = engine.forecast_warm(DOCUMENTS)
+        assert 0 < forecast.missing_tokens < forecast.prefix_tokens
+        assert engine.warm(DOCUMENTS).computed_tokens == forecast.missing_tokens
+        sweeps = engine.stats().sweeps
+        assert engine.warm(DOCUMENTS).computed_tokens == 0
+        assert engine.stats().sweeps == sweeps
+
+
+def test_an_interrupted_run_goes_on(store: KVStoreConfig) -> None:
+    def interrupt(done: int, _: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with make(store) as engine, pytest.raises(KeyboardInterrupt):
+        engine.warm(DOCUMENTS, on_document=interrupt)
+    with make(store) as engine:
+        forecast = engine.forecast_warm(DOCUMENTS)
+        assert forecast.missing_tokens < forecast.prefix_tokens
+        engine.warm(DOCUMENTS)
+        assert engine.forecast_warm(DOCUMENTS).missing_tokens == 0
+
+
+def test_templates(store: KVStoreConfig) -> None:
+    def as_messages(context: str, question: str) -> list[dict[str, str]]:
+        return [{"role": "system", "content": context}, {"role": "user", "content": question}]
+
+    with make(store) as engine:
+        report = engine.warm(DOCUMENTS, prompt=as_messages)
+        assert report.computed_tokens > 0
+        messages = as_messages(DOCUMENTS[0], "How many doors?")
+        assert engine.generate([messages], PARAMS)[0].usage.cached_tokens > 0
+        engine.warm(DOCUMENTS, prompt="{context}\n{question}", chat_template=False)
+        assert engine.generate([f"{DOCUMENTS[0]}\nHow many doors?"], PARAMS)[0].usage.cached_tokens > 0
+
+
+def test_a_forecast_knows_the_bytes(store: KVStoreConfig) -> None:
+    with make(store) as engine:
+        forecast = engine.forecast_warm(DOCUMENTS)
+        assert forecast.fits
+        assert forecast.seconds is None, "nothing was measured yet"
+        engine.warm(DOCUMENTS)
+        assert engine.forecast_warm(DOCUMENTS).stored_bytes == pytest.approx(forecast.missing_bytes, rel=0.2)
+        again = engine.forecast_warm([document + "And more." for document in DOCUMENTS])
+        assert again.seconds is not None
+
+
+def test_more_than_the_store_may_hold(store: KVStoreConfig, tmp_path: Path) -> None:
+    small = KVStoreConfig(tmp_path / "kv", max_bytes="200KiB", min_free_bytes=0)
+    with make(small) as engine:
+        with pytest.raises(StorageFull, match="may hold 200"):
+            engine.warm(DOCUMENTS)
+        assert engine.stats().sweeps == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("Answer: {question}", "no {context} and {question}"),
+        ("{question}\n{context}", "puts the question before the context"),
+    ],
+)
+def test_templates_that_cannot_work(prompt: str, message: str, store: KVStoreConfig) -> None:
+    with make(store) as engine, pytest.raises(ConfigurationError, match=message):
+        engine.warm(DOCUMENTS, prompt=prompt)
+
+
+def test_without_a_store() -> None:
+    with make(None) as engine, pytest.raises(ConfigurationError, match="no KV store"):
+        engine.warm(DOCUMENTS)
