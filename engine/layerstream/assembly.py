@@ -18,7 +18,7 @@ from layerstream.events import Listener, LoadProgress
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.pages import PagePool
-from layerstream.kv.state import LayerState, PageMemory
+from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.store import PrefixStore
 from layerstream.loop import LoopCounters
 from layerstream.machine import available_memory_bytes
@@ -124,7 +124,9 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         raise
 
 
-def model_facts(skeleton: Skeleton, context_length: int, chunk_tokens: int | None = None) -> ModelFacts:
+def model_facts(
+    skeleton: Skeleton, context_length: int, chunk_tokens: int | None = None, *, can_spill: bool = False
+) -> ModelFacts:
     """What a plan depends on, read off the skeleton."""
     config = skeleton.config
     embedding = skeleton.sources[skeleton.embedding_key]
@@ -141,6 +143,8 @@ def model_facts(skeleton: Skeleton, context_length: int, chunk_tokens: int | Non
         itemsize=skeleton.dtype.itemsize,
         context_length=context_length,
         chunk_tokens=chunk_tokens or planner.CHUNK_TOKENS,
+        num_layers=config.num_hidden_layers,
+        can_spill=can_spill,
     )
 
 
@@ -156,7 +160,7 @@ def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
         allow_untested=config.allow_untested,
     )
     context_length = min(usable_context(skeleton.config), config.max_context or 2**62)
-    facts = model_facts(skeleton, context_length, config.chunk_tokens)
+    facts = model_facts(skeleton, context_length, config.chunk_tokens, can_spill=config.kv_store is not None)
     return make_plan(facts, _budget(config, facts)), skeleton, folder
 
 
@@ -189,9 +193,11 @@ def _assemble(
     progress = _LoadCounter(plan.resident_bytes, listener)
     weights = ModelWeights(skeleton, plan.weights, reader, progress.add)
     embedding = _embedding(skeleton, plan, weights, reader)
-    pool = PagePool(plan.num_pages, plan.page_tokens)
-    num_layers = skeleton.config.num_hidden_layers
-    states = [LayerState(plan.num_pages, plan.page_tokens, memory) for _ in range(num_layers)]
+    transit = Transit(plan.num_transit, plan.page_tokens)
+    states = [
+        LayerState(plan.num_pages, plan.page_tokens, memory, layer, transit)
+        for layer in range(skeleton.config.num_hidden_layers)
+    ]
     store = None
     if config.kv_store is not None:
         store = open_store(
@@ -204,6 +210,7 @@ def _assemble(
             states=states,
             reader=reader,
         )
+    pool = PagePool(plan.num_pages, plan.page_tokens, plan.num_transit if store is not None else 0)
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
         chunk_tokens=plan.page_tokens,
@@ -218,7 +225,7 @@ def _assemble(
         tokenizer=tokenizer,
         defaults=load_defaults(folder, skeleton.config, tokenizer),
         plan=plan,
-        context_length=min(plan.facts.context_length, pool.num_tokens),
+        context_length=min(plan.facts.context_length, scheduler.max_prompt_tokens),
         model_bytes=skeleton.model_bytes,
         reader=reader,
         weights=weights,

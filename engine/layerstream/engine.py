@@ -271,7 +271,7 @@ class LayerStream:
         """Counters since the engine started."""
         parts, counters = self._parts, self._loop.counters
         pool, plan = parts.scheduler.pool, parts.plan
-        used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes
+        used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes + plan.transit_bytes
         fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.activation_bytes
         streamer = parts.weights.streamer
         return EngineStats(
@@ -353,7 +353,8 @@ class LayerStream:
 
     def _max_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
         """New tokens a prompt may get: as wanted, or as fits the speed, within context and KV pages."""
-        room = self.context_length - num_prompt_tokens
+        longest = self._parts.scheduler.max_tokens(num_prompt_tokens)
+        room = max(1, min(self.context_length, longest) - num_prompt_tokens)
         if wanted is not None:
             return min(wanted, room)
         seconds = self._parts.seconds_per_sweep(self._loop.counters)

@@ -110,6 +110,11 @@ class EngineLoop:
 
     def _step(self) -> None:
         sweep = self._scheduler.schedule()
+        failed = self._scheduler.take_failed()
+        for sequence, error in failed:
+            self._drop(sequence).request.fail(error)
+        if failed:
+            return  # the sweep may have been theirs
         if sweep is None:  # all that is left waits for another process
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or self._inbox or self._cancelled, POLL_SECONDS)

@@ -29,6 +29,9 @@ MIN_KV_TOKENS = 2 * CHUNK_TOKENS
 WANTED_KV_TOKENS = 4096 + 512  # a retrieved context; question and answer
 WANTED_KV_SHARE = 0.45  # of the budget, for that
 MORE_KV_SHARE = 0.15  # of the budget, beyond that: every page is a piece of a layer that cannot stay
+TRANSIT_SHARE = 0.06  # of the budget, for KV that streams past: a page of it costs a tenth of a page that stays
+RESIDENT_TRANSIT_SHARE = 0.25  # of the room for KV, where the weights take the rest
+LAYERS_IN_HAND = 3  # one computing, two arriving; as in kv.state
 MAX_KV_SEQUENCES = 16  # full-length sequences that KV is reserved for at most
 RING_UNITS = 2.25  # one computing, one arriving, and the beginning of the next
 RING_SHARE = 0.6  # of what weights may take; past it, units are cut finer
@@ -48,6 +51,8 @@ class ModelFacts:
         hidden_size, intermediate_size, vocab_size: widths that activations have.
         itemsize: bytes of one value in the compute dtype.
         context_length: tokens a sequence may have.
+        num_layers: layers that keep KV.
+        can_spill: whether there is a store that KV of long prompts can stream from.
         chunk_tokens: prompt tokens computed as one row block; a page holds as many.
     """
 
@@ -61,6 +66,8 @@ class ModelFacts:
     itemsize: int
     context_length: int
     chunk_tokens: int = CHUNK_TOKENS
+    num_layers: int = 1
+    can_spill: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -76,6 +83,7 @@ class Plan:
         weights: the units, and which of them are resident.
         embedding_resident: whether embedding rows come from memory.
         num_pages, page_tokens: KV pages; a page holds one chunk of a prompt.
+        num_transit: pages that may stream from the store for sequences that do not fit those.
         activation_bytes: what a sweep computes with, at most.
     """
 
@@ -87,6 +95,7 @@ class Plan:
     page_tokens: int
     activation_bytes: int
     max_sweep_tokens: int
+    num_transit: int = 0
 
     @property
     def streams(self) -> bool:
@@ -119,9 +128,16 @@ class Plan:
         return self.num_pages * self.page_tokens * self.facts.kv_token_bytes
 
     @property
+    def transit_bytes(self) -> int:
+        """Room for KV that streams past."""
+        return self.num_transit * _slot_bytes(self.facts)
+
+    @property
     def planned_bytes(self) -> int:
         """What all parts take together, at most ``budget_bytes``."""
-        return self.resident_bytes + self.weights.ring_bytes + self.kv_bytes + self.activation_bytes
+        return (
+            self.resident_bytes + self.weights.ring_bytes + self.kv_bytes + self.transit_bytes + self.activation_bytes
+        )
 
     def __str__(self) -> str:
         weights = self.weights
@@ -134,6 +150,11 @@ class Plan:
             ),
             ("ring", weights.ring_bytes, f"{weights.num_streamed} units pass through it"),
             ("KV pages", self.kv_bytes, f"{self.num_pages * self.page_tokens:,} tokens"),
+            (
+                "KV in transit",
+                self.transit_bytes,
+                f"{self.num_transit * self.page_tokens:,} tokens more, from the store",
+            ),
             ("activations", self.activation_bytes, f"{self.max_sweep_tokens} tokens in a sweep"),
             ("left over", self.budget_bytes - self.planned_bytes, ""),
             ("streamed per sweep", self.streamed_bytes, "read from disk for every sweep"),
@@ -162,6 +183,11 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
     left = budget_bytes - activations - facts.compute_bytes
     if left < _least_kv_bytes(facts):
         return None
+    num_pages, num_transit = _num_pages(facts, left), 0
+    if num_pages * facts.chunk_tokens < facts.context_length:
+        spare = left - _least_kv_bytes(facts)
+        num_transit = _num_transit(facts, min(int(RESIDENT_TRANSIT_SHARE * left), spare))
+        num_pages = _num_pages(facts, left - num_transit * _slot_bytes(facts))
     body = tuple(unit for node in facts.body for unit in cut_units(node, node.total_bytes))
     head = (PlannedUnit(facts.head.name, facts.head.total_bytes, facts.head.total_compute_bytes),)
     return Plan(
@@ -169,10 +195,11 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
         facts=facts,
         weights=UnitPlan(body, head, residents=frozenset(range(len(body) + 1)), ring_bytes=0),
         embedding_resident=True,
-        num_pages=_num_pages(facts, left),
+        num_pages=num_pages,
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations,
         max_sweep_tokens=MAX_SWEEP_TOKENS,
+        num_transit=num_transit,
     )
 
 
@@ -186,6 +213,11 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
     for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_token_bytes
+    num_transit = 0
+    if num_pages * facts.chunk_tokens < facts.context_length:
+        spare = for_weights - (floor - least_kv)
+        num_transit = _num_transit(facts, min(int(TRANSIT_SHARE * budget_bytes), spare))
+        for_weights -= num_transit * _slot_bytes(facts)
     limit = _unit_limit(facts, for_weights)
     body, head = _cut_all(facts, limit)
     everything = body + head
@@ -206,6 +238,7 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations + _scratch_bytes(everything),
         max_sweep_tokens=sweep_tokens,
+        num_transit=num_transit,
     )
 
 
@@ -264,6 +297,18 @@ def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
     page_bytes = facts.chunk_tokens * facts.kv_token_bytes
     most = -(-facts.context_length // facts.chunk_tokens) * MAX_KV_SEQUENCES
     return max(_least_kv_bytes(facts) // page_bytes, min(most, kv_bytes // page_bytes))
+
+
+def _num_transit(facts: ModelFacts, num_bytes: int) -> int:
+    """Pages that *num_bytes* let stream, at most those of a whole context."""
+    if not facts.can_spill:
+        return 0
+    return max(0, min(-(-facts.context_length // facts.chunk_tokens), num_bytes // _slot_bytes(facts)))
+
+
+def _slot_bytes(facts: ModelFacts) -> int:
+    """Room for a page of the layers in hand."""
+    return LAYERS_IN_HAND * facts.chunk_tokens * -(-facts.kv_token_bytes // facts.num_layers)
 
 
 def _least_kv_bytes(facts: ModelFacts) -> int:

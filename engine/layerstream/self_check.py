@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import logging
 import tempfile
+import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,13 @@ def step_greedily(parts: Assembly, prompts: Seq[Seq[int]], num_tokens: int) -> t
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
     for sequence in sequences:
         parts.scheduler.add(sequence)
-    while (sweep := parts.scheduler.schedule()) is not None:
+    while parts.scheduler.num_waiting or parts.scheduler.num_running:
+        sweep = parts.scheduler.schedule()
+        for _, error in parts.scheduler.take_failed():
+            raise error
+        if sweep is None:  # a page is being stored
+            time.sleep(0.001)
+            continue
         rows = parts.step.run(sweep)
         parts.scheduler.check_integrity()
         if rows is None:

@@ -20,6 +20,7 @@ class Sequence:
         params: sampling parameters with the model's defaults filled in.
         num_computed: tokens whose KV is in ``pages``; ``token_ids[num_computed:]`` are still to be computed.
         pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
+        reserve, slots: frames to come and transit slots of a sequence that does not fit the frames as a whole.
         prefix_keys: page keys of those pages of the prompt that other sequences may share.
         num_cached: tokens whose KV was there, or was another sequence's to compute, when this one was admitted.
         num_loaded: those among them that came from the store.
@@ -32,6 +33,8 @@ class Sequence:
     params: SamplingParams
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    reserve: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     prefix_keys: list[bytes] = field(default_factory=list)
     num_cached: int = 0
     num_loaded: int = 0
@@ -58,6 +61,11 @@ class Sequence:
         return self.num_prompt_tokens + (self.params.max_tokens or 0)
 
     @property
+    def is_long(self) -> bool:
+        """Whether pages of its prompt stream."""
+        return bool(self.slots)
+
+    @property
     def is_prefilled(self) -> bool:
         """Whether only the newest token is still to be computed."""
-        return self.num_computed >= self.num_prompt_tokens
+        return self.num_computed >= max(self.num_prompt_tokens, self.num_tokens - 1)

@@ -49,8 +49,7 @@ def submit(
     engine: LayerStream, question: str, found: list[Passage], params: SamplingParams
 ) -> tuple[Request, list[Passage]]:
     """Hand the question in with the passages *found*, best first: as many as leave room for an answer, at least one."""
-    plan = engine.plan
-    room = min(engine.context_length, plan.num_pages * plan.page_tokens) - (params.max_tokens or ANSWER_TOKENS)
+    room = engine.context_length - (params.max_tokens or ANSWER_TOKENS)
     for count in range(len(found), 0, -1):
         prompt = QUESTION_PROMPT.format(context=join_passages(found[:count]), question=question)
         if engine.has_chat_template:

@@ -1,6 +1,6 @@
 """Brings the stored pages of a sweep into memory, layer by layer, just ahead of the compute.
 
-Reads for the first layers start with the sweep, those for layer i + AHEAD when layer i is reached; they go before the
+Reads for the first layers start with the sweep, those for layer i + 2 when layer i is reached; they go before the
 weights in the reader's queue, so a layer's KV arrives beside its weights and the KV of all layers is never in flight
 at once. Every page-layer is verified before anyone sees it: a wrong CRC ends the sweep with :class:`PagesLost`, the
 store forgets the page, and the same sweep is scheduled again without it. A sweep that ends early has no effect (rows
@@ -21,12 +21,10 @@ from dataclasses import dataclass
 from layerstream.errors import EngineClosed, LayerStreamError
 from layerstream.kv.codecs import CODECS
 from layerstream.kv.segment import Key, padded
-from layerstream.kv.state import LayerState
+from layerstream.kv.state import LAYERS_AHEAD, LayerState
 from layerstream.kv.tiers.base import StoredRun
 from layerstream.streaming.unit import REQUEST_BYTES
 from layerstream.sweep import PageLoad
-
-AHEAD = 2  # layers
 
 
 class PagesLost(LayerStreamError):
@@ -85,7 +83,7 @@ class PageLoader:
                 self.abort()
                 raise PagesLost(run.info.keys[run.slots.start], "a stored prefix has another number of layers")
             self.counters.pages += len(pages)
-        while self._runs and self._next_layer < min(AHEAD, len(self._states)):
+        while self._runs and self._next_layer < min(LAYERS_AHEAD, len(self._states)):
             self._start_layer()
 
     def wait(self, layer: int) -> None:
@@ -96,7 +94,7 @@ class PageLoader:
         """
         if not self._runs:
             return
-        while self._next_layer <= min(layer + AHEAD, len(self._states) - 1):
+        while self._next_layer <= min(layer + LAYERS_AHEAD, len(self._states) - 1):
             self._start_layer()
         started = time.perf_counter()
         with self._changed:

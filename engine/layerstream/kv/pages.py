@@ -1,6 +1,8 @@
 """Who holds which page: pure accounting, no tensors.
 
-A page holds the state of ``page_tokens`` tokens over all layers. Ownership:
+A page holds the state of ``page_tokens`` tokens over all layers. Numbers below ``num_pages`` are *frames*, memory for
+all layers of a page; those from there on are *transit slots*, memory for the few layers of a page that are in hand
+while it streams past. Ownership, of both:
 
 | state | refcount | who may release |
 |---|---|---|
@@ -16,28 +18,29 @@ from __future__ import annotations
 
 
 class PagePool:
-    """*num_pages* pages, counted."""
+    """*num_pages* frames and *num_transit* transit slots, counted."""
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
+    def __init__(self, num_pages: int, page_tokens: int, num_transit: int = 0) -> None:
         self.num_pages = num_pages
         self.page_tokens = page_tokens
-        self._refcounts = [0] * num_pages
+        self.num_transit = num_transit
+        self._refcounts = [0] * (num_pages + num_transit)
         self._num_free = num_pages
         self.peak_used = 0
 
     @property
     def num_free(self) -> int:
-        """Pages nobody holds."""
+        """Frames nobody holds."""
         return self._num_free
 
     @property
     def num_used(self) -> int:
-        """Pages somebody holds."""
+        """Frames somebody holds."""
         return self.num_pages - self._num_free
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that all pages together hold."""
+        """Tokens that all frames together hold."""
         return self.num_pages * self.page_tokens
 
     def pages_for(self, num_tokens: int) -> int:
@@ -48,8 +51,22 @@ class PagePool:
         """How many hold *page*."""
         return self._refcounts[page]
 
+    def is_transit(self, page: int) -> bool:
+        """Whether *page* is a transit slot."""
+        return page >= self.num_pages
+
+    def acquire_transit(self, count: int) -> list[int] | None:
+        """*count* transit slots with one holder each, neighbours if there are, or ``None`` if fewer are free."""
+        slots = range(self.num_pages, self.num_pages + self.num_transit)
+        free = [slot for slot in slots if not self._refcounts[slot]]
+        if count > len(free):
+            return None
+        for slot in free[:count]:
+            self._refcounts[slot] = 1
+        return free[:count]
+
     def acquire(self, count: int, after: int | None = None) -> list[int] | None:
-        """*count* pages with one holder each, or ``None`` (and no change) if fewer are free.
+        """*count* frames with one holder each, or ``None`` (and no change) if fewer are free.
 
         Those that follow the page *after*, if they are free.
         """
@@ -57,7 +74,9 @@ class PagePool:
             return None
         pages = [] if after is None else list(range(after + 1, min(after + 1 + count, self.num_pages)))
         if len(pages) < count or any(self._refcounts[page] for page in pages):
-            pages = self._find_run(count) or [page for page, refs in enumerate(self._refcounts) if not refs][:count]
+            pages = (
+                self._find_run(count) or [page for page in range(self.num_pages) if not self._refcounts[page]][:count]
+            )
         for page in pages:
             self._refcounts[page] = 1
         self._num_free -= count
@@ -75,21 +94,22 @@ class PagePool:
         for page in pages:
             assert self._refcounts[page], f"page {page} is free: it cannot be released"
             self._refcounts[page] -= 1
-            self._num_free += not self._refcounts[page]
+            self._num_free += not self._refcounts[page] and not self.is_transit(page)
 
     def check_integrity(self, holders: list[list[int]]) -> None:
         """Raise ``AssertionError`` unless *holders* (every page table there is) account for all references."""
-        counts = [0] * self.num_pages
+        counts = [0] * len(self._refcounts)
         for pages in holders:
             for page in pages:
                 counts[page] += 1
         assert counts == self._refcounts, "reference counts differ from the page tables"
-        assert self._num_free == counts.count(0), f"{self._num_free} free pages counted, {counts.count(0)} there"
+        free = counts[: self.num_pages].count(0)
+        assert self._num_free == free, f"{self._num_free} free frames counted, {free} there"
 
     def _find_run(self, count: int) -> list[int] | None:
         """The first *count* neighbouring free pages."""
         run = 0
-        for page, refs in enumerate(self._refcounts):
+        for page, refs in enumerate(self._refcounts[: self.num_pages]):
             run = 0 if refs else run + 1
             if run == count:
                 return list(range(page - count + 1, page + 1))

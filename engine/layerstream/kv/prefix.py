@@ -48,11 +48,15 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Consecutive pages that were just computed; ``parent`` is the key before the first."""
+    """Consecutive pages that were just computed; ``parent`` is the key before the first.
+
+    ``is_spilled``: their sequence goes on only when they are stored.
+    """
 
     keys: tuple[Key, ...]
     parent: Key
     pages: tuple[int, ...]
+    is_spilled: bool = False
 
 
 class StoredPrefixes(Protocol):
@@ -72,6 +76,31 @@ class StoredPrefixes(Protocol):
 
     def give_back(self) -> list[int]:
         """Frames that can be had by not storing what is in them."""
+        ...
+
+
+class SpillStore(StoredPrefixes, Protocol):
+    """What long sequences ask of a store besides."""
+
+    @property
+    def can_spill(self) -> bool | None:
+        """Whether it takes pages; ``None``: not known yet."""
+        ...
+
+    def count_stored(self, keys: Sequence[Key]) -> int:
+        """How many of *keys*, from the first on, are stored."""
+        ...
+
+    def has_given_up(self, key: Key) -> bool:
+        """Whether page *key* was published and could not be stored."""
+        ...
+
+    def hold(self, owner: int, keys: Sequence[Key]) -> None:
+        """Keep *keys* from eviction until :meth:`unhold` for the same owner."""
+        ...
+
+    def unhold(self, owner: int) -> None:
+        """*owner* needs nothing any more."""
         ...
 
 

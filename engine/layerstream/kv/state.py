@@ -7,7 +7,7 @@ per KV head; for MLA the latents (one head). Memory is reserved when a layer is 
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -15,6 +15,9 @@ import torch
 from layerstream.kv.segment import PageShape
 from layerstream.streaming.residency import PAGE
 from layerstream.streaming.ring import Arena
+
+LAYERS_AHEAD = 2  # whose stored pages are being read while a layer computes
+LAYERS_IN_HAND = LAYERS_AHEAD + 1
 
 
 class PageMemory:
@@ -42,11 +45,47 @@ class PageMemory:
         self._arena.populate()
 
 
-class LayerState:
-    """Keys and values of one layer for all pages."""
+class Transit:
+    """Room for pages that stream past: *num_slots* pages of the layers in hand, which take turns."""
 
-    def __init__(self, num_pages: int, page_tokens: int, memory: PageMemory) -> None:
+    def __init__(self, num_slots: int, page_tokens: int) -> None:
+        self._num_rows = num_slots * page_tokens
+        self._arenas: dict[int, Arena] = {}
+        self._views: dict[tuple[int, PageShape], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tensors(self, layer: int, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``(num_slots · page_tokens, heads, width)`` and values of *layer*, valid while it is in hand."""
+        turn = layer % LAYERS_IN_HAND
+        if (turn, shape) not in self._views:
+            self._views[turn, shape] = self._view(turn, shape)
+        return self._views[turn, shape]
+
+    def _view(self, turn: int, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
+        key_bytes, value_bytes = self._num_rows * shape.key_bytes, self._num_rows * shape.value_bytes
+        arena = self._arenas.get(turn)
+        if arena is None or arena.num_bytes < key_bytes + value_bytes:
+            arena = self._arenas[turn] = Arena(key_bytes + value_bytes)
+        dtype = getattr(torch, shape.dtype)
+        keys = arena.tensor[:key_bytes].view(dtype).view(self._num_rows, shape.key_heads, shape.key_width)
+        values = arena.tensor[key_bytes : key_bytes + value_bytes].view(dtype)
+        return keys, values.view(self._num_rows, shape.value_heads, shape.value_width)
+
+
+class LayerState:
+    """Keys and values of one layer for all pages; pages from *num_pages* on are slots of *transit*."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_tokens: int,
+        memory: PageMemory,
+        layer: int = 0,
+        transit: Transit | None = None,
+    ) -> None:
         self._memory = memory
+        self._layer = layer
+        self._transit = transit
+        self._num_pages = num_pages
         self._num_rows = num_pages * page_tokens
         self._page_tokens = page_tokens
         self._keys: torch.Tensor | None = None
@@ -103,18 +142,39 @@ class LayerState:
         first, last = start // self._page_tokens, (stop - 1) // self._page_tokens
         within = slice(start - first * self._page_tokens, stop - first * self._page_tokens)
         ids = pages[first : last + 1]
-        keys, values = (self._rows(tensor, ids)[within].transpose(0, 1) for tensor in (self._keys, self._values))
-        return keys, values
+        keys, values = self._gather(ids)
+        return keys[within].transpose(0, 1), values[within].transpose(0, 1)
 
     def page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``(page_tokens, heads, width)`` and values of one page, as views to read or to fill."""
-        assert self._keys is not None and self._values is not None, "no page was written yet"
-        rows = slice(page * self._page_tokens, (page + 1) * self._page_tokens)
-        return self._keys[rows], self._values[rows]
+        rows, (keys, values) = self._locate(page, 1)
+        return keys[rows], values[rows]
 
-    def _rows(self, tensor: torch.Tensor, ids: list[int]) -> torch.Tensor:
-        size = self._page_tokens
-        if all(after - before == 1 for before, after in pairwise(ids)):
-            return tensor[ids[0] * size : (ids[-1] + 1) * size]
-        paged = tensor.view(-1, size, *tensor.shape[1:])
-        return paged[torch.tensor(ids, device=tensor.device)].flatten(0, 1)
+    def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
+        """Where *count* neighbouring pages from *first* on are: rows, and keys and values that they are rows of."""
+        assert self._keys is not None and self._values is not None, "no page was written yet"
+        tensors = self._keys, self._values
+        if first >= self._num_pages:
+            assert self._transit is not None and self.shape is not None
+            tensors = self._transit.tensors(self._layer, self.shape)
+            first -= self._num_pages
+        return slice(first * self._page_tokens, (first + count) * self._page_tokens), tensors
+
+    def _gather(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of pages *ids*: a view where they are neighbours."""
+        pieces = []
+        for first, count in _runs(ids, self._num_pages):
+            rows, (keys, values) = self._locate(first, count)
+            pieces.append((keys[rows], values[rows]))
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat([keys for keys, _ in pieces]), torch.cat([values for _, values in pieces])
+
+
+def _runs(ids: list[int], border: int) -> Iterator[tuple[int, int]]:
+    """Neighbours among *ids*, as first and count; none reaches across *border*."""
+    start = 0
+    for at in range(1, len(ids) + 1):
+        if at == len(ids) or ids[at] != ids[at - 1] + 1 or ids[at] == border:
+            yield ids[start], at - start
+            start = at

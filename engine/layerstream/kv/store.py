@@ -143,6 +143,8 @@ class PrefixStore:
         self._queue = _Queue()
         self._pinned: set[Key] = set()
         self._is_unusable = False
+        self._given_up: set[Key] = set()
+        self._held: dict[int, list[StoredRun]] = {}
         self._thread = threading.Thread(target=self._work, name="layerstream-kv-writer", daemon=True)
         self._thread.start()
 
@@ -210,6 +212,25 @@ class PrefixStore:
         if self._tier is not None:
             self._tier.pin(keys)
 
+    @property
+    def can_spill(self) -> bool | None:
+        """Whether pages are stored; ``None`` while the digests are not known."""
+        return {"ready": True, "hashing": None}.get(self.state, False)
+
+    def has_given_up(self, key: Key) -> bool:
+        """Whether page *key* was published and could not be stored."""
+        return key in self._given_up
+
+    def hold(self, owner: int, keys: Sequence[Key]) -> None:
+        """Keep *keys* open, and so from eviction, until :meth:`unhold`."""
+        if keys:
+            self._held.setdefault(owner, []).extend(self._open_runs(keys))
+
+    def unhold(self, owner: int) -> None:
+        """*owner* needs nothing any more."""
+        for run in self._held.pop(owner, []):
+            run.close()
+
     def count_stored(self, keys: Sequence[Key]) -> int:
         """How many of *keys*, from the first on, are stored."""
         return 0 if self._tier is None else len(self._tier.contains(keys))
@@ -244,13 +265,12 @@ class PrefixStore:
             return done
 
     def give_back(self) -> list[int]:
-        """Frames of all pages that nobody has begun to write: those are not written."""
+        """Frames of pages that nobody has begun to write and nobody waits for: those are not written."""
         with self._changed:
-            dropped = [batch.published for batch in self._queue.batches]
-            self._queue.batches.clear()
+            dropped = [batch.published for batch in self._queue.batches if not batch.published.is_spilled]
+            self._queue.batches = deque(batch for batch in self._queue.batches if batch.published.is_spilled)
         for published in dropped:
-            self.counters.skipped_pages += len(published.pages)
-            self.abandon(published.keys)
+            self._skip(published.keys)
         return [page for published in dropped for page in published.pages]
 
     def flush(self) -> None:
@@ -266,6 +286,8 @@ class PrefixStore:
             self._changed.notify_all()
         self._thread.join()
         self.loader.abort()
+        for owner in list(self._held):
+            self.unhold(owner)
         tier, self._tier = self._tier, None
         if tier is not None:
             tier.close()
@@ -288,7 +310,7 @@ class PrefixStore:
                 self._write(batch)
             except Exception as error:  # noqa: BLE001
                 logger.warning("a prefix was not stored: %s", error)
-                self.abandon(batch.published.keys)
+                self._skip(batch.published.keys)
             with self._changed:
                 self._queue.done.extend(batch.published.pages)
                 self._queue.is_busy = False
@@ -341,6 +363,7 @@ class PrefixStore:
 
     def _skip(self, keys: Sequence[Key]) -> None:
         self.counters.skipped_pages += len(keys)
+        self._given_up.update(keys)
         self.abandon(keys)
 
     def _new_pages(

@@ -18,6 +18,8 @@ Rules:
   of ``decode_rows`` rows, padded;
 * prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
   many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep;
+* a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
+  (:mod:`layerstream.scheduling.spill`);
 * a removed sequence is in no later sweep and its pages are free at once.
 """
 
@@ -26,8 +28,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import PrefixTable, Published, Stored, StoredPrefixes
+from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
+from layerstream.scheduling.spill import Spill
 from layerstream.sequence import Sequence
 from layerstream.sweep import PageLoad, RowBlock, Span, Sweep
 
@@ -56,12 +60,14 @@ class Scheduler:
         store: what outlives the process; ``None``: prefixes are shared in memory alone.
     """
 
-    def __init__(self, limits: SweepLimits, pool: PagePool, store: StoredPrefixes | None = None) -> None:
+    def __init__(self, limits: SweepLimits, pool: PagePool, store: SpillStore | None = None) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
         self.limits = limits
         self.pool = pool
         self._store = store
         self._held_by_store: list[int] = []
+        self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1)
+        self._failed: list[tuple[Sequence, StorageFull]] = []
         self.prefixes = PrefixTable(pool)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -85,6 +91,9 @@ class Scheduler:
         """*sequence* is finished, cancelled or failed: forget it and free its pages."""
         if sequence in self._running:
             self._running.remove(sequence)
+            if sequence.is_long:
+                self._spill.remove(sequence)
+                return
             gone = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
             if self._store is not None:
                 self._store.abandon(gone)
@@ -96,6 +105,7 @@ class Scheduler:
     def schedule(self) -> Sweep | None:
         """The next sweep, or ``None`` when nothing is there to run."""
         self._release_stored()
+        self._settle()
         self._admit()
         decoding = [sequence for sequence in self._running if sequence.is_prefilled]
         blocks = self._decode_blocks(decoding)
@@ -107,6 +117,8 @@ class Scheduler:
                 continue
             if room > 0 or not blocks:
                 chunks = self._chunks(sequence, room if blocks else max(room, 1))
+                if not chunks:  # a long sequence whose frames are still being written
+                    continue
                 blocks.extend(chunks)
                 planned[sequence] = chunks[-1].spans[0].stop
                 room -= sum(block.num_rows for block in chunks)
@@ -121,10 +133,11 @@ class Scheduler:
             What may be stored. With a store its pages are held until ``store.collect`` or ``store.give_back`` names
             them.
         """
-        self.prefixes.loaded(sweep.loads)
+        self.prefixes.loaded(load for load in sweep.loads if not self.pool.is_transit(load.page))
+        before = {span.sequence: span.sequence.num_computed for _, span in sweep.spans()}
         for _, span in sweep.spans():
             span.sequence.num_computed = span.stop
-        found = [self.prefixes.publish(s.prefix_keys, s) for s in {span.sequence: None for _, span in sweep.spans()}]
+        found = [self._publish(sequence, start) for sequence, start in before.items()]
         published = [item for item in found if item is not None]
         if self._store is not None:
             for item in published:
@@ -135,16 +148,36 @@ class Scheduler:
     def lose(self, key: bytes) -> None:
         """The store has lost page *key*, and the sweep that was to load it had no effect: the page is computed."""
         self.prefixes.lose(key, self._running)
+        for sequence in [s for s in self._running if s.is_long and key in s.prefix_keys]:
+            self._restart(sequence)
+
+    def take_failed(self) -> list[tuple[Sequence, StorageFull]]:
+        """Sequences that cannot go on, and why; they are still to be removed."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens that the longest prompt may have, an answer of one token included."""
+        return max(self.pool.num_tokens, self._spill.max_prompt_tokens)
+
+    def max_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens that a prompt of *num_prompt_tokens* and its answer may have together."""
+        return max(self.pool.num_tokens, self._spill.max_tokens(num_prompt_tokens))
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless pages, page tables and prefixes account for each other."""
         self.prefixes.check_integrity()
-        running = [sequence.pages for sequence in self._running]
+        running = [self._spill.held_by(s) if s.is_long else s.pages for s in self._running]
         self.pool.check_integrity([*running, self.prefixes.held_pages(), self._held_by_store])
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
     def _admit(self) -> None:
         for sequence in list(self._waiting):
+            if self._spill.wants(sequence):
+                if not self._admit_long(sequence):
+                    return
+                continue
             shared = self.prefixes.match(sequence.prefix_keys)
             self.pool.share(shared)
             own = self._acquire(self.pool.pages_for(sequence.max_num_tokens) - len(shared), shared)
@@ -163,6 +196,45 @@ class Scheduler:
             sequence.num_loaded = stored.num_pages * size
             sequence.num_declined = stored.num_declined * size
             self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
+
+    def _admit_long(self, sequence: Sequence) -> bool:
+        """Admit a sequence that does not fit the frames; False while it has to wait, and those behind it too."""
+        missing = self._spill.num_frames(sequence) - self.pool.num_free
+        if missing > 0:
+            self.prefixes.evict(missing)
+        try:
+            if not self._spill.admit(sequence):
+                return False
+        except StorageFull as error:
+            if all(other is not sequence for other, _ in self._failed):
+                self._failed.append((sequence, error))
+            return True
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        return True
+
+    def _settle(self) -> None:
+        """Long sequences give frames back whose pages the store has by now."""
+        for sequence in [sequence for sequence in self._running if sequence.is_long]:
+            try:
+                if not self._spill.settle(sequence):
+                    self._restart(sequence)
+            except StorageFull as error:
+                self._failed.append((sequence, error))
+
+    def _restart(self, sequence: Sequence) -> None:
+        """A long sequence lost a page: it is admitted again, with what the store has of it."""
+        self._running.remove(sequence)
+        self._spill.remove(sequence)
+        sequence.num_computed = sequence.num_cached = sequence.num_loaded = 0
+        self._waiting.appendleft(sequence)
+
+    def _publish(self, sequence: Sequence, start: int) -> Published | None:
+        """What of *sequence*, from token *start* on, may be stored."""
+        if sequence.is_long:
+            size = self.pool.page_tokens
+            return self._spill.publish(sequence, start // size, sequence.num_computed // size)
+        return self.prefixes.publish(sequence.prefix_keys, sequence)
 
     def _take(self, sequence: Sequence, num_shared: int) -> Stored | None:
         if self._store is None or num_shared == len(sequence.prefix_keys):
@@ -191,11 +263,16 @@ class Scheduler:
     def _loads(self, blocks: list[RowBlock]) -> tuple[PageLoad, ...]:
         """The stored pages that the rows of *blocks* attend to."""
         sequences = {span.sequence: None for block in blocks for span in block.spans}
-        loads = {load: None for sequence in sequences for load in self.prefixes.loads(sequence.prefix_keys)}
+        loads: dict[PageLoad, None] = {}
+        for sequence in sequences:
+            found = self._spill.loads(sequence) if sequence.is_long else self.prefixes.loads(sequence.prefix_keys)
+            loads.update(dict.fromkeys(found))
         return tuple(loads)
 
     def _is_ahead(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
         """Whether *sequence* shares pages that are neither computed nor planned for the sweep so far."""
+        if sequence.is_long:
+            return False
         size = self.pool.page_tokens
         return any(
             planned.get(owner, owner.num_computed) < (position + 1) * size
@@ -216,6 +293,8 @@ class Scheduler:
         start, size = sequence.num_computed, self.limits.chunk_tokens
         while start < sequence.num_tokens and room > 0:
             stop = min(start // size * size + size, sequence.num_tokens)
+            if sequence.is_long and not self._spill.frames(sequence, start // size):
+                break
             blocks.append(RowBlock((Span(sequence, start, stop),), stop - start))
             room -= stop - start
             start = stop

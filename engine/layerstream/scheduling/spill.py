@@ -1,0 +1,179 @@
+"""Sequences whose KV is larger than the memory for it: whole pages of their prompt lie in the store and stream.
+
+Pure accounting, for the scheduler. A page of such a sequence is in one of two places:
+
+| place | its KV is | from when |
+|---|---|---|
+| a frame | in memory | it is about to be computed |
+| a transit slot | in the store; every sweep brings it past, layer by layer | the store has it |
+
+A transit slot is room for one page of the few layers that are in hand, so a prompt of any length needs little memory,
+and costs its KV's bytes in every sweep: as much as the weights that the memory now holds instead.
+
+Invariants:
+
+* a sequence is *long* from its admission on: it holds transit slots for all whole pages of its prompt, frames for the
+  rest of it and its longest answer, and frames for the chunks of one sweep (its *reserve*);
+* long sequences with a common beginning share slots; the beginning is computed by one of them at a time;
+* a page moves from its frame to its slot when the store has it and nobody else holds the frame; the frame goes back to
+  the reserve. A sequence that waits for the store is in no sweep, others are;
+* what a slot streams is held in the store, so it cannot be evicted, until the sequence goes;
+* long sequences do not enter their pages in the prefix table: the store is what they share.
+"""
+
+from __future__ import annotations
+
+from layerstream.errors import StorageFull
+from layerstream.kv.pages import PagePool
+from layerstream.kv.prefix import Key, Published, SpillStore
+from layerstream.sequence import Sequence
+from layerstream.sweep import PageLoad
+
+
+class Spill:
+    """The long sequences among the running ones."""
+
+    def __init__(self, pool: PagePool, store: SpillStore | None, sweep_pages: int) -> None:
+        self._pool = pool
+        self._store = store
+        self._sweep_pages = sweep_pages
+        self._slots: dict[Key, int] = {}
+        self._running: list[Sequence] = []
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens that the longest prompt may have; 0 if nothing can be spilled."""
+        return (self._pool.num_transit + 1) * self._pool.page_tokens if self._num_frames > 0 else 0
+
+    @property
+    def _num_frames(self) -> int:
+        """Frames that are left for the end of a prompt and its answer."""
+        return self._pool.num_pages - self._sweep_pages if self._pool.num_transit else 0
+
+    def max_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens that a prompt of *num_prompt_tokens* and its answer may have, as a long sequence."""
+        size = self._pool.page_tokens
+        num_whole = max(0, num_prompt_tokens - 1) // size
+        if num_whole > self._pool.num_transit or self._num_frames <= 0:
+            return 0
+        return (num_whole + self._num_frames) * size
+
+    def num_frames(self, sequence: Sequence) -> int:
+        """Frames that *sequence* needs as a long one."""
+        return self._pool.pages_for(sequence.max_num_tokens) - len(sequence.prefix_keys) + self._sweep_pages
+
+    def wants(self, sequence: Sequence) -> bool:
+        """Whether *sequence* does not fit the frames even if it had all of them."""
+        return self._pool.pages_for(sequence.max_num_tokens) > self._pool.num_pages
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give *sequence* what it needs; False, and no change, while that is not to be had.
+
+        Raises:
+            StorageFull: it needs more than there is, or there is no store that could take its pages.
+        """
+        store = self._store
+        if store is None or store.can_spill is False:
+            raise StorageFull("the prompt's KV does not fit the memory budget, and there is no KV store to take it")
+        keys = sequence.prefix_keys
+        if len(keys) > self._pool.num_transit or self.num_frames(sequence) > self._pool.num_pages:
+            raise StorageFull(
+                f"a prompt of {sequence.num_prompt_tokens} tokens with an answer of {sequence.params.max_tokens} needs "
+                "more memory than there is for KV: give the engine more, or ask for less"
+            )
+        is_begun = any(not other.is_prefilled and other.prefix_keys[:1] == keys[:1] for other in self._running)
+        if store.can_spill is None or is_begun:
+            return False
+        reserve = self._pool.acquire(self.num_frames(sequence))
+        if reserve is None:
+            return False
+        new = [key for key in keys if key not in self._slots]
+        slots = self._pool.acquire_transit(len(new))
+        stored = None if slots is None else store.take(keys, 0)
+        if slots is None or stored is None:
+            self._pool.release(reserve + (slots or []))
+            return False
+        self._pool.share([self._slots[key] for key in keys if key in self._slots])
+        self._slots.update(zip(new, slots, strict=True))
+        sequence.reserve = reserve
+        sequence.slots = [self._slots[key] for key in keys]
+        sequence.pages = sequence.slots[: stored.num_pages]
+        size = self._pool.page_tokens
+        sequence.num_computed = sequence.num_cached = sequence.num_loaded = stored.num_pages * size
+        sequence.num_declined = stored.num_declined * size
+        self._running.append(sequence)
+        store.hold(sequence.sequence_id, keys[: stored.num_pages])
+        return True
+
+    def settle(self, sequence: Sequence) -> bool:
+        """Move pages that the store has by now from their frames to their slots.
+
+        Returns:
+            False if the store had one and has it no longer, so that *sequence* has to start anew.
+
+        Raises:
+            StorageFull: the store could not take one of them.
+        """
+        assert self._store is not None
+        first = next((at for at, page in enumerate(sequence.pages) if not self._pool.is_transit(page)), None)
+        last = min(sequence.num_computed // self._pool.page_tokens, len(sequence.prefix_keys))
+        if first is None or first >= last:
+            return True
+        keys = sequence.prefix_keys[first:last]
+        num_stored = self._store.count_stored(keys)
+        if num_stored < len(keys) and self._store.has_given_up(keys[num_stored]):
+            raise StorageFull(
+                "the prompt's KV does not fit the memory budget, and the KV store has no room for it: give it more "
+                "(KVStoreConfig(max_bytes=...)), or the engine more memory"
+            )
+        for at in range(first, first + num_stored):
+            if self._pool.refcount(sequence.pages[at]) > 1:
+                break  # the writer is about to let go of it
+            sequence.reserve.append(sequence.pages[at])
+            sequence.pages[at] = sequence.slots[at]
+            self._store.hold(sequence.sequence_id, [sequence.prefix_keys[at]])
+        missing = first + num_stored
+        return missing == last or self._pool.refcount(sequence.pages[missing]) > 1
+
+    def frames(self, sequence: Sequence, position: int) -> bool:
+        """Make sure that page *position* has a frame; False while there is none to be had."""
+        if position < len(sequence.pages):
+            return True
+        num_tail = self._pool.pages_for(sequence.max_num_tokens) - len(sequence.prefix_keys)
+        if position >= len(sequence.prefix_keys):
+            sequence.pages += sequence.reserve[:num_tail]
+            sequence.reserve = sequence.reserve[num_tail:]
+        elif len(sequence.reserve) > num_tail:
+            sequence.pages.append(sequence.reserve.pop())
+        else:
+            return False
+        return True
+
+    def publish(self, sequence: Sequence, first: int, last: int) -> Published | None:
+        """Whole pages ``[first, last)`` of *sequence* were computed; those of the prompt are for the store."""
+        last = min(last, len(sequence.prefix_keys))
+        if first >= last:
+            return None
+        parent = sequence.prefix_keys[first - 1] if first else b""
+        return Published(tuple(sequence.prefix_keys[first:last]), parent, tuple(sequence.pages[first:last]), True)
+
+    def loads(self, sequence: Sequence) -> list[PageLoad]:
+        """What a sweep with *sequence* has to bring past."""
+        pairs = zip(sequence.prefix_keys, sequence.pages, strict=False)
+        return [PageLoad(key, page) for key, page in pairs if self._pool.is_transit(page)]
+
+    def remove(self, sequence: Sequence) -> None:
+        """*sequence* goes, or starts anew: free what it holds."""
+        assert self._store is not None
+        self._running.remove(sequence)
+        self._store.unhold(sequence.sequence_id)
+        computed = sequence.num_computed // self._pool.page_tokens
+        self._store.abandon(sequence.prefix_keys[computed:])
+        self._pool.release(self.held_by(sequence))
+        self._slots = {key: slot for key, slot in self._slots.items() if self._pool.refcount(slot)}
+        sequence.pages, sequence.reserve, sequence.slots = [], [], []
+
+    def held_by(self, sequence: Sequence) -> list[int]:
+        """Every frame and slot that *sequence* holds, once each."""
+        frames = [page for page in sequence.pages if not self._pool.is_transit(page)]
+        return [*frames, *sequence.reserve, *sequence.slots]
