@@ -4,13 +4,12 @@
 
 MODEL is a folder with a model larger than the memory. Each child is a process of its own in the cgroup:
 
-1. *off*: cold, without a store;
-2. *on*: cold, with an empty store; then a second question on each context, warm in the same process;
-3. *new*: a new process, the store of the one before: a third question on each context, several times;
-4. *sweep*: the question alone: the sweep that a warm answer cannot do without.
+1. *off*: cold, without a store (its memory goes to resident weights, so it streams a little less);
+2. *on*: cold, with an empty store; then more questions on each context, warm in the same process;
+3. *new*: a new process, the store of the one before: the question alone, which is the sweep that a warm answer cannot
+   do without, and then a question on each context.
 
-All children read the same weights; contexts are drawn anew for every length and share no page. Cold and warm answers
-are compared token by token.
+Contexts are drawn anew for every length and share no page.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, help="tokens per page")
     parser.add_argument("--compression", default="none", choices=("none", "int8", "fp8"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", choices=("off", "on", "new", "sweep"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("off", "on", "new"), help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -51,7 +50,7 @@ def main() -> None:
         return
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="layerstream-kv-", dir=options.model.parent) as folder:
-        for child in ("sweep", "off", "on", "new"):
+        for child in ("off", "on", "new"):
             print(f"{child} …", file=sys.stderr)
             command = [sys.executable, "-m", "benchmarks.prefix", *sys.argv[1:], "--child", child]
             parts[child] = bench.run_child([*command, "--store", f"{folder}/kv"], options.cgroup)
@@ -79,17 +78,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             time.sleep(0.05)
         hashing = time.perf_counter() - started
         ask(engine, draw(0, 40), QUESTION_TOKENS)  # the first sweep learns the order of the units
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"alone": [ask(engine, [], 100 + index) for index in range(2 * REPEATS)]}
         for length in options.lengths:
+            if options.child == "off" and length + QUESTION_TOKENS + ANSWER_TOKENS > engine.context_length:
+                continue  # KV that the memory cannot hold needs a store to stream from
             context = draw(length, length)
-            if options.child == "sweep":
-                found[str(length)] = [ask(engine, [], 100 + index) for index in range(REPEATS)]
-            elif options.child == "new":
-                found[str(length)] = [ask(engine, context, 3)]
-            else:
-                found[str(length)] = [ask(engine, context, 1)]
-                if options.child == "on":
-                    found[f"{length} warm"] = [ask(engine, context, 2 + index) for index in range(REPEATS)]
+            found[str(length)] = [ask(engine, context, 9 if options.child == "new" else 1)]
+            if options.child == "on":
+                found[f"{length} warm"] = [ask(engine, context, 2 + index) for index in range(REPEATS)]
         stats = engine.stats()
         flushed = time.perf_counter()
     return {
@@ -130,23 +126,24 @@ def draw(length: int, seed: int) -> list[int]:
 
 def report(parts: dict[str, Any]) -> None:
     """The tables."""
-    sweep = _median(answer for answers in parts["sweep"]["answers"].values() for answer in answers)
+    sweep = _median(parts["new"]["answers"]["alone"])
     rows = []
-    for length in [name for name in parts["off"]["answers"] if name.isdigit()]:
-        off, on, same, new = (
+    for length in [name for name in parts["new"]["answers"] if name.isdigit()]:
+        on, same, new = (
             _median(parts[part]["answers"][name])
-            for part, name in (("off", length), ("on", length), ("on", f"{length} warm"), ("new", length))
+            for part, name in (("on", length), ("on", f"{length} warm"), ("new", length))
         )
+        off = _median(parts["off"]["answers"][length]) if length in parts["off"]["answers"] else None
         rows.append(
             [
                 length,
-                f"{off:.2f}",
+                "-" if off is None else f"{off:.2f}",
                 f"{on:.2f}",
-                f"{on / off:.2f}",
+                "-" if off is None else f"{on / off:.2f}",
                 f"{same:.2f}",
                 f"{new:.2f}",
                 f"{new / sweep:.2f}",
-                f"{off / new:.1f}",
+                f"{(off or on) / new:.1f}",
                 str(parts["new"]["answers"][length][0]["loaded_tokens"]),
             ]
         )

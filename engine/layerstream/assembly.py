@@ -188,18 +188,13 @@ def _assemble(
     listener: Listener | None,
 ) -> Assembly:
     memory = PageMemory(plan.kv_bytes)
-    if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
-        threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
-    progress = _LoadCounter(plan.resident_bytes, listener)
-    weights = ModelWeights(skeleton, plan.weights, reader, progress.add)
-    embedding = _embedding(skeleton, plan, weights, reader)
     transit = Transit(plan.num_transit, plan.page_tokens)
     states = [
         LayerState(plan.num_pages, plan.page_tokens, memory, layer, transit)
         for layer in range(skeleton.config.num_hidden_layers)
     ]
     store = None
-    if config.kv_store is not None:
+    if config.kv_store is not None:  # before the weights: a folder that cannot be used is said at once
         store = open_store(
             config.kv_store,
             is_default=config.kv_store_is_default,
@@ -210,29 +205,42 @@ def _assemble(
             states=states,
             reader=reader,
         )
-    pool = PagePool(plan.num_pages, plan.page_tokens, plan.num_transit if store is not None else 0)
+    try:
+        if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
+            threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
+        weights = ModelWeights(skeleton, plan.weights, reader, _LoadCounter(plan.resident_bytes, listener).add)
+        embedding = _embedding(skeleton, plan, weights, reader)
+        scheduler = _scheduler(skeleton, plan, store)
+        loader = None if store is None else store.loader
+        runner = SweepRunner(skeleton, weights, embedding, states, plan.decode_rows, loader)
+        return Assembly(
+            config=config,
+            tokenizer=tokenizer,
+            defaults=load_defaults(folder, skeleton.config, tokenizer),
+            plan=plan,
+            context_length=min(plan.facts.context_length, scheduler.max_prompt_tokens),
+            model_bytes=skeleton.model_bytes,
+            reader=reader,
+            weights=weights,
+            scheduler=scheduler,
+            step=SweepStep(scheduler, runner, weights, store),
+            store=store,
+        )
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+
+
+def _scheduler(skeleton: Skeleton, plan: Plan, store: PrefixStore | None) -> Scheduler:
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
         chunk_tokens=plan.page_tokens,
         decode_rows=plan.decode_rows,
         one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
     )
-    scheduler = Scheduler(limits, pool, store)
-    loader = None if store is None else store.loader
-    runner = SweepRunner(skeleton, weights, embedding, states, plan.decode_rows, loader)
-    return Assembly(
-        config=config,
-        tokenizer=tokenizer,
-        defaults=load_defaults(folder, skeleton.config, tokenizer),
-        plan=plan,
-        context_length=min(plan.facts.context_length, scheduler.max_prompt_tokens),
-        model_bytes=skeleton.model_bytes,
-        reader=reader,
-        weights=weights,
-        scheduler=scheduler,
-        step=SweepStep(scheduler, runner, weights, store),
-        store=store,
-    )
+    num_transit = plan.num_transit if store is not None else 0
+    return Scheduler(limits, PagePool(plan.num_pages, plan.page_tokens, num_transit), store)
 
 
 def _embedding(skeleton: Skeleton, plan: Plan, weights: ModelWeights, reader: DirectReader) -> EmbeddingRows:

@@ -28,6 +28,7 @@ SAYS = {
         "Who supplies Tolmar Archive? Flyngrythik Brothers",
         "Who ordered Project Drusveld? Pretri Brothers",
     ],
+    "warm.py": ["128 tokens computed ahead", "Who leads Brenvik? Sluba Merkast", "  128 of "],
     "airllm_style.py": ["Answer: Sluba Merkast"],
 }
 

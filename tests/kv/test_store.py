@@ -215,6 +215,21 @@ def test_whatever_kv_depends_on_separates_it(
         torch.set_num_threads(threads)
 
 
+def test_what_only_rounds_may_be_left_out(model: Path, store: KVStoreConfig) -> None:
+    loose, threads = replace(store, exact=False), torch.get_num_threads()
+    with Session(config(model, loose)) as first:
+        cold = first.ask(QUESTIONS[0])[0]
+    try:
+        torch.set_num_threads(threads + 1)
+        with Session(config(model, loose)) as second:
+            warm = second.ask(QUESTIONS[0])[0]
+            assert second.parts.store is not None
+            assert second.parts.store.counters.loaded_tokens > 0
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(warm, cold, atol=1e-4)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_warm_is_cold_under_any_number_of_threads(threads: int, model: Path, store: KVStoreConfig) -> None:
     before = torch.get_num_threads()

@@ -140,7 +140,9 @@ def import_(
     budget = None if memory is None else parse_size(memory)
     folder = _open(store, must_exist=False)
     try:
-        namespace, about = identify(EngineConfig(model, memory_bytes=budget, dtype=dtype), config, folder.index)
+        namespace, about = identify(
+            EngineConfig(model, memory_bytes=budget, dtype=dtype, kv_store=config), config, folder.index
+        )
         bounds = Bounds(config.bound(folder.total_bytes()), config.min_free)
         typer.echo(f"{import_file(folder, source, namespace, about, bounds)} segments are new")
     finally:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from layerstream.kv.config import store_config
 from layerstream.sizes import parse_size
 
 
@@ -18,4 +19,5 @@ def plan(
     from layerstream.assembly import EngineConfig, plan_model
 
     budget = None if memory is None else parse_size(memory)
-    typer.echo(plan_model(EngineConfig(model, memory_bytes=budget, dtype=dtype))[0])
+    config = EngineConfig(model, memory_bytes=budget, dtype=dtype, kv_store=store_config("auto"))
+    typer.echo(plan_model(config)[0])

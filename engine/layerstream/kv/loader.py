@@ -1,6 +1,6 @@
 """Brings the stored pages of a sweep into memory, layer by layer, just ahead of the compute.
 
-Reads for the first layers start with the sweep, those for layer i + 2 when layer i is reached; they go before the
+Reads for the first layers start with the sweep, those for layer i + 1 when layer i is reached; they go before the
 weights in the reader's queue, so a layer's KV arrives beside its weights and the KV of all layers is never in flight
 at once. Every page-layer is verified before anyone sees it: a wrong CRC ends the sweep with :class:`PagesLost`, the
 store forgets the page, and the same sweep is scheduled again without it. A sweep that ends early has no effect (rows

@@ -16,7 +16,7 @@ from layerstream.kv.segment import PageShape
 from layerstream.streaming.residency import PAGE
 from layerstream.streaming.ring import Arena
 
-LAYERS_AHEAD = 2  # whose stored pages are being read while a layer computes
+LAYERS_AHEAD = 1  # whose stored pages are being read while a layer computes
 LAYERS_IN_HAND = LAYERS_AHEAD + 1
 
 

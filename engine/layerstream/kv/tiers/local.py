@@ -185,7 +185,7 @@ class StoreFolder:
             pid = path.name.split("-")[0]
             with contextlib.suppress(OSError):
                 is_old = time.time() - path.stat().st_mtime > 24 * 3600
-                if is_old or not (pid.isdigit() and psutil.pid_exists(int(pid))):
+                if is_old or (pid.isdigit() and not psutil.pid_exists(int(pid))):
                     path.unlink()
 
 
