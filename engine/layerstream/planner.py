@@ -186,7 +186,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
     num_pages, num_transit = _num_pages(facts, left), 0
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = left - _least_kv_bytes(facts)
-        num_transit = _num_transit(facts, min(int(RESIDENT_TRANSIT_SHARE * left), spare))
+        num_transit = _num_transit(facts, min(int(RESIDENT_TRANSIT_SHARE * left), spare), num_pages)
         num_pages = _num_pages(facts, left - num_transit * _slot_bytes(facts))
     body = tuple(unit for node in facts.body for unit in cut_units(node, node.total_bytes))
     head = (PlannedUnit(facts.head.name, facts.head.total_bytes, facts.head.total_compute_bytes),)
@@ -216,7 +216,7 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     num_transit = 0
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = for_weights - (floor - least_kv)
-        num_transit = _num_transit(facts, min(int(TRANSIT_SHARE * budget_bytes), spare))
+        num_transit = _num_transit(facts, min(int(TRANSIT_SHARE * budget_bytes), spare), num_pages)
         for_weights -= num_transit * _slot_bytes(facts)
     limit = _unit_limit(facts, for_weights)
     body, head = _cut_all(facts, limit)
@@ -299,11 +299,12 @@ def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
     return max(_least_kv_bytes(facts) // page_bytes, min(most, kv_bytes // page_bytes))
 
 
-def _num_transit(facts: ModelFacts, num_bytes: int) -> int:
-    """Pages that *num_bytes* let stream, at most those of a whole context."""
+def _num_transit(facts: ModelFacts, num_bytes: int, num_pages: int) -> int:
+    """Pages that *num_bytes* let stream, at most those of a whole context; none if *num_pages* hold longer prompts."""
     if not facts.can_spill:
         return 0
-    return max(0, min(-(-facts.context_length // facts.chunk_tokens), num_bytes // _slot_bytes(facts)))
+    fitting = min(-(-facts.context_length // facts.chunk_tokens), num_bytes // _slot_bytes(facts))
+    return fitting if fitting >= num_pages else 0
 
 
 def _slot_bytes(facts: ModelFacts) -> int:
