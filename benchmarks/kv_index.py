@@ -17,7 +17,7 @@ from pathlib import Path
 
 from layerstream.kv.index import Index
 from layerstream.kv.segment import PageShape, SegmentInfo
-from layerstream.kv.tiers.local import StoreFolder
+from layerstream.kv.tiers.folder import StoreFolder
 
 from benchmarks import bench
 

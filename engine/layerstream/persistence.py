@@ -21,7 +21,8 @@ from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import WeightFiles
 from layerstream.kv.state import LayerState
 from layerstream.kv.store import PrefixStore
-from layerstream.kv.tiers.local import Bounds, LocalTier, StoreFolder
+from layerstream.kv.tiers.folder import Bounds, StoreFolder
+from layerstream.kv.tiers.local import LocalTier
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
 from layerstream.planner import Plan

@@ -10,7 +10,8 @@ import torch
 from layerstream.kv.codecs import CODECS
 from layerstream.kv.segment import PageShape, padded
 from layerstream.kv.tiers.base import NewPages
-from layerstream.kv.tiers.local import Bounds, LocalTier, StoreFolder
+from layerstream.kv.tiers.folder import Bounds, StoreFolder
+from layerstream.kv.tiers.local import LocalTier
 from layerstream.streaming.reader import DirectReader
 
 PAGE_TOKENS = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream.kv.eviction import Candidate, choose_victims
-from layerstream.kv.tiers.local import Bounds
+from layerstream.kv.tiers.folder import Bounds
 
 from tests.kv.pages import chain, expected, new_pages, open_tier, read_back
 

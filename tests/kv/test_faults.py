@@ -13,7 +13,7 @@ import pytest
 from layerstream import KVStoreConfig, LayerStream, SamplingParams
 from layerstream.kv import index as index_module
 from layerstream.kv.index import LEASE_SECONDS, Index
-from layerstream.kv.tiers.local import Bounds
+from layerstream.kv.tiers.folder import Bounds
 
 from tests.harness import add_tokenizer, draw_prompt
 from tests.kv.pages import chain, expected, new_pages, open_tier, read_back

@@ -368,7 +368,7 @@ class TestFolders:
             assemble(config(model, store), None)
 
     def test_on_a_network(self, model: Path, store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("layerstream.kv.tiers.local._file_system", lambda path: "nfs4")
+        monkeypatch.setattr("layerstream.kv.tiers.folder._file_system", lambda path: "nfs4")
         with pytest.raises(KVStoreUnusable, match=r"network file system \(nfs4\)"):
             assemble(config(model, store), None)
         assert not store.path.exists()
@@ -394,7 +394,7 @@ class TestFolders:
         with Session(config(model, store)) as session:
             session.ask(QUESTIONS[0])
         before = {path: path.stat().st_mtime_ns for path in store.path.rglob("*.kv")}
-        monkeypatch.setattr("layerstream.kv.tiers.local.os.access", lambda *_: False)
+        monkeypatch.setattr("layerstream.kv.tiers.folder.os.access", lambda *_: False)
         with Session(config(model, store)) as session:
             session.ask(QUESTIONS[1])
             assert session.parts.store is not None

@@ -16,7 +16,7 @@ from layerstream.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from layerstream.kv.maintenance import NamespaceSummary
-    from layerstream.kv.tiers.local import StoreFolder
+    from layerstream.kv.tiers.folder import StoreFolder
 
 app = typer.Typer(help="Look after the store of computed prefixes.", no_args_is_help=True)
 
@@ -134,7 +134,7 @@ def import_(
     """Take over what another machine has computed, if this one would compute exactly the same."""
     from layerstream.assembly import EngineConfig, identify
     from layerstream.kv.maintenance import import_ as import_file
-    from layerstream.kv.tiers.local import Bounds
+    from layerstream.kv.tiers.folder import Bounds
 
     config = KVStoreConfig(store)
     budget = None if memory is None else parse_size(memory)
@@ -150,7 +150,7 @@ def import_(
 
 
 def _open(store: Path | None, *, must_exist: bool = True) -> StoreFolder:
-    from layerstream.kv.tiers.local import StoreFolder
+    from layerstream.kv.tiers.folder import StoreFolder
 
     path = store if store is not None else default_folder()
     if must_exist and not path.exists():

@@ -14,7 +14,7 @@ from typing import Any
 from layerstream.errors import KVStoreUnusable
 from layerstream.kv import fingerprint
 from layerstream.kv.segment import SUFFIX, TEMPORARY, DamagedSegment, read_info, sync_folder, verify
-from layerstream.kv.tiers.local import ABOUT, Bounds, StoreFolder
+from layerstream.kv.tiers.folder import ABOUT, Bounds, StoreFolder
 
 
 @dataclass(frozen=True, slots=True)
