@@ -302,18 +302,14 @@ class LayerStream:
         counters, store = self._loop.counters, self._parts.store
         if store is None:
             return KVStats(hits=counters.prefix_hits, reused_tokens=counters.reused_tokens)
+        counted = dataclasses.asdict(store.counters)
         return KVStats(
             state=store.state,
             hits=counters.prefix_hits,
             reused_tokens=counters.reused_tokens,
-            loaded_tokens=store.counters.loaded_tokens,
             loaded_bytes=store.loader.counters.num_bytes,
-            recomputed_tokens=store.counters.declined_tokens,
-            written_pages=store.counters.written_pages,
-            written_bytes=store.counters.written_bytes,
-            skipped_pages=store.counters.skipped_pages,
-            lost_pages=store.counters.lost_pages,
-            saved_seconds=store.counters.saved_seconds,
+            recomputed_tokens=counted.pop("declined_tokens"),
+            **counted,
         )
 
     def close(self) -> None:

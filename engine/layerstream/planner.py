@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerstream.errors import BudgetTooSmall
+from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.sizes import format_size
 from layerstream.streaming.residency import (
     PlannedUnit,
@@ -31,7 +32,6 @@ WANTED_KV_SHARE = 0.45  # of the budget, for that
 MORE_KV_SHARE = 0.15  # of the budget, beyond that: every page is a piece of a layer that cannot stay
 TRANSIT_SHARE = 0.04  # of the budget, for KV that streams past: a page of it costs a tenth of a page that stays
 RESIDENT_TRANSIT_SHARE = 0.25  # of the room for KV, where the weights take the rest
-LAYERS_IN_HAND = 2  # one computing, one arriving; as in kv.state
 MAX_KV_SEQUENCES = 16  # full-length sequences that KV is reserved for at most
 RING_UNITS = 2.25  # one computing, one arriving, and the beginning of the next
 RING_SHARE = 0.6  # of what weights may take; past it, units are cut finer

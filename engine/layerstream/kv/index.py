@@ -191,6 +191,20 @@ class Index:
             _reprioritise(connection, [segment])
             return True
 
+    def add_segments(self, namespace: int, found: Sequence[tuple[SegmentInfo, int]]) -> list[tuple[SegmentInfo, int]]:
+        """Enter whole segments, with their lengths, in whatever order they come: parents first.
+
+        Returns:
+            Those that :meth:`add_segment` refuses for good.
+        """
+        left = list(found)
+        while left:
+            refused = [item for item in left if not self.add_segment(namespace, *item)]
+            if len(refused) == len(left):
+                break
+            left = refused
+        return left
+
     def cancel(self, segment: int) -> None:
         """Nothing came of the reservation *segment*."""
         with self._transaction() as connection:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 from layerstream.errors import EngineClosed, LayerStreamError
 from layerstream.kv.codecs import CODECS
+from layerstream.kv.pages import LAYERS_AHEAD
 from layerstream.kv.segment import Key, padded
-from layerstream.kv.state import LAYERS_AHEAD, LayerState
+from layerstream.kv.state import LayerState
 from layerstream.kv.tiers.base import StoredRun
 from layerstream.streaming.unit import REQUEST_BYTES
 from layerstream.sweep import PageLoad

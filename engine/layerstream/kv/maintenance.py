@@ -181,8 +181,8 @@ def import_(folder: StoreFolder, source: Path, namespace: str, about: dict[str, 
 
 
 def _take_over(folder: StoreFolder, archive: tarfile.TarFile, namespace: str, number: int, bounds: Bounds) -> int:
-    own, taken = folder.path / namespace, 0
-    waiting = []
+    own = folder.path / namespace
+    found = []
     for member in archive:
         name = Path(member.name).name
         if not member.isfile() or not name.endswith(SUFFIX) or (own / name).exists():
@@ -201,23 +201,16 @@ def _take_over(folder: StoreFolder, archive: tarfile.TarFile, namespace: str, nu
             if verify(path, info) or info.name != name:
                 continue
             path.replace(own / name)
-            waiting.append((info, member.size))
+            found.append((info, member.size))
         except DamagedSegment:
             continue
         finally:
             path.unlink(missing_ok=True)
     sync_folder(own)
-    while waiting:  # parents first
-        left = [item for item in waiting if not folder.index.add_segment(number, *item)]
-        taken += len(waiting) - len(left)
-        if len(left) == len(waiting):
-            break
-        waiting = left
-    else:
-        return taken
-    for info, _ in waiting:
+    refused = folder.index.add_segments(number, found)
+    for info, _ in refused:
         (own / info.name).unlink(missing_ok=True)
-    return taken
+    return len(found) - len(refused)
 
 
 def _drop(folder: StoreFolder, namespace: str, key: bytes) -> None:

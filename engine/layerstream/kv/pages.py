@@ -16,6 +16,9 @@ no run is long enough. ``check_integrity`` verifies the table.
 
 from __future__ import annotations
 
+LAYERS_AHEAD = 1  # whose stored pages are being read while a layer computes
+LAYERS_IN_HAND = LAYERS_AHEAD + 1
+
 
 class PagePool:
     """*num_pages* frames and *num_transit* transit slots, counted."""

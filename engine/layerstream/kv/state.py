@@ -12,12 +12,10 @@ from math import prod
 
 import torch
 
+from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.segment import PageShape
 from layerstream.streaming.residency import PAGE
 from layerstream.streaming.ring import Arena
-
-LAYERS_AHEAD = 1  # whose stored pages are being read while a layer computes
-LAYERS_IN_HAND = LAYERS_AHEAD + 1
 
 
 class PageMemory:

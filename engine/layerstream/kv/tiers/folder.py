@@ -160,10 +160,7 @@ class StoreFolder:
                     found.append((info, path.stat().st_size))
             number = index.namespace_id(namespace, about.read_text("utf-8"))
             assert number is not None
-            while waiting := [item for item in found if not index.add_segment(number, *item)]:
-                if len(waiting) == len(found):
-                    break  # their parents are gone
-                found = waiting
+            index.add_segments(number, found)
 
     def _sweep_temporaries(self) -> None:
         for path in self.path.glob(f"*/*{TEMPORARY}"):
