@@ -31,6 +31,12 @@ FILLERS = (
     "Questions are best asked in the morning.",
     "In winter, the path is cleared before dawn.",
 )
+LISTINGS = (
+    "List everything that the context says about {e}.",
+    "What does the context say about {e}?",
+    "Tell me everything about {e}.",
+    "What is known about {e}?",
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,11 @@ def draw_question(rng: random.Random, sheets: Sequence[Sheet], unanswerable: flo
     return _vary(rng, ask(rng, rng.choice(BY_KIND[sheet.kind]), stranger)), NOT_FOUND
 
 
+def draw_listing(rng: random.Random, entity: str, sentences: Sequence[str]) -> tuple[str, str]:
+    """A request for all that is said about *entity*, and the answer: its *sentences* without the fillers."""
+    return rng.choice(LISTINGS).format(e=entity), " ".join(line for line in sentences if line not in FILLERS)
+
+
 def _vary(rng: random.Random, question: str) -> str:
     """The question as it is, or now and then with a polite start or without its mark."""
     choice = rng.random()
@@ -165,9 +176,13 @@ def write_sentences(rng: random.Random, facts: Sequence[Fact], joined: float = 0
     return sentences
 
 
-def render_document(entity: str, facts: Sequence[Fact], rng: random.Random) -> str:
+def draw_sentences(facts: Sequence[Fact], rng: random.Random) -> list[str]:
+    """The sentences of a document that states *facts*."""
+    return write_sentences(rng, facts, filler=rng.choice((0.0, 0.0, 0.1, 0.3)))
+
+
+def render_document(entity: str, sentences: Sequence[str], rng: random.Random) -> str:
     """A short document about *entity*: with or without heading, as prose, lines, bullets or prose and bullets."""
-    sentences = write_sentences(rng, facts, filler=rng.choice((0.0, 0.0, 0.1, 0.3)))
     middle = (len(sentences) + 1) // 2
     bullets = [f"- {sentence}" for sentence in sentences]
     style = rng.random()

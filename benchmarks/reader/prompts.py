@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.reader.facts import draw_question, draw_sheets, file_name, render_document
+from benchmarks.reader.facts import draw_listing, draw_question, draw_sentences, draw_sheets, file_name, render_document
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -123,14 +123,28 @@ _WEIGHTS = (0.35, 0.2, 0.2, 0.25)
 
 
 def draw_context(
-    rng: random.Random, num_facts: int, unanswerable: float = 0.15, num_questions: int = 6
+    rng: random.Random, num_facts: int, unanswerable: float = 0.15, num_questions: int = 6, listings: float = 0.0
 ) -> tuple[str, Dialogue]:
-    """A context of *num_facts* facts and up to *num_questions* different questions about it, with answers."""
+    """A context of *num_facts* facts and up to *num_questions* different questions about it, with answers.
+
+    A share of *listings* of the questions asks for all that is said about an entity.
+    """
     sheets = draw_sheets(rng, num_facts)
     metadata = _draw_metadata(rng)
-    documents = [metadata(sheet.entity) + render_document(sheet.entity, sheet.facts, rng) for sheet in sheets]
-    turns = list(dict([draw_question(rng, sheets, unanswerable) for _ in range(num_questions)]).items())
-    return "\n\n".join(documents), turns
+    documents: list[str] = []
+    said: list[tuple[str, list[str]]] = []
+    for sheet in sheets:
+        sentences = draw_sentences(sheet.facts, rng)
+        documents.append(metadata(sheet.entity) + render_document(sheet.entity, sentences, rng))
+        said.append((sheet.entity, sentences))
+    turns: dict[str, str] = {}
+    for _ in range(num_questions):
+        is_listing = listings > 0 and rng.random() < listings
+        question, answer = (
+            draw_listing(rng, *rng.choice(said)) if is_listing else draw_question(rng, sheets, unanswerable)
+        )
+        turns[question] = answer
+    return "\n\n".join(documents), list(turns.items())
 
 
 def _draw_metadata(rng: random.Random) -> Callable[[str], str]:
@@ -151,8 +165,9 @@ def draw_sample(
     wrapper: str | None = None,
     unanswerable: float = 0.15,
     num_questions: int = 6,
+    listings: float = 0.0,
 ) -> Sample:
     """A context with its questions in one of the forms that the reader will meet."""
-    context, turns = draw_context(rng, num_facts, unanswerable, num_questions)
+    context, turns = draw_context(rng, num_facts, unanswerable, num_questions, listings)
     name = wrapper or rng.choices(list(WRAPPERS), _WEIGHTS)[0]
     return Sample(tuple(WRAPPERS[name](rng, context, turns)))

@@ -26,8 +26,24 @@ STEP_TOKENS = 6000
 LEARNING_RATE = 2e-3
 CONTEXT_LOSS = 0.3
 MOST_FACTS = 60
+LISTINGS = 0.06  # of the questions; each is as long as ten others
 QUESTIONS = (6, 24)  # a context costs its tokens once, and every question about it teaches
 SAVE_SECONDS = 90
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model: the reader's 1.9 M parameters by default."""
+
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 3
+
+
+SHAPES = {"reader": Shape(), "sibling": Shape(96, 256, 3, 3, 3)}
+"""The sibling, with 0.4 M parameters, drafts for the reader."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Plan:
     first_facts: int = 8
     growth: float = 0.7
     seed: int = 0
+    shape: Shape = SHAPES["reader"]
 
     def most_facts(self, share: float) -> int:
         """The longest contexts when *share* of the run is over."""
@@ -58,15 +75,11 @@ class Progress:
         return max(self.tokens / plan.tokens, self.seconds / (60 * plan.minutes))
 
 
-def make_model() -> LlamaForCausalLM:
-    """1.9 M parameters, tied embeddings."""
+def make_model(shape: Shape) -> LlamaForCausalLM:
+    """Tied embeddings, heads of 32."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        **asdict(shape),
         head_dim=32,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
@@ -114,7 +127,7 @@ def draw_batch(
     rows: list[tuple[list[int], list[bool]]] = []
     count = 0
     while count < STEP_TOKENS:
-        sample = draw_sample(rng, num_facts, num_questions=rng.randint(*QUESTIONS))
+        sample = draw_sample(rng, num_facts, num_questions=rng.randint(*QUESTIONS), listings=LISTINGS)
         rows.append(encode(sample, tokenizer))
         count += len(rows[-1][0])
     longest = max(len(ids) for ids, _ in rows)
@@ -142,7 +155,7 @@ def train(out: Path, checkpoint: Path, plan: Plan, warm: Path | None = None) -> 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(out)
     torch.manual_seed(plan.seed)
-    model = make_model()
+    model = make_model(plan.shape)
     if warm is not None:
         transplant(model, tokenizer, warm)
     optimizers = Optimizers(model)
@@ -223,12 +236,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--checkpoint", type=Path, help="default: training.pt in OUT")
     parser.add_argument("--warm", type=Path, help="a reader to start from")
+    parser.add_argument("--shape", choices=SHAPES, default="reader")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warmed = {"first_facts": 16, "growth": 0.5} if options.warm else {}
-    plan = Plan(options.tokens, options.minutes, seed=options.seed, **warmed)
+    plan = Plan(options.tokens, options.minutes, seed=options.seed, shape=SHAPES[options.shape], **warmed)
     train(options.out, options.checkpoint or options.out / "training.pt", plan, options.warm)
 
 

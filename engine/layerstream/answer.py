@@ -34,24 +34,42 @@ class Answer:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     first_token_seconds: float | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_forced: int = 0
+    _reason: FinishReason | None = None
+    _num_shown: int = 0
+    _num_delivered: int = 0
 
     def took_part(self, streamed_bytes: int) -> None:
         """A sweep carried rows of this sequence."""
         self.num_sweeps += 1
         self.streamed_bytes += streamed_bytes
 
+    def verified(self, num_drafted: int, num_right: int) -> None:
+        """A sweep verified guesses of this sequence."""
+        self.num_drafted += num_drafted
+        self.num_accepted += num_right
+
     def accept(self, token: SampledToken) -> FinishReason | None:
-        """Append *token* to the sequence, tell the request, and say whether that was the end."""
+        """Append *token* to the sequence, and say whether that was the end; :meth:`deliver` tells the request."""
         if self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self.submitted
         self.sequence.token_ids.append(token.token_id)
         if token.logprob is not None:
             self.logprobs.append(token.logprob)
-        fresh, reason = self._read(token.token_id)
+        fresh, self._reason = self._read(token.token_id)
         self.text += fresh
-        completion = self._complete(reason) if reason else None
-        self.request.push(Delta(fresh, [token.token_id], reason, self.index, completion))
-        return reason
+        return self._reason
+
+    def deliver(self) -> bool:
+        """Tell the request what came since the last time; whether that was the end."""
+        text, token_ids = self.text[self._num_shown :], self.sequence.output_ids[self._num_delivered :]
+        self._num_shown, self._num_delivered = len(self.text), self.sequence.num_output_tokens
+        completion = self._complete(self._reason) if self._reason else None
+        if token_ids:
+            self.request.push(Delta(text, token_ids, self._reason, self.index, completion))
+        return completion is not None
 
     def cancel(self) -> None:
         """End here, at the caller's wish."""
@@ -88,6 +106,10 @@ class Answer:
                 seconds=now,
                 loaded_tokens=sequence.num_loaded,
                 recomputed_tokens=sequence.num_declined,
+                drafted_tokens=self.num_drafted,
+                accepted_tokens=self.num_accepted,
+                forced_tokens=self.num_forced,
+                tokens_per_sweep=sequence.num_output_tokens / max(1, self.num_sweeps),
             ),
             index=self.index,
             seed=None if sequence.params.is_greedy else sequence.params.seed,

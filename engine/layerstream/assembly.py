@@ -29,6 +29,8 @@ from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.model.weights import ModelWeights
 from layerstream.persistence import describe, open_store, weight_paths
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
+from layerstream.scheduling.drafting.suffix import SuffixDrafter
+from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.scheduler import Scheduler, SweepLimits
 from layerstream.step import SweepStep
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
@@ -56,6 +58,7 @@ class EngineConfig:
     allow_untested: bool = False
     kv_store: KVStoreConfig | None = None
     kv_store_is_default: bool = False
+    speculation: str = "auto"
 
     def __post_init__(self) -> None:
         if self.device not in {"auto", "cpu"}:
@@ -64,16 +67,17 @@ class EngineConfig:
             )
         if self.max_context is not None and self.max_context < 1:
             raise ConfigurationError(f"max_context is {self.max_context}; expected a number of tokens >= 1")
+        if self.speculation not in {"auto", "off"}:
+            raise ConfigurationError(f"speculation is {self.speculation!r}; expected 'auto' or 'off'")
         if self.chunk_tokens is not None and self.chunk_tokens not in CHUNK_CHOICES:
             raise ConfigurationError(f"chunk_tokens is {self.chunk_tokens!r}; expected one of {CHUNK_CHOICES}")
 
     @staticmethod
-    def check_not_yet(host_memory: object, quantization: object, speculation: object, draft_model: object) -> None:
+    def check_not_yet(host_memory: object, quantization: object, draft_model: object) -> None:
         """Refuse options whose capability this version does not have, rather than ignore them."""
         for name, value, accepted in (
             ("host_memory", host_memory, (None,)),
             ("quantization", quantization, (None,)),
-            ("speculation", speculation, ("auto", "off")),
             ("draft_model", draft_model, (None,)),
         ):
             if value not in accepted:
@@ -96,6 +100,7 @@ class Assembly:
     weights: ModelWeights
     scheduler: Scheduler
     step: SweepStep
+    drafting: TreeDrafting
     store: PrefixStore | None
 
     def close(self) -> None:
@@ -210,7 +215,7 @@ def _assemble(
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         weights = ModelWeights(skeleton, plan.weights, reader, _LoadCounter(plan.resident_bytes, listener).add)
         embedding = _embedding(skeleton, plan, weights, reader)
-        scheduler = _scheduler(skeleton, plan, store)
+        scheduler = _scheduler(skeleton, plan, store, reader)
         loader = None if store is None else store.loader
         runner = SweepRunner(skeleton, weights, embedding, states, plan.decode_rows, loader)
         return Assembly(
@@ -224,6 +229,7 @@ def _assemble(
             weights=weights,
             scheduler=scheduler,
             step=SweepStep(scheduler, runner, weights, store),
+            drafting=TreeDrafting([] if config.speculation == "off" else [SuffixDrafter()], scheduler.budget),
             store=store,
         )
     except BaseException:
@@ -232,15 +238,17 @@ def _assemble(
         raise
 
 
-def _scheduler(skeleton: Skeleton, plan: Plan, store: PrefixStore | None) -> Scheduler:
+def _scheduler(skeleton: Skeleton, plan: Plan, store: PrefixStore | None, reader: DirectReader) -> Scheduler:
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
         chunk_tokens=plan.page_tokens,
         decode_rows=plan.decode_rows,
         one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
+        max_draft_rows=plan.max_draft_rows,
     )
     num_transit = plan.num_transit if store is not None else 0
-    return Scheduler(limits, PagePool(plan.num_pages, plan.page_tokens, num_transit), store)
+    pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
+    return Scheduler(limits, pool, store, lambda: plan.streamed_bytes / (reader.rate() or ASSUMED_READ_RATE))
 
 
 def _embedding(skeleton: Skeleton, plan: Plan, weights: ModelWeights, reader: DirectReader) -> EmbeddingRows:

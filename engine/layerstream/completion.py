@@ -39,6 +39,9 @@ class CompletionMetrics:
         loaded_tokens: prompt tokens whose KV came from the store.
         recomputed_tokens: prompt tokens that the store had and that it was faster to compute again.
         seconds: from submission to the end.
+        drafted_tokens: guesses that were verified; accepted_tokens: those of them that were right.
+        forced_tokens: tokens that a grammar left no choice about; they took no sweep.
+        tokens_per_sweep: tokens generated per sweep, those that prefilled counted.
     """
 
     sweeps: int
@@ -47,6 +50,10 @@ class CompletionMetrics:
     seconds: float
     loaded_tokens: int = 0
     recomputed_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    forced_tokens: int = 0
+    tokens_per_sweep: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from layerstream.params import SamplingParams
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
 from layerstream.request import Request
-from layerstream.scheduling.sampler import Sampler
+from layerstream.scheduling.drafting.trees import DrafterCounters
 from layerstream.self_check import check_untested
 from layerstream.sequence import Sequence
 from layerstream.sizes import parse_size
@@ -52,6 +52,8 @@ class EngineStats:
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
         kv: what the prefix cache did.
         read_modes: files per way of reading ("direct", "uncached", "buffered").
+        drafted_tokens, accepted_tokens: guesses that were verified, and those that were right; ``drafters`` by whom.
+        forced_tokens: tokens that a grammar left no choice about; they took no sweep.
     """
 
     sweeps: int
@@ -66,6 +68,10 @@ class EngineStats:
     model_bytes: int
     read_modes: Mapping[str, int]
     kv: KVStats
+    drafted_tokens: int
+    accepted_tokens: int
+    forced_tokens: int
+    drafters: Mapping[str, DrafterCounters]
 
 
 class LayerStream:
@@ -77,6 +83,8 @@ class LayerStream:
         memory: ceiling for all that the engine allocates (``"3GiB"`` or bytes); ``None``: what the model wants, within
             what the machine has free.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        speculation: ``"auto"``: guesses at what comes next are verified in the sweeps, which changes no answer and
+            takes fewer of them; ``"off"``: one token per sweep.
         kv_store: where the KV of prompts outlives the process: ``"auto"`` (the user's cache folder), a folder, a
             :class:`KVStoreConfig`, or ``None`` for nowhere.
         max_context: tokens per sequence at most, if fewer than the model's own limit.
@@ -109,7 +117,7 @@ class LayerStream:
         allow_untested: bool = False,
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
-        EngineConfig.check_not_yet(host_memory, quantization, speculation, draft_model)
+        EngineConfig.check_not_yet(host_memory, quantization, draft_model)
         config = EngineConfig(
             model=str(model),
             device=device,
@@ -123,13 +131,14 @@ class LayerStream:
             allow_untested=allow_untested,
             kv_store=store_config(kv_store),
             kv_store_is_default=kv_store == "auto",
+            speculation=speculation,
         )
         if allow_untested:
             check_untested(config)
         self._progress = make_listener(progress)
         self._parts: Assembly = assemble(config, self._progress)
         parts = self._parts
-        self._loop = EngineLoop(parts.scheduler, parts.step, Sampler(), parts.weights, self._progress)
+        self._loop = EngineLoop(parts.scheduler, parts.step, parts.drafting, parts.weights, self._progress)
         self._close = weakref.finalize(self, _shut, self._loop, self._parts)
         self._encoder = PromptEncoder(
             self._parts.tokenizer, max_context=self.context_length, vocab_size=self.plan.facts.vocab_size
@@ -287,6 +296,10 @@ class LayerStream:
             model_bytes=parts.model_bytes,
             read_modes={str(mode): count for mode, count in parts.reader.stats.modes.items()},
             kv=self._kv_stats(),
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
+            forced_tokens=counters.forced_tokens,
+            drafters={name: dataclasses.replace(counted) for name, counted in parts.drafting.counters.items()},
         )
 
     def _open_store(self) -> PrefixStore:

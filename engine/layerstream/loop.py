@@ -17,12 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from layerstream.answer import Answer
-from layerstream.errors import EngineClosed, LayerStreamError
+from layerstream.draft import DraftTree
+from layerstream.errors import EngineClosed
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
 from layerstream.model.weights import ModelWeights
 from layerstream.request import Request
-from layerstream.scheduling.sampler import SampledToken, Sampler
+from layerstream.scheduling.drafting.trees import TreeDrafting
+from layerstream.scheduling.sampler import sample
 from layerstream.scheduling.scheduler import Scheduler
+from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
 from layerstream.step import SweepStep
 from layerstream.sweep import Sweep
@@ -42,6 +45,9 @@ class LoopCounters:
     prefix_hits: int = 0
     reused_tokens: int = 0
     sweep_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    forced_tokens: int = 0
 
 
 class EngineLoop:
@@ -51,14 +57,14 @@ class EngineLoop:
         self,
         scheduler: Scheduler,
         step: SweepStep,
-        sampler: Sampler,
+        drafting: TreeDrafting,
         weights: ModelWeights,
         listener: Listener | None,
     ) -> None:
         self.counters = LoopCounters()
         self._scheduler = scheduler
         self._sweep_step = step
-        self._sampler = sampler
+        self._drafting = drafting
         self._weights = weights
         self._listener = listener
         self._changed = threading.Condition()
@@ -109,7 +115,7 @@ class EngineLoop:
             self._shut_down()
 
     def _step(self) -> None:
-        sweep = self._scheduler.schedule()
+        sweep = self._scheduler.schedule(self._drafting)
         failed = self._scheduler.take_failed()
         for sequence, error in failed:
             self._drop(sequence).request.fail(error)
@@ -129,9 +135,12 @@ class EngineLoop:
             return
         if logits is None:
             return
-        tokens = self._sample(logits, sweep)
-        self._deliver(sweep, tokens, self._streamed_bytes() - streamed)
-        self._finish(started, len(tokens), self._streamed_bytes() - streamed)
+        streamed = self._streamed_bytes() - streamed
+        self._count(sweep, streamed)
+        tokens_out = sum(
+            self._continue(sequence, sweep.drafts.get(sequence), logits[rows]) for sequence, rows in sweep.logit_rows()
+        )
+        self._finish(started, tokens_out, streamed)
 
     def _wait_for_work(self) -> bool:
         """Take the inbox in, drop the cancelled; wait while there is nothing to do. False when closing."""
@@ -162,28 +171,48 @@ class EngineLoop:
         )
         return time.perf_counter(), self._streamed_bytes()
 
-    def _sample(self, logits: torch.Tensor, sweep: Sweep) -> dict[Sequence, SampledToken]:
-        """One token for each sampled sequence; a sequence whose logits are broken fails alone."""
-        tokens = {}
-        for row, sequence in enumerate(sweep.sampled):
-            try:
-                tokens[sequence] = self._sampler.sample(logits[row : row + 1], [sequence])[0]
-            except LayerStreamError as error:
-                self._drop(sequence).request.fail(error)
-        return tokens
-
-    def _deliver(self, sweep: Sweep, tokens: dict[Sequence, SampledToken], streamed_bytes: int) -> None:
-        """Tokens are drawn: tell their requests."""
+    def _count(self, sweep: Sweep, streamed_bytes: int) -> None:
+        """A sweep was computed: note who took part."""
         self.counters.tokens_in += sweep.num_tokens
-        self.counters.tokens_out += len(tokens)
-        for sequence in (sequence for sequence in tokens if sequence.num_tokens == sequence.num_prompt_tokens):
-            self.counters.prefix_hits += sequence.num_cached > 0
-            self.counters.reused_tokens += sequence.num_cached
-        for sequence in {span.sequence for _, span in sweep.spans()} & self._answers.keys():
+        for sequence in sweep.sampled:
+            if sequence.num_tokens == sequence.num_prompt_tokens:
+                self.counters.prefix_hits += sequence.num_cached > 0
+                self.counters.reused_tokens += sequence.num_cached
+        for sequence in {span.sequence for _, span in sweep.spans()}:
             self._answers[sequence].took_part(streamed_bytes)
-        for sequence, token in tokens.items():
-            if self._answers[sequence].accept(token) is not None:
-                self._drop(sequence)
+
+    def _continue(self, sequence: Sequence, tree: DraftTree | None, logits: torch.Tensor) -> int:
+        """Draw what comes after *sequence*, as far as its draft was right; an error in it is its own.
+
+        Args:
+            logits: ``(1 + nodes, vocabulary)``.
+
+        Returns:
+            Tokens that were drawn.
+        """
+        answer, before = self._answers[sequence], sequence.num_tokens
+
+        def draw(node: int) -> tuple[list[int], bool]:
+            token = sample(logits[node + 1], sequence)
+            reason = answer.accept(token)
+            return [token.token_id], reason is None
+
+        try:
+            right = verify(tree, draw)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other requests go on
+            self._drop(sequence).request.fail(error)
+            return 0
+        if tree is not None:
+            self._drafting.learn(sequence, tree, right, sequence.token_ids[before:])
+            answer.verified(len(tree), len(right))
+            self.counters.drafted_tokens += len(tree)
+            self.counters.accepted_tokens += len(right)
+        self.counters.tokens_out += sequence.num_tokens - before
+        if answer.deliver():
+            self._drop(sequence)
+        else:
+            self._sweep_step.accept(sequence, right)
+        return sequence.num_tokens - before
 
     def _finish(self, started: float, tokens_out: int, streamed_bytes: int) -> None:
         seconds = time.perf_counter() - started
@@ -200,6 +229,7 @@ class EngineLoop:
 
     def _drop(self, sequence: Sequence) -> Answer:
         self._scheduler.remove(sequence)
+        self._drafting.forget(sequence)
         return self._answers.pop(sequence)
 
     def _shut_down(self) -> None:

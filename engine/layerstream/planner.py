@@ -22,8 +22,10 @@ from layerstream.streaming.residency import (
 )
 
 CHUNK_TOKENS = 128
-STREAMING_ROWS = 16  # decode rows per row block where weights stream: compute is idle anyway
-RESIDENT_ROWS = 4  # one row is not faster than four
+STREAMING_ROWS = 32  # decode rows per row block where weights stream: compute is idle anyway
+RESIDENT_ROWS = 8  # eight rows take a tenth longer than one; guesses fill them
+MAX_DRAFT_ROWS = 128  # guesses in one sweep
+DRAFT_SHARE = 0.05  # of the budget, for their logits and KV
 MAX_SWEEP_TOKENS = 512
 ACTIVATION_SHARE = 0.2  # of the budget; past it, a sweep carries fewer tokens
 MIN_KV_TOKENS = 2 * CHUNK_TOKENS
@@ -85,6 +87,7 @@ class Plan:
         num_pages, page_tokens: KV pages; a page holds one chunk of a prompt.
         num_transit: pages that may stream from the store for sequences that do not fit those.
         activation_bytes: what a sweep computes with, at most.
+        max_draft_rows: guesses that a sweep may verify.
     """
 
     budget_bytes: int
@@ -95,6 +98,7 @@ class Plan:
     page_tokens: int
     activation_bytes: int
     max_sweep_tokens: int
+    max_draft_rows: int
     num_transit: int = 0
 
     @property
@@ -155,7 +159,11 @@ class Plan:
                 self.transit_bytes,
                 f"{self.num_transit * self.page_tokens:,} tokens more, from the store",
             ),
-            ("activations", self.activation_bytes, f"{self.max_sweep_tokens} tokens in a sweep"),
+            (
+                "activations",
+                self.activation_bytes,
+                f"{self.max_sweep_tokens} tokens and {self.max_draft_rows} guesses in a sweep",
+            ),
             ("left over", self.budget_bytes - self.planned_bytes, ""),
             ("streamed per sweep", self.streamed_bytes, "read from disk for every sweep"),
         ]
@@ -183,6 +191,9 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
     left = budget_bytes - activations - facts.compute_bytes
     if left < _least_kv_bytes(facts):
         return None
+    draft_rows = _draft_rows(facts, budget_bytes, left - _least_kv_bytes(facts))
+    activations += draft_rows * _draft_row_bytes(facts)
+    left -= draft_rows * _draft_row_bytes(facts)
     num_pages, num_transit = _num_pages(facts, left), 0
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = left - _least_kv_bytes(facts)
@@ -199,6 +210,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations,
         max_sweep_tokens=MAX_SWEEP_TOKENS,
+        max_draft_rows=draft_rows,
         num_transit=num_transit,
     )
 
@@ -210,6 +222,9 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least = floor + activations
     if least > budget_bytes:
         raise _too_small(facts, budget_bytes, least)
+    draft_rows = _draft_rows(facts, budget_bytes, budget_bytes - least)
+    activations += draft_rows * _draft_row_bytes(facts)
+    least += draft_rows * _draft_row_bytes(facts)
     least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
     for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_token_bytes
@@ -238,6 +253,7 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations + _scratch_bytes(everything),
         max_sweep_tokens=sweep_tokens,
+        max_draft_rows=draft_rows,
         num_transit=num_transit,
     )
 
@@ -322,10 +338,18 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     """What a sweep of *sweep_tokens* computes with, at most.
 
     Packed rows are there three times (in, out, embedding rows); one row block has its MLP's gate, up and product and
-    its attention's projections; sampling holds logits of one row block in the compute dtype, twice in fp32 and once in
-    fp64.
+    its attention's projections; logits of one row block are there twice, and of one row twice in fp32 and once in fp64.
     """
     packed = 3 * (sweep_tokens + facts.chunk_tokens) * facts.hidden_size * facts.itemsize
     block = facts.chunk_tokens * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
-    logits = STREAMING_ROWS * facts.vocab_size * (facts.itemsize + 4 + 4 + 8)
+    logits = facts.vocab_size * (2 * STREAMING_ROWS * facts.itemsize + 4 + 4 + 8)
     return packed + block + logits
+
+
+def _draft_row_bytes(facts: ModelFacts) -> int:
+    """What a guess takes: its logits, twice, and its KV until it is accepted."""
+    return 2 * facts.vocab_size * facts.itemsize + facts.kv_token_bytes
+
+
+def _draft_rows(facts: ModelFacts, budget_bytes: int, spare: int) -> int:
+    return min(MAX_DRAFT_ROWS, int(min(DRAFT_SHARE * budget_bytes, max(0, spare))) // _draft_row_bytes(facts))

@@ -25,6 +25,8 @@ from layerstream.checkpoint.hub import locate
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
 from layerstream.model.families import TESTED, check_supported
 from layerstream.params import SamplingParams
+from layerstream.scheduling.scheduler import Drafting
+from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -89,8 +91,10 @@ def check_untested(config: EngineConfig) -> None:
     )
 
 
-def step_greedily(parts: Assembly, prompts: Seq[Seq[int]], num_tokens: int) -> tuple[list[list[int]], list[Any]]:
-    """Answer *prompts* in shared sweeps, on this thread; no text, no stop.
+def step_greedily(
+    parts: Assembly, prompts: Seq[Seq[int]], num_tokens: int, drafting: Drafting | None = None
+) -> tuple[list[list[int]], list[Any]]:
+    """Answer *prompts* in shared sweeps, on this thread, with guesses of *drafting*; no text, no stop.
 
     Returns:
         ``num_tokens`` token ids per prompt, and the logits ``(num_tokens, vocabulary)`` that each was chosen from.
@@ -101,7 +105,7 @@ def step_greedily(parts: Assembly, prompts: Seq[Seq[int]], num_tokens: int) -> t
     for sequence in sequences:
         parts.scheduler.add(sequence)
     while parts.scheduler.num_waiting or parts.scheduler.num_running:
-        sweep = parts.scheduler.schedule()
+        sweep = parts.scheduler.schedule(drafting) if drafting else parts.scheduler.schedule()
         for _, error in parts.scheduler.take_failed():
             raise error
         if sweep is None:  # a page is being stored
@@ -112,11 +116,19 @@ def step_greedily(parts: Assembly, prompts: Seq[Seq[int]], num_tokens: int) -> t
         if rows is None:
             continue
         rows = rows.clone()
-        for sequence, row in zip(sweep.sampled, rows, strict=True):
-            logits[sequence.sequence_id].append(row)
-            sequence.token_ids.append(int(row.argmax()))
+        for sequence, own in sweep.logit_rows():
+
+            def draw(node: int, sequence: Sequence = sequence, first: int = own.start) -> tuple[list[int], bool]:
+                row = rows[first + node + 1]  # noqa: B023  # called before the next sweep
+                logits[sequence.sequence_id].append(row)
+                sequence.token_ids.append(int(row.argmax()))
+                return sequence.token_ids[-1:], sequence.num_output_tokens < num_tokens
+
+            right = verify(sweep.drafts.get(sequence), draw)
             if sequence.num_output_tokens == num_tokens:
                 parts.scheduler.remove(sequence)
+            else:
+                parts.step.accept(sequence, right)
     return [sequence.output_ids for sequence in sequences], [torch.stack(rows) for rows in logits]
 
 

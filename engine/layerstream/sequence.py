@@ -61,11 +61,16 @@ class Sequence:
         return self.num_prompt_tokens + (self.params.max_tokens or 0)
 
     @property
+    def num_pending(self) -> int:
+        """Known tokens that are still to be computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
     def is_long(self) -> bool:
         """Whether pages of its prompt stream."""
         return bool(self.slots)
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether only the newest token is still to be computed."""
-        return self.num_computed >= max(self.num_prompt_tokens, self.num_tokens - 1)
+        """Whether the prompt is computed; what is still to be computed was generated."""
+        return self.num_computed >= self.num_prompt_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence as Seq
 
 import torch
 
@@ -12,6 +13,7 @@ from layerstream.kv.store import PrefixStore
 from layerstream.model.runner import SweepRunner
 from layerstream.model.weights import ModelWeights
 from layerstream.scheduling.scheduler import Scheduler
+from layerstream.sequence import Sequence
 from layerstream.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class SweepStep:
         self._store = store
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
+        self.num_sweeps = 0
 
     def run(self, sweep: Sweep) -> torch.Tensor | None:
         """Logits of the sampled rows; the pages are committed, and those of prompts on their way to the store.
@@ -54,9 +57,11 @@ class SweepStep:
             self._scheduler.lose(lost.key)
             return None
         computed = time.perf_counter() - started - (self._waited_seconds() - waited)
+        self._scheduler.budget.observe(sweep.num_decode_blocks, sweep.num_prompt_rows, computed)
         if sweep.num_tokens >= self._scheduler.limits.chunk_tokens:
             self.prefill_tokens += sweep.num_tokens
             self.prefill_seconds += computed
+        self.num_sweeps += 1
         published_pages = self._scheduler.commit(sweep)
         if self._store is not None:
             self._store.count_loaded(len(sweep.loads))
@@ -64,6 +69,12 @@ class SweepStep:
                 num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
                 self._store.publish(published, computed * num_tokens / sweep.num_tokens)
         return logits
+
+    def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
+        """The guesses *nodes*, a path from the root of *sequence*'s draft in the last sweep, were right."""
+        if nodes:
+            self._runner.accept(sequence, nodes)
+            sequence.num_computed += len(nodes)
 
     def _waited_seconds(self) -> float:
         """How long the compute has waited for the disk so far."""

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reader.documents import UNITS, write_demo
-from benchmarks.reader.facts import NOT_FOUND, Fact, draw_question, draw_sheets, render_document, write_sentences
+from benchmarks.reader.facts import (
+    NOT_FOUND,
+    Fact,
+    draw_question,
+    draw_sentences,
+    draw_sheets,
+    render_document,
+    write_sentences,
+)
 from benchmarks.reader.prompts import END, WRAPPERS, draw_sample
 from benchmarks.reader.relations import BY_KIND, BY_NAME, RELATIONS
 
@@ -77,7 +85,7 @@ def test_documents_state_all_facts() -> None:
     for seed in SEEDS:
         rng = random.Random(seed)
         for sheet in draw_sheets(rng, 12):
-            page = render_document(sheet.entity, sheet.facts, rng)
+            page = render_document(sheet.entity, draw_sentences(sheet.facts, rng), rng)
             assert all(fact.value in page for fact in sheet.facts)
 
 

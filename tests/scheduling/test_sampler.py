@@ -7,7 +7,7 @@ import pytest
 import torch
 from layerstream.errors import InvalidLogits
 from layerstream.params import SamplingParams
-from layerstream.scheduling.sampler import Sampler, processed_distribution
+from layerstream.scheduling.sampler import processed_distribution, sample
 from layerstream.sequence import Sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -51,11 +51,10 @@ def test_the_distribution_is_transformers(fields: dict[str, float]) -> None:
 @pytest.mark.parametrize("fields", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.1}, {"repetition_penalty": 1.5}])
 def test_draws_follow_the_distribution(fields: dict[str, float]) -> None:
     logits, count = draw_logits(3), 4000
-    sampler = Sampler()
     found = np.zeros(VOCAB)
     for seed in range(count):
         sequence = make(SamplingParams(temperature=1.0, seed=seed, **fields), [4])  # type: ignore[arg-type]
-        found[sampler.sample(logits[None], [sequence])[0].token_id] += 1
+        found[sample(logits, sequence).token_id] += 1
     expected = processed_distribution(logits, sequence) * count
     assert not found[expected == 0].any()
     likely = expected > 5
@@ -64,43 +63,42 @@ def test_draws_follow_the_distribution(fields: dict[str, float]) -> None:
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
-    sampler, logits = Sampler(), torch.stack([draw_logits(i) for i in range(4)])
+    logits = torch.stack([draw_logits(i) for i in range(4)])
     sequences = [make(SamplingParams(temperature=1.5, seed=7 + i), [1] * i) for i in range(4)]
-    together = [token.token_id for token in sampler.sample(logits, sequences)]
-    alone = [sampler.sample(logits[i : i + 1], [sequences[i]])[0].token_id for i in reversed(range(4))]
+    together = [sample(row, sequence).token_id for row, sequence in zip(logits, sequences, strict=True)]
+    alone = [sample(logits[i], sequences[i]).token_id for i in reversed(range(4))]
     assert together == alone[::-1]
     positions = {
-        sampler.sample(torch.zeros(1, VOCAB), [make(SamplingParams(temperature=1.0, seed=1), [1] * n)])[0].token_id
-        for n in range(40)
+        sample(torch.zeros(VOCAB), make(SamplingParams(temperature=1.0, seed=1), [1] * n)).token_id for n in range(40)
     }
     assert len(positions) > 6
 
 
 def test_greedy_takes_the_lowest_of_the_best() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
-    assert Sampler().sample(logits, [make(SamplingParams(temperature=0.0))])[0].token_id == 1
+    assert sample(logits[0], make(SamplingParams(temperature=0.0))).token_id == 1
 
 
 def test_presence_and_frequency_count_the_output_only() -> None:
     logits = torch.zeros(1, 6)
     logits[0, 5], logits[0, 4], logits[0, 3] = 1.0, 0.9, 0.85
     params = SamplingParams(temperature=0.0, presence_penalty=0.12)
-    assert Sampler().sample(logits, [make(params, prompt=[5, 5])])[0].token_id == 5
-    assert Sampler().sample(logits, [make(params, [5])])[0].token_id == 4
+    assert sample(logits[0], make(params, prompt=[5, 5])).token_id == 5
+    assert sample(logits[0], make(params, [5])).token_id == 4
     params = SamplingParams(temperature=0.0, frequency_penalty=0.08)
-    assert Sampler().sample(logits, [make(params, [5, 4])])[0].token_id == 5
-    assert Sampler().sample(logits, [make(params, [5, 5, 4])])[0].token_id == 3
+    assert sample(logits[0], make(params, [5, 4])).token_id == 5
+    assert sample(logits[0], make(params, [5, 5, 4])).token_id == 3
 
 
 def test_logprobs_are_the_models_own() -> None:
     logits = draw_logits(5)
     params = SamplingParams(temperature=0.0, repetition_penalty=5.0, logprobs=3)
-    token = Sampler().sample(logits[None], [make(params)])[0]
+    token = sample(logits, make(params))
     expected = torch.log_softmax(logits, -1)
     assert token.logprob is not None
     assert token.logprob.logprob == pytest.approx(float(expected[token.token_id]))
     assert [id_ for id_, _ in token.logprob.top] == torch.topk(expected, 3).indices.tolist()
-    none = Sampler().sample(logits[None], [make(SamplingParams(temperature=0.0, logprobs=0))])[0].logprob
+    none = sample(logits, make(SamplingParams(temperature=0.0, logprobs=0))).logprob
     assert none is not None
     assert none.top == ()
 
@@ -108,4 +106,4 @@ def test_logprobs_are_the_models_own() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_unusable_logits_are_refused(bad: float) -> None:
     with pytest.raises(InvalidLogits, match="sequence 0"):
-        Sampler().sample(torch.full((1, 4), bad), [make(SamplingParams())])
+        sample(torch.full((4,), bad), make(SamplingParams()))

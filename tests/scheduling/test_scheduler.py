@@ -49,10 +49,10 @@ def test_prompts_are_chunked_from_position_zero_and_decodes_share_a_block() -> N
     assert sweep.sampled_rows == (18, 21)
     commit(scheduler, sweep)
     sweep = scheduler.schedule()
-    assert shape(sweep) == [([(0, 19, 20), (1, 3, 4)], 4), ([(2, 0, 8)], 8), ([(2, 8, 9)], 1)]
+    assert shape(sweep) == [([(2, 0, 8)], 8), ([(2, 8, 9)], 1), ([(0, 19, 20), (1, 3, 4)], 4)]
     assert sweep is not None
-    assert sweep.sampled_rows == (0, 1, 12)
-    assert sweep.blocks[0].num_padding == 2
+    assert sweep.sampled_rows == (9, 10, 8)
+    assert sweep.blocks[2].num_padding == 2
 
 
 def test_one_sequence_per_block_where_the_model_needs_it() -> None:

@@ -5,7 +5,8 @@ sequences has none that transformers could build: causality, ``sliding_window``,
 what otherwise only the mask carries (Llama 4's ``attention_chunk_size``) are applied here.
 
 What a row attends to depends on its position alone, and the kernel is called with the shape of its own span, so
-neighbours in the sweep change no bit.
+neighbours in the sweep change no bit. A guess attends like the decode row that it would be if it were right: one row,
+over its sequence's keys with its own path in their place, so being verified in a tree changes no bit either.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from layerstream.model.context import SweepContext, current
+from layerstream.sequence import Sequence
 from layerstream.sweep import Span
 
 IMPLEMENTATION = "layerstream"
@@ -65,13 +67,14 @@ def attend(
     latent = getattr(module, "kv_lora_rank", None) is not None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = query.new_zeros((query.shape[2], query.shape[1], value.shape[3]))
+    past = None if latent else _Past(context, layer, window, chunk)
     for row, span in context.spans():
         rows = slice(row, row + len(span))
         first = _first_visible(span.start, window, chunk)
-        if latent:
+        if past is None:
             keys, values = key[0, :, first : span.stop], value[0, :, first : span.stop]
         else:
-            keys, values = context.states[layer].read(span.sequence.pages, first, span.stop)
+            keys, values = past.read(span, first)
         mask = _mask(context, span, first, window, chunk, query.shape[1] // keys.shape[0], query.device)
         grouped = query[0, :, rows].reshape(keys.shape[0], -1, query.shape[3])  # (kv heads, group · T, width)
         if softcap is None and s_aux is None and not _prefers_products(query, len(span)):
@@ -81,6 +84,33 @@ def attend(
             result = _attend_by_head(grouped, keys, values, mask, first_masked, scale, softcap, s_aux)
         out[rows] = result.reshape(query.shape[1], len(span), -1).transpose(0, 1)
     return out[None], None
+
+
+class _Past:
+    """Keys and values of the sequences in hand, each gathered once for all of its rows."""
+
+    def __init__(self, context: SweepContext, layer: int, window: int | None, chunk: int | None) -> None:
+        self._context = context
+        self._layer = layer
+        bounds: dict[Sequence, tuple[int, int]] = {}
+        for _, span in context.spans():
+            first, stop = bounds.get(span.sequence, (span.start, span.stop))
+            visible = _first_visible(span.start, window, chunk)
+            bounds[span.sequence] = min(first, visible), max(stop, span.stop)
+        state = context.states[layer]
+        self._first = {sequence: first for sequence, (first, _) in bounds.items()}
+        self._gathered = {sequence: state.read(sequence.pages, *bound) for sequence, bound in bounds.items()}
+        self._placed: dict[Sequence, tuple[int, ...]] = {}
+
+    def read(self, span: Span, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(heads, L, width)`` from position *first* to the end of *span*, its own path in it if it is a guess."""
+        sequence, start = span.sequence, self._first[span.sequence]
+        keys, values = self._gathered[sequence]
+        if span.is_drafted:
+            self._placed[sequence] = self._context.drafted.place(
+                self._layer, span, keys, values, start, self._placed.get(sequence, ())
+            )
+        return keys[:, first - start : span.stop - start], values[:, first - start : span.stop - start]
 
 
 def _locality(module: torch.nn.Module, layer: int, sliding_window: int | None) -> tuple[int | None, int | None]:

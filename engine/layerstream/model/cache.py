@@ -13,9 +13,9 @@ from layerstream.model.context import current
 class PagedCache:
     """Quacks like transformers' ``Cache`` as far as attention modules and mask helpers look.
 
-    ``update`` appends the new rows of every span in hand to its sequence's pages. It returns its arguments, and the
-    attention function reads the pages itself; for models that cache latents and expand them afterwards (*latent*), it
-    returns past and new rows of the one sequence in hand.
+    ``update`` appends the new rows of every span in hand to its sequence's pages, guesses beside them. It returns its
+    arguments, and the attention function reads the pages itself; for models that cache latents and expand them
+    afterwards (*latent*), it returns past and new rows of the one sequence in hand.
     """
 
     is_compileable = False
@@ -31,12 +31,17 @@ class PagedCache:
         context = current()
         state = context.state(layer_idx)
         for row, span in context.spans():
+            if span.is_drafted:
+                context.drafted.put(layer_idx, span, key_states[0, :, row], value_states[0, :, row])
+                continue
             rows = slice(row, row + len(span))
             state.append(span.sequence.pages, span.start, key_states[0, :, rows], value_states[0, :, rows])
         if not self._latent:
             return key_states, value_states
         span = self._only_span("expands cached latents")
         keys, values = state.read(span.sequence.pages, 0, span.stop)
+        if span.is_drafted:
+            context.drafted.place(layer_idx, span, keys, values, 0, ())
         return keys[None], values[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.loader import PageLoader
 from layerstream.kv.state import LayerState
 from layerstream.sweep import RowBlock, Span, Sweep
@@ -29,6 +30,7 @@ class SweepContext:
         loader: brings the stored pages that the sweep needs; ``None`` if it needs none.
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
+        drafted: keys and values of the sweep's guesses.
     """
 
     sweep: Sweep
@@ -36,8 +38,10 @@ class SweepContext:
     loader: PageLoader | None = None
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
+    drafted: DraftedRows = field(init=False)
 
     def __post_init__(self) -> None:
+        self.drafted = DraftedRows(self.sweep.drafts)
         row = 0
         for block in self.sweep.blocks:
             self.active.append((row, block))

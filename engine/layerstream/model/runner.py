@@ -8,12 +8,14 @@ that what it does to logits (scaling, soft caps) is done by it, in one shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.loader import PageLoader
 from layerstream.kv.state import LayerState
 from layerstream.model.cache import PagedCache
@@ -23,6 +25,7 @@ from layerstream.model.families import latent_width
 from layerstream.model.linear import padded_blocks
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import ModelWeights
+from layerstream.sequence import Sequence
 from layerstream.sweep import Sweep
 
 
@@ -51,12 +54,14 @@ class SweepRunner:
         self._states = states
         self._head_rows = head_rows
         self._loader = loader
+        self._drafted = DraftedRows({})
         self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
         self._decode = skeleton.decoder.forward
         self._stubs = _Stubs(skeleton)
 
     def run(self, sweep: Sweep) -> torch.Tensor:
-        """Logits ``(len(sweep.sampled), vocabulary)`` of the sampled rows; new KV rows are in the pages.
+        """Logits ``(len(sweep.sampled_rows), vocabulary)`` of the sampled rows; new KV rows are in the pages, those of
+        guesses wait for :meth:`accept`.
 
         After an error the ring is empty and the sweep had no effect that a later one could see: rows in the pages past
         a sequence's ``num_computed`` are written again.
@@ -69,7 +74,8 @@ class SweepRunner:
         try:
             if loader is not None:
                 loader.begin(sweep.loads)
-            with torch.inference_mode(), sweeping(SweepContext(sweep, self._states, loader)):
+            with torch.inference_mode(), sweeping(SweepContext(sweep, self._states, loader)) as context:
+                self._drafted = context.drafted
                 if streamer is not None:
                     streamer.begin(with_tail=bool(sweep.sampled))
                 hidden = self._decode(**self._inputs(sweep)).last_hidden_state
@@ -86,12 +92,17 @@ class SweepRunner:
                 streamer.abort()
             raise
 
+    def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
+        """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages."""
+        with torch.inference_mode():
+            self._drafted.accept(self._states, sequence, nodes, sequence.num_computed)
+
     def _inputs(self, sweep: Sweep) -> dict[str, Any]:
         token_ids: list[int] = []
         rows: list[int] = []
         positions = torch.zeros((1, sweep.num_rows), dtype=torch.long)
         for row, span in sweep.spans():
-            token_ids.extend(span.sequence.token_ids[span.start : span.stop])
+            token_ids.extend(sweep.token_ids(span))
             rows.extend(range(row, row + len(span)))
             positions[0, row : row + len(span)] = torch.arange(span.start, span.stop)
         distinct, indices = self._embedding.gather(token_ids)

@@ -7,7 +7,6 @@ whatever the order of the batch: every row is processed by itself, and no state 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,17 +37,27 @@ class SampledToken:
     logprob: TokenLogprob | None
 
 
-class Sampler:
-    """Draws the next token of sequences."""
+def sample(logits: torch.Tensor, sequence: Sequence) -> SampledToken:
+    """The next token of *sequence*.
 
-    def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
-        """One token per row of *logits* ``(n, vocabulary)``, any float dtype and device; row i is ``sequences[i]``'s.
+    Args:
+        logits: ``(vocabulary,)``, any float dtype and device.
 
-        Raises:
-            InvalidLogits: a row has NaN or +inf, or is -inf throughout; names the sequence. (-inf in places is how
-                models rule tokens out.)
-        """
-        return [_sample_row(row.float(), sequence) for row, sequence in zip(logits, sequences, strict=True)]
+    Raises:
+        InvalidLogits: NaN or +inf, or -inf throughout; names the sequence. (-inf in places is how models rule tokens
+            out.)
+    """
+    logits = logits.float()
+    if not torch.isfinite(logits.max()):  # NaN and +inf win every comparison
+        raise InvalidLogits(
+            f"the model gave no usable logits for sequence {sequence.sequence_id} at position {sequence.num_tokens}: "
+            "weights are damaged, or the dtype overflows (try dtype='float32')"
+        )
+    if sequence.params.is_greedy:
+        token_id = int(torch.argmax(_penalise(logits, sequence)))  # the lowest id on ties
+    else:
+        token_id = _draw(processed_distribution(logits, sequence), sequence)
+    return SampledToken(token_id, _logprob(logits, token_id, sequence.params.logprobs))
 
 
 def processed_distribution(logits: torch.Tensor, sequence: Sequence) -> np.ndarray:
@@ -69,19 +78,6 @@ def processed_distribution(logits: torch.Tensor, sequence: Sequence) -> np.ndarr
     for processor in _processors(sequence.params):
         scores = processor(_NO_IDS, scores)  # pyright: ignore[reportArgumentType]
     return torch.softmax(scores[0].cpu().double(), dim=-1).numpy()
-
-
-def _sample_row(logits: torch.Tensor, sequence: Sequence) -> SampledToken:
-    if not torch.isfinite(logits.max()):  # NaN and +inf win every comparison
-        raise InvalidLogits(
-            f"the model gave no usable logits for sequence {sequence.sequence_id} at position {sequence.num_tokens}: "
-            "weights are damaged, or the dtype overflows (try dtype='float32')"
-        )
-    if sequence.params.is_greedy:
-        token_id = int(torch.argmax(_penalise(logits, sequence)))  # the lowest id on ties
-    else:
-        token_id = _draw(processed_distribution(logits, sequence), sequence)
-    return SampledToken(token_id, _logprob(logits, token_id, sequence.params.logprobs))
 
 
 def _penalise(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:

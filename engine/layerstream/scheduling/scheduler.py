@@ -14,10 +14,12 @@ Rules:
 * a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
   blocks: every layer appends a block's KV before it turns to the next block. Owners are older than sharers, so the
   oldest sequence never waits for another;
-* every admitted sequence whose prompt is computed gets its newest token into every sweep; such rows share row blocks
-  of ``decode_rows`` rows, padded;
+* every admitted sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it
+  into the sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
 * prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
   many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep;
+* guesses (:mod:`layerstream.draft`) follow their sequence's newest token as decode rows, as many as there is room for;
+  a sequence never gets guesses past its longest answer;
 * a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
   (:mod:`layerstream.scheduling.spill`);
 * a removed sequence is in no later sweep and its pages are free at once.
@@ -26,11 +28,16 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
+from layerstream.draft import DraftTree
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
+from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.spill import Spill
 from layerstream.sequence import Sequence
 from layerstream.sweep import PageLoad, RowBlock, Span, Sweep
@@ -45,12 +52,37 @@ class SweepLimits:
         chunk_tokens: prompt tokens per row block.
         decode_rows: rows per row block of decoding sequences.
         one_sequence_per_block: never put rows of two sequences into one row block.
+        max_draft_rows: guesses in one sweep.
     """
 
     max_tokens: int = 512
     chunk_tokens: int = 128
-    decode_rows: int = 16
+    decode_rows: int = 32
     one_sequence_per_block: bool = False
+    max_draft_rows: int = 128
+
+    @property
+    def rows_per_block(self) -> int:
+        """Spans that a decode block takes."""
+        return 1 if self.one_sequence_per_block else self.decode_rows
+
+
+class Drafting(Protocol):
+    """Where guesses come from."""
+
+    def propose(
+        self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int
+    ) -> Mapping[Sequence, DraftTree]:
+        """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
+        ...
+
+
+class _NoDrafting:
+    def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
+        return {}
+
+
+_NO_DRAFTING = _NoDrafting()
 
 
 class Scheduler:
@@ -58,11 +90,19 @@ class Scheduler:
 
     Args:
         store: what outlives the process; ``None``: prefixes are shared in memory alone.
+        read_seconds: what reading the streamed weights of a sweep takes.
     """
 
-    def __init__(self, limits: SweepLimits, pool: PagePool, store: SpillStore | None = None) -> None:
+    def __init__(
+        self,
+        limits: SweepLimits,
+        pool: PagePool,
+        store: SpillStore | None = None,
+        read_seconds: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
         self.limits = limits
+        self.budget = SweepBudget(limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds)
         self.pool = pool
         self._store = store
         self._held_by_store: list[int] = []
@@ -102,29 +142,35 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def schedule(self) -> Sweep | None:
-        """The next sweep, or ``None`` when nothing is there to run."""
+    def schedule(self, drafting: Drafting = _NO_DRAFTING) -> Sweep | None:
+        """The next sweep, with guesses of *drafting*; ``None`` when nothing is there to run."""
         self._release_stored()
         self._settle()
         self._admit()
-        decoding = [sequence for sequence in self._running if sequence.is_prefilled]
-        blocks = self._decode_blocks(decoding)
-        sampled = list(decoding)
-        room = self.limits.max_tokens - len(decoding)
+        chunks: list[RowBlock] = []
+        ready = [sequence for sequence in self._running if sequence.is_prefilled]
+        num_decoded = sum(sequence.num_pending for sequence in ready)
+        room = self.limits.max_tokens - num_decoded
+        if ready:
+            room = self.budget.prompt_tokens(self.budget.blocks_for(num_decoded), room, self.limits.chunk_tokens)
         planned: dict[Sequence, int] = {}
         for sequence in self._running:
             if sequence.is_prefilled or self._is_ahead(sequence, planned):
                 continue
-            if room > 0 or not blocks:
-                chunks = self._chunks(sequence, room if blocks else max(room, 1))
-                if not chunks:  # a long sequence whose frames are still being written
+            if room > 0 or not (chunks or ready):
+                own = self._chunks(sequence, max(room, 1))
+                if not own:  # a long sequence whose frames are still being written
                     continue
-                blocks.extend(chunks)
-                planned[sequence] = chunks[-1].spans[0].stop
-                room -= sum(block.num_rows for block in chunks)
-                if planned[sequence] == sequence.num_tokens:
-                    sampled.append(sequence)
-        return Sweep(tuple(blocks), tuple(sampled), self._loads(blocks)) if blocks else None
+                chunks.extend(own)
+                planned[sequence] = own[-1].spans[0].stop
+                room -= sum(block.num_rows for block in own)
+                if planned[sequence] == sequence.num_prompt_tokens:
+                    ready.append(sequence)
+        spans = [span for sequence in ready for span in self._decode_spans(sequence)]
+        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
+        spans += [span for sequence, tree in drafts.items() for span in _draft_spans(sequence, tree)]
+        blocks = [*chunks, *self._decode_blocks(spans)]
+        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts) if blocks else None
 
     def commit(self, sweep: Sweep) -> list[Published]:
         """The rows of *sweep* are in their pages: sequences advance, and whole pages of prompts may be shared.
@@ -134,8 +180,8 @@ class Scheduler:
             them.
         """
         self.prefixes.loaded(load for load in sweep.loads if not self.pool.is_transit(load.page))
-        before = {span.sequence: span.sequence.num_computed for _, span in sweep.spans()}
-        for _, span in sweep.spans():
+        before = {span.sequence: span.sequence.num_computed for _, span in sweep.known_spans()}
+        for _, span in sweep.known_spans():
             span.sequence.num_computed = span.stop
         found = [self._publish(sequence, start) for sequence, start in before.items()]
         published = [item for item in found if item is not None]
@@ -279,9 +325,13 @@ class Scheduler:
             for position, owner in self.prefixes.owners(sequence.prefix_keys[: sequence.num_computed // size])
         )
 
-    def _decode_blocks(self, decoding: list[Sequence]) -> list[RowBlock]:
-        per_block = 1 if self.limits.one_sequence_per_block else self.limits.decode_rows
-        spans = [Span(sequence, sequence.num_computed, sequence.num_tokens) for sequence in decoding]
+    def _decode_spans(self, sequence: Sequence) -> list[Span]:
+        """One for each token behind the prompt that is still to be computed."""
+        first = max(sequence.num_computed, sequence.num_prompt_tokens)
+        return [Span(sequence, position, position + 1) for position in range(first, sequence.num_tokens)]
+
+    def _decode_blocks(self, spans: list[Span]) -> list[RowBlock]:
+        per_block = self.limits.rows_per_block
         return [
             RowBlock(tuple(spans[at : at + per_block]), self.limits.decode_rows)
             for at in range(0, len(spans), per_block)
@@ -291,11 +341,16 @@ class Scheduler:
         """Chunks of *sequence* that start within the next *room* tokens."""
         blocks = []
         start, size = sequence.num_computed, self.limits.chunk_tokens
-        while start < sequence.num_tokens and room > 0:
-            stop = min(start // size * size + size, sequence.num_tokens)
+        while start < sequence.num_prompt_tokens and room > 0:
+            stop = min(start // size * size + size, sequence.num_prompt_tokens)
             if sequence.is_long and not self._spill.frames(sequence, start // size):
                 break
             blocks.append(RowBlock((Span(sequence, start, stop),), stop - start))
             room -= stop - start
             start = stop
         return blocks
+
+
+def _draft_spans(sequence: Sequence, tree: DraftTree) -> list[Span]:
+    newest = sequence.num_tokens - 1
+    return [Span(sequence, newest + depth, newest + depth + 1, node) for node, depth in enumerate(tree.depths)]

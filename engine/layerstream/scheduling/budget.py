@@ -1,0 +1,74 @@
+"""How much a sweep may carry: what computes while the bytes arrive is free. Pure.
+
+A sweep takes ``max(read, compute)`` seconds: *read* for its streamed weights at the link's rate, *compute* for its row
+blocks. While compute is the smaller one, more rows cost nothing (the design's N*); past that they are worth it only if
+they bring more tokens per second than the sweep without them. What a row block takes is measured, sweep by sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+MARGIN = 0.9  # of the read: what the compute may take and still hide behind it
+NEW_SHARE = 0.3  # what the newest measurement counts
+UNKNOWN_BLOCK_SHARE = 0.5  # of a sweep, for a row block, before anything was measured
+
+
+class SweepBudget:
+    """Follows what sweeps take.
+
+    Args:
+        decode_rows: rows per decode block.
+        per_block: how many of them may be used.
+        max_draft_rows: guesses in one sweep at most; memory is set aside for them.
+        read_seconds: what reading the streamed weights of one sweep takes; 0 where everything is resident.
+    """
+
+    def __init__(
+        self, decode_rows: int, per_block: int, max_draft_rows: int, read_seconds: Callable[[], float]
+    ) -> None:
+        self.decode_rows = decode_rows
+        self.per_block = per_block
+        self.max_draft_rows = max_draft_rows
+        self._read_seconds = read_seconds
+        self._block_seconds: float | None = None
+        self._token_seconds: float | None = None
+
+    def observe(self, num_blocks: int, num_prompt_rows: int, compute_seconds: float) -> None:
+        """A sweep with *num_blocks* decode blocks and *num_prompt_rows* computed for that long."""
+        if not num_prompt_rows and num_blocks:
+            self._block_seconds = _mixed(self._block_seconds, compute_seconds / num_blocks)
+        elif num_prompt_rows:
+            rest = compute_seconds - num_blocks * (self._block_seconds or 0.0)
+            self._token_seconds = _mixed(self._token_seconds, max(rest, 0.0) / num_prompt_rows)
+
+    def blocks_for(self, num_rows: int) -> int:
+        """Decode blocks that *num_rows* need."""
+        return -(-num_rows // self.per_block)
+
+    def seconds(self, num_blocks: int, num_prompt_rows: int) -> float:
+        """What a sweep takes, as far as it is known."""
+        compute = num_blocks * self._a_block() + num_prompt_rows * (self._token_seconds or 0.0)
+        return max(self._read_seconds(), compute / MARGIN)
+
+    def is_worth(self, num_blocks: int, num_prompt_rows: int, tokens: float, more_tokens: float) -> bool:
+        """Whether one block more than *num_blocks*, which brings *more_tokens* beside *tokens*, pays."""
+        before = self.seconds(num_blocks, num_prompt_rows)
+        after = self.seconds(num_blocks + 1, num_prompt_rows)
+        return (tokens + more_tokens) * before > tokens * after
+
+    def prompt_tokens(self, num_blocks: int, most: int, least: int) -> int:
+        """Prompt tokens beside *num_blocks* decode blocks: what is free, within ``[least, most]``."""
+        if self._token_seconds is None or not self._read_seconds():
+            return most
+        free = MARGIN * self._read_seconds() - num_blocks * self._a_block()
+        return int(min(most, max(least, free / max(self._token_seconds, 1e-9))))
+
+    def _a_block(self) -> float:
+        if self._block_seconds is None:
+            return UNKNOWN_BLOCK_SHARE * self._read_seconds()
+        return self._block_seconds
+
+
+def _mixed(old: float | None, new: float) -> float:
+    return new if old is None else old + NEW_SHARE * (new - old)

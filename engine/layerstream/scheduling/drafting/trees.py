@@ -1,0 +1,186 @@
+"""Grows draft trees: the most probable guesses of all drafters over all sequences, as many as a sweep has room for.
+
+A node's probability is that of its path: each step is how often its drafter is right at such a place, as measured,
+times the guess's share. Growing takes the most probable node next, so parents come first, and a tree is as deep or as
+wide as its probabilities say. Where drafters guess the same token, the surer one counts, and both go on from there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerstream.draft import ROOT, DraftTree
+from layerstream.scheduling.budget import SweepBudget
+from layerstream.scheduling.drafting.acceptance import Acceptance
+from layerstream.scheduling.drafting.base import Drafter
+from layerstream.sequence import Sequence
+
+LEAST_PROBABILITY = 0.004
+
+Allowed = Callable[[Sequence, tuple[int, ...]], bool]
+"""Whether the tokens may follow a sequence."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """A guess on its way into a tree; ``states`` has those of the drafters that made it."""
+
+    sequence: Sequence
+    parent: _Node | None
+    token_id: int
+    probability: float
+    source: str
+    states: list[tuple[Drafter, Any]]
+    path: tuple[int, ...]
+    children: list[_Node] = field(default_factory=list)
+    places: list[tuple[str, str, frozenset[int]]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class DrafterCounters:
+    """Guesses of one drafter that were verified, and those that were right."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+class TreeDrafting:
+    """The drafters of an engine.
+
+    Args:
+        is_allowed: asked before a guess enters a tree (a grammar may rule it out).
+    """
+
+    def __init__(
+        self, drafters: Seq[Drafter], budget: SweepBudget, is_allowed: Allowed = lambda sequence, path: True
+    ) -> None:
+        self.counters = {drafter.name: DrafterCounters() for drafter in drafters}
+        self._drafters = drafters
+        self._budget = budget
+        self._is_allowed = is_allowed
+        self._acceptance = Acceptance()
+        self._numbers = itertools.count()
+        self._places: dict[Sequence, dict[int, list[tuple[str, str, frozenset[int]]]]] = {}
+
+    def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
+        """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
+        roots = [root for sequence in sequences if (root := self._root(sequence)) is not None]
+        if not roots:
+            return {}
+        chosen = self._choose(roots, len(sequences), num_decoded, num_prompt_tokens)
+        self._places = {}
+        trees = {}
+        for root in roots:
+            ordered: list[_Node] = []
+            _collect(root, chosen, ordered)
+            numbers = {id(node): number for number, node in enumerate(ordered)}
+            if not ordered:
+                continue
+            trees[root.sequence] = DraftTree(
+                tuple(node.token_id for node in ordered),
+                tuple(numbers.get(id(node.parent), ROOT) for node in ordered),
+                tuple(node.source for node in ordered),
+            )
+            self._places[root.sequence] = {numbers.get(id(node), ROOT): node.places for node in (root, *ordered)}
+        return trees
+
+    def learn(self, sequence: Sequence, tree: DraftTree, right: Seq[int], drawn: Seq[int]) -> None:
+        """The sweep is over: nodes *right* of *tree* were right; *drawn* came after the root and after each of them."""
+        accepted = set(right)
+        for node, source in enumerate(tree.sources):
+            self.counters[source].drafted += 1
+            self.counters[source].accepted += node in accepted
+        places = self._places.pop(sequence, {})
+        for node, token in zip((ROOT, *right), drawn, strict=False):
+            for drafter, kind, tokens in places.get(node, ()):
+                self._acceptance.record(drafter, kind, token in tokens)
+
+    def forget(self, sequence: Sequence) -> None:
+        """*sequence* is gone."""
+        for drafter in self._drafters:
+            drafter.forget(sequence)
+        self._places.pop(sequence, None)
+
+    def _root(self, sequence: Sequence) -> _Node | None:
+        if sequence.max_num_tokens - sequence.num_tokens < 2:
+            return None  # one token more, and it ends
+        states = [(drafter, state) for drafter in self._drafters if (state := drafter.begin(sequence)) is not None]
+        return _Node(sequence, None, ROOT, 1.0, "", states, ()) if states else None
+
+    def _choose(self, roots: Seq[_Node], num_sequences: int, num_decoded: int, num_prompt_tokens: int) -> set[int]:
+        """The nodes, by id, that are worth their rows."""
+        budget = self._budget
+        num_blocks = budget.blocks_for(num_decoded)
+        room = num_blocks * budget.per_block - num_decoded
+        tokens = float(num_sequences)
+        chosen: set[int] = set()
+        waiting: list[tuple[float, int, _Node]] = []
+        for root in roots:
+            self._expand(root, waiting)
+        block: list[_Node] = []
+        while waiting and len(chosen) + len(block) < budget.max_draft_rows:
+            _, _, node = heapq.heappop(waiting)
+            block.append(node)
+            self._expand(node, waiting)
+            if len(block) == (room or budget.per_block):
+                tokens, num_blocks, is_taken = self._take(block, room, tokens, num_blocks, num_prompt_tokens)
+                if not is_taken:
+                    return chosen
+                chosen.update(map(id, block))
+                block, room = [], 0
+        if block and self._take(block, room, tokens, num_blocks, num_prompt_tokens)[2]:
+            chosen.update(map(id, block))
+        return chosen
+
+    def _take(
+        self, block: Seq[_Node], room: int, tokens: float, num_blocks: int, num_prompt_tokens: int
+    ) -> tuple[float, int, bool]:
+        """Tokens and blocks with *block*, and whether it pays; the *room* in the last block there is costs nothing."""
+        more = sum(node.probability for node in block)
+        if room:
+            return tokens + more, num_blocks, True
+        is_worth = self._budget.is_worth(num_blocks, num_prompt_tokens, tokens, more)
+        return tokens + more, num_blocks + 1, is_worth
+
+    def _expand(self, node: _Node, waiting: list[tuple[float, int, _Node]]) -> None:
+        """Put the children of *node* among those *waiting*."""
+        sequence = node.sequence
+        if sequence.num_tokens + len(node.path) + 1 >= sequence.max_num_tokens:
+            return
+        children: dict[int, _Node] = {}
+        for drafter, state in node.states:
+            found = drafter.expand(state)
+            if not found.guesses:
+                continue
+            tokens = frozenset(guess.token_id for guess in found.guesses)
+            node.places.append((drafter.name, found.kind, tokens))
+            rate = self._acceptance.rate(drafter.name, found.kind, found.prior)
+            for guess in found.guesses:
+                probability = node.probability * rate * guess.share
+                child = children.get(guess.token_id)
+                if child is None:
+                    path = (*node.path, guess.token_id)
+                    child = _Node(sequence, node, guess.token_id, probability, drafter.name, [], path)
+                    children[guess.token_id] = child
+                elif probability > child.probability:
+                    child.probability, child.source = probability, drafter.name
+                child.states.append((drafter, guess.state))
+        for child in children.values():
+            if child.probability >= LEAST_PROBABILITY and self._is_allowed(sequence, child.path):
+                node.children.append(child)
+                heapq.heappush(waiting, (-child.probability, next(self._numbers), child))
+
+
+def _collect(node: _Node, chosen: set[int], ordered: list[_Node]) -> None:
+    """Append the chosen descendants of *node*, depth first, the most probable first."""
+    stack = [node]
+    while stack:
+        top = stack.pop()
+        if top is not node:
+            ordered.append(top)
+        stack.extend(sorted((child for child in top.children if id(child) in chosen), key=lambda c: c.probability))
