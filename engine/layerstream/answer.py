@@ -53,17 +53,42 @@ class Answer:
 
     def accept(self, token: SampledToken) -> FinishReason | None:
         """Append *token* to the sequence, and say whether that was the end; :meth:`deliver` tells the request."""
-        if self.first_token_seconds is None:
-            self.first_token_seconds = time.perf_counter() - self.submitted
         self.sequence.token_ids.append(token.token_id)
+        if self.sequence.constraint is not None:
+            self.sequence.constraint.accept(token.token_id)
         if token.logprob is not None:
             self.logprobs.append(token.logprob)
         fresh, self._reason = self._read(token.token_id)
         self.text += fresh
         return self._reason
 
+    def force(self) -> list[int]:
+        """Append what the grammar leaves no choice about; those tokens. (None where log-probabilities are wanted.)"""
+        constraint, forced = self.sequence.constraint, []
+        if constraint is None or self.sequence.params.logprobs is not None:
+            return forced
+        while self._reason is None and (tokens := constraint.forced()):
+            for token_id in tokens:
+                if self._reason is None:
+                    self.accept(SampledToken(token_id, None))
+                    forced.append(token_id)
+        self.num_forced += len(forced)
+        return forced
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was delivered yet."""
+        return self.first_token_seconds is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a token was the last one."""
+        return self._reason is not None
+
     def deliver(self) -> bool:
         """Tell the request what came since the last time; whether that was the end."""
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.perf_counter() - self.submitted
         text, token_ids = self.text[self._num_shown :], self.sequence.output_ids[self._num_delivered :]
         self._num_shown, self._num_delivered = len(self.text), self.sequence.num_output_tokens
         completion = self._complete(self._reason) if self._reason else None
@@ -82,6 +107,8 @@ class Answer:
         fresh = self.stop.push(self.detokenizer.push(token_id))
         if self.stop.matched is not None:
             return fresh, "stop"
+        if self.sequence.constraint is not None and self.sequence.constraint.is_over:
+            return fresh + self._flush(self.detokenizer.finish()), "stop"
         if self.sequence.num_tokens >= self.sequence.max_num_tokens:
             fresh += self._flush(self.detokenizer.finish())
             return fresh, "stop" if self.stop.matched is not None else "length"

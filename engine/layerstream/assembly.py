@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from layerstream import planner
 from layerstream.checkpoint.hub import locate
+from layerstream.draft_model import ModelDrafter
 from layerstream.errors import ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress
 from layerstream.kv.config import KVStoreConfig
@@ -29,9 +31,12 @@ from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.model.weights import ModelWeights
 from layerstream.persistence import describe, open_store, weight_paths
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
+from layerstream.scheduling.drafting.answers import AnswerDrafter
+from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.sizes import format_size
 from layerstream.step import SweepStep
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.text.defaults import GenerationDefaults, load_defaults
@@ -40,11 +45,12 @@ logger = logging.getLogger(__name__)
 
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
 SPARE_SHARE = 0.8  # of the free memory, when no budget was given
+DRAFT_MODEL_SHARE = 0.4  # of the memory, at most, for a draft model and its KV
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the caller chose."""
+    """What the caller chose; ``reserved_bytes`` of the memory are a draft model's."""
 
     model: str
     device: str = "auto"
@@ -59,6 +65,8 @@ class EngineConfig:
     kv_store: KVStoreConfig | None = None
     kv_store_is_default: bool = False
     speculation: str = "auto"
+    draft_model: str | None = None
+    reserved_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.device not in {"auto", "cpu"}:
@@ -69,16 +77,17 @@ class EngineConfig:
             raise ConfigurationError(f"max_context is {self.max_context}; expected a number of tokens >= 1")
         if self.speculation not in {"auto", "off"}:
             raise ConfigurationError(f"speculation is {self.speculation!r}; expected 'auto' or 'off'")
+        if self.draft_model is not None and self.speculation == "off":
+            raise ConfigurationError("draft_model is set and speculation is 'off': leave out one of the two")
         if self.chunk_tokens is not None and self.chunk_tokens not in CHUNK_CHOICES:
             raise ConfigurationError(f"chunk_tokens is {self.chunk_tokens!r}; expected one of {CHUNK_CHOICES}")
 
     @staticmethod
-    def check_not_yet(host_memory: object, quantization: object, draft_model: object) -> None:
+    def check_not_yet(host_memory: object, quantization: object) -> None:
         """Refuse options whose capability this version does not have, rather than ignore them."""
         for name, value, accepted in (
             ("host_memory", host_memory, (None,)),
             ("quantization", quantization, (None,)),
-            ("draft_model", draft_model, (None,)),
         ):
             if value not in accepted:
                 raise ConfigurationError(
@@ -102,9 +111,12 @@ class Assembly:
     step: SweepStep
     drafting: TreeDrafting
     store: PrefixStore | None
+    draft: Assembly | None
 
     def close(self) -> None:
         """Write what is to be stored, let go of all files. Idempotent."""
+        if self.draft is not None:
+            self.draft.close()
         if self.store is not None:
             self.store.close()
         self.reader.close()
@@ -118,15 +130,66 @@ class Assembly:
 
 def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
     """Open the model, plan, load what stays; on failure nothing is left open."""
-    plan, skeleton, folder = plan_model(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
+    draft = None if config.draft_model is None else _assemble_draft(config)
     reader = DirectReader()
     try:
-        return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener)
+        if draft is not None:
+            config = dataclasses.replace(config, reserved_bytes=draft.plan.planned_bytes)
+        plan, skeleton, folder = plan_model(config)
+        tokenizer = _tokenizer(config, folder)
+        if draft is not None:
+            _check_same_tokens(config, tokenizer, draft.tokenizer)
+        logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
+        return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener, draft)
     except BaseException:
         reader.close()
+        if draft is not None:
+            draft.close()
         raise
+
+
+def _assemble_draft(config: EngineConfig) -> Assembly:
+    """The draft model's parts.
+
+    Raises:
+        ConfigurationError: it does not fit its share of the memory as a whole.
+    """
+    assert config.draft_model is not None
+    own = EngineConfig(
+        config.draft_model,
+        device=config.device,
+        dtype=config.dtype,
+        max_context=config.max_context,
+        trust_remote_code=config.trust_remote_code,
+        token=config.token,
+        allow_untested=config.allow_untested,
+        speculation="off",
+    )
+    available = available_memory_bytes() if config.memory_bytes is None else config.memory_bytes
+    share = int(DRAFT_MODEL_SHARE * available)
+    plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
+    if plan.streams:
+        raise ConfigurationError(
+            f"the draft model {config.draft_model} has {format_size(plan.facts.compute_bytes)} of weights and may take "
+            f"{format_size(share)} ({DRAFT_MODEL_SHARE:.0%} of the memory) with its KV: a draft model has to stay "
+            "resident; take a smaller one, or give the engine more memory"
+        )
+    return assemble(dataclasses.replace(own, memory_bytes=min(share, comfortable_bytes(plan.facts))), None)
+
+
+def _check_same_tokens(config: EngineConfig, tokenizer: Any, draft_tokenizer: Any) -> None:
+    own, other = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+    if own != other:
+        different = len(own.items() ^ other.items())
+        raise ConfigurationError(
+            f"the draft model {config.draft_model} has another vocabulary than {config.model} ({len(other):,} tokens "
+            f"against {len(own):,}, {different:,} entries differ): a draft model must be of the same family of "
+            "tokenizers, such as a smaller model of the same series"
+        )
+
+
+def _tokenizer(config: EngineConfig, folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
 
 
 def model_facts(
@@ -191,6 +254,7 @@ def _assemble(
     plan: Plan,
     reader: DirectReader,
     listener: Listener | None,
+    draft: Assembly | None,
 ) -> Assembly:
     memory = PageMemory(plan.kv_bytes)
     transit = Transit(plan.num_transit, plan.page_tokens)
@@ -229,8 +293,9 @@ def _assemble(
             weights=weights,
             scheduler=scheduler,
             step=SweepStep(scheduler, runner, weights, store),
-            drafting=TreeDrafting([] if config.speculation == "off" else [SuffixDrafter()], scheduler.budget),
+            drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
+            draft=draft,
         )
     except BaseException:
         if store is not None:
@@ -251,6 +316,17 @@ def _scheduler(skeleton: Skeleton, plan: Plan, store: PrefixStore | None, reader
     return Scheduler(limits, pool, store, lambda: plan.streamed_bytes / (reader.rate() or ASSUMED_READ_RATE))
 
 
+def _drafters(config: EngineConfig, store: PrefixStore | None, draft: Assembly | None) -> list[Drafter]:
+    if config.speculation == "off":
+        return []
+    drafters: list[Drafter] = [SuffixDrafter()]
+    if store is not None and config.kv_store is not None and config.kv_store.answers:
+        drafters.append(AnswerDrafter(store))
+    if draft is not None:
+        drafters.append(ModelDrafter(draft.scheduler, draft.step))
+    return drafters
+
+
 def _embedding(skeleton: Skeleton, plan: Plan, weights: ModelWeights, reader: DirectReader) -> EmbeddingRows:
     source = skeleton.sources[skeleton.embedding_key]
     resident: torch.Tensor | None = None
@@ -265,12 +341,12 @@ def _budget(config: EngineConfig, facts: ModelFacts) -> int:
     """The caller's budget, or what the model wants within what the machine has free."""
     available = available_memory_bytes()
     if config.memory_bytes is None:
-        return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE)))
+        return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE) - config.reserved_bytes))
     if config.memory_bytes > available:
         logger.warning(
             "the memory budget of %d bytes is more than the %d bytes that are free", config.memory_bytes, available
         )
-    return config.memory_bytes
+    return max(1, config.memory_bytes - config.reserved_bytes)
 
 
 def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from layerstream.answer import Answer
 from layerstream.assembly import Assembly, EngineConfig, assemble
 from layerstream.completion import Completion, Delta
+from layerstream.constraint import Constraint
 from layerstream.errors import ConfigurationError, EngineClosed
 from layerstream.events import Listener
 from layerstream.kv.config import KVStoreConfig, store_config
@@ -27,6 +28,7 @@ from layerstream.planner import Plan
 from layerstream.progress import make_listener
 from layerstream.request import Request
 from layerstream.scheduling.drafting.trees import DrafterCounters
+from layerstream.scheduling.grammar import Grammars
 from layerstream.self_check import check_untested
 from layerstream.sequence import Sequence
 from layerstream.sizes import parse_size
@@ -85,6 +87,7 @@ class LayerStream:
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         speculation: ``"auto"``: guesses at what comes next are verified in the sweeps, which changes no answer and
             takes fewer of them; ``"off"``: one token per sweep.
+        draft_model: a smaller model with the same tokenizer (folder or hub id) that stays in memory and guesses too.
         kv_store: where the KV of prompts outlives the process: ``"auto"`` (the user's cache folder), a folder, a
             :class:`KVStoreConfig`, or ``None`` for nowhere.
         max_context: tokens per sequence at most, if fewer than the model's own limit.
@@ -117,7 +120,7 @@ class LayerStream:
         allow_untested: bool = False,
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
-        EngineConfig.check_not_yet(host_memory, quantization, draft_model)
+        EngineConfig.check_not_yet(host_memory, quantization)
         config = EngineConfig(
             model=str(model),
             device=device,
@@ -132,6 +135,7 @@ class LayerStream:
             kv_store=store_config(kv_store),
             kv_store_is_default=kv_store == "auto",
             speculation=speculation,
+            draft_model=draft_model,
         )
         if allow_untested:
             check_untested(config)
@@ -143,6 +147,7 @@ class LayerStream:
         self._encoder = PromptEncoder(
             self._parts.tokenizer, max_context=self.context_length, vocab_size=self.plan.facts.vocab_size
         )
+        self._grammars = Grammars(self._parts.tokenizer, self.plan.facts.vocab_size, self._parts.defaults.eos_token_ids)
         self._numbers = iter(range(2**62))
         self._lock = threading.Lock()
         logger.info("%s: %s", self.model_name, self._parts.defaults.describe())
@@ -191,7 +196,7 @@ class LayerStream:
             ``n`` completions for each prompt, in order.
 
         Raises:
-            PromptError: before anything runs. Other errors: the cause of the first request that failed.
+            PromptError, GrammarError: before anything runs. Other errors: the cause of the first request that failed.
         """
         requests = self.submit_many(split_prompts(prompts), params)
         try:
@@ -220,6 +225,8 @@ class LayerStream:
         submitted = time.perf_counter()
         wanted = (params or SamplingParams()).with_defaults(self.sampling_defaults)
         encoded = [self._encoder.encode(prompt) for prompt in prompts]
+        if wanted.response_format is not None:
+            self._grammars.compile(wanted.response_format)
         answers: list[Answer] = []
         requests = []
         for token_ids in encoded:
@@ -290,7 +297,7 @@ class LayerStream:
             weight_bytes_streamed=streamer.streamed_bytes if streamer else 0,
             sweep_seconds=counters.sweep_seconds,
             wait_seconds=streamer.wait_seconds if streamer else 0.0,
-            peak_memory_bytes=fixed + used_kv,
+            peak_memory_bytes=fixed + used_kv + (parts.draft.plan.planned_bytes if parts.draft else 0),
             budget_bytes=plan.budget_bytes,
             resident_bytes=plan.resident_bytes,
             model_bytes=parts.model_bytes,
@@ -353,12 +360,15 @@ class LayerStream:
             yield Answer(
                 request=request,
                 index=index,
-                sequence=Sequence(number, list(token_ids), len(token_ids), own),
+                sequence=Sequence(number, list(token_ids), len(token_ids), own, constraint=self._constraint(own)),
                 detokenizer=Detokenizer(self.tokenizer, prompt_ids=token_ids),
                 stop=StopMatcher(tuple(params.stop)),
                 end_token_ids=ends,
                 submitted=submitted,
             )
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        return None if params.response_format is None else self._grammars.compile(params.response_format)
 
     def _max_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
         """New tokens a prompt may get: as wanted, or as fits the speed, within context and KV pages."""

@@ -6,6 +6,7 @@
     ├── ConfigurationError (ValueError)      a value the caller chose cannot work
     │   ├── InvalidSize                      "3GBs", negative, not a number
     │   ├── InvalidSamplingParams            names the field and the allowed range
+    │   ├── GrammarError                     a response_format that cannot be read or met, with the reason
     │   └── BudgetTooSmall                   names the minimum
     ├── PromptError (ValueError)
     │   ├── EmptyPrompt
@@ -53,6 +54,10 @@ class InvalidSamplingParams(ConfigurationError):
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(f"SamplingParams.{field} is {value!r}; expected {expected}")
         self.field = field
+
+
+class GrammarError(ConfigurationError):
+    """A response format that does not compile, that nothing can meet, or that an answer got stuck in."""
 
 
 class BudgetTooSmall(ConfigurationError):

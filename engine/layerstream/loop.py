@@ -18,7 +18,7 @@ import torch
 
 from layerstream.answer import Answer
 from layerstream.draft import DraftTree
-from layerstream.errors import EngineClosed
+from layerstream.errors import EngineClosed, GrammarError
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
 from layerstream.model.weights import ModelWeights
 from layerstream.request import Request
@@ -146,10 +146,9 @@ class EngineLoop:
         """Take the inbox in, drop the cancelled; wait while there is nothing to do. False when closing."""
         with self._changed:
             while not self._is_closing:
-                for answer in self._inbox:
-                    self._answers[answer.sequence] = answer
-                    self._scheduler.add(answer.sequence)
-                self._inbox.clear()
+                inbox, self._inbox = self._inbox, []
+                for answer in inbox:
+                    self._take_in(answer)
                 cancelled, self._cancelled = self._cancelled, set()
                 for answer in [answer for answer in self._answers.values() if answer.request in cancelled]:
                     self._drop(answer.sequence)
@@ -159,6 +158,19 @@ class EngineLoop:
                 self._emit(EngineIdle())
                 self._changed.wait_for(lambda: self._is_closing or self._inbox)
             return False
+
+    def _take_in(self, answer: Answer) -> None:
+        """Let *answer* wait for its first sweep, with the tokens that its grammar begins with; they may be all."""
+        self._answers[answer.sequence] = answer
+        self._scheduler.add(answer.sequence)
+        try:
+            self.counters.forced_tokens += len(answer.force())
+        except GrammarError as error:
+            self._drop(answer.sequence).request.fail(error)
+            return
+        if answer.is_over:
+            answer.deliver()
+            self._drop(answer.sequence)
 
     def _begin(self, sweep: Sweep) -> tuple[float, int]:
         self._unit = self._unit_bytes = 0
@@ -175,7 +187,7 @@ class EngineLoop:
         """A sweep was computed: note who took part."""
         self.counters.tokens_in += sweep.num_tokens
         for sequence in sweep.sampled:
-            if sequence.num_tokens == sequence.num_prompt_tokens:
+            if self._answers[sequence].is_new:
                 self.counters.prefix_hits += sequence.num_cached > 0
                 self.counters.reused_tokens += sequence.num_cached
         for sequence in {span.sequence for _, span in sweep.spans()}:
@@ -191,11 +203,12 @@ class EngineLoop:
             Tokens that were drawn.
         """
         answer, before = self._answers[sequence], sequence.num_tokens
+        forced = answer.num_forced
 
         def draw(node: int) -> tuple[list[int], bool]:
             token = sample(logits[node + 1], sequence)
-            reason = answer.accept(token)
-            return [token.token_id], reason is None
+            answer.accept(token)
+            return [token.token_id, *answer.force()], not answer.is_over
 
         try:
             right = verify(tree, draw)
@@ -208,7 +221,9 @@ class EngineLoop:
             self.counters.drafted_tokens += len(tree)
             self.counters.accepted_tokens += len(right)
         self.counters.tokens_out += sequence.num_tokens - before
+        self.counters.forced_tokens += answer.num_forced - forced
         if answer.deliver():
+            self._drafting.finish(sequence)
             self._drop(sequence)
         else:
             self._sweep_step.accept(sequence, right)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from layerstream.errors import InvalidSamplingParams
 
@@ -32,6 +33,10 @@ class SamplingParams:
         seed: same seed, same prompt, same text, alone or among other requests; ``None`` draws a fresh one.
         n: completions per prompt.
         logprobs: return the log-probability of each token and of this many most probable ones.
+        response_format: what the answer must be: ``{"type": "json_schema", "schema": {...}}``, ``{"type":
+            "json_object"}``, ``{"type": "regex", "regex": "..."}``, ``{"type": "choice", "choices": [...]}``,
+            ``{"type": "grammar", "grammar": "..."}`` (EBNF: Lark or GBNF), or a pydantic model class. OpenAI's nested
+            form of a JSON schema is taken too.
     """
 
     max_tokens: int | None = None
@@ -48,11 +53,13 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
+    response_format: Any = None
 
     def __post_init__(self) -> None:
         _set = object.__setattr__
         _set(self, "stop", _as_strings("stop", self.stop))
         _set(self, "stop_token_ids", _as_token_ids("stop_token_ids", self.stop_token_ids))
+        _set(self, "response_format", _as_response_format(self.response_format))
         self._check_int("max_tokens", 1, None)
         self._check_float("temperature", 0.0, None)
         self._check_float("top_p", 0.0, 1.0, above_low=True)
@@ -117,3 +124,37 @@ def _as_token_ids(field: str, value: Iterable[int] | None) -> tuple[int, ...]:
     if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
         raise InvalidSamplingParams(field, value, "token ids >= 0")
     return ids
+
+
+def _as_response_format(value: Any) -> dict[str, Any] | None:
+    """One of the five forms, with nothing else in it."""
+    if value is None:
+        return None
+    if isinstance(value, type) and hasattr(value, "model_json_schema"):
+        return {"type": "json_schema", "schema": value.model_json_schema()}
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind == "json_object":
+        return {"type": kind}
+    if kind == "json_schema":
+        nested = value.get("json_schema")
+        value = nested if isinstance(nested, Mapping) else value
+    field, is_right, expected = _FORMATS.get(kind, ("type", lambda item: False, f"one of {', '.join(_FORMATS)}"))
+    if not isinstance(value, Mapping) or not is_right(value.get(field)):
+        raise InvalidSamplingParams("response_format", value, f"a mapping whose {field!r} is {expected}")
+    return {"type": kind, field: value[field]}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+_FORMATS: dict[Any, tuple[str, Callable[[Any], bool], str]] = {
+    "json_schema": ("schema", lambda schema: isinstance(schema, Mapping | bool), "a JSON schema"),
+    "regex": ("regex", _is_text, "a regular expression"),
+    "choice": (
+        "choices",
+        lambda choices: isinstance(choices, list | tuple) and bool(choices) and all(map(_is_text, choices)),
+        "a list of texts",
+    ),
+    "grammar": ("grammar", _is_text, "a grammar in EBNF"),
+}

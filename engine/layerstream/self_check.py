@@ -115,11 +115,10 @@ def step_greedily(
         parts.scheduler.check_integrity()
         if rows is None:
             continue
-        rows = rows.clone()
         for sequence, own in sweep.logit_rows():
 
-            def draw(node: int, sequence: Sequence = sequence, first: int = own.start) -> tuple[list[int], bool]:
-                row = rows[first + node + 1]  # noqa: B023  # called before the next sweep
+            def draw(node: int, sequence: Sequence = sequence, rows: list[torch.Tensor] = [*rows[own]]):  # noqa: B006
+                row = rows[node + 1].clone()
                 logits[sequence.sequence_id].append(row)
                 sequence.token_ids.append(int(row.argmax()))
                 return sequence.token_ids[-1:], sequence.num_output_tokens < num_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from layerstream.constraint import Constraint
 from layerstream.params import SamplingParams
 
 
@@ -25,6 +26,7 @@ class Sequence:
         num_cached: tokens whose KV was there, or was another sequence's to compute, when this one was admitted.
         num_loaded: those among them that came from the store.
         num_declined: tokens that the store had and that it was faster to compute.
+        constraint: the grammar that its output keeps to, if it has one.
     """
 
     sequence_id: int
@@ -39,6 +41,7 @@ class Sequence:
     num_cached: int = 0
     num_loaded: int = 0
     num_declined: int = 0
+    constraint: Constraint | None = None
 
     @property
     def num_tokens(self) -> int:

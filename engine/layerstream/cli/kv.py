@@ -34,12 +34,12 @@ def list_(store: Store = None) -> None:
     try:
         summaries = summarise(folder)
         table = Table(box=None, pad_edge=False)
-        for name in ("id", "model", "tokens", "size", "pinned", "hits", "last used"):
+        for name in ("id", "model", "tokens", "size", "pinned", "answers", "hits", "last used"):
             table.add_column(name, justify="left" if name in ("id", "model") else "right", overflow="fold")
         for summary in summaries:
             table.add_row(
                 summary.name[:SHORT], _model(summary), f"{summary.tokens:,}", format_size(summary.num_bytes),
-                format_size(summary.pinned_bytes), str(summary.hits), _ago(summary.last_used),
+                format_size(summary.pinned_bytes), str(summary.answers), str(summary.hits), _ago(summary.last_used),
             )  # fmt: skip
         if summaries:
             Console().print(table)

@@ -31,6 +31,7 @@ class KVStoreConfig:
             the program, never from a request.
         exact: whether warm answers must be bit for bit the cold ones. ``False`` also takes pages that another
             processor, thread count or version of torch has computed.
+        answers: whether answers are remembered beside the prefixes that they followed, to guess from.
         load: ``"auto"``: load or recompute, whichever is faster; ``"always"``; ``"never"``.
     """
 
@@ -41,6 +42,7 @@ class KVStoreConfig:
     salt: str = ""
     exact: bool = True
     load: Literal["auto", "always", "never"] = "auto"
+    answers: bool = True
 
     def __post_init__(self) -> None:
         if self.compression not in COMPRESSIONS:

@@ -74,7 +74,7 @@ class Index:
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}:{os.urandom(4).hex()}"
-        connection = self._connection()
+        connection = self.connection()
         if not read_only:
             migrate(connection, path)
             self._drop_unfinished()
@@ -82,7 +82,7 @@ class Index:
     def close(self) -> None:
         """Give leases back, close all connections."""
         if not self._read_only:
-            with contextlib.suppress(sqlite3.Error), self._transaction() as connection:
+            with contextlib.suppress(sqlite3.Error), self.transaction() as connection:
                 connection.execute("DELETE FROM leases WHERE owner = ?", (self.owner,))
         for connection in self._connections:
             connection.close()
@@ -93,9 +93,9 @@ class Index:
 
     def namespace_id(self, name: str, description: str = "") -> int | None:
         """The number of namespace *name*, entered if need be; ``None`` if it is not there and cannot be."""
-        row = self._connection().execute("SELECT id FROM namespaces WHERE name = ?", (name,)).fetchone()
+        row = self.connection().execute("SELECT id FROM namespaces WHERE name = ?", (name,)).fetchone()
         if row is None and not self._read_only:
-            with self._transaction() as connection:
+            with self.transaction() as connection:
                 connection.execute(
                     "INSERT OR IGNORE INTO namespaces (name, description) VALUES (?, ?)", (name, description)
                 )
@@ -104,11 +104,11 @@ class Index:
 
     def namespaces(self) -> dict[str, str]:
         """Name and description of each."""
-        return dict(self._connection().execute("SELECT name, description FROM namespaces"))
+        return dict(self.connection().execute("SELECT name, description FROM namespaces"))
 
     def remove_namespace(self, name: str) -> None:
         """Forget *name* and all its segments."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
 
     # Pages
@@ -119,7 +119,7 @@ class Index:
         for at in range(0, len(keys), _AT_ONCE):
             some = keys[at : at + _AT_ONCE]
             marks = ",".join("?" * len(some))
-            rows = self._connection().execute(
+            rows = self.connection().execute(
                 "SELECT p.key, s.id, s.name, p.slot, s.num_bytes / s.num_pages, s.seconds / s.num_pages "
                 f"FROM pages p JOIN segments s ON s.id = p.segment WHERE p.namespace = ? AND p.key IN ({marks})",
                 (namespace, *some),
@@ -133,7 +133,7 @@ class Index:
 
     def drop_pages(self, namespace: int, key: Key) -> list[str]:
         """Forget page *key* and all that descend from it; names of segments that have no page left."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(
                 "WITH RECURSIVE gone (key) AS (VALUES (?) UNION SELECT p.key FROM pages p JOIN gone "
                 "ON p.parent = gone.key WHERE p.namespace = ?) "
@@ -147,7 +147,7 @@ class Index:
     def reserve(self, namespace: int, name: str, num_bytes: int) -> int | None:
         """Count *num_bytes* for a segment about to be written; its number, or ``None`` if it is there already."""
         now = time.time()
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             cursor = connection.execute(
                 "INSERT OR IGNORE INTO segments "
                 "(namespace, name, num_bytes, num_pages, seconds, priority, created, last_used, writer) "
@@ -162,7 +162,7 @@ class Index:
         False, and no change, if its first page's parent is not there or all its pages are there already.
         """
         now = time.time()
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             if info.parent and not _has_page(connection, namespace, info.parent):
                 return False
             row = (namespace, info.name, num_bytes, len(info.keys), info.seconds, int(pinned), now, now)
@@ -207,12 +207,12 @@ class Index:
 
     def cancel(self, segment: int) -> None:
         """Nothing came of the reservation *segment*."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute("DELETE FROM segments WHERE id = ? AND writer IS NOT NULL", (segment,))
 
     def touch(self, segments: Sequence[int]) -> None:
         """*segments* were used once more."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.executemany(
                 "UPDATE segments SET frequency = frequency + 1, last_used = ? WHERE id = ?",
                 [(time.time(), segment) for segment in segments],
@@ -221,7 +221,7 @@ class Index:
 
     def pin(self, namespace: int, keys: Sequence[Key]) -> None:
         """Keep the segments of those of *keys* that are here from eviction."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.executemany(
                 "UPDATE segments SET pinned = 1 WHERE id = (SELECT segment FROM pages WHERE namespace = ? AND key = ?)",
                 [(namespace, key) for key in keys],
@@ -229,7 +229,7 @@ class Index:
 
     def unpin(self, namespace: str) -> None:
         """Let the segments of namespace *namespace* be evicted again."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(
                 "UPDATE segments SET pinned = 0 WHERE namespace = (SELECT id FROM namespaces WHERE name = ?)",
                 (namespace,),
@@ -237,7 +237,7 @@ class Index:
 
     def segments(self) -> list[SegmentRow]:
         """Every whole segment."""
-        rows = self._connection().execute(
+        rows = self.connection().execute(
             "SELECT s.id, n.name, s.name, s.num_bytes, s.num_pages, s.seconds, s.frequency, s.pinned, s.created, "
             "s.last_used FROM segments s JOIN namespaces n ON n.id = s.namespace WHERE s.writer IS NULL ORDER BY s.id"
         )
@@ -245,11 +245,11 @@ class Index:
 
     def total_bytes(self) -> int:
         """Of all segments, those being written included."""
-        return self._connection().execute("SELECT coalesce(sum(num_bytes), 0) FROM segments").fetchone()[0]
+        return self.connection().execute("SELECT coalesce(sum(num_bytes), 0) FROM segments").fetchone()[0]
 
     def candidates(self) -> list[Candidate]:
         """What eviction chooses from, with who depends on whom."""
-        connection = self._connection()
+        connection = self.connection()
         parents = dict(
             connection.execute(
                 "SELECT DISTINCT child.segment, parent.segment FROM pages child JOIN pages parent "
@@ -262,19 +262,19 @@ class Index:
 
     def keys_of(self, segment: int) -> list[Key]:
         """The pages that are in *segment*, in order."""
-        rows = self._connection().execute("SELECT key FROM pages WHERE segment = ? ORDER BY slot", (segment,))
+        rows = self.connection().execute("SELECT key FROM pages WHERE segment = ? ORDER BY slot", (segment,))
         return [key for (key,) in rows]
 
     def location(self, segment: int) -> tuple[str, str] | None:
         """Namespace and name of *segment*."""
-        row = self._connection().execute(
+        row = self.connection().execute(
             "SELECT n.name, s.name FROM segments s JOIN namespaces n ON n.id = s.namespace WHERE s.id = ?", (segment,)
         )
         return row.fetchone()
 
     def remove(self, segment: int) -> bool:
         """Forget *segment*, unless another one has come to depend on it; whether that was done. Ages the clock."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             dependants = connection.execute(
                 "SELECT 1 FROM pages parent JOIN pages child ON child.namespace = parent.namespace "
                 "AND child.parent = parent.key WHERE parent.segment = ? AND child.segment != ? LIMIT 1",
@@ -294,7 +294,7 @@ class Index:
     def claim(self, namespace: int, keys: Sequence[Key]) -> bool:
         """Announce that this process computes *keys*. False, and no change, if another one computes the first."""
         now = time.time()
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(
                 "SELECT owner, expires FROM leases WHERE namespace = ? AND key = ?", (namespace, keys[0])
             ).fetchone()
@@ -310,14 +310,14 @@ class Index:
 
     def renew(self) -> None:
         """This process is still at work on what it claimed."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(
                 "UPDATE leases SET expires = ? WHERE owner = ?", (time.time() + LEASE_SECONDS, self.owner)
             )
 
     def unclaim(self, namespace: int, keys: Sequence[Key]) -> None:
         """This process does not compute *keys* any more."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.executemany(
                 "DELETE FROM leases WHERE namespace = ? AND key = ? AND owner = ?",
                 [(namespace, key, self.owner) for key in keys],
@@ -327,7 +327,7 @@ class Index:
 
     def digest(self, path: Path, stat: os.stat_result) -> str | None:
         """The SHA-256 that was taken of *path* when it was exactly this file."""
-        row = self._connection().execute(
+        row = self.connection().execute(
             "SELECT sha256 FROM digests WHERE path = ? AND inode = ? AND num_bytes = ? AND mtime_ns = ? "
             "AND ctime_ns = ?",
             (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns),
@@ -337,7 +337,7 @@ class Index:
 
     def remember_digest(self, path: Path, stat: os.stat_result, sha256: str) -> None:
         """Take *sha256* for *path* as long as it is exactly this file."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)",
                 (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256),
@@ -345,7 +345,7 @@ class Index:
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where an invariant of the module docstring does not hold."""
-        connection = self._connection()
+        connection = self.connection()
         (orphans,) = connection.execute(
             "SELECT count(*) FROM pages child WHERE child.parent != x'' AND NOT EXISTS "
             "(SELECT 1 FROM pages p WHERE p.namespace = child.namespace AND p.key = child.parent)"
@@ -358,9 +358,7 @@ class Index:
 
     def _drop_unfinished(self) -> None:
         """Forget reservations of processes that are gone."""
-        rows = (
-            self._connection().execute("SELECT id, writer, created FROM segments WHERE writer IS NOT NULL").fetchall()
-        )
+        rows = self.connection().execute("SELECT id, writer, created FROM segments WHERE writer IS NOT NULL").fetchall()
         for segment, writer, created in rows:
             if not _is_alive(writer, created + LEASE_SECONDS):
                 self.cancel(segment)
@@ -372,7 +370,8 @@ class Index:
         ).fetchall()
         return [name for (name,) in rows]
 
-    def _connection(self) -> sqlite3.Connection:
+    def connection(self) -> sqlite3.Connection:
+        """The calling thread's."""
         connection = getattr(self._local, "connection", None)
         if connection is None:
             mode = "ro" if self._read_only else "rwc"
@@ -393,8 +392,9 @@ class Index:
         return connection
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        connection = self._connection()
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it or nothing."""
+        connection = self.connection()
         connection.execute("BEGIN IMMEDIATE")
         try:
             yield connection

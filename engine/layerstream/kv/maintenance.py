@@ -13,6 +13,7 @@ from typing import Any
 
 from layerstream.errors import KVStoreUnusable
 from layerstream.kv import fingerprint
+from layerstream.kv.answers import Answers
 from layerstream.kv.segment import SUFFIX, TEMPORARY, DamagedSegment, read_info, sync_folder, verify
 from layerstream.kv.tiers.folder import ABOUT, Bounds, StoreFolder
 
@@ -24,6 +25,7 @@ class NamespaceSummary:
     Attributes:
         hits: times that a segment was used after it was written.
         last_used: seconds since the epoch.
+        answers: what was answered after its prefixes, and is remembered.
     """
 
     name: str
@@ -36,6 +38,7 @@ class NamespaceSummary:
     pinned_bytes: int
     hits: int
     last_used: float
+    answers: int
 
 
 def summarise(folder: StoreFolder) -> list[NamespaceSummary]:
@@ -59,6 +62,7 @@ def summarise(folder: StoreFolder) -> list[NamespaceSummary]:
                 pinned_bytes=sum(row.num_bytes for row in own if row.pinned),
                 hits=sum(row.frequency - 1 for row in own),
                 last_used=max((row.last_used for row in own), default=0.0),
+                answers=Answers(folder.index).count(name),
             )
         )
     return sorted(found, key=lambda summary: -summary.num_bytes)

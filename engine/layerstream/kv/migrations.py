@@ -54,6 +54,19 @@ STEPS = (
     CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), value REAL NOT NULL);
     INSERT INTO clock VALUES (0, 0.0);
     """,
+    """
+    CREATE TABLE answers (
+        id INTEGER PRIMARY KEY,
+        namespace INTEGER NOT NULL REFERENCES namespaces ON DELETE CASCADE,
+        prefix BLOB,                       -- the page that it hangs on, NULL for a prompt shorter than a page
+        question BLOB NOT NULL,            -- token ids behind that page
+        answer BLOB NOT NULL,
+        last_used REAL NOT NULL,
+        FOREIGN KEY (namespace, prefix) REFERENCES pages (namespace, key) ON DELETE CASCADE
+    );
+    CREATE INDEX answers_by_prefix ON answers (namespace, prefix);
+    CREATE INDEX answers_by_use ON answers (last_used);
+    """,
 )
 
 

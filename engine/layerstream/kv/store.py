@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from layerstream.kv.answers import RememberedAnswer, note, places
 from layerstream.kv.choice import Rates, load_seconds, recompute_seconds
 from layerstream.kv.codecs import PageCodec
 from layerstream.kv.loader import PageLoader
@@ -99,6 +100,7 @@ class _Queue:
     """What the writer has before it, and the frames that it is done with."""
 
     batches: deque[_Batch] = field(default_factory=deque)
+    answers: deque[RememberedAnswer] = field(default_factory=deque)
     done: list[int] = field(default_factory=list)
     is_busy: bool = False
     is_closing: bool = False
@@ -258,6 +260,22 @@ class PrefixStore:
             self._queue.batches.append(_Batch(published, seconds))
             self._changed.notify_all()
 
+    def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Keep *answer* to *prompt*, whose whole pages are *keys*, behind the sweeps and after its pages."""
+        with self._changed:
+            self._queue.answers.append(note(keys, self._page_tokens, prompt, answer))
+            self._changed.notify_all()
+
+    def recall(self, keys: Sequence[Key], num_prompt_tokens: int) -> list[list[int]]:
+        """Questions with their answers near the end of a prompt, the most recent first."""
+        if self._tier is None:
+            return []
+        try:
+            return self._tier.recall(places(keys, self._page_tokens, num_prompt_tokens))
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("the KV store could not be asked for answers: %s", error)
+            return []
+
     def collect(self) -> list[int]:
         """Frames whose pages were written, or will not be."""
         with self._changed:
@@ -276,7 +294,7 @@ class PrefixStore:
     def flush(self) -> None:
         """Wait until all that was published is written."""
         with self._changed:
-            while (self._queue.batches or self._queue.is_busy) and self._thread.is_alive():
+            while (self._queue.batches or self._queue.answers or self._queue.is_busy) and self._thread.is_alive():
                 self._changed.wait(timeout=1.0)
 
     def close(self) -> None:
@@ -305,27 +323,33 @@ class PrefixStore:
         except Exception as error:  # noqa: BLE001  # whatever it is, the engine answers without the store
             self._is_unusable = True
             logger.warning("the KV store cannot be used: %s", error)
-        while (batch := self._next()) is not None:
+        while (work := self._next()) is not None:
             try:
-                self._write(batch)
+                if isinstance(work, _Batch):
+                    self._write(work)
+                elif self._tier is not None:
+                    self._tier.remember(work)
             except Exception as error:  # noqa: BLE001
-                logger.warning("a prefix was not stored: %s", error)
-                self._skip(batch.published.keys)
+                logger.warning("a prefix or an answer was not stored: %s", error)
+                if isinstance(work, _Batch):
+                    self._skip(work.published.keys)
             with self._changed:
-                self._queue.done.extend(batch.published.pages)
+                if isinstance(work, _Batch):
+                    self._queue.done.extend(work.published.pages)
                 self._queue.is_busy = False
                 self._changed.notify_all()
 
-    def _next(self) -> _Batch | None:
-        """The next batch; ``None`` when there is none and the store is closing. Keeps leases alive while waiting."""
+    def _next(self) -> _Batch | RememberedAnswer | None:
+        """What to write next; ``None`` if nothing is left and the store is closing. Keeps leases alive meanwhile."""
         while True:
             with self._changed:
-                if not self._queue.batches and not self._queue.is_closing:
+                queue = self._queue
+                if not (queue.batches or queue.answers or queue.is_closing):
                     self._changed.wait(timeout=TICK_SECONDS)
-                if self._queue.batches:
-                    self._queue.is_busy = True
-                    return self._queue.batches.popleft()
-                if self._queue.is_closing:
+                if queue.batches or queue.answers:
+                    queue.is_busy = True
+                    return queue.batches.popleft() if queue.batches else queue.answers.popleft()
+                if queue.is_closing:
                     return None
             if self._tier is not None:
                 try:

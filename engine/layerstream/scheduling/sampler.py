@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from layerstream.completion import TokenLogprob
-from layerstream.errors import InvalidLogits
+from layerstream.errors import GrammarError, InvalidLogits
 from layerstream.params import SamplingParams
 from layerstream.sequence import Sequence
 
@@ -54,7 +54,7 @@ def sample(logits: torch.Tensor, sequence: Sequence) -> SampledToken:
             "weights are damaged, or the dtype overflows (try dtype='float32')"
         )
     if sequence.params.is_greedy:
-        token_id = int(torch.argmax(_penalise(logits, sequence)))  # the lowest id on ties
+        token_id = int(torch.argmax(_constrain(_penalise(logits, sequence), sequence)))  # the lowest id on ties
     else:
         token_id = _draw(processed_distribution(logits, sequence), sequence)
     return SampledToken(token_id, _logprob(logits, token_id, sequence.params.logprobs))
@@ -69,7 +69,7 @@ def processed_distribution(logits: torch.Tensor, sequence: Sequence) -> np.ndarr
     Returns:
         ``(vocabulary,)`` float64, summing to 1; for a greedy sequence all of it on one token.
     """
-    scores = _penalise(logits.float(), sequence)
+    scores = _constrain(_penalise(logits.float(), sequence), sequence)
     if sequence.params.is_greedy:
         probabilities = np.zeros(len(scores))
         probabilities[int(torch.argmax(scores))] = 1.0
@@ -95,6 +95,17 @@ def _penalise(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         counts = torch.bincount(ids, minlength=len(logits))
         logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
     return logits
+
+
+def _constrain(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """*logits* ``(vocabulary,)`` with what the sequence's grammar rules out at -inf."""
+    if sequence.constraint is None:
+        return logits
+    mask = torch.from_numpy(sequence.constraint.mask()).to(logits.device)
+    constrained = torch.where(mask, logits, torch.tensor(float("-inf"), device=logits.device))
+    if not torch.isfinite(constrained.max()):
+        raise GrammarError("the answer cannot go on: the model itself rules out every token of its response_format")
+    return constrained
 
 
 def _processors(params: SamplingParams) -> list[LogitsProcessor]:

@@ -148,7 +148,7 @@ class Scheduler:
         self._settle()
         self._admit()
         chunks: list[RowBlock] = []
-        ready = [sequence for sequence in self._running if sequence.is_prefilled]
+        ready = [sequence for sequence in self._running if sequence.is_prefilled and sequence.num_pending]
         num_decoded = sum(sequence.num_pending for sequence in ready)
         room = self.limits.max_tokens - num_decoded
         if ready:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from layerstream.kv.answers import RememberedAnswer
 from layerstream.kv.segment import Buffers, Key, PageShape, SegmentInfo
 
 Consume = Callable[[memoryview], None]
@@ -103,6 +104,14 @@ class Tier(Protocol):
 
     def unclaim(self, keys: Sequence[Key]) -> None:
         """*keys* are not going to be computed here after all."""
+        ...
+
+    def remember(self, item: RememberedAnswer) -> bool:
+        """Keep an answer; whether that was done."""
+        ...
+
+    def recall(self, prefixes: Sequence[Key]) -> list[list[int]]:
+        """Questions with their answers that hang on *prefixes*, the most recent first."""
         ...
 
     def tick(self) -> None:

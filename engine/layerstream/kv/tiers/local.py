@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerstream.kv.answers import Answers, RememberedAnswer
 from layerstream.kv.index import PageRow
 from layerstream.kv.segment import DamagedSegment, Key, SegmentInfo, SegmentWriter, padded, read_info
 from layerstream.kv.tiers.base import Consume, Done, NewPages, PageFacts, StoredRun
@@ -36,6 +37,7 @@ class LocalTier:
         self._bounds = bounds
         self._reader = reader
         self._index = folder.index
+        self._answers = Answers(folder.index)
         if not folder.read_only:
             folder.describe(namespace, about)
         self._namespace_id = self._index.namespace_id(namespace, json.dumps(about, sort_keys=True))
@@ -116,6 +118,16 @@ class LocalTier:
         """End the leases of *keys*."""
         if not self.folder.read_only and self._namespace_id is not None:
             self._index.unclaim(self._namespace_id, keys)
+
+    def remember(self, item: RememberedAnswer) -> bool:
+        """Keep *item*, if its page is here."""
+        if self.folder.read_only or self._namespace_id is None:
+            return False
+        return self._answers.remember(self._namespace_id, item)
+
+    def recall(self, prefixes: Sequence[Key]) -> list[list[int]]:
+        """What hangs on *prefixes*."""
+        return [] if self._namespace_id is None else self._answers.recall(self._namespace_id, prefixes)
 
     def tick(self) -> None:
         """Renew leases, write down which segments were used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,12 +46,20 @@ class Drafter(Protocol):
 
     name: str
 
+    def prepare(self, sequences: Seq[Sequence]) -> None:
+        """:meth:`begin` is going to be asked for each of *sequences*."""
+        ...
+
     def begin(self, sequence: Sequence) -> Any:
         """The state after the newest token of *sequence*; ``None`` if there is nothing to guess from."""
         ...
 
     def expand(self, state: Any) -> Guesses:
         """What may come next."""
+        ...
+
+    def finish(self, sequence: Sequence) -> None:
+        """*sequence* is a whole answer: something may be learned from it."""
         ...
 
     def forget(self, sequence: Sequence) -> None:

@@ -13,7 +13,6 @@ being computed. A branch follows its places token by token, so its own agreement
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -74,12 +73,13 @@ class _Text:
         self._array[self._start + self._num_own : self._start + len(token_ids)] = token_ids[self._num_own :]
         self._num_own = len(token_ids)
 
-    def search(self, *, is_first: bool) -> _Places | None:
-        """The places that agree with the end of the sequence; any may begin an answer (*is_first*)."""
+    def search(self, *, own: bool, is_first: bool) -> _Places | None:
+        """The places that agree with the end of the sequence, in its *own* text or not; any may begin an answer."""
         stop = self._start + self._num_own
         text = self._array[: stop + 1]  # with an end behind it
         suffix = text[max(self._start, stop - LONGEST_MATCH) : stop]
-        found = np.flatnonzero(text[LONGEST_MATCH : stop - 1] == suffix[-1]) + LONGEST_MATCH
+        end = stop if own else self._start
+        found = np.flatnonzero(text[LONGEST_MATCH : end - 1] == suffix[-1]) + LONGEST_MATCH
         found = found[text[found + 1] != _END]
         lengths = np.ones(len(found), dtype=np.int64)
         agreeing = np.arange(len(found))
@@ -89,7 +89,7 @@ class _Text:
                 break
             lengths[agreeing] = length
         if is_first:
-            anywhere = np.flatnonzero(text[LONGEST_MATCH:stop] != _END) + LONGEST_MATCH - 1
+            anywhere = np.flatnonzero(text[LONGEST_MATCH:end] != _END) + LONGEST_MATCH - 1
             found = np.concatenate([found, anywhere])
             lengths = np.concatenate([lengths, np.zeros(len(anywhere), dtype=np.int64)])
         if not len(found):
@@ -127,27 +127,31 @@ def _relate(text: np.ndarray, num_asked: int) -> np.ndarray:
 
 
 class SuffixDrafter:
-    """Repeats what stands in the prompt, in the answer so far and in *others*.
+    """Repeats what stands in the prompt and in the answer so far (if *own*), and in :meth:`others`."""
 
-    Args:
-        others: further texts for a sequence, asked for once.
-    """
-
-    def __init__(
-        self, name: str = "context", others: Callable[[Sequence], Seq[Seq[int]]] = lambda sequence: ()
-    ) -> None:
+    def __init__(self, name: str = "context", *, own: bool = True) -> None:
         self.name = name
-        self._others = others
-        self._texts: dict[Sequence, _Text] = {}
+        self._own = own
+        self._texts: dict[Sequence, _Text | None] = {}
+
+    def prepare(self, sequences: Seq[Sequence]) -> None:
+        """Nothing is to be prepared."""
+
+    def others(self, sequence: Sequence) -> Seq[Seq[int]]:
+        """Further texts for *sequence*, asked for once."""
+        return ()
 
     def begin(self, sequence: Sequence) -> _Places | None:
         """The places that agree with the end of *sequence*."""
-        text = self._texts.get(sequence)
-        if text is None:
+        if sequence not in self._texts:
+            others = self.others(sequence)
             prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-            text = self._texts[sequence] = _Text(self._others(sequence), prompt)
+            self._texts[sequence] = _Text(others, prompt) if self._own or others else None
+        text = self._texts[sequence]
+        if text is None:
+            return None
         text.follow(sequence.token_ids)
-        return text.search(is_first=not sequence.num_output_tokens)
+        return text.search(own=self._own, is_first=not sequence.num_output_tokens)
 
     def expand(self, state: _Places) -> Guesses:
         """How the places go on."""
@@ -166,6 +170,9 @@ class SuffixDrafter:
             return NOTHING
         _, kind, prior = next(item for item in _KINDS if state.longest <= item[0])
         return Guesses(tuple(guesses), kind, prior)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Nothing is learned from it."""
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the texts of *sequence*."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +20,6 @@ from layerstream.scheduling.drafting.base import Drafter
 from layerstream.sequence import Sequence
 
 LEAST_PROBABILITY = 0.004
-
-Allowed = Callable[[Sequence, tuple[int, ...]], bool]
-"""Whether the tokens may follow a sequence."""
 
 
 @dataclass(slots=True)
@@ -50,26 +46,23 @@ class DrafterCounters:
 
 
 class TreeDrafting:
-    """The drafters of an engine.
+    """The drafters of an engine. What a sequence's grammar rules out enters no tree."""
 
-    Args:
-        is_allowed: asked before a guess enters a tree (a grammar may rule it out).
-    """
-
-    def __init__(
-        self, drafters: Seq[Drafter], budget: SweepBudget, is_allowed: Allowed = lambda sequence, path: True
-    ) -> None:
+    def __init__(self, drafters: Seq[Drafter], budget: SweepBudget) -> None:
         self.counters = {drafter.name: DrafterCounters() for drafter in drafters}
         self._drafters = drafters
         self._budget = budget
-        self._is_allowed = is_allowed
         self._acceptance = Acceptance()
         self._numbers = itertools.count()
         self._places: dict[Sequence, dict[int, list[tuple[str, str, frozenset[int]]]]] = {}
 
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
-        roots = [root for sequence in sequences if (root := self._root(sequence)) is not None]
+        growing = [s for s in sequences if s.max_num_tokens - s.num_tokens > 1]  # else one token more, and it ends
+        if growing:
+            for drafter in self._drafters:
+                drafter.prepare(growing)
+        roots = [root for sequence in growing if (root := self._root(sequence)) is not None]
         if not roots:
             return {}
         chosen = self._choose(roots, len(sequences), num_decoded, num_prompt_tokens)
@@ -100,6 +93,11 @@ class TreeDrafting:
             for drafter, kind, tokens in places.get(node, ()):
                 self._acceptance.record(drafter, kind, token in tokens)
 
+    def finish(self, sequence: Sequence) -> None:
+        """*sequence* is a whole answer."""
+        for drafter in self._drafters:
+            drafter.finish(sequence)
+
     def forget(self, sequence: Sequence) -> None:
         """*sequence* is gone."""
         for drafter in self._drafters:
@@ -107,8 +105,6 @@ class TreeDrafting:
         self._places.pop(sequence, None)
 
     def _root(self, sequence: Sequence) -> _Node | None:
-        if sequence.max_num_tokens - sequence.num_tokens < 2:
-            return None  # one token more, and it ends
         states = [(drafter, state) for drafter in self._drafters if (state := drafter.begin(sequence)) is not None]
         return _Node(sequence, None, ROOT, 1.0, "", states, ()) if states else None
 
@@ -171,9 +167,13 @@ class TreeDrafting:
                     child.probability, child.source = probability, drafter.name
                 child.states.append((drafter, guess.state))
         for child in children.values():
-            if child.probability >= LEAST_PROBABILITY and self._is_allowed(sequence, child.path):
+            if child.probability >= LEAST_PROBABILITY and _is_allowed(sequence, child.path):
                 node.children.append(child)
                 heapq.heappush(waiting, (-child.probability, next(self._numbers), child))
+
+
+def _is_allowed(sequence: Sequence, path: tuple[int, ...]) -> bool:
+    return sequence.constraint is None or sequence.constraint.admits(path)
 
 
 def _collect(node: _Node, chosen: set[int], ordered: list[_Node]) -> None:

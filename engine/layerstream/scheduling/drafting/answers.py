@@ -1,0 +1,38 @@
+"""Guesses from what was answered before, after the same context: the store remembers it across processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from layerstream.scheduling.drafting.suffix import SuffixDrafter
+from layerstream.sequence import Sequence
+
+
+class AnswerMemory(Protocol):
+    """What outlives the process."""
+
+    def recall(self, keys: Seq[bytes], num_prompt_tokens: int) -> list[list[int]]:
+        """Earlier questions with their answers near the end of the prefix *keys*, the most recent first."""
+        ...
+
+    def remember(self, keys: Seq[bytes], prompt: Seq[int], answer: Seq[int]) -> None:
+        """*answer* was given to *prompt*, whose whole pages are *keys*."""
+        ...
+
+
+class AnswerDrafter(SuffixDrafter):
+    """Repeats earlier answers: the same question's word for word, others' as far as they agree."""
+
+    def __init__(self, memory: AnswerMemory) -> None:
+        super().__init__("answers", own=False)
+        self._memory = memory
+
+    def others(self, sequence: Sequence) -> Seq[Seq[int]]:
+        """What was asked and answered near the end of its prompt's prefix."""
+        return self._memory.recall(sequence.prefix_keys, sequence.num_prompt_tokens)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Remember what *sequence* has come to."""
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+        self._memory.remember(sequence.prefix_keys, prompt, sequence.output_ids)
