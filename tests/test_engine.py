@@ -311,7 +311,8 @@ def test_a_budget_below_the_minimum_names_the_minimum(folder: Path) -> None:
         {"dtype": "int3"},
         {"memory": "3 parsecs"},
         {"quantization": "nf4"},
-        {"draft_model": "x"},
+        {"draft_model": "x", "speculation": "off"},
+        {"speculation": "maybe"},
         {"max_context": 0},
     ],
 )

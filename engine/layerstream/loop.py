@@ -136,11 +136,12 @@ class EngineLoop:
         if logits is None:
             return
         streamed = self._streamed_bytes() - streamed
-        self._count(sweep, streamed)
+        seconds = time.perf_counter() - started
+        self._count(sweep, seconds, streamed)
         tokens_out = sum(
             self._continue(sequence, sweep.drafts.get(sequence), logits[rows]) for sequence, rows in sweep.logit_rows()
         )
-        self._finish(started, tokens_out, streamed)
+        self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed))
 
     def _wait_for_work(self) -> bool:
         """Take the inbox in, drop the cancelled; wait while there is nothing to do. False when closing."""
@@ -183,8 +184,10 @@ class EngineLoop:
         )
         return time.perf_counter(), self._streamed_bytes()
 
-    def _count(self, sweep: Sweep, streamed_bytes: int) -> None:
-        """A sweep was computed: note who took part."""
+    def _count(self, sweep: Sweep, seconds: float, streamed_bytes: int) -> None:
+        """A sweep was computed: note it before anybody hears of its tokens."""
+        self.counters.sweeps += 1
+        self.counters.sweep_seconds += seconds
         self.counters.tokens_in += sweep.num_tokens
         for sequence in sweep.sampled:
             if self._answers[sequence].is_new:
@@ -228,12 +231,6 @@ class EngineLoop:
         else:
             self._sweep_step.accept(sequence, right)
         return sequence.num_tokens - before
-
-    def _finish(self, started: float, tokens_out: int, streamed_bytes: int) -> None:
-        seconds = time.perf_counter() - started
-        self.counters.sweeps += 1
-        self.counters.sweep_seconds += seconds
-        self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed_bytes))
 
     def _fail(self, sweep: Sweep, error: BaseException) -> None:
         logger.error("sweep %d failed: %s", self.counters.sweeps, error)

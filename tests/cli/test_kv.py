@@ -63,7 +63,7 @@ def test_ls(docs: Path) -> None:
     assert result.exit_code == 0
     assert all(len(line) <= 80 for line in result.stdout.splitlines()[:-1])
     header, row, *_ = result.stdout.splitlines()
-    assert header.split() == ["id", "model", "tokens", "size", "pinned", "hits", "last", "used"]
+    assert header.split() == ["id", "model", "tokens", "size", "pinned", "answers", "hits", "last", "used"]
     assert row.split()[1] == "demo"
 
 
