@@ -211,6 +211,7 @@ def model_facts(
         itemsize=skeleton.dtype.itemsize,
         context_length=context_length,
         chunk_tokens=chunk_tokens or planner.CHUNK_TOKENS,
+        streaming_chunk_tokens=chunk_tokens or planner.STREAMING_CHUNK_TOKENS,
         num_layers=config.num_hidden_layers,
         can_spill=can_spill,
     )
@@ -308,6 +309,7 @@ def _scheduler(skeleton: Skeleton, plan: Plan, store: PrefixStore | None, reader
         max_tokens=plan.max_sweep_tokens,
         chunk_tokens=plan.page_tokens,
         decode_rows=plan.decode_rows,
+        prompt_rows=plan.prompt_rows,
         one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
         max_draft_rows=plan.max_draft_rows,
     )

@@ -91,7 +91,8 @@ class LayerStream:
         kv_store: where the KV of prompts outlives the process: ``"auto"`` (the user's cache folder), a folder, a
             :class:`KVStoreConfig`, or ``None`` for nowhere.
         max_context: tokens per sequence at most, if fewer than the model's own limit.
-        chunk_tokens: prompt tokens that are computed as one row block, and that a page of the KV store holds (128).
+        chunk_tokens: prompt tokens that attend together, and that a page of the KV store holds: prefixes are shared in
+            multiples of it (32 where weights stream, 128 where they do not).
         allow_untested: try a family that is not on the tested list, after a self-check.
         progress: ``"auto"`` (a line on a terminal or in a notebook once an answer takes longer than two seconds),
             a bool, or a function that is called with :mod:`layerstream.events`.

@@ -6,7 +6,7 @@ pages, the ring, and with all that is left a fixed set of resident units. If eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerstream.errors import BudgetTooSmall
 from layerstream.kv.pages import LAYERS_IN_HAND
@@ -21,8 +21,10 @@ from layerstream.streaming.residency import (
     slice_rows,
 )
 
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident
+STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more
 STREAMING_ROWS = 32  # decode rows per row block where weights stream: compute is idle anyway
+PROMPT_ROWS = 128  # rows per row block of prompts where weights stream; more, if a chunk has more
 RESIDENT_ROWS = 8  # eight rows take a tenth longer than one; guesses fill them
 MAX_DRAFT_ROWS = 128  # guesses in one sweep
 DRAFT_SHARE = 0.05  # of the budget, for their logits and KV
@@ -55,7 +57,8 @@ class ModelFacts:
         context_length: tokens a sequence may have.
         num_layers: layers that keep KV.
         can_spill: whether there is a store that KV of long prompts can stream from.
-        chunk_tokens: prompt tokens computed as one row block; a page holds as many.
+        chunk_tokens: prompt tokens that attend together; a page holds as many.
+        streaming_chunk_tokens: as many where weights stream.
     """
 
     body: tuple[WeightNode, ...]
@@ -68,6 +71,7 @@ class ModelFacts:
     itemsize: int
     context_length: int
     chunk_tokens: int = CHUNK_TOKENS
+    streaming_chunk_tokens: int = STREAMING_CHUNK_TOKENS
     num_layers: int = 1
     can_spill: bool = False
 
@@ -112,9 +116,14 @@ class Plan:
         return STREAMING_ROWS if self.streams else RESIDENT_ROWS
 
     @property
+    def prompt_rows(self) -> int:
+        """Rows per row block of prompts; 0 where every chunk is a row block of its own size."""
+        return max(PROMPT_ROWS, self.page_tokens) if self.streams else 0
+
+    @property
     def max_sweep_rows(self) -> int:
-        """Rows of one sweep at most: the last chunk may reach past the token budget."""
-        return self.max_sweep_tokens + self.page_tokens
+        """Rows of one sweep at most: the last chunk may reach past the token budget, and guesses come on top."""
+        return self.max_sweep_tokens + self.page_tokens + self.max_draft_rows
 
     @property
     def resident_bytes(self) -> int:
@@ -216,6 +225,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
 
 
 def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
+    facts = replace(facts, chunk_tokens=facts.streaming_chunk_tokens)
     floor = _floor_bytes(facts)
     sweep_tokens = _sweep_tokens(facts, budget_bytes, floor)
     activations = _activation_bytes(facts, sweep_tokens)
@@ -259,11 +269,12 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
 
 
 def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
-    """The token budget of a sweep: the largest whose activations keep to their share, one chunk at the least."""
+    """The token budget of a sweep: the largest whose activations keep to their share, one row block at the least."""
     most = min(ACTIVATION_SHARE * budget_bytes, budget_bytes - floor)
     tokens = MAX_SWEEP_TOKENS
-    while tokens > facts.chunk_tokens and _activation_bytes(facts, tokens) > most:
-        tokens = max(facts.chunk_tokens, tokens // 2)
+    least = max(facts.chunk_tokens, PROMPT_ROWS)
+    while tokens > least and _activation_bytes(facts, tokens) > most:
+        tokens = max(least, tokens // 2)
     return tokens
 
 
@@ -340,15 +351,16 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     Packed rows are there three times (in, out, embedding rows); one row block has its MLP's gate, up and product and
     its attention's projections; logits of one row block are there twice, and of one row twice in fp32 and once in fp64.
     """
-    packed = 3 * (sweep_tokens + facts.chunk_tokens) * facts.hidden_size * facts.itemsize
-    block = facts.chunk_tokens * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
+    block_rows = max(facts.chunk_tokens, PROMPT_ROWS)
+    packed = 3 * (sweep_tokens + block_rows + STREAMING_ROWS) * facts.hidden_size * facts.itemsize
+    block = block_rows * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
     logits = facts.vocab_size * (2 * STREAMING_ROWS * facts.itemsize + 4 + 4 + 8)
     return packed + block + logits
 
 
 def _draft_row_bytes(facts: ModelFacts) -> int:
-    """What a guess takes: its logits, twice, and its KV until it is accepted."""
-    return 2 * facts.vocab_size * facts.itemsize + facts.kv_token_bytes
+    """What a guess takes: its rows, its logits, twice, and its KV until it is accepted."""
+    return (3 * facts.hidden_size + 2 * facts.vocab_size) * facts.itemsize + facts.kv_token_bytes
 
 
 def _draft_rows(facts: ModelFacts, budget_bytes: int, spare: int) -> int:

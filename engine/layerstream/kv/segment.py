@@ -31,7 +31,7 @@ from layerstream.errors import LayerStreamError
 from layerstream.streaming.residency import PAGE as ALIGNMENT
 
 VERSION = 1
-MAX_PAGES = 16
+MAX_PAGES = 64
 SUFFIX = ".kv"
 TEMPORARY = ".tmp"
 _MAGIC = b"LSKVPAGE"

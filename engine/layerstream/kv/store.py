@@ -368,12 +368,11 @@ class PrefixStore:
             return
         shapes = tuple(state.shape for state in self._states)
         assert all(shapes), "published pages were written"
-        for at in range(0, len(published.keys), MAX_PAGES):
+        num_there = len(tier.contains(published.keys))
+        tier.unclaim(published.keys[:num_there])
+        for at in range(num_there, len(published.keys), MAX_PAGES):
             keys, pages = published.keys[at : at + MAX_PAGES], published.pages[at : at + MAX_PAGES]
             parent = published.keys[at - 1] if at else published.parent
-            if len(tier.contains(keys)) == len(keys):
-                tier.unclaim(keys)
-                continue
             if parent and not tier.contains([parent]):
                 self._skip(keys)
                 continue

@@ -17,7 +17,8 @@ Rules:
 * every admitted sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it
   into the sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
 * prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
-  many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep;
+  many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
+  attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
 * guesses (:mod:`layerstream.draft`) follow their sequence's newest token as decode rows, as many as there is room for;
   a sequence never gets guesses past its longest answer;
 * a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
@@ -51,6 +52,7 @@ class SweepLimits:
         max_tokens: token budget of one sweep.
         chunk_tokens: prompt tokens per row block.
         decode_rows: rows per row block of decoding sequences.
+        prompt_rows: rows per row block of prompts, padded; 0: every chunk is a row block of its own size.
         one_sequence_per_block: never put rows of two sequences into one row block.
         max_draft_rows: guesses in one sweep.
     """
@@ -58,6 +60,7 @@ class SweepLimits:
     max_tokens: int = 512
     chunk_tokens: int = 128
     decode_rows: int = 32
+    prompt_rows: int = 0
     one_sequence_per_block: bool = False
     max_draft_rows: int = 128
 
@@ -147,7 +150,7 @@ class Scheduler:
         self._release_stored()
         self._settle()
         self._admit()
-        chunks: list[RowBlock] = []
+        chunks: list[Span] = []
         ready = [sequence for sequence in self._running if sequence.is_prefilled and sequence.num_pending]
         num_decoded = sum(sequence.num_pending for sequence in ready)
         room = self.limits.max_tokens - num_decoded
@@ -162,14 +165,15 @@ class Scheduler:
                 if not own:  # a long sequence whose frames are still being written
                     continue
                 chunks.extend(own)
-                planned[sequence] = own[-1].spans[0].stop
-                room -= sum(block.num_rows for block in own)
+                planned[sequence] = own[-1].stop
+                room -= sum(map(len, own))
                 if planned[sequence] == sequence.num_prompt_tokens:
                     ready.append(sequence)
         spans = [span for sequence in ready for span in self._decode_spans(sequence)]
-        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
+        prompts = self._prompt_blocks(chunks)
+        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in prompts))
         spans += [span for sequence, tree in drafts.items() for span in _draft_spans(sequence, tree)]
-        blocks = [*chunks, *self._decode_blocks(spans)]
+        blocks = [*prompts, *self._decode_blocks(spans)]
         return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts) if blocks else None
 
     def commit(self, sweep: Sweep) -> list[Published]:
@@ -337,18 +341,33 @@ class Scheduler:
             for at in range(0, len(spans), per_block)
         ]
 
-    def _chunks(self, sequence: Sequence, room: int) -> list[RowBlock]:
+    def _prompt_blocks(self, chunks: list[Span]) -> list[RowBlock]:
+        """*chunks* in row blocks, in their order: a chunk may attend to those before it in the same block."""
+        num_rows = self.limits.prompt_rows
+        if not num_rows or self.limits.one_sequence_per_block:
+            return [RowBlock((span,), len(span)) for span in chunks]
+        blocks: list[list[Span]] = []
+        room = 0
+        for span in chunks:
+            if len(span) > room:
+                blocks.append([])
+                room = num_rows
+            blocks[-1].append(span)
+            room -= len(span)
+        return [RowBlock(tuple(spans), num_rows) for spans in blocks]
+
+    def _chunks(self, sequence: Sequence, room: int) -> list[Span]:
         """Chunks of *sequence* that start within the next *room* tokens."""
-        blocks = []
+        chunks = []
         start, size = sequence.num_computed, self.limits.chunk_tokens
         while start < sequence.num_prompt_tokens and room > 0:
             stop = min(start // size * size + size, sequence.num_prompt_tokens)
             if sequence.is_long and not self._spill.frames(sequence, start // size):
                 break
-            blocks.append(RowBlock((Span(sequence, start, stop),), stop - start))
+            chunks.append(Span(sequence, start, stop))
             room -= stop - start
             start = stop
-        return blocks
+        return chunks
 
 
 def _draft_spans(sequence: Sequence, tree: DraftTree) -> list[Span]:
