@@ -25,6 +25,8 @@ def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency, "UNIT_OVERHEAD", 4 * residency.PAGE)
     monkeypatch.setattr(planner, "FINEST_UNIT_BYTES", 12 * 1024)
     monkeypatch.setattr(planner, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(planner, "STREAMING_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(planner, "PROMPT_ROWS", 64)
     monkeypatch.setattr(planner, "MIN_KV_TOKENS", 512)
     monkeypatch.setattr(planner, "MAX_SWEEP_TOKENS", 96)
 

@@ -210,6 +210,8 @@ def test_what_fits_stays_in_memory() -> None:
 @pytest.fixture
 def model(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shrink_units(monkeypatch)
+    monkeypatch.setattr(planner, "PROMPT_ROWS", 32)
+    monkeypatch.setattr(planner, "DRAFT_SHARE", 0.0)
     monkeypatch.setattr(planner, "MIN_KV_TOKENS", 256)
     monkeypatch.setattr(planner, "WANTED_KV_TOKENS", 256)
     monkeypatch.setattr(planner, "MORE_KV_SHARE", 0.0)
@@ -226,7 +228,7 @@ def store(tmp_path: Path) -> KVStoreConfig:
 
 
 def config(model: Path, store: KVStoreConfig | None, dtype: str = "float32") -> EngineConfig:
-    budget = budget_for(model, "layers") * (125 if dtype == "float32" else 60) // 100
+    budget = budget_for(model, "layers") * (109 if dtype == "float32" else 54) // 100
     return EngineConfig(str(model), memory_bytes=budget, dtype=dtype, kv_store=store)
 
 

@@ -237,9 +237,15 @@ class PrefixTable:
 
     @property
     def num_idle(self) -> int:
-        """Pages that :meth:`evict` could free; nobody uses a child of theirs, since its users hold them too."""
-        entries = self._entries.values()
-        return sum(entry.is_ready and self._pool.refcount(entry.page) == 1 for entry in entries)
+        """Pages that :meth:`evict` could free: nobody uses them or a descendant (a page being stored holds its own)."""
+        busy: set[Key] = set()
+        count = 0
+        for entry in sorted(self._entries.values(), key=lambda entry: -entry.position):
+            if entry.key in busy or not entry.is_ready or self._pool.refcount(entry.page) > 1:
+                busy.add(entry.parent)
+            else:
+                count += 1
+        return count
 
     def held_pages(self) -> list[int]:
         """The pages that the table itself holds."""
