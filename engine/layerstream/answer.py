@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from layerstream.completion import Completion, CompletionMetrics, Delta, FinishReason, TokenLogprob, Usage
+from layerstream.errors import RequestTimeout
 from layerstream.request import Request
 from layerstream.scheduling.sampler import SampledToken
 from layerstream.sequence import Sequence
@@ -20,6 +21,7 @@ class Answer:
     Attributes:
         end_token_ids: ids that end it; they are kept as tokens and not shown.
         submitted: ``time.perf_counter()`` at submission.
+        deadline: when it is given up, on the same clock.
     """
 
     request: Request
@@ -29,6 +31,7 @@ class Answer:
     stop: StopMatcher
     end_token_ids: frozenset[int]
     submitted: float
+    deadline: float = float("inf")
     num_sweeps: int = 0
     streamed_bytes: int = 0
     text: str = ""
@@ -95,6 +98,18 @@ class Answer:
         if token_ids:
             self.request.push(Delta(text, token_ids, self._reason, self.index, completion))
         return completion is not None
+
+    def is_expired(self, now: float) -> bool:
+        """Whether its time is over."""
+        return now > self.deadline
+
+    def timed_out(self) -> RequestTimeout:
+        """Why it is given up."""
+        count = self.sequence.num_output_tokens
+        return RequestTimeout(
+            f"given up after {self.deadline - self.submitted:g} seconds with {count} of at most "
+            f"{self.sequence.params.max_tokens} tokens: allow it more time, or ask for fewer"
+        )
 
     def cancel(self) -> None:
         """End here, at the caller's wish."""

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 30 * 60  # the default max_tokens fits in this much time
 DEFAULT_MAX_TOKENS = 256
 MIN_DEFAULT_MAX_TOKENS = 16
+GANG_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,19 +189,31 @@ class LayerStream:
         """The prompt text that the model's chat template makes of *messages*."""
         return self._encoder.apply_chat_template(messages, tools=tools, **options)
 
-    def generate(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        client: str = "",
+    ) -> list[Completion]:
         """Complete one prompt or several; several share every sweep.
 
         Args:
             prompts: text, a list of token ids or a list of chat messages; or a list of those.
+            timeout: seconds after which a request that is not finished is given up.
+            priority: where requests have to wait, more goes first; waiting raises it.
+            client: whom it is for; clients share the engine fairly.
 
         Returns:
             ``n`` completions for each prompt, in order.
 
         Raises:
-            PromptError, GrammarError: before anything runs. Other errors: the cause of the first request that failed.
+            PromptError, GrammarError: before anything runs. RequestTimeout: *timeout* is over. Other errors: the cause
+                of the first request that failed.
         """
-        requests = self.submit_many(split_prompts(prompts), params)
+        requests = self.submit_many(split_prompts(prompts), params, timeout=timeout, priority=priority, client=client)
         try:
             return [completion for request in requests for completion in request.completions()]
         except BaseException:  # Ctrl-C, or one of several failed: nobody waits for the rest
@@ -207,22 +221,48 @@ class LayerStream:
                 request.cancel()
             raise
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        client: str = "",
+    ) -> Iterator[Delta]:
         """Deltas as the sweeps bring them; leaving the iteration cancels the request."""
-        request = self.submit(prompt, params)
+        request = self.submit(prompt, params, timeout=timeout, priority=priority, client=client)
         try:
             yield from request
         finally:
             request.cancel()
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        client: str = "",
+    ) -> Request:
         """Hand *prompt* in and go on; it joins the next sweep."""
-        return self.submit_many([prompt], params)[0]
+        return self.submit_many([prompt], params, timeout=timeout, priority=priority, client=client)[0]
 
-    def submit_many(self, prompts: Seq[Prompt], params: SamplingParams | None = None) -> list[Request]:
+    def submit_many(
+        self,
+        prompts: Seq[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        client: str = "",
+    ) -> list[Request]:
         """Hand several prompts in, to join the same sweep. All are checked before any is handed in."""
         if not self._close.alive:
             raise EngineClosed("the engine is closed; make a new LayerStream")
+        if timeout is not None and not timeout > 0:
+            raise ConfigurationError(f"timeout is {timeout!r}; expected a number of seconds > 0, or None")
         submitted = time.perf_counter()
         wanted = (params or SamplingParams()).with_defaults(self.sampling_defaults)
         encoded = [self._encoder.encode(prompt) for prompt in prompts]
@@ -234,8 +274,20 @@ class LayerStream:
             request = Request(wanted.n, self._loop.cancel)
             requests.append(request)
             answers.extend(self._answers(request, token_ids, wanted, submitted))
+        for answer in answers:
+            answer.deadline = submitted + (float("inf") if timeout is None else timeout)
+            answer.sequence.priority, answer.sequence.client = priority, client
         self._loop.submit(answers)
         return requests
+
+    def gang(self, size: int, timeout: float = GANG_SECONDS) -> AbstractContextManager[None]:
+        """Within it, requests wait for each other: none is begun before *size* of them were submitted, by whatever
+        threads, or *timeout* seconds are over. For batches whose members arrive one by one::
+
+            with engine.gang(len(questions)), ThreadPoolExecutor() as pool:
+                answers = list(pool.map(chain.invoke, questions))
+        """
+        return self._loop.gang(size, timeout)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that *prompt* stands for, with the model's opening tokens once."""

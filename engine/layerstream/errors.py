@@ -143,7 +143,7 @@ class InvalidLogits(LayerStreamError, ArithmeticError):
 
 
 class RequestTimeout(LayerStreamError, TimeoutError):
-    """The answer was not there in time; the request goes on unless cancelled."""
+    """The answer was not there in time: the request was given up if it had a time-out of its own, else it goes on."""
 
 
 class EngineClosed(LayerStreamError, RuntimeError):

@@ -8,9 +8,11 @@ stored page is run again without it; after ``close`` returns, no thread is left 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from layerstream.answer import Answer
 from layerstream.draft import DraftTree
 from layerstream.errors import EngineClosed, GrammarError
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
+from layerstream.inbox import Inbox
 from layerstream.model.weights import ModelWeights
 from layerstream.request import Request
 from layerstream.scheduling.drafting.trees import TreeDrafting
@@ -33,6 +36,8 @@ from layerstream.sweep import Sweep
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02  # between looks at what another process is computing
+MOMENT_SHARE = 0.01  # of a sweep: how long an idle engine waits for others after the first arrival
+MOST_MOMENT_SECONDS = 0.02
 
 
 @dataclass(slots=True)
@@ -68,7 +73,7 @@ class EngineLoop:
         self._weights = weights
         self._listener = listener
         self._changed = threading.Condition()
-        self._inbox: list[Answer] = []
+        self._inbox = Inbox(self._moment)
         self._cancelled: set[Request] = set()
         self._answers: dict[Sequence, Answer] = {}
         self._is_closing = False
@@ -83,8 +88,20 @@ class EngineLoop:
         with self._changed:
             if self._is_closing:
                 raise EngineClosed("the engine is closed; make a new LayerStream")
-            self._inbox.extend(answers)
+            self._inbox.put(answers, len({answer.request for answer in answers}))
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def gang(self, size: int, seconds: float) -> Iterator[None]:
+        """Hold what arrives until *size* requests are there, or *seconds* are over."""
+        with self._changed:
+            gang = self._inbox.open_gang(size, seconds)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inbox.close_gang(gang)
+                self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
         """Drop *request* by the next sweep."""
@@ -123,7 +140,7 @@ class EngineLoop:
             return  # the sweep may have been theirs
         if sweep is None:  # all that is left waits for another process
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closing or self._inbox or self._cancelled, POLL_SECONDS)
+                self._changed.wait_for(lambda: self._is_closing or len(self._inbox) or self._cancelled, POLL_SECONDS)
             return
         started, streamed = self._begin(sweep)
         try:
@@ -144,21 +161,37 @@ class EngineLoop:
         self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed))
 
     def _wait_for_work(self) -> bool:
-        """Take the inbox in, drop the cancelled; wait while there is nothing to do. False when closing."""
+        """Take arrivals in, drop the cancelled and the expired; wait while there is nothing to do. False: closing."""
         with self._changed:
             while not self._is_closing:
-                inbox, self._inbox = self._inbox, []
-                for answer in inbox:
+                arrived, seconds = self._inbox.take(is_idle=not self._answers)
+                for answer in arrived:
                     self._take_in(answer)
-                cancelled, self._cancelled = self._cancelled, set()
-                for answer in [answer for answer in self._answers.values() if answer.request in cancelled]:
-                    self._drop(answer.sequence)
-                    answer.cancel()
+                self._drop_unwanted()
                 if self._answers:
                     return True
-                self._emit(EngineIdle())
-                self._changed.wait_for(lambda: self._is_closing or self._inbox)
+                if not len(self._inbox):
+                    self._emit(EngineIdle())
+                self._changed.wait(seconds)
             return False
+
+    def _drop_unwanted(self) -> None:
+        """Whoever was cancelled, or has run out of time, leaves."""
+        now = time.perf_counter()
+        self._leave(lambda answer: answer.is_expired(now), lambda answer: answer.request.fail(answer.timed_out()))
+        cancelled, self._cancelled = self._cancelled, set()
+        self._leave(lambda answer: answer.request in cancelled, Answer.cancel)
+
+    def _leave(self, goes: Callable[[Answer], bool], tell: Callable[[Answer], None]) -> None:
+        for answer in [answer for answer in self._answers.values() if goes(answer)]:
+            tell(self._drop(answer.sequence))
+        for answer in self._inbox.remove(goes):
+            tell(answer)
+
+    def _moment(self) -> float:
+        """What an idle engine waits for others after the first arrival."""
+        counters = self.counters
+        return min(MOST_MOMENT_SECONDS, MOMENT_SHARE * counters.sweep_seconds / max(1, counters.sweeps))
 
     def _take_in(self, answer: Answer) -> None:
         """Let *answer* wait for its first sweep, with the tokens that its grammar begins with; they may be all."""
@@ -247,9 +280,8 @@ class EngineLoop:
     def _shut_down(self) -> None:
         with self._changed:
             self._is_closing = True
-            left = [*self._answers.values(), *self._inbox]
+            left = [*self._answers.values(), *self._inbox.drain()]
             self._answers.clear()
-            self._inbox.clear()
         if self._weights.streamer is not None:
             self._weights.streamer.abort()
         for answer in left:

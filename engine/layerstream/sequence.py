@@ -27,6 +27,8 @@ class Sequence:
         num_loaded: those among them that came from the store.
         num_declined: tokens that the store had and that it was faster to compute.
         constraint: the grammar that its output keeps to, if it has one.
+        priority: who has more is admitted first.
+        client: whom it is for; clients share the engine fairly.
     """
 
     sequence_id: int
@@ -42,6 +44,8 @@ class Sequence:
     num_loaded: int = 0
     num_declined: int = 0
     constraint: Constraint | None = None
+    priority: int = 0
+    client: str = ""
 
     @property
     def num_tokens(self) -> int:

@@ -6,14 +6,14 @@ the sequence is sampled.
 
 Rules:
 
-* a sequence is admitted when the pages for its longest possible answer are free, in order of arrival, so that it never
-  has to stop half-way; until then it waits. Pages of its prompt that others have computed, or are going to, it shares;
-  prefixes that nobody uses any more are evicted when their pages are wanted. What a store has of the rest is loaded
-  while the first sweep that needs it goes on; what another process is just computing is waited for, and others go
-  ahead meanwhile;
+* a sequence is admitted when the pages for its longest possible answer are free, in the order of
+  :mod:`layerstream.scheduling.queue`, so that it never has to stop half-way; until then it waits. Pages of its prompt
+  that others have computed, or are going to, it shares; prefixes that nobody uses any more are evicted when their
+  pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes on; what another
+  process is just computing is waited for, and others go ahead meanwhile;
 * a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
-  blocks: every layer appends a block's KV before it turns to the next block. Owners are older than sharers, so the
-  oldest sequence never waits for another;
+  blocks: every layer appends a block's KV before it turns to the next block. Owners were admitted before sharers,
+  so the first sequence never waits for another;
 * every admitted sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it
   into the sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
 * prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
@@ -28,7 +28,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
 from layerstream.scheduling.budget import SweepBudget
+from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
 from layerstream.sequence import Sequence
 from layerstream.sweep import PageLoad, RowBlock, Span, Sweep
@@ -112,7 +112,7 @@ class Scheduler:
         self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1)
         self._failed: list[tuple[Sequence, StorageFull]] = []
         self.prefixes = PrefixTable(pool)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
 
     @property
@@ -128,7 +128,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let *sequence* wait for its pages. The caller made sure that the pool as a whole could hold it."""
         sequence.prefix_keys = self.prefixes.keys_of(sequence.token_ids[: sequence.num_prompt_tokens])
-        self._waiting.append(sequence)
+        self._waiting.add(sequence, self._running)
 
     def remove(self, sequence: Sequence) -> None:
         """*sequence* is finished, cancelled or failed: forget it and free its pages."""
@@ -150,6 +150,7 @@ class Scheduler:
         self._release_stored()
         self._settle()
         self._admit()
+        self._waiting.tick()
         chunks: list[Span] = []
         ready = [sequence for sequence in self._running if sequence.is_prefilled and sequence.num_pending]
         num_decoded = sum(sequence.num_pending for sequence in ready)
@@ -157,7 +158,7 @@ class Scheduler:
         if ready:
             room = self.budget.prompt_tokens(self.budget.blocks_for(num_decoded), room, self.limits.chunk_tokens)
         planned: dict[Sequence, int] = {}
-        for sequence in self._running:
+        for sequence in sorted(self._running, key=lambda sequence: -sequence.priority):
             if sequence.is_prefilled or self._is_ahead(sequence, planned):
                 continue
             if room > 0 or not (chunks or ready):
@@ -187,6 +188,7 @@ class Scheduler:
         before = {span.sequence: span.sequence.num_computed for _, span in sweep.known_spans()}
         for _, span in sweep.known_spans():
             span.sequence.num_computed = span.stop
+            self._waiting.serve(span.sequence, len(span))
         found = [self._publish(sequence, start) for sequence, start in before.items()]
         published = [item for item in found if item is not None]
         if self._store is not None:
@@ -223,7 +225,7 @@ class Scheduler:
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
     def _admit(self) -> None:
-        for sequence in list(self._waiting):
+        for sequence in self._waiting.in_order(self._num_cached):
             if self._spill.wants(sequence):
                 if not self._admit_long(sequence):
                     return
@@ -246,6 +248,9 @@ class Scheduler:
             sequence.num_loaded = stored.num_pages * size
             sequence.num_declined = stored.num_declined * size
             self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
+
+    def _num_cached(self, sequence: Sequence) -> int:
+        return len(self.prefixes.match(sequence.prefix_keys)) * self.pool.page_tokens
 
     def _admit_long(self, sequence: Sequence) -> bool:
         """Admit a sequence that does not fit the frames; False while it has to wait, and those behind it too."""
@@ -277,7 +282,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._spill.remove(sequence)
         sequence.num_computed = sequence.num_cached = sequence.num_loaded = 0
-        self._waiting.appendleft(sequence)
+        self._waiting.add(sequence, self._running)
 
     def _publish(self, sequence: Sequence, start: int) -> Published | None:
         """What of *sequence*, from token *start* on, may be stored."""
