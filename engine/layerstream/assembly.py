@@ -22,6 +22,7 @@ from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.pages import PagePool
 from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.store import PrefixStore
+from layerstream.kv.swap import PageSwap
 from layerstream.loop import LoopCounters
 from layerstream.machine import available_memory_bytes
 from layerstream.model.embedding import EmbeddingRows
@@ -111,6 +112,7 @@ class Assembly:
     step: SweepStep
     drafting: TreeDrafting
     store: PrefixStore | None
+    swap: PageSwap
     draft: Assembly | None
 
     def close(self) -> None:
@@ -119,6 +121,7 @@ class Assembly:
             self.draft.close()
         if self.store is not None:
             self.store.close()
+        self.swap.close()
         self.reader.close()
 
     def seconds_per_sweep(self, counters: LoopCounters) -> float:
@@ -280,7 +283,8 @@ def _assemble(
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         weights = ModelWeights(skeleton, plan.weights, reader, _LoadCounter(plan.resident_bytes, listener).add)
         embedding = _embedding(skeleton, plan, weights, reader)
-        scheduler = _scheduler(skeleton, plan, store, reader)
+        swap = PageSwap(states)
+        scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader
         runner = SweepRunner(skeleton, weights, embedding, states, plan.decode_rows, loader)
         return Assembly(
@@ -296,6 +300,7 @@ def _assemble(
             step=SweepStep(scheduler, runner, weights, store),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
+            swap=swap,
             draft=draft,
         )
     except BaseException:
@@ -304,7 +309,9 @@ def _assemble(
         raise
 
 
-def _scheduler(skeleton: Skeleton, plan: Plan, store: PrefixStore | None, reader: DirectReader) -> Scheduler:
+def _scheduler(
+    skeleton: Skeleton, plan: Plan, store: PrefixStore | None, reader: DirectReader, swap: PageSwap
+) -> Scheduler:
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
         chunk_tokens=plan.page_tokens,
@@ -315,7 +322,7 @@ def _scheduler(skeleton: Skeleton, plan: Plan, store: PrefixStore | None, reader
     )
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
-    return Scheduler(limits, pool, store, lambda: plan.streamed_bytes / (reader.rate() or ASSUMED_READ_RATE))
+    return Scheduler(limits, pool, store, lambda: plan.streamed_bytes / (reader.rate() or ASSUMED_READ_RATE), swap)
 
 
 def _drafters(config: EngineConfig, store: PrefixStore | None, draft: Assembly | None) -> list[Drafter]:

@@ -160,7 +160,7 @@ class ModelDrafter:
             num_rows += len(path)
             if num_rows > ROWS_AT_ONCE and chosen:
                 break
-            if mirror.num_tokens + len(path) < mirror.max_num_tokens:
+            if mirror.num_tokens + len(path) <= min(mirror.capacity, mirror.max_num_tokens - 1):
                 chosen.setdefault(mirror, []).append(path)
         self._asking = {mirror: self._growing[mirror].ask(paths) for mirror, paths in chosen.items()}
         for mirror in chosen:

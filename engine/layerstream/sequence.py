@@ -8,6 +8,22 @@ from layerstream.constraint import Constraint
 from layerstream.params import SamplingParams
 
 
+@dataclass(frozen=True, slots=True)
+class Suspension:
+    """What a sequence had computed when its memory was taken.
+
+    Attributes:
+        num_computed: tokens.
+        kept: pages at its beginning that others held too.
+        num_pages: those behind them, which were written under *number* (``None``: they were not).
+    """
+
+    num_computed: int
+    kept: int
+    num_pages: int
+    number: int | None
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One token sequence on its way through the sweeps.
@@ -27,6 +43,8 @@ class Sequence:
         num_loaded: those among them that came from the store.
         num_declined: tokens that the store had and that it was faster to compute.
         constraint: the grammar that its output keeps to, if it has one.
+        suspension: what it had computed, while it waits for memory that was taken from it.
+        capacity: tokens that its pages have room for.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
     """
@@ -44,6 +62,8 @@ class Sequence:
     num_loaded: int = 0
     num_declined: int = 0
     constraint: Constraint | None = None
+    suspension: Suspension | None = None
+    capacity: int = 0
     priority: int = 0
     client: str = ""
 

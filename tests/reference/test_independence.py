@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from layerstream import planner
+from layerstream.assembly import EngineConfig, assemble
+from layerstream.self_check import step_greedily
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
 from tests.models import make_model
@@ -24,3 +27,28 @@ def test_alone_equals_among_others(family: str, mode: str, dtype: str, tmp_path:
     among = run_greedily(tmp_path, budget, [others[0], prompt, *others[1:]], dtype)
     assert torch.equal(alone.logits[0], among.logits[1])
     assert alone.tokens[0] == among.tokens[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_suspended_and_resumed(
+    dtype: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory for KV runs out, the last one admitted waits on disk; its bits are those of one that never did."""
+    for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
+        monkeypatch.setattr(planner, name, 256)
+    monkeypatch.setattr(planner, "MORE_KV_SHARE", 0.0)
+    make_model("llama", tmp_path)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    config = EngineConfig(str(tmp_path), memory_bytes=budget_for(tmp_path, "layers"), dtype=dtype, max_context=250)
+    prompts = [draw_prompt(length, seed) for seed in (1, 2) for length in (70, 40, 90, 50)]
+    parts = assemble(config, None)
+    try:
+        alone = [step_greedily(parts, [prompt], 70) for prompt in prompts]
+        assert not parts.swap.written_pages
+        tokens, logits = step_greedily(parts, prompts, 70)
+        assert parts.swap.written_pages
+    finally:
+        parts.close()
+    for number, (own_tokens, own_logits) in enumerate(alone):
+        assert own_tokens[0] == tokens[number]
+        assert torch.equal(own_logits[0], logits[number])

@@ -6,8 +6,9 @@ the sequence is sampled.
 
 Rules:
 
-* a sequence is admitted when the pages for its longest possible answer are free, in the order of
-  :mod:`layerstream.scheduling.queue`, so that it never has to stop half-way; until then it waits. Pages of its prompt
+* a sequence is admitted when there is memory for its prompt, in the order of :mod:`layerstream.scheduling.queue`; until
+  then it waits. Its answer gets memory as it grows, and where there is none, the sequence that was admitted last waits
+  again, with what it has computed (:mod:`layerstream.scheduling.frames`). Pages of its prompt
   that others have computed, or are going to, it shares; prefixes that nobody uses any more are evicted when their
   pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes on; what another
   process is just computing is waited for, and others go ahead meanwhile;
@@ -38,6 +39,7 @@ from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
 from layerstream.scheduling.budget import SweepBudget
+from layerstream.scheduling.frames import Frames, Swap
 from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
 from layerstream.sequence import Sequence
@@ -94,6 +96,7 @@ class Scheduler:
     Args:
         store: what outlives the process; ``None``: prefixes are shared in memory alone.
         read_seconds: what reading the streamed weights of a sweep takes.
+        swap: where pages go when memory is short.
     """
 
     def __init__(
@@ -102,16 +105,17 @@ class Scheduler:
         pool: PagePool,
         store: SpillStore | None = None,
         read_seconds: Callable[[], float] = lambda: 0.0,
+        swap: Swap | None = None,
     ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
         self.limits = limits
         self.budget = SweepBudget(limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds)
         self.pool = pool
         self._store = store
-        self._held_by_store: list[int] = []
         self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1)
         self._failed: list[tuple[Sequence, StorageFull]] = []
         self.prefixes = PrefixTable(pool)
+        self._frames = Frames(pool, self.prefixes, store, swap)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
 
@@ -144,11 +148,13 @@ class Scheduler:
             sequence.pages = []
         else:
             self._waiting.remove(sequence)
+            self._frames.forget(sequence)
 
     def schedule(self, drafting: Drafting = _NO_DRAFTING) -> Sweep | None:
         """The next sweep, with guesses of *drafting*; ``None`` when nothing is there to run."""
-        self._release_stored()
+        self._frames.take_back_stored()
         self._settle()
+        self._grow()
         self._admit()
         self._waiting.tick()
         chunks: list[Span] = []
@@ -170,6 +176,8 @@ class Scheduler:
                 room -= sum(map(len, own))
                 if planned[sequence] == sequence.num_prompt_tokens:
                     ready.append(sequence)
+        for sequence in ready:
+            sequence.capacity = len(sequence.pages) * self.pool.page_tokens
         spans = [span for sequence in ready for span in self._decode_spans(sequence)]
         prompts = self._prompt_blocks(chunks)
         drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in prompts))
@@ -193,8 +201,7 @@ class Scheduler:
         published = [item for item in found if item is not None]
         if self._store is not None:
             for item in published:
-                self.pool.share(list(item.pages))
-                self._held_by_store.extend(item.pages)
+                self._frames.share_with_store(item.pages)
         return published
 
     def lose(self, key: bytes) -> None:
@@ -221,7 +228,7 @@ class Scheduler:
         """Raise ``AssertionError`` unless pages, page tables and prefixes account for each other."""
         self.prefixes.check_integrity()
         running = [self._spill.held_by(s) if s.is_long else s.pages for s in self._running]
-        self.pool.check_integrity([*running, self.prefixes.held_pages(), self._held_by_store])
+        self.pool.check_integrity([*running, self.prefixes.held_pages(), self._frames.held_by_store])
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
     def _admit(self) -> None:
@@ -232,22 +239,63 @@ class Scheduler:
                 continue
             shared = self.prefixes.match(sequence.prefix_keys)
             self.pool.share(shared)
-            own = self._acquire(self.pool.pages_for(sequence.max_num_tokens) - len(shared), shared)
+            own = self._acquire(sequence, shared)
             if own is None:
                 self.pool.release(shared)
                 return
-            stored = self._take(sequence, len(shared))
-            if stored is None:  # being computed elsewhere
+            if not self._begin(sequence, shared, own):  # being computed elsewhere
                 self.pool.release(shared + own)
-                continue
-            self._waiting.remove(sequence)
-            self._running.append(sequence)
-            size = self.pool.page_tokens
-            sequence.pages = shared + own
-            sequence.num_computed = sequence.num_cached = (len(shared) + stored.num_pages) * size
+
+    def _acquire(self, sequence: Sequence, shared: list[int]) -> list[int] | None:
+        """Frames for *sequence* behind those that it shares.
+
+        For its longest answer if they are free. Else for what it has and one token more, with one to spare for each
+        that runs, so that it is not admitted only to be suspended.
+        """
+        after = shared[-1] if shared else None
+        most = self.pool.pages_for(sequence.max_num_tokens) - len(shared)
+        if most <= self.pool.num_free:
+            return self.pool.acquire(most, after=after)
+        least = self.pool.pages_for(min(sequence.num_tokens + 1, sequence.max_num_tokens)) - len(shared)
+        spare = min(len(self._running), most - least)
+        return self._frames.acquire(least + spare, after, self._running)
+
+    def _begin(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
+        """*sequence* runs, in pages that it shares and its own; False, and no change, if another process is at it."""
+        size = self.pool.page_tokens
+        sequence.pages = shared + own
+        is_first, stored = sequence.suspension is None, Stored(0, 0)
+        if is_first or not self._frames.resume(sequence, len(shared)):
+            found = self._take(sequence, len(shared))
+            if found is None:
+                sequence.pages = []
+                return False
+            stored = found
+            sequence.num_computed = (len(shared) + stored.num_pages) * size
+        if is_first:
+            sequence.num_cached = sequence.num_computed
             sequence.num_loaded = stored.num_pages * size
             sequence.num_declined = stored.num_declined * size
-            self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
+        return True
+
+    def _grow(self) -> None:
+        """Give every sequence the pages that its tokens need; where they run out, the last one admitted stops."""
+        for sequence in list(self._running):
+            while sequence in self._running and not sequence.is_long:
+                if self._frames.grow(sequence, self._running):
+                    break
+                self._suspend(next(other for other in reversed(self._running) if not other.is_long))
+
+    def _suspend(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._frames.suspend(sequence)
+        gone = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
+        if self._store is not None:
+            self._store.abandon(gone)
+        self._waiting.add(sequence, self._running)
 
     def _num_cached(self, sequence: Sequence) -> int:
         return len(self.prefixes.match(sequence.prefix_keys)) * self.pool.page_tokens
@@ -295,25 +343,6 @@ class Scheduler:
         if self._store is None or num_shared == len(sequence.prefix_keys):
             return Stored(0, 0)
         return self._store.take(sequence.prefix_keys, num_shared)
-
-    def _acquire(self, count: int, shared: list[int]) -> list[int] | None:
-        missing = count - self.pool.num_free
-        if missing > 0 and self._store is not None and self.prefixes.num_idle < missing:
-            self._release(self._store.give_back())
-        missing = count - self.pool.num_free
-        if missing > 0 and self.prefixes.num_idle >= missing:
-            self.prefixes.evict(missing)
-        return self.pool.acquire(count, after=shared[-1] if shared else None)
-
-    def _release_stored(self) -> None:
-        if self._store is not None:
-            self._release(self._store.collect())
-
-    def _release(self, pages: list[int]) -> None:
-        """The store does not hold *pages* any more."""
-        for page in pages:
-            self._held_by_store.remove(page)
-        self.pool.release(pages)
 
     def _loads(self, blocks: list[RowBlock]) -> tuple[PageLoad, ...]:
         """The stored pages that the rows of *blocks* attend to."""

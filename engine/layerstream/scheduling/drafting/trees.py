@@ -146,7 +146,7 @@ class TreeDrafting:
     def _expand(self, node: _Node, waiting: list[tuple[float, int, _Node]]) -> None:
         """Put the children of *node* among those *waiting*."""
         sequence = node.sequence
-        if sequence.num_tokens + len(node.path) + 1 >= sequence.max_num_tokens:
+        if sequence.num_tokens + len(node.path) + 1 > min(sequence.capacity, sequence.max_num_tokens - 1):
             return
         children: dict[int, _Node] = {}
         for drafter, state in node.states:

@@ -1,0 +1,157 @@
+"""Memory for KV, handed out one page at a time: who gets a frame when there are few, and who gives one back.
+
+In this order: a free frame; one of a prefix that nobody uses; one whose page is only waiting to be stored; one that a
+running sequence holds for the rest of its answer and has not reached yet. When none of them is to be had, the sequence
+that was admitted last is *suspended*: pages that only it holds go to disk, and when it is admitted again they come
+back, so nothing that was computed is computed again.
+
+Invariants: frames of a suspended sequence are free, and its tokens stay; the sequence that was admitted first is never
+suspended for another one, so there is always one that goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from layerstream.kv.pages import PagePool
+from layerstream.kv.prefix import PrefixTable, SpillStore
+from layerstream.sequence import Sequence, Suspension
+
+LOOK_AHEAD_TOKENS = 32  # room for guesses, where frames are free
+
+
+class Swap(Protocol):
+    """Where the pages of suspended sequences wait."""
+
+    def write(self, pages: Seq[int]) -> int | None:
+        """Keep what is in *pages*; a number to ask for it, ``None`` if it cannot be kept."""
+        ...
+
+    def read(self, number: int, first: int, pages: Seq[int]) -> None:
+        """Put what *number* stands for, from its page *first* on, into *pages*."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Forget it."""
+        ...
+
+
+class Frames:
+    """Gives frames of *pool* to sequences.
+
+    Args:
+        swap: ``None``: suspended sequences are computed again.
+    """
+
+    def __init__(
+        self, pool: PagePool, prefixes: PrefixTable, store: SpillStore | None, swap: Swap | None = None
+    ) -> None:
+        self._pool = pool
+        self._prefixes = prefixes
+        self._store = store
+        self._swap = swap
+        self.held_by_store: list[int] = []
+
+    def acquire(self, count: int, after: int | None, running: Iterable[Sequence] = ()) -> list[int] | None:
+        """*count* frames, those behind page *after* if they are free; ``None``, and no change, if there are fewer.
+
+        Args:
+            running: who may hold frames that they have not reached yet.
+        """
+        if count > self._pool.num_free:
+            self._make_room(count, list(running))
+        return self._pool.acquire(count, after=after)
+
+    def share_with_store(self, pages: Seq[int]) -> None:
+        """The store is going to write *pages*, and holds them until then."""
+        self._pool.share(list(pages))
+        self.held_by_store.extend(pages)
+
+    def take_back_stored(self) -> None:
+        """Release what the store is done with."""
+        if self._store is not None:
+            self._release(self._store.collect())
+
+    def grow(self, sequence: Sequence, running: Seq[Sequence]) -> bool:
+        """Make sure that all known tokens of *sequence* have a page; False if there are not enough frames."""
+        missing = self._pool.pages_for(sequence.num_tokens) - len(sequence.pages)
+        if missing > 0:
+            own = self.acquire(missing, sequence.pages[-1], [other for other in running if other is not sequence])
+            if own is None:
+                return False
+            sequence.pages += own
+        wanted = min(sequence.num_tokens + LOOK_AHEAD_TOKENS, sequence.max_num_tokens)
+        more = self._pool.pages_for(wanted) - len(sequence.pages)
+        if 0 < more <= self._pool.num_free - len(running):
+            sequence.pages += self._pool.acquire(more, after=sequence.pages[-1]) or []
+        return True
+
+    def suspend(self, sequence: Sequence) -> None:
+        """Free the frames of *sequence*, which stops running; what only it holds goes to disk."""
+        size = self._pool.page_tokens
+        kept = self._num_held_by_others(sequence)
+        own = sequence.pages[kept : self._pool.pages_for(sequence.num_computed)]
+        number = None
+        if self._swap is not None and own and not self._prefixes.loads(sequence.prefix_keys):
+            number = self._swap.write(own)
+        sequence.suspension = Suspension(sequence.num_computed, kept, len(own), number)
+        self._pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = min(sequence.num_computed, kept * size)
+
+    def resume(self, sequence: Sequence, num_shared: int) -> bool:
+        """Bring back what :meth:`suspend` wrote into the pages of *sequence*, whose first *num_shared* are others'.
+
+        Returns:
+            False if that is not all that it had computed: it goes on from what is there.
+        """
+        suspension, sequence.suspension = sequence.suspension, None
+        if suspension is None or suspension.number is None or self._swap is None:
+            return False
+        is_whole = num_shared >= suspension.kept
+        if is_whole:
+            first, stop = num_shared - suspension.kept, suspension.kept + suspension.num_pages
+            self._swap.read(suspension.number, first, sequence.pages[num_shared:stop])
+            sequence.num_computed = suspension.num_computed
+        self._swap.drop(suspension.number)
+        return is_whole
+
+    def forget(self, sequence: Sequence) -> None:
+        """*sequence* will not run again; drop what is on disk."""
+        suspension, sequence.suspension = sequence.suspension, None
+        if suspension is not None and suspension.number is not None and self._swap is not None:
+            self._swap.drop(suspension.number)
+
+    def _num_held_by_others(self, sequence: Sequence) -> int:
+        """Pages at the beginning of *sequence* that another sequence holds too."""
+        in_table = set(self._prefixes.held_pages())
+        count = 0
+        for page in sequence.pages:
+            if self._pool.refcount(page) - (page in in_table) - self.held_by_store.count(page) < 2:
+                break
+            count += 1
+        return count
+
+    def _make_room(self, count: int, running: Seq[Sequence]) -> None:
+        missing = count - self._pool.num_free
+        if self._store is not None and self._prefixes.num_idle < missing:
+            self._release(self._store.give_back())
+        idle = self._prefixes.num_idle
+        unreached = {other: len(other.pages) - self._pool.pages_for(other.num_tokens + 1) for other in running}
+        if idle + sum(max(0, spare) for spare in unreached.values()) < (missing := count - self._pool.num_free):
+            return
+        self._prefixes.evict(missing)
+        for other, spare in unreached.items():
+            missing = count - self._pool.num_free
+            if spare > 0 and missing > 0 and not other.is_long:
+                cut = len(other.pages) - min(spare, missing)
+                self._pool.release(other.pages[cut:])
+                del other.pages[cut:]
+
+    def _release(self, pages: list[int]) -> None:
+        """The store does not hold *pages* any more."""
+        for page in pages:
+            self.held_by_store.remove(page)
+        self._pool.release(pages)

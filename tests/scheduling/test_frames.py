@@ -1,0 +1,174 @@
+"""Memory for KV when there is little: nobody starves, nothing is lost, nothing is computed twice without need."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layerstream.draft import ROOT, DraftTree
+from layerstream.kv.pages import PagePool
+from layerstream.params import SamplingParams
+from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.scheduling.verify import verify
+from layerstream.sequence import Sequence
+from layerstream.sweep import Sweep
+
+PAGE = 8
+LIMITS = SweepLimits(max_tokens=20, chunk_tokens=PAGE, decode_rows=4, prompt_rows=16, max_draft_rows=6)
+
+
+class Memory:
+    """What frames hold: the token of each position, as a stand-in for its KV; also the swap that keeps them."""
+
+    def __init__(self, num_pages: int, rng: random.Random | None = None) -> None:
+        self.pages: list[list[int | None]] = [[None] * PAGE for _ in range(num_pages)]
+        self.kept: dict[int, list[list[int | None]]] = {}
+        self.num_rows = 0
+        self._rng = rng
+
+    def write(self, pages: Seq[int]) -> int | None:
+        if self._rng is not None and self._rng.random() < 0.2:
+            return None  # the disk is full
+        number = len(self.kept) + self.num_rows * 1000
+        self.kept[number] = [list(self.pages[page]) for page in pages]
+        return number
+
+    def read(self, number: int, first: int, pages: Seq[int]) -> None:
+        contents = self.kept[number][first:]
+        assert len(contents) == len(pages)
+        for page, content in zip(pages, contents, strict=True):
+            self.pages[page] = list(content)
+
+    def drop(self, number: int) -> None:
+        del self.kept[number]
+
+    def run(self, sweep: Sweep) -> None:
+        """Every known row finds the tokens before it, and leaves its own."""
+        for _, span in sweep.known_spans():
+            sequence = span.sequence
+            for position in range(span.start, span.stop):
+                self.pages[sequence.pages[position // PAGE]][position % PAGE] = sequence.token_ids[position]
+                self.num_rows += 1
+            found = [self.pages[sequence.pages[at // PAGE]][at % PAGE] for at in range(span.stop)]
+            assert found == sequence.token_ids[: span.stop], "a row that attends to something else"
+
+    def accept(self, sequence: Sequence, count: int) -> None:
+        for position in range(sequence.num_computed, sequence.num_computed + count):
+            self.pages[sequence.pages[position // PAGE]][position % PAGE] = sequence.token_ids[position]
+        sequence.num_computed += count
+
+
+class Chain:
+    """Guesses the next few tokens as one path; tokens count up by 1, and some guesses are off."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
+        trees = {}
+        for sequence in sequences:
+            room = min(sequence.capacity, sequence.max_num_tokens - 1) - sequence.num_tokens
+            count = min(room, self._rng.randint(0, 3))
+            if count > 0:
+                last = sequence.token_ids[-1]
+                tokens = [last + 1 + at + (self._rng.random() < 0.3) for at in range(count)]
+                trees[sequence] = DraftTree(tuple(tokens), tuple(range(ROOT, count - 1)), ("test",) * count)
+        return trees
+
+
+def make(number: int, num_tokens: int, max_tokens: int, context: int) -> Sequence:
+    """Prompts of one *context* begin with the same tokens."""
+    shared = [10_000 * context + at for at in range(min(num_tokens, 20))]
+    own = [10_000_000 + 1000 * number + at for at in range(num_tokens - len(shared))]
+    return Sequence(number, shared + own, num_tokens, SamplingParams(max_tokens=max_tokens), priority=number % 3 // 2)
+
+
+def go_on(scheduler: Scheduler, memory: Memory, sweep: Sweep) -> None:
+    """Run, commit and sample: the next token is always the last one's successor."""
+    memory.run(sweep)
+    scheduler.commit(sweep)
+    for sequence in sweep.sampled:
+
+        def draw(node: int, sequence: Sequence = sequence) -> tuple[list[int], bool]:
+            sequence.token_ids.append(sequence.token_ids[-1] + 1)
+            return sequence.token_ids[-1:], sequence.num_tokens < sequence.max_num_tokens
+
+        right = verify(sweep.drafts.get(sequence), draw)
+        if sequence.num_tokens == sequence.max_num_tokens:
+            scheduler.remove(sequence)
+        else:
+            memory.accept(sequence, len(right))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=10),
+    st.integers(10, 16),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_everybody_finishes_with_what_they_computed(
+    requests: list[tuple[int, int, int]], num_pages: int, is_flaky: bool, rng: random.Random
+) -> None:
+    memory = Memory(num_pages, rng if is_flaky else None)
+    scheduler = Scheduler(LIMITS, PagePool(num_pages, PAGE), swap=memory)
+    chain = Chain(rng)
+    arriving = [make(number, *request) for number, request in enumerate(requests)]
+    everyone, cancelled = list(arriving), set()
+    for _ in range(3000):
+        while arriving and rng.random() < 0.4:
+            scheduler.add(arriving.pop(0))
+        sweep = scheduler.schedule(chain)
+        scheduler.check_integrity()
+        if sweep is None:
+            if not arriving and not scheduler.num_waiting:
+                break
+            assert scheduler.num_waiting == 0 or scheduler.num_running == 0 or arriving
+            continue
+        go_on(scheduler, memory, sweep)
+        for sequence in everyone:
+            if sequence.num_output_tokens and sequence.num_tokens < sequence.max_num_tokens and rng.random() < 0.02:
+                scheduler.remove(sequence)
+                everyone.remove(sequence)
+                cancelled.add(sequence)
+                break
+    for sequence in everyone:
+        start = sequence.token_ids[sequence.num_prompt_tokens - 1]
+        assert sequence.output_ids == [start + 1 + at for at in range(sequence.params.max_tokens or 0)]
+    assert not memory.kept, "what was written was read again, or dropped"
+    assert scheduler.pool.num_used == len(scheduler.prefixes), "only idle prefixes are left"
+
+
+def test_a_suspended_sequence_computes_nothing_again() -> None:
+    memory = Memory(6)
+    scheduler = Scheduler(LIMITS, PagePool(6, PAGE), swap=memory)
+    both = [make(number, 15, 33, number) for number in range(2)]  # six pages each, and there are six
+    for sequence in both:
+        scheduler.add(sequence)
+    suspended = False
+    while scheduler.num_running or scheduler.num_waiting:
+        sweep = scheduler.schedule()
+        assert sweep is not None
+        scheduler.check_integrity()
+        suspended |= any(sequence.suspension is not None for sequence in both)
+        assert both[0].suspension is None, "the one that came first goes on"
+        go_on(scheduler, memory, sweep)
+    assert suspended
+    assert memory.num_rows == 2 * (15 + 33 - 1)
+
+
+def test_room_that_was_reserved_and_not_reached_is_given_up_first() -> None:
+    memory = Memory(8)
+    scheduler = Scheduler(LIMITS, PagePool(8, PAGE), swap=memory)
+    scheduler.add(first := make(0, 4, 60, 0))
+    sweep = scheduler.schedule()
+    assert sweep is not None
+    assert len(first.pages) == 8, "as long as nobody else wants them"
+    go_on(scheduler, memory, sweep)
+    scheduler.add(second := make(1, 9, 4, 1))
+    sweep = scheduler.schedule()
+    assert second.pages
+    assert first.suspension is None
+    scheduler.check_integrity()
