@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from layerstream import planner
 from layerstream.checkpoint.hub import locate
 from layerstream.draft_model import ModelDrafter
-from layerstream.errors import ConfigurationError, KVStoreUnusable
+from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
@@ -170,12 +170,15 @@ def _assemble_draft(config: EngineConfig) -> Assembly:
     )
     available = available_memory_bytes() if config.memory_bytes is None else config.memory_bytes
     share = int(DRAFT_MODEL_SHARE * available)
-    plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
-    if plan.streams:
+    try:
+        plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
+    except BudgetTooSmall:
+        plan = None
+    if plan is None or plan.streams:
         raise ConfigurationError(
-            f"the draft model {config.draft_model} has {format_size(plan.facts.compute_bytes)} of weights and may take "
-            f"{format_size(share)} ({DRAFT_MODEL_SHARE:.0%} of the memory) with its KV: a draft model has to stay "
-            "resident; take a smaller one, or give the engine more memory"
+            f"the draft model {config.draft_model} does not fit into {format_size(share)} ({DRAFT_MODEL_SHARE:.0%} of "
+            "the memory) with its KV, and a draft model has to stay resident: take a smaller one, or give the engine "
+            "more memory"
         )
     return assemble(dataclasses.replace(own, memory_bytes=min(share, comfortable_bytes(plan.facts))), None)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 MARGIN = 0.9  # of the read: what the compute may take and still hide behind it
 NEW_SHARE = 0.3  # what the newest measurement counts
-UNKNOWN_BLOCK_SHARE = 0.5  # of a sweep, for a row block, before anything was measured
+UNKNOWN_BLOCK_SHARE = 0.25  # of a sweep, for a row block, before anything was measured
 
 
 class SweepBudget:

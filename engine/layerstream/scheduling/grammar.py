@@ -7,6 +7,7 @@ without a sweep of their own. Whitespace between JSON tokens is not flexible, or
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -68,8 +69,8 @@ class Grammars:
         except ValueError as error:
             raise GrammarError(f"response_format cannot be used: {error}") from error
         if matcher.is_error():
-            reason = matcher.get_error().strip().splitlines()[0]
-            raise GrammarError(f"response_format cannot be used: {reason}")
+            reason = " ".join(matcher.get_error().split())
+            raise GrammarError(f"response_format cannot be used: {textwrap.shorten(reason, 300)}")
         constraint = GrammarConstraint(matcher, self._vocab_size, frozenset(self._end_token_ids))
         if not constraint.mask_without_ends().any() and not matcher.is_accepting():
             raise GrammarError("response_format can never be met: no text matches it")

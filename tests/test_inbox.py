@@ -1,0 +1,73 @@
+"""Arrivals meet: a moment for an idle engine, gangs, and nothing held for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerstream.inbox import Inbox
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(moment: float = 0.5) -> tuple[Inbox, Clock]:
+    clock = Clock()
+    return Inbox(lambda: moment, clock), clock
+
+
+def answer(name: str) -> Any:
+    return name
+
+
+def test_an_idle_engine_waits_a_moment_and_a_busy_one_does_not() -> None:
+    inbox, clock = make()
+    assert inbox.take(is_idle=True) == ([], None)
+    inbox.put([answer("a")], 1)
+    assert inbox.take(is_idle=True) == ([], 0.5)
+    clock.now += 0.25
+    inbox.put([answer("b")], 1)
+    assert inbox.take(is_idle=True) == ([], 0.25), "counted from the first"
+    clock.now += 0.25
+    assert inbox.take(is_idle=True) == (["a", "b"], None)
+    inbox.put([answer("c")], 1)
+    assert inbox.take(is_idle=False) == (["c"], None)
+
+
+def test_a_gang_holds_until_it_is_complete() -> None:
+    inbox, clock = make(moment=0.0)
+    gang = inbox.open_gang(3, seconds=2.0)
+    inbox.put([answer("a"), answer("a2")], 1)
+    assert inbox.take(is_idle=False) == ([], 2.0)
+    clock.now += 0.5
+    inbox.put([answer("b")], 1)
+    assert inbox.take(is_idle=True) == ([], 1.5)
+    inbox.put([answer("c")], 1)
+    assert inbox.take(is_idle=True) == (["a", "a2", "b", "c"], None)
+    inbox.close_gang(gang)
+
+
+def test_a_gang_that_is_late_or_closed_holds_nobody() -> None:
+    inbox, clock = make(moment=0.0)
+    gang = inbox.open_gang(2, seconds=1.0)
+    inbox.put([answer("a")], 1)
+    clock.now += 1.0
+    assert inbox.take(is_idle=True) == (["a"], None)
+    gang = inbox.open_gang(2, seconds=1.0)
+    inbox.put([answer("b")], 1)
+    assert inbox.take(is_idle=True)[0] == []
+    inbox.close_gang(gang)
+    inbox.close_gang(gang)
+    assert inbox.take(is_idle=True) == (["b"], None)
+
+
+def test_who_is_held_can_leave() -> None:
+    inbox, _ = make()
+    inbox.put([answer("a"), answer("b")], 2)
+    assert inbox.remove(lambda item: item == "a") == ["a"]
+    assert inbox.drain() == ["b"]
+    assert not len(inbox)
