@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import random
 import threading
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from layerstream.answer import Answer
 from layerstream.assembly import Assembly, EngineConfig, assemble
+from layerstream.beams import BeamAnswer
 from layerstream.completion import Completion, Delta
 from layerstream.constraint import Constraint
 from layerstream.errors import ConfigurationError, EngineClosed
@@ -28,6 +30,7 @@ from layerstream.params import SamplingParams
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
 from layerstream.request import Request
+from layerstream.scheduling.beam import BeamSearch
 from layerstream.scheduling.drafting.trees import DrafterCounters
 from layerstream.scheduling.grammar import Grammars
 from layerstream.self_check import check_untested
@@ -271,7 +274,8 @@ class LayerStream:
         answers: list[Answer] = []
         requests = []
         for token_ids in encoded:
-            request = Request(wanted.n, self._loop.cancel)
+            chosen = None if wanted.best_of is None else functools.partial(_most_probable, wanted)
+            request = Request(wanted.best_of or wanted.n, self._loop.cancel, chosen)
             requests.append(request)
             answers.extend(self._answers(request, token_ids, wanted, submitted))
         for answer in answers:
@@ -402,15 +406,18 @@ class LayerStream:
         self, request: Request, token_ids: list[int], params: SamplingParams, submitted: float
     ) -> Iterator[Answer]:
         params = dataclasses.replace(params, max_tokens=self._max_tokens(len(token_ids), params.max_tokens))
+        if params.best_of is not None and params.logprobs is None:
+            params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self._parts.defaults.eos_token_ids
-        for index in range(params.n):
+
+        def make(index: int, kind: Callable[..., Answer] = Answer, **more: Any) -> Answer:
             own = dataclasses.replace(params, seed=(seed + index) % 2**63)
             with self._lock:
                 number = next(self._numbers)
-            yield Answer(
+            return kind(
                 request=request,
                 index=index,
                 sequence=Sequence(number, list(token_ids), len(token_ids), own, constraint=self._constraint(own)),
@@ -418,6 +425,25 @@ class LayerStream:
                 stop=StopMatcher(tuple(params.stop)),
                 end_token_ids=ends,
                 submitted=submitted,
+                **more,
+            )
+
+        if params.beam_width is None:
+            yield from (make(index) for index in range(params.best_of or params.n))
+            return
+        self._check_beams(len(token_ids), params)
+        search = BeamSearch(params.beam_width, params.max_tokens or 1, params.length_penalty, ends)
+        yield make(0, BeamAnswer, search=search, make_answer=make)
+
+    def _check_beams(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        """Beams run together or not at all."""
+        pool, width, max_tokens = self._parts.scheduler.pool, params.beam_width or 1, params.max_tokens or 1
+        needed = pool.pages_for(num_prompt_tokens) + width * (pool.pages_for(max_tokens) + 1)
+        if needed > pool.num_pages:
+            raise ConfigurationError(
+                f"{width} beams of {max_tokens} tokens after a prompt of {num_prompt_tokens} need KV for "
+                f"{needed * pool.page_tokens:,} tokens, and there is memory for {pool.num_tokens:,}: ask for fewer "
+                "beams or tokens, or give the engine more memory"
             )
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
@@ -441,3 +467,19 @@ def _shut(loop: EngineLoop, parts: Assembly) -> None:
     """Close what the engine owns; must not refer to the engine itself."""
     loop.close()
     parts.close()
+
+
+def _most_probable(params: SamplingParams, completions: list[Completion]) -> list[Completion]:
+    """The ``n`` completions whose tokens are most probable on average."""
+
+    def mean(completion: Completion) -> float:
+        logprobs = [entry.logprob for entry in completion.logprobs or ()]
+        return sum(logprobs) / max(1, len(logprobs))
+
+    best = sorted(completions, key=mean, reverse=True)[: params.n]
+    return [
+        dataclasses.replace(
+            completion, index=index, logprobs=completion.logprobs if params.logprobs is not None else None
+        )
+        for index, completion in enumerate(best)
+    ]

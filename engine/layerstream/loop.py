@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from layerstream.answer import Answer
+from layerstream.beams import BeamAnswer
 from layerstream.draft import DraftTree
 from layerstream.errors import EngineClosed, GrammarError
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
@@ -135,7 +136,7 @@ class EngineLoop:
         sweep = self._scheduler.schedule(self._drafting)
         failed = self._scheduler.take_failed()
         for sequence, error in failed:
-            self._drop(sequence).request.fail(error)
+            self._drop(self._answers[sequence]).request.fail(error)
         if failed:
             return  # the sweep may have been theirs
         if sweep is None:  # all that is left waits for another process
@@ -155,9 +156,13 @@ class EngineLoop:
         streamed = self._streamed_bytes() - streamed
         seconds = time.perf_counter() - started
         self._count(sweep, seconds, streamed)
-        tokens_out = sum(
-            self._continue(sequence, sweep.drafts.get(sequence), logits[rows]) for sequence, rows in sweep.logit_rows()
-        )
+        tokens_out = 0
+        for sequence, rows in sweep.logit_rows():
+            answer = self._answers.get(sequence)
+            if isinstance(answer, BeamAnswer):
+                tokens_out += self._search(answer, sequence, logits[rows.start])
+            elif answer is not None:
+                tokens_out += self._continue(sequence, sweep.drafts.get(sequence), logits[rows])
         self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed))
 
     def _wait_for_work(self) -> bool:
@@ -183,8 +188,9 @@ class EngineLoop:
         self._leave(lambda answer: answer.request in cancelled, Answer.cancel)
 
     def _leave(self, goes: Callable[[Answer], bool], tell: Callable[[Answer], None]) -> None:
-        for answer in [answer for answer in self._answers.values() if goes(answer)]:
-            tell(self._drop(answer.sequence))
+        for answer in self._all_answers():
+            if goes(answer):
+                tell(self._drop(answer))
         for answer in self._inbox.remove(goes):
             tell(answer)
 
@@ -200,11 +206,11 @@ class EngineLoop:
         try:
             self.counters.forced_tokens += len(answer.force())
         except GrammarError as error:
-            self._drop(answer.sequence).request.fail(error)
+            self._drop(answer).request.fail(error)
             return
         if answer.is_over:
             answer.deliver()
-            self._drop(answer.sequence)
+            self._drop(answer)
 
     def _begin(self, sweep: Sweep) -> tuple[float, int]:
         self._unit = self._unit_bytes = 0
@@ -226,8 +232,8 @@ class EngineLoop:
             if self._answers[sequence].is_new:
                 self.counters.prefix_hits += sequence.num_cached > 0
                 self.counters.reused_tokens += sequence.num_cached
-        for sequence in {span.sequence for _, span in sweep.spans()}:
-            self._answers[sequence].took_part(streamed_bytes)
+        for answer in {self._answers[span.sequence] for _, span in sweep.spans()}:
+            answer.took_part(streamed_bytes)
 
     def _continue(self, sequence: Sequence, tree: DraftTree | None, logits: torch.Tensor) -> int:
         """Draw what comes after *sequence*, as far as its draft was right; an error in it is its own.
@@ -249,7 +255,7 @@ class EngineLoop:
         try:
             right = verify(tree, draw)
         except Exception as error:  # noqa: BLE001  # whatever it is, the other requests go on
-            self._drop(sequence).request.fail(error)
+            self._drop(answer).request.fail(error)
             return 0
         if tree is not None:
             self._drafting.learn(sequence, tree, right, sequence.token_ids[before:])
@@ -260,27 +266,56 @@ class EngineLoop:
         self.counters.forced_tokens += answer.num_forced - forced
         if answer.deliver():
             self._drafting.finish(sequence)
-            self._drop(sequence)
+            self._drop(answer)
         else:
             self._sweep_step.accept(sequence, right)
         return sequence.num_tokens - before
+
+    def _search(self, answer: BeamAnswer, sequence: Sequence, logits: torch.Tensor) -> int:
+        """Beam *sequence* has logits ``(vocabulary,)``; when all beams of its answer have, the next ones are chosen."""
+        answer.collect(sequence, logits)
+        if not answer.is_ready:
+            return 0
+        try:
+            gone, new = answer.advance(self._sweep_step.fork)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other requests go on
+            self._drop(answer).request.fail(error)
+            return 0
+        for beam in new:
+            self._answers[beam] = answer
+        for beam in gone:
+            self._forget(beam)
+        self.counters.tokens_out += 1
+        if answer.deliver():
+            self._drop(answer)
+        return 1
 
     def _fail(self, sweep: Sweep, error: BaseException) -> None:
         logger.error("sweep %d failed: %s", self.counters.sweeps, error)
         carried = {span.sequence for _, span in sweep.spans()}
         failed = {self._answers[sequence].request for sequence in carried}
-        for answer in [answer for answer in self._answers.values() if answer.request in failed]:
-            self._drop(answer.sequence).request.fail(error)
+        for answer in self._all_answers():
+            if answer.request in failed:
+                self._drop(answer).request.fail(error)
 
-    def _drop(self, sequence: Sequence) -> Answer:
+    def _all_answers(self) -> list[Answer]:
+        return list(dict.fromkeys(self._answers.values()))
+
+    def _drop(self, answer: Answer) -> Answer:
+        """*answer* needs no sweep any more."""
+        for sequence in answer.sequences:
+            self._forget(sequence)
+        return answer
+
+    def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         self._drafting.forget(sequence)
-        return self._answers.pop(sequence)
+        del self._answers[sequence]
 
     def _shut_down(self) -> None:
         with self._changed:
             self._is_closing = True
-            left = [*self._answers.values(), *self._inbox.drain()]
+            left = [*self._all_answers(), *self._inbox.drain()]
             self._answers.clear()
         if self._weights.streamer is not None:
             self._weights.streamer.abort()

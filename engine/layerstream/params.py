@@ -32,6 +32,10 @@ class SamplingParams:
         ignore_eos: go on past the model's EOS.
         seed: same seed, same prompt, same text, alone or among other requests; ``None`` draws a fresh one.
         n: completions per prompt.
+        best_of: sample this many and return the *n* whose tokens are most probable on average; at least ``n``.
+        beam_width: beam search with this many beams: the most probable answers instead of samples. Greedy settings
+            only; the *n* best are returned (at most as many as beams).
+        length_penalty: of beam search: scores are divided by length to this power [1].
         logprobs: return the log-probability of each token and of this many most probable ones.
         response_format: what the answer must be: ``{"type": "json_schema", "schema": {...}}``, ``{"type":
             "json_object"}``, ``{"type": "regex", "regex": "..."}``, ``{"type": "choice", "choices": [...]}``,
@@ -52,6 +56,9 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
+    best_of: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
     logprobs: int | None = None
     response_format: Any = None
 
@@ -70,7 +77,11 @@ class SamplingParams:
         self._check_float("frequency_penalty", -2.0, 2.0)
         self._check_int("seed", 0, 2**63 - 1)
         self._check_int("n", 1, 256)
+        self._check_int("best_of", self.n, 256)
+        self._check_int("beam_width", max(2, self.n), 32)
+        self._check_float("length_penalty", -10.0, 10.0)
         self._check_int("logprobs", 0, 100)
+        self._check_beams()
         if not isinstance(self.ignore_eos, bool):
             raise InvalidSamplingParams("ignore_eos", self.ignore_eos, "True or False")
 
@@ -87,6 +98,22 @@ class SamplingParams:
             if getattr(self, field.name) is None
         }
         return dataclasses.replace(self, **missing)
+
+    def _check_beams(self) -> None:
+        if self.beam_width is None:
+            return
+        for field, is_neutral in (
+            ("temperature", not self.temperature),
+            ("best_of", self.best_of is None),
+            ("logprobs", self.logprobs is None),
+            ("stop", not self.stop),
+            ("repetition_penalty", self.repetition_penalty in (None, 1.0)),
+            ("presence_penalty", not self.presence_penalty),
+            ("frequency_penalty", not self.frequency_penalty),
+            ("response_format", self.response_format is None),
+        ):
+            if not is_neutral:
+                raise InvalidSamplingParams(field, getattr(self, field), "nothing beside beam_width")
 
     def _check_int(self, field: str, low: int, high: int | None) -> None:
         value = getattr(self, field)

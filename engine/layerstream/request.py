@@ -20,13 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class Request:
-    """A prompt on its way; ``n`` answers come out of it.
+    """A prompt on its way; ``n`` answers come out of it, or those that *choose* takes of them when all are there.
 
     Iterating gives the deltas as they come, ``await`` and :meth:`result` the (first) completion.
     """
 
-    def __init__(self, num_answers: int, on_cancel: Callable[[Request], None]) -> None:
+    def __init__(
+        self,
+        num_answers: int,
+        on_cancel: Callable[[Request], None],
+        choose: Callable[[list[Completion]], list[Completion]] | None = None,
+    ) -> None:
         self._on_cancel = on_cancel
+        self._choose = choose
         self._changed = threading.Condition()
         self._deltas: list[Delta] = []
         self._completions: list[Completion | None] = [None] * num_answers
@@ -127,11 +133,22 @@ class Request:
     def push(self, delta: Delta) -> None:
         """The engine: a sweep added *delta*; with a completion, that answer is finished."""
         with self._changed:
-            self._deltas.append(delta)
+            if self._choose is None:
+                self._deltas.append(delta)
             if delta.completion is not None:
                 self._completions[delta.index] = delta.completion
                 self._is_done = all(completion is not None for completion in self._completions)
+            if self._is_done and self._choose is not None:
+                self._deliver_chosen(self._choose)
         self._tell()
+
+    def _deliver_chosen(self, choose: Callable[[list[Completion]], list[Completion]]) -> None:
+        chosen = choose([completion for completion in self._completions if completion is not None])
+        self._completions = list(chosen)
+        for index, completion in enumerate(chosen):
+            self._deltas.append(
+                Delta(completion.text, completion.token_ids, completion.finish_reason, index, completion)
+            )
 
     def fail(self, error: BaseException) -> None:
         """The engine: the request ends with *error*."""

@@ -45,6 +45,7 @@ class Sequence:
         constraint: the grammar that its output keeps to, if it has one.
         suspension: what it had computed, while it waits for memory that was taken from it.
         capacity: tokens that its pages have room for.
+        fork_of: what beams of one search have in common; they are never guessed for.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
     """
@@ -64,6 +65,7 @@ class Sequence:
     constraint: Constraint | None = None
     suspension: Suspension | None = None
     capacity: int = 0
+    fork_of: object = None
     priority: int = 0
     client: str = ""
 

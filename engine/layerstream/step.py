@@ -76,6 +76,16 @@ class SweepStep:
             self._runner.accept(sequence, nodes)
             sequence.num_computed += len(nodes)
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let *child*, a copy of *parent*, run beside it.
+
+        Raises:
+            StorageFull: there is no memory for it.
+        """
+        copied = self._scheduler.fork(parent, child)
+        if copied is not None:
+            self._runner.copy_page(*copied)
+
     def _waited_seconds(self) -> float:
         """How long the compute has waited for the disk so far."""
         streamer = self._weights.streamer

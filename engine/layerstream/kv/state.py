@@ -148,6 +148,11 @@ class LayerState:
         rows, (keys, values) = self._locate(page, 1)
         return keys[rows], values[rows]
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Make *target* a copy of *source*."""
+        for found, copied in zip(self.page(source), self.page(target), strict=True):
+            copied.copy_(found)
+
     def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
         """Where *count* neighbouring pages from *first* on are: rows, and keys and values that they are rows of."""
         assert self._keys is not None and self._values is not None, "no page was written yet"

@@ -97,6 +97,13 @@ class SweepRunner:
         with torch.inference_mode():
             self._drafted.accept(self._states, sequence, nodes, sequence.num_computed)
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Make page *target* a copy of *source*, in all layers."""
+        with torch.inference_mode():
+            for state in self._states:
+                if state.shape is not None:
+                    state.copy_page(source, target)
+
     def _inputs(self, sweep: Sweep) -> dict[str, Any]:
         token_ids: list[int] = []
         rows: list[int] = []

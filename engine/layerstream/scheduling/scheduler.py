@@ -150,6 +150,30 @@ class Scheduler:
             self._waiting.remove(sequence)
             self._frames.forget(sequence)
 
+    def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
+        """*child*, a copy of the running *parent*, runs beside it and shares its whole pages.
+
+        Returns:
+            The page that it shares a part of, and the one of its own that is to become a copy of it; ``None`` where
+            the parent's tokens end with a page.
+
+        Raises:
+            StorageFull: there is no page for it, even if all others wait.
+        """
+        num_whole, rest = divmod(parent.num_computed, self.pool.page_tokens)
+        shared = parent.pages[:num_whole]
+        own: list[int] | None = []
+        while rest and not (own := self._frames.acquire(1, None, self._running)):
+            others = [other for other in self._running if other.fork_of is not parent.fork_of and not other.is_long]
+            if not others:
+                raise StorageFull("there is no memory for one more beam: ask for fewer, or give the engine more memory")
+            self._suspend(others[-1])
+        self.pool.share(shared)
+        child.pages = [*shared, *(own or [])]
+        child.num_computed, child.prefix_keys = parent.num_computed, parent.prefix_keys
+        self._running.insert(self._running.index(parent) + 1, child)
+        return (parent.pages[num_whole], child.pages[num_whole]) if own else None
+
     def schedule(self, drafting: Drafting = _NO_DRAFTING) -> Sweep | None:
         """The next sweep, with guesses of *drafting*; ``None`` when nothing is there to run."""
         self._frames.take_back_stored()

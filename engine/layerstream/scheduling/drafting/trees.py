@@ -58,7 +58,7 @@ class TreeDrafting:
 
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
-        growing = [s for s in sequences if s.max_num_tokens - s.num_tokens > 1]  # else one token more, and it ends
+        growing = [s for s in sequences if s.fork_of is None and s.max_num_tokens - s.num_tokens > 1]
         if growing:
             for drafter in self._drafters:
                 drafter.prepare(growing)

@@ -1,0 +1,106 @@
+"""An answer that is searched for with beams: several sequences run for one request."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from layerstream.answer import Answer
+from layerstream.scheduling.beam import BeamSearch
+from layerstream.scheduling.sampler import SampledToken
+from layerstream.sequence import Sequence
+
+Fork = Callable[[Sequence, Sequence], None]
+_numbers = itertools.count(2**40)  # of forked sequences: behind all that were submitted
+
+
+@dataclass(eq=False)
+class BeamAnswer(Answer):
+    """The beams of one prompt; ``sequence`` is the first of them.
+
+    Args:
+        make_answer: an empty answer for the hypothesis of an index.
+    """
+
+    search: BeamSearch = field(kw_only=True)
+    make_answer: Callable[[int], Answer] = field(kw_only=True)
+    _beams: list[Sequence] = field(default_factory=list)
+    _logprobs: dict[Sequence, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sequence.fork_of = self
+        self._beams = [self.sequence]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The beams."""
+        return list(self._beams)
+
+    def collect(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """A sweep brought the logits ``(vocabulary,)`` that follow beam *sequence*."""
+        self._logprobs[sequence] = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all beams have theirs."""
+        return len(self._logprobs) == len(self._beams)
+
+    def advance(self, fork: Fork) -> tuple[list[Sequence], list[Sequence]]:
+        """Choose the next beams.
+
+        Args:
+            fork: makes its second argument a running copy of the first.
+
+        Returns:
+            Beams that are gone, and new ones.
+        """
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.perf_counter() - self.submitted
+        logprobs = [self._logprobs[beam] for beam in self._beams]
+        self._logprobs.clear()
+        going = self.search.step(logprobs, [beam.output_ids for beam in self._beams])
+        parents = [self._beams[found.beam] for found in going]
+        gone = [beam for beam in self._beams if beam not in parents]
+        beams: list[Sequence] = []
+        new: list[Sequence] = []
+        for parent in parents:
+            if parent in beams:
+                child = dataclasses.replace(
+                    parent, sequence_id=next(_numbers), token_ids=list(parent.token_ids), pages=[], reserve=[], slots=[]
+                )
+                fork(parent, child)
+                new.append(child)
+                parent = child
+            beams.append(parent)
+        for beam, found in zip(beams, going, strict=True):
+            beam.token_ids.append(found.token_id)
+        self._beams = beams
+        return gone, new
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the search is."""
+        return not self._beams
+
+    def deliver(self) -> bool:
+        """Tell the request what was found, once the search is over."""
+        if not self.is_over:
+            return False
+        for index, hypothesis in enumerate(self.search.best(self.sequence.params.n)):
+            answer = self.make_answer(index)
+            answer.num_sweeps, answer.streamed_bytes = self.num_sweeps, self.streamed_bytes
+            for token_id in hypothesis.token_ids:
+                answer.accept(SampledToken(token_id, None))
+            answer.deliver()
+        return True
+
+    def cancel(self) -> None:
+        """End here, at the caller's wish, with nothing found."""
+        for index in range(self.sequence.params.n):
+            self.make_answer(index).cancel()
