@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from layerstream import __version__
 from layerstream.cli.ask import ask
+from layerstream.cli.bench import app as bench
 from layerstream.cli.demo import demo
 from layerstream.cli.kv import app as kv
 from layerstream.cli.plan import plan
@@ -51,6 +52,7 @@ app.command()(ask)
 app.command()(plan)
 app.command()(warm)
 app.add_typer(kv, name="kv")
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

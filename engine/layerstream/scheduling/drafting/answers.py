@@ -34,5 +34,6 @@ class AnswerDrafter(SuffixDrafter):
 
     def finish(self, sequence: Sequence) -> None:
         """Remember what *sequence* has come to."""
+        super().finish(sequence)
         prompt = sequence.token_ids[: sequence.num_prompt_tokens]
         self._memory.remember(sequence.prefix_keys, prompt, sequence.output_ids)

@@ -39,6 +39,9 @@ _WEIGHT_PER_TOKEN = 4.0
 _WEIGHED_MATCH = 10
 _SHARPNESS = 8.0
 _UNRELATED = 0.02
+_START_TOKENS = 2  # of an answer, by which the place is known that it was taken from
+_START_TRIALS = 4.0
+_START_RATE = 0.1
 _ASKED_ALREADY = 0.3  # answers seldom begin with a word of the question
 
 
@@ -73,8 +76,12 @@ class _Text:
         self._array[self._start + self._num_own : self._start + len(token_ids)] = token_ids[self._num_own :]
         self._num_own = len(token_ids)
 
-    def search(self, *, own: bool, is_first: bool) -> _Places | None:
-        """The places that agree with the end of the sequence, in its *own* text or not; any may begin an answer."""
+    def search(self, *, own: bool, starts: Starts | None = None) -> _Places | None:
+        """The places that agree with the end of the sequence, in its *own* text or not.
+
+        Args:
+            starts: given where an answer begins, so that any place may be meant.
+        """
         stop = self._start + self._num_own
         text = self._array[: stop + 1]  # with an end behind it
         suffix = text[max(self._start, stop - LONGEST_MATCH) : stop]
@@ -88,15 +95,16 @@ class _Text:
             if not len(agreeing):
                 break
             lengths[agreeing] = length
-        if is_first:
+        if starts is not None:
             anywhere = np.flatnonzero(text[LONGEST_MATCH:end] != _END) + LONGEST_MATCH - 1
             found = np.concatenate([found, anywhere])
             lengths = np.concatenate([lengths, np.zeros(len(anywhere), dtype=np.int64)])
         if not len(found):
             return None
         weights = _WEIGHT_PER_TOKEN ** np.minimum(lengths, _WEIGHED_MATCH) * self._fit(found + 1)
-        if is_first:
+        if starts is not None:
             weights[np.isin(text[found + 1], self._asked)] *= _ASKED_ALREADY
+            weights *= starts.weigh(text[found])
         best = np.argsort(-weights, kind="stable")[:MOST_PLACES]
         return _Places(text, found[best] + 1, weights[best], int(lengths[best].max()))
 
@@ -126,6 +134,35 @@ def _relate(text: np.ndarray, num_asked: int) -> np.ndarray:
     return _UNRELATED + (1 - _UNRELATED) * (related / max(related.max(), 1e-9)) ** _SHARPNESS
 
 
+class Starts:
+    """After which tokens answers begin, as seen so far: a weight of 1 where nothing is known."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, list[float]] = {}
+
+    def weigh(self, tokens: np.ndarray) -> np.ndarray:
+        """A weight for a place behind each of *tokens*."""
+        distinct, which = np.unique(tokens, return_inverse=True)
+        rates = [self._rate(token) for token in distinct.tolist()]
+        return np.array(rates)[which]
+
+    def learn(self, places: _Places, answer: Seq[int]) -> None:
+        """An answer that begins with *answer* was looked for at *places*."""
+        ahead = np.stack([places.text[places.at + at] for at in range(len(answer))])
+        is_right = (ahead == np.asarray(answer)[:, None]).all(axis=0)
+        if not is_right.any():
+            return
+        before = places.text[places.at - 1]
+        for token in np.unique(before).tolist():
+            count = self._counts.setdefault(token, [0.0, 0.0])
+            count[0] += bool(is_right[before == token].any())
+            count[1] += 1
+
+    def _rate(self, token: int) -> float:
+        right, trials = self._counts.get(token, (0.0, 0.0))
+        return (right + _START_TRIALS * _START_RATE) / (trials + _START_TRIALS) / _START_RATE
+
+
 class SuffixDrafter:
     """Repeats what stands in the prompt and in the answer so far (if *own*), and in :meth:`others`."""
 
@@ -133,6 +170,8 @@ class SuffixDrafter:
         self.name = name
         self._own = own
         self._texts: dict[Sequence, _Text | None] = {}
+        self._starts = Starts()
+        self._first: dict[Sequence, _Places] = {}
 
     def prepare(self, sequences: Seq[Sequence]) -> None:
         """Nothing is to be prepared."""
@@ -151,7 +190,13 @@ class SuffixDrafter:
         if text is None:
             return None
         text.follow(sequence.token_ids)
-        return text.search(own=self._own, is_first=not sequence.num_output_tokens)
+        if not sequence.num_output_tokens:
+            places = text.search(own=self._own, starts=self._starts)
+            if places is not None:
+                self._first[sequence] = places
+            return places
+        self._learn_start(sequence)
+        return text.search(own=self._own)
 
     def expand(self, state: _Places) -> Guesses:
         """How the places go on."""
@@ -172,8 +217,15 @@ class SuffixDrafter:
         return Guesses(tuple(guesses), kind, prior)
 
     def finish(self, sequence: Sequence) -> None:
-        """Nothing is learned from it."""
+        """Learn where its answer began."""
+        self._learn_start(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the texts of *sequence*."""
         self._texts.pop(sequence, None)
+        self._first.pop(sequence, None)
+
+    def _learn_start(self, sequence: Sequence) -> None:
+        places = self._first.pop(sequence, None)
+        if places is not None and sequence.num_output_tokens >= _START_TOKENS:
+            self._starts.learn(places, sequence.output_ids[:_START_TOKENS])
