@@ -13,22 +13,17 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import bench
+from benchmarks.peers.environments import folder_bytes, gguf_of, python_of, split_for_airllm
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENTS = {
-    "airllm": (["torch==2.13.0"], ["airllm==4.0.0"]),  # brings transformers and accelerate
-    "llama": (["numpy"], ["llama-cpp-python", "gguf"]),
-}
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.model = options.model.resolve()
-    for name in ENVIRONMENTS:
-        _make_environment(options.environments / name, *ENVIRONMENTS[name])
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         runners = _prepare(options, options.work or Path(work), Path(work))
         runners = [runner for runner in runners if not options.only or runner.name in options.only]
@@ -75,15 +68,9 @@ def main() -> None:
 
 
 def _prepare(options: argparse.Namespace, keep: Path, work: Path) -> list[Runner]:
-    airllm = options.environments / "airllm" / "bin" / "python"
-    llama = options.environments / "llama" / "bin" / "python"
-    split, gguf = keep / "airllm-split", keep / "model-bf16.gguf"
-    split_seconds = gguf_seconds = 0.0
-    if not split.exists():
-        split.mkdir()
-        split_seconds = _timed([str(airllm), str(HERE / "run_airllm.py"), str(options.model), str(split), "0", "0"])
-    if not gguf.exists():
-        gguf_seconds = _timed([str(llama), str(HERE / "write_gguf.py"), str(options.model), str(gguf)])
+    airllm, llama = (python_of(options.environments, name) for name in ("airllm", "llama"))
+    split, split_seconds = split_for_airllm(airllm, options.model, keep)
+    gguf, gguf_seconds = gguf_of(llama, options.model, keep)
     offload = work / "offload"
 
     def script(python: Path | str, name: str, *arguments: object) -> list[str]:
@@ -110,7 +97,7 @@ def _prepare(options: argparse.Namespace, keep: Path, work: Path) -> list[Runner
             lambda p, n: script(airllm, "run_airllm.py", model, split, p, n),
             split,
             split_seconds,
-            _folder_bytes(split),
+            folder_bytes(split),
             new_tokens=3,
         ),
         Runner(
@@ -118,7 +105,7 @@ def _prepare(options: argparse.Namespace, keep: Path, work: Path) -> list[Runner
             lambda p, n: script(airllm, "run_airllm.py", model, split, p, n, "nogc"),
             split,
             split_seconds,
-            _folder_bytes(split),
+            folder_bytes(split),
             new_tokens=3,
         ),
     ]
@@ -162,25 +149,6 @@ def _show(summary: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ["", "before the first run", "open, s", "first token, s", "each token, s", "x ours", "cgroup peak"],
         rows,
     )
-
-
-def _make_environment(folder: Path, first: list[str], rest: list[str]) -> None:
-    if (folder / ".ready").exists():
-        return
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    for packages in (first, rest):
-        subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", *packages], check=True)
-    (folder / ".ready").touch()
-
-
-def _timed(command: list[str]) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":
