@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from layerstream import ConfigurationError, InvalidSamplingParams, LayerStream, SamplingParams
+from layerstream import ConfigurationError, InvalidSamplingParams, LayerStream, SamplingParams, planner
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model
@@ -110,3 +110,26 @@ def test_best_of_returns_the_most_probable(engine: LayerStream) -> None:
 
 def _fields(params: SamplingParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in params.__dataclass_fields__}
+
+
+def test_beams_take_the_memory_of_others_and_searches_wait_for_each_other(
+    model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink_units(monkeypatch)
+    for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
+        monkeypatch.setattr(planner, name, 384)
+    monkeypatch.setattr(planner, "MORE_KV_SHARE", 0.0)
+    greedy = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    beams = SamplingParams(max_tokens=30, beam_width=3, n=3, ignore_eos=True)
+    with LayerStream(
+        model[0], memory=budget_for(model[0], "layers"), dtype="float32", max_context=300, progress=False
+    ) as engine:
+        expected = [c.token_ids for c in engine.generate([draw_prompt(n) for n in (70, 60)], greedy)]
+        searched = [[c.token_ids for c in engine.generate([draw_prompt(n)], beams)] for n in (40, 50, 45)]
+        for _ in range(3):
+            requests = [engine.submit(draw_prompt(n), greedy) for n in (70, 60)]
+            searches = [engine.submit(draw_prompt(n), beams) for n in (40, 50, 45)]
+            assert [[c.token_ids for c in s.completions(60)] for s in searches] == searched
+            assert [request.result(60).token_ids for request in requests] == expected
+            engine._parts.scheduler.check_integrity()
+        assert engine._parts.swap.written_pages

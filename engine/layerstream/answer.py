@@ -44,11 +44,6 @@ class Answer:
     _num_shown: int = 0
     _num_delivered: int = 0
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        """What runs for it."""
-        return [self.sequence]
-
     def took_part(self, streamed_bytes: int) -> None:
         """A sweep carried rows of this sequence."""
         self.num_sweeps += 1

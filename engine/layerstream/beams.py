@@ -24,6 +24,8 @@ _numbers = itertools.count(2**40)  # of forked sequences: behind all that were s
 class BeamAnswer(Answer):
     """The beams of one prompt; ``sequence`` is the first of them.
 
+    Beams are in every sweep together: they are admitted with memory for all of them, and never suspended.
+
     Args:
         make_answer: an empty answer for the hypothesis of an index.
     """
@@ -37,28 +39,18 @@ class BeamAnswer(Answer):
         self.sequence.fork_of = self
         self._beams = [self.sequence]
 
-    @property
-    def sequences(self) -> list[Sequence]:
-        """The beams."""
-        return list(self._beams)
-
     def collect(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """A sweep brought the logits ``(vocabulary,)`` that follow beam *sequence*."""
         self._logprobs[sequence] = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether all beams have theirs."""
-        return len(self._logprobs) == len(self._beams)
-
-    def advance(self, fork: Fork) -> tuple[list[Sequence], list[Sequence]]:
-        """Choose the next beams.
+    def advance(self, fork: Fork) -> list[Sequence]:
+        """Every beam has its logits: choose the next ones.
 
         Args:
             fork: makes its second argument a running copy of the first.
 
         Returns:
-            Beams that are gone, and new ones.
+            Beams that are gone.
         """
         if self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self.submitted
@@ -68,20 +60,18 @@ class BeamAnswer(Answer):
         parents = [self._beams[found.beam] for found in going]
         gone = [beam for beam in self._beams if beam not in parents]
         beams: list[Sequence] = []
-        new: list[Sequence] = []
         for parent in parents:
             if parent in beams:
                 child = dataclasses.replace(
                     parent, sequence_id=next(_numbers), token_ids=list(parent.token_ids), pages=[], reserve=[], slots=[]
                 )
                 fork(parent, child)
-                new.append(child)
                 parent = child
             beams.append(parent)
         for beam, found in zip(beams, going, strict=True):
             beam.token_ids.append(found.token_id)
         self._beams = beams
-        return gone, new
+        return gone
 
     @property
     def is_over(self) -> bool:

@@ -431,12 +431,13 @@ class LayerStream:
         if params.beam_width is None:
             yield from (make(index) for index in range(params.best_of or params.n))
             return
-        self._check_beams(len(token_ids), params)
         search = BeamSearch(params.beam_width, params.max_tokens or 1, params.length_penalty, ends)
-        yield make(0, BeamAnswer, search=search, make_answer=make)
+        answer = make(0, BeamAnswer, search=search, make_answer=make)
+        answer.sequence.num_group_pages = self._num_beam_pages(len(token_ids), params)
+        yield answer
 
-    def _check_beams(self, num_prompt_tokens: int, params: SamplingParams) -> None:
-        """Beams run together or not at all."""
+    def _num_beam_pages(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Pages that a beam search may need. Beams run together or not at all."""
         pool, width, max_tokens = self._parts.scheduler.pool, params.beam_width or 1, params.max_tokens or 1
         needed = pool.pages_for(num_prompt_tokens) + width * (pool.pages_for(max_tokens) + 1)
         if needed > pool.num_pages:
@@ -445,6 +446,7 @@ class LayerStream:
                 f"{needed * pool.page_tokens:,} tokens, and there is memory for {pool.num_tokens:,}: ask for fewer "
                 "beams or tokens, or give the engine more memory"
             )
+        return needed
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         return None if params.response_format is None else self._grammars.compile(params.response_format)

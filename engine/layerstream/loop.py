@@ -156,13 +156,15 @@ class EngineLoop:
         streamed = self._streamed_bytes() - streamed
         seconds = time.perf_counter() - started
         self._count(sweep, seconds, streamed)
-        tokens_out = 0
+        tokens_out, searching = 0, set[BeamAnswer]()
         for sequence, rows in sweep.logit_rows():
-            answer = self._answers.get(sequence)
+            answer = self._answers[sequence]
             if isinstance(answer, BeamAnswer):
-                tokens_out += self._search(answer, sequence, logits[rows.start])
-            elif answer is not None:
-                tokens_out += self._continue(sequence, sweep.drafts.get(sequence), logits[rows])
+                answer.collect(sequence, logits[rows.start])
+                searching.add(answer)
+            else:
+                tokens_out += self._continue(answer, sweep.drafts.get(sequence), logits[rows])
+        tokens_out += sum(map(self._search, searching))  # last: beams that fork may take the memory of others
         self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed))
 
     def _wait_for_work(self) -> bool:
@@ -235,8 +237,8 @@ class EngineLoop:
         for answer in {self._answers[span.sequence] for _, span in sweep.spans()}:
             answer.took_part(streamed_bytes)
 
-    def _continue(self, sequence: Sequence, tree: DraftTree | None, logits: torch.Tensor) -> int:
-        """Draw what comes after *sequence*, as far as its draft was right; an error in it is its own.
+    def _continue(self, answer: Answer, tree: DraftTree | None, logits: torch.Tensor) -> int:
+        """Draw how *answer* goes on, as far as its draft was right; an error in it is its own.
 
         Args:
             logits: ``(1 + nodes, vocabulary)``.
@@ -244,8 +246,8 @@ class EngineLoop:
         Returns:
             Tokens that were drawn.
         """
-        answer, before = self._answers[sequence], sequence.num_tokens
-        forced = answer.num_forced
+        sequence, forced = answer.sequence, answer.num_forced
+        before = sequence.num_tokens
 
         def draw(node: int) -> tuple[list[int], bool]:
             token = sample(logits[node + 1], sequence)
@@ -271,18 +273,18 @@ class EngineLoop:
             self._sweep_step.accept(sequence, right)
         return sequence.num_tokens - before
 
-    def _search(self, answer: BeamAnswer, sequence: Sequence, logits: torch.Tensor) -> int:
-        """Beam *sequence* has logits ``(vocabulary,)``; when all beams of its answer have, the next ones are chosen."""
-        answer.collect(sequence, logits)
-        if not answer.is_ready:
-            return 0
+    def _search(self, answer: BeamAnswer) -> int:
+        """All beams of *answer* have logits: choose the next ones; tokens that came out of it."""
+
+        def fork(parent: Sequence, child: Sequence) -> None:
+            self._sweep_step.fork(parent, child)
+            self._answers[child] = answer
+
         try:
-            gone, new = answer.advance(self._sweep_step.fork)
+            gone = answer.advance(fork)
         except Exception as error:  # noqa: BLE001  # whatever it is, the other requests go on
             self._drop(answer).request.fail(error)
             return 0
-        for beam in new:
-            self._answers[beam] = answer
         for beam in gone:
             self._forget(beam)
         self.counters.tokens_out += 1
@@ -303,7 +305,7 @@ class EngineLoop:
 
     def _drop(self, answer: Answer) -> Answer:
         """*answer* needs no sweep any more."""
-        for sequence in answer.sequences:
+        for sequence in [sequence for sequence, other in self._answers.items() if other is answer]:
             self._forget(sequence)
         return answer
 

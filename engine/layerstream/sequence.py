@@ -45,7 +45,8 @@ class Sequence:
         constraint: the grammar that its output keeps to, if it has one.
         suspension: what it had computed, while it waits for memory that was taken from it.
         capacity: tokens that its pages have room for.
-        fork_of: what beams of one search have in common; they are never guessed for.
+        fork_of: what beams of one search have in common; they are never guessed for, and never suspended.
+        num_group_pages: pages that all beams of its search together may need.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
     """
@@ -66,6 +67,7 @@ class Sequence:
     suspension: Suspension | None = None
     capacity: int = 0
     fork_of: object = None
+    num_group_pages: int = 0
     priority: int = 0
     client: str = ""
 

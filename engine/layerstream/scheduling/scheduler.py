@@ -164,10 +164,9 @@ class Scheduler:
         shared = parent.pages[:num_whole]
         own: list[int] | None = []
         while rest and not (own := self._frames.acquire(1, None, self._running)):
-            others = [other for other in self._running if other.fork_of is not parent.fork_of and not other.is_long]
-            if not others:
+            if not (victims := self._victims()):
                 raise StorageFull("there is no memory for one more beam: ask for fewer, or give the engine more memory")
-            self._suspend(others[-1])
+            self._suspend(victims[-1])
         self.pool.share(shared)
         child.pages = [*shared, *(own or [])]
         child.num_computed, child.prefix_keys = parent.num_computed, parent.prefix_keys
@@ -261,6 +260,8 @@ class Scheduler:
                 if not self._admit_long(sequence):
                     return
                 continue
+            if sequence.fork_of is not None and not self._has_room_for_beams(sequence):
+                return
             shared = self.prefixes.match(sequence.prefix_keys)
             self.pool.share(shared)
             own = self._acquire(sequence, shared)
@@ -311,7 +312,17 @@ class Scheduler:
             while sequence in self._running and not sequence.is_long:
                 if self._frames.grow(sequence, self._running):
                     break
-                self._suspend(next(other for other in reversed(self._running) if not other.is_long))
+                self._suspend(self._victims()[-1])
+
+    def _victims(self) -> list[Sequence]:
+        """Who may be suspended, the one to begin with last."""
+        return [sequence for sequence in self._running if not sequence.is_long and sequence.fork_of is None]
+
+    def _has_room_for_beams(self, sequence: Sequence) -> bool:
+        """Whether all searches that run, and that of *sequence*, could have what they may need at once."""
+        groups = {other.fork_of: other.num_group_pages for other in (*self._running, sequence)}
+        num_long = sum(len(self._spill.held_by(other)) for other in self._running if other.is_long)
+        return sum(groups.values()) + num_long <= self.pool.num_pages
 
     def _suspend(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
