@@ -151,3 +151,18 @@ def test_ctrl_c_ends_an_answer_at_once(model: Path, docs: Path) -> None:
     _, errors = asking.communicate(timeout=60)
     assert asking.returncode == 130
     assert errors == "\ninterrupted\n"
+
+
+def test_bench_rag(docs: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("Who approves travel?\n\nWhen does the kitchen open?\n")
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for path in docs.glob("*.md"):
+        path.rename(folder / path.name)
+    result = run("bench", "rag", "--docs", folder, "--questions", questions, "--max-tokens", 6, "--memory", "64MiB")
+    assert result.exit_code == 0
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    for words in ("2 questions", "one at a time", "asked again", "all at once", "guesses of answers:"):
+        assert words in result.stdout
+    assert run("bench", "rag", "--docs", folder).exit_code == 2

@@ -29,6 +29,7 @@ SAYS = {
         "Who ordered Project Drusveld? Pretri Brothers",
     ],
     "warm.py": ["128 tokens computed ahead", "Who leads Brenvik? Sluba Merkast", "  128 of "],
+    "structured.py": ["Sluba Merkast\n", "['founded', 'unit']\n", " of them forced, in "],
     "airllm_style.py": ["Answer: Sluba Merkast"],
 }
 
