@@ -26,7 +26,6 @@ STEP_TOKENS = 6000
 LEARNING_RATE = 2e-3
 CONTEXT_LOSS = 0.3
 MOST_FACTS = 60
-LISTINGS = 0.06  # of the questions; each is as long as ten others
 QUESTIONS = (6, 24)  # a context costs its tokens once, and every question about it teaches
 SAVE_SECONDS = 90
 
@@ -48,13 +47,14 @@ SHAPES = {"reader": Shape(), "sibling": Shape(96, 256, 3, 3, 3)}
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run takes, and with how many facts its contexts start."""
+    """How long a run takes, and with how many facts its contexts start; a listing is as long as ten other answers."""
 
     tokens: int
     minutes: float = float("inf")
     first_facts: int = 8
     growth: float = 0.7
     seed: int = 0
+    listings: float = 0.06
     shape: Shape = SHAPES["reader"]
 
     def most_facts(self, share: float) -> int:
@@ -120,14 +120,14 @@ class Optimizers:
 
 
 def draw_batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, most_facts: int
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, most_facts: int, listings: float
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Ids and answer marks ``(samples, length)`` of about :data:`STEP_TOKENS` tokens, and how many are no padding."""
     num_facts = most_facts if rng.random() < 0.4 else rng.randint(4, most_facts)
     rows: list[tuple[list[int], list[bool]]] = []
     count = 0
     while count < STEP_TOKENS:
-        sample = draw_sample(rng, num_facts, num_questions=rng.randint(*QUESTIONS), listings=LISTINGS)
+        sample = draw_sample(rng, num_facts, num_questions=rng.randint(*QUESTIONS), listings=listings)
         rows.append(encode(sample, tokenizer))
         count += len(rows[-1][0])
     longest = max(len(ids) for ids, _ in rows)
@@ -167,7 +167,7 @@ def train(out: Path, checkpoint: Path, plan: Plan, warm: Path | None = None) -> 
     model.train()
     while (share := progress.share(plan)) < 1:
         rng = random.Random(plan.seed * 10**9 + progress.steps)
-        ids, marks, count = draw_batch(rng, tokenizer, plan.most_facts(share))
+        ids, marks, count = draw_batch(rng, tokenizer, plan.most_facts(share), plan.listings)
         answer_loss, context_loss = compute_loss(model, ids, marks)
         (answer_loss + CONTEXT_LOSS * context_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -236,13 +236,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--checkpoint", type=Path, help="default: training.pt in OUT")
     parser.add_argument("--warm", type=Path, help="a reader to start from")
+    parser.add_argument("--listings", type=float, default=0.06, help="share of questions that ask for everything")
     parser.add_argument("--shape", choices=SHAPES, default="reader")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warmed = {"first_facts": 16, "growth": 0.5} if options.warm else {}
-    plan = Plan(options.tokens, options.minutes, seed=options.seed, shape=SHAPES[options.shape], **warmed)
+    plan = Plan(
+        options.tokens,
+        options.minutes,
+        seed=options.seed,
+        listings=options.listings,
+        shape=SHAPES[options.shape],
+        **warmed,
+    )
     train(options.out, options.checkpoint or options.out / "training.pt", plan, options.warm)
 
 
