@@ -286,6 +286,7 @@ def _assemble(
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         weights = ModelWeights(skeleton, plan.weights, reader, _LoadCounter(plan.resident_bytes, listener).add)
         embedding = _embedding(skeleton, plan, weights, reader)
+        reader.restart_rate()
         swap = PageSwap(states)
         scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader

@@ -68,6 +68,7 @@ class DirectReader:
         self._changed = threading.Condition()
         self._closed = False
         self._num_running = 0
+        self._rate_from = (0, 0.0)
         self._counted = 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"layerstream-reader-{index}", daemon=True)
@@ -140,8 +141,14 @@ class DirectReader:
     def rate(self) -> float | None:
         """Bytes per second while there was something to read; ``None`` before enough was read to tell."""
         with self._changed:
-            is_enough = self.stats.read_bytes >= ENOUGH_BYTES and self.stats.busy_seconds > 0
-            return self.stats.read_bytes / self.stats.busy_seconds if is_enough else None
+            num_bytes = self.stats.read_bytes - self._rate_from[0]
+            seconds = self.stats.busy_seconds - self._rate_from[1]
+            return num_bytes / seconds if num_bytes >= ENOUGH_BYTES and seconds > 0 else None
+
+    def restart_rate(self) -> None:
+        """Measure the rate from here on: what was read so far went to memory that was touched for the first time."""
+        with self._changed:
+            self._rate_from = self.stats.read_bytes, self.stats.busy_seconds
 
     def _count(self, change: int) -> None:
         """One more or one fewer read is under way."""
