@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from layerstream import LayerStream
 
-from tests.models import make_tokenizer
+from tests.harness import add_tokenizer, budget_for, shrink_units
+from tests.models import make_model, make_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LAYERSTREAM_KV_STORE"] = "off"  # tests that want a store say where
@@ -24,3 +28,27 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Any]:
+    """A small Llama's folder, not to be written to, and transformers' model of it."""
+    folder = tmp_path_factory.mktemp("llama")
+    reference = make_model("llama", folder)
+    add_tokenizer(folder, tokenizer_folder)
+    return folder, reference
+
+
+@pytest.fixture(scope="session")
+def folder(llama: tuple[Path, Any]) -> Path:
+    """A small Llama's folder, not to be written to."""
+    return llama[0]
+
+
+@pytest.fixture
+def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LayerStream]:
+    """A small Llama that streams."""
+    shrink_units(monkeypatch)
+    with LayerStream(folder, memory=budget_for(folder, "layers"), dtype="float32", progress=False) as engine:
+        assert engine.plan.streams
+        yield engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,13 @@ import pytest
 import torch
 from layerstream import ConfigurationError, InvalidSamplingParams, LayerStream, SamplingParams, planner
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
-from tests.models import make_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("llama")
-    reference = make_model("llama", folder)
-    add_tokenizer(folder, tokenizer_folder)
-    return folder, reference
-
-
-@pytest.fixture
-def engine(model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[LayerStream]:
-    shrink_units(monkeypatch)
-    with LayerStream(model[0], memory=budget_for(model[0], "layers"), dtype="float32", progress=False) as engine:
-        yield engine
+from tests.harness import budget_for, draw_prompt, shrink_units
 
 
 @pytest.mark.parametrize("ends", [(), (7, 31, 200)])
 @pytest.mark.parametrize(("width", "length_penalty"), [(2, 1.0), (4, 0.0), (5, 2.0)])
 def test_equals_transformers(
-    engine: LayerStream, model: tuple[Path, Any], width: int, length_penalty: float, ends: tuple[int, ...]
+    engine: LayerStream, llama: tuple[Path, Any], width: int, length_penalty: float, ends: tuple[int, ...]
 ) -> None:
     params = SamplingParams(
         max_tokens=12, beam_width=width, n=width, length_penalty=length_penalty, ignore_eos=True, stop_token_ids=ends
@@ -41,7 +24,7 @@ def test_equals_transformers(
     completions = engine.generate(prompts, params)
     for number, prompt in enumerate(prompts):
         with torch.inference_mode():
-            expected = model[1].generate(
+            expected = llama[1].generate(
                 torch.tensor([prompt]),
                 num_beams=width,
                 num_return_sequences=width,
@@ -113,7 +96,7 @@ def _fields(params: SamplingParams) -> dict[str, Any]:
 
 
 def test_beams_take_the_memory_of_others_and_searches_wait_for_each_other(
-    model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+    llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrink_units(monkeypatch)
     for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
@@ -122,7 +105,7 @@ def test_beams_take_the_memory_of_others_and_searches_wait_for_each_other(
     greedy = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     beams = SamplingParams(max_tokens=30, beam_width=3, n=3, ignore_eos=True)
     with LayerStream(
-        model[0], memory=budget_for(model[0], "layers"), dtype="float32", max_context=300, progress=False
+        llama[0], memory=budget_for(llama[0], "layers"), dtype="float32", max_context=300, progress=False
     ) as engine:
         expected = [c.token_ids for c in engine.generate([draw_prompt(n) for n in (70, 60)], greedy)]
         searched = [[c.token_ids for c in engine.generate([draw_prompt(n)], beams)] for n in (40, 50, 45)]

@@ -35,23 +35,6 @@ LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    make_model("llama", folder)
-    add_tokenizer(folder, tokenizer_folder)
-    return folder
-
-
-@pytest.fixture
-def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LayerStream]:
-    """A small model that streams."""
-    shrink_units(monkeypatch)
-    with LayerStream(folder, memory=budget_for(folder, "layers"), dtype="float32", progress=False) as engine:
-        assert engine.plan.streams
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def resident(folder: Path) -> Iterator[LayerStream]:
     with LayerStream(folder, memory="256MiB", dtype="float32", progress=False) as engine:
         assert not engine.plan.streams

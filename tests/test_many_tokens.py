@@ -6,7 +6,6 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,20 +26,11 @@ def repetitive(seed: int = 1) -> list[int]:
     return [token for _ in range(16) for token in rng.choice(words)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    make_model("llama", folder)
-    add_tokenizer(folder, tokenizer_folder)
-    return folder
-
-
 @pytest.fixture
-def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LayerStream]:
-    shrink_units(monkeypatch)
-    with LayerStream(folder, memory=budget_for(folder, "layers"), dtype="float32", progress=False) as engine:
-        engine._parts.scheduler.budget._read_seconds = lambda: 1e3  # as behind a slow link: rows are free
-        yield engine
+def engine(engine: LayerStream) -> LayerStream:
+    """As behind a slow link: rows are free."""
+    engine._parts.scheduler.budget._read_seconds = lambda: 1e3
+    return engine
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerstream.airllm import AutoModel
     from layerstream.completion import Completion, CompletionMetrics, Delta, TokenLogprob, Usage
-    from layerstream.engine import EngineStats, LayerStream
+    from layerstream.engine import LayerStream
     from layerstream.errors import (
         BudgetTooSmall,
         CheckpointError,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from layerstream.kv.config import KVStoreConfig
     from layerstream.params import SamplingParams
     from layerstream.request import Request
+    from layerstream.stats import EngineStats
 
 __version__ = "0.1.0"
 
@@ -90,7 +91,7 @@ _ELSEWHERE = {
     "Completion": "completion",
     "CompletionMetrics": "completion",
     "Delta": "completion",
-    "EngineStats": "engine",
+    "EngineStats": "stats",
     "KVStoreConfig": "kv.config",
     "LayerStream": "engine",
     "Request": "request",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 from layerstream import planner
 from layerstream.checkpoint.hub import locate
 from layerstream.draft_model import ModelDrafter
-from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
+from layerstream.errors import BudgetTooSmall, ConfigurationError, EngineClosed, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
@@ -25,6 +26,7 @@ from layerstream.kv.store import PrefixStore
 from layerstream.kv.swap import PageSwap
 from layerstream.loop import LoopCounters
 from layerstream.machine import available_memory_bytes
+from layerstream.model.attention import has_bf16_products
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, kv_values_per_token, usable_context
 from layerstream.model.runner import SweepRunner
@@ -36,10 +38,12 @@ from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
 from layerstream.scheduling.drafting.trees import TreeDrafting
-from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.scheduling.packing import SweepLimits
+from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sizes import format_size
 from layerstream.step import SweepStep
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
+from layerstream.streaming.streamer import Streamer
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 
 logger = logging.getLogger(__name__)
@@ -139,7 +143,7 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         if draft is not None:
             config = dataclasses.replace(config, reserved_bytes=draft.plan.planned_bytes)
         plan, skeleton, folder = plan_model(config)
-        tokenizer = _tokenizer(config, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         if draft is not None:
             _check_same_tokens(config, tokenizer, draft.tokenizer)
         logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
@@ -194,10 +198,6 @@ def _check_same_tokens(config: EngineConfig, tokenizer: Any, draft_tokenizer: An
         )
 
 
-def _tokenizer(config: EngineConfig, folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-
-
 def model_facts(
     skeleton: Skeleton, context_length: int, chunk_tokens: int | None = None, *, can_spill: bool = False
 ) -> ModelFacts:
@@ -206,6 +206,7 @@ def model_facts(
     embedding = skeleton.sources[skeleton.embedding_key]
     embedding_bytes = embedding.num_bytes // embedding.dtype.itemsize * skeleton.dtype.itemsize
     widest = max(module.out_features for module in _linears(skeleton))
+    is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
     return ModelFacts(
         body=skeleton.body,
         head=skeleton.head,
@@ -218,6 +219,7 @@ def model_facts(
         context_length=context_length,
         chunk_tokens=chunk_tokens or planner.CHUNK_TOKENS,
         streaming_chunk_tokens=chunk_tokens or planner.STREAMING_CHUNK_TOKENS,
+        streaming_rows=planner.FAST_STREAMING_ROWS if is_fast else planner.STREAMING_ROWS,
         num_layers=config.num_hidden_layers,
         can_spill=can_spill,
     )
@@ -282,15 +284,15 @@ def _assemble(
             reader=reader,
         )
     try:
-        if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
-            threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         weights = ModelWeights(skeleton, plan.weights, reader, _LoadCounter(plan.resident_bytes, listener).add)
         embedding = _embedding(skeleton, plan, weights, reader)
-        reader.restart_rate()
+        if weights.streamer is not None:
+            work = (weights.streamer, memory, reader)
+            threading.Thread(target=_read_ahead, args=work, name="layerstream-ahead", daemon=True).start()
         swap = PageSwap(states)
         scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader
-        runner = SweepRunner(skeleton, weights, embedding, states, plan.decode_rows, loader)
+        runner = SweepRunner(skeleton, weights, embedding, states, plan.head_rows, loader)
         return Assembly(
             config=config,
             tokenizer=tokenizer,
@@ -311,6 +313,18 @@ def _assemble(
         if store is not None:
             store.close()
         raise
+
+
+def _read_ahead(streamer: Streamer, memory: PageMemory, reader: DirectReader) -> None:
+    """What can be done before the first request: have memory ready and the first units in it.
+
+    The disk's rate is measured from here on: reads into memory that is touched for the first time are slower.
+    """
+    streamer.populate()
+    reader.restart_rate()
+    with contextlib.suppress(EngineClosed):
+        streamer.read_ahead()
+    memory.populate()  # all of it was counted for KV; where nothing streams it may be much more than is ever used
 
 
 def _scheduler(

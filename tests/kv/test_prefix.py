@@ -13,7 +13,8 @@ from layerstream import LayerStream, SamplingParams
 from layerstream.assembly import EngineConfig, assemble
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable
-from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.scheduling.packing import SweepLimits
+from layerstream.scheduling.scheduler import Scheduler
 from layerstream.self_check import step_greedily
 from layerstream.sequence import Sequence
 from layerstream.sweep import Sweep

@@ -163,6 +163,13 @@ class TestBudget:
         assert not budget.is_worth(1, 0, tokens=1.0, more_tokens=0.9)
         assert budget.is_worth(1, 0, tokens=1.0, more_tokens=1.1)
 
+    def test_prompts_in_the_sweep_make_tokens_no_dearer(self) -> None:
+        budget = make_budget(read_seconds=1.0)
+        budget.observe(1, 0, 0.5)
+        budget.observe(0, 100, 10.0)
+        assert not budget.is_worth(1, 100, tokens=4.0, more_tokens=2.0), "half a sweep, for half of a sweep's tokens"
+        assert budget.is_worth(1, 100, tokens=4.0, more_tokens=2.5)
+
     def test_prompts_take_what_decoding_leaves_free(self) -> None:
         budget = make_budget(read_seconds=1.0)
         assert budget.prompt_tokens(1, 512, 32) == 512, "nothing is known yet"

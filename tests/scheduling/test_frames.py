@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from layerstream.draft import ROOT, DraftTree
 from layerstream.kv.pages import PagePool
 from layerstream.params import SamplingParams
-from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.scheduling.packing import SweepLimits
+from layerstream.scheduling.scheduler import Scheduler
 from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
 from layerstream.sweep import Sweep

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,7 @@ import pytest
 from layerstream import GrammarError, InvalidSamplingParams, LayerStream, SamplingParams
 from layerstream.scheduling.grammar import GrammarConstraint
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
-from tests.models import make_model
+from tests.harness import draw_prompt
 
 KEYS = ("name", "city", "color", "animal", "year", "room")
 SIX_KEYS = {
@@ -25,21 +23,6 @@ SIX_KEYS = {
         "additionalProperties": False,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    make_model("llama", folder)
-    add_tokenizer(folder, tokenizer_folder)
-    return folder
-
-
-@pytest.fixture
-def engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LayerStream]:
-    shrink_units(monkeypatch)
-    with LayerStream(folder, memory=budget_for(folder, "layers"), dtype="float32", progress=False) as engine:
-        yield engine
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layerstream.kv.pages import PagePool
 from layerstream.params import SamplingParams
-from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.scheduling.packing import SweepLimits
+from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sequence import Sequence
 from layerstream.sweep import Sweep
 
@@ -53,6 +54,25 @@ def test_prompts_are_chunked_from_position_zero_and_decodes_share_a_block() -> N
     assert sweep is not None
     assert sweep.sampled_rows == (9, 10, 8)
     assert sweep.blocks[2].num_padding == 2
+
+
+def test_chunks_fill_whole_row_blocks() -> None:
+    """A padded row costs what a used one does: beside decoding, prompts get whole blocks."""
+    limits = SweepLimits(max_tokens=64, chunk_tokens=8, decode_rows=4, prompt_rows=16)
+    scheduler = Scheduler(limits, PagePool(100, 8), read_seconds=lambda: 1.0)
+    scheduler.budget.observe(1, 0, 0.9)  # nothing is free
+    scheduler.budget.observe(0, 16, 16.0)
+    scheduler.add(make(0, 4))
+    sweep = scheduler.schedule()
+    assert sweep is not None
+    commit(scheduler, sweep)
+    for number in (1, 2):
+        scheduler.add(make(number, 12))
+    sweep = scheduler.schedule()
+    assert shape(sweep) == [([(1, 0, 8), (1, 8, 12)], 16), ([(0, 4, 5)], 4)]
+    assert sweep is not None
+    commit(scheduler, sweep)
+    assert shape(scheduler.schedule())[0] == ([(2, 0, 8), (2, 8, 12)], 16)
 
 
 def test_one_sequence_per_block_where_the_model_needs_it() -> None:

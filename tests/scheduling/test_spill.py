@@ -15,7 +15,8 @@ from layerstream import KVStoreConfig, LayerStream, PromptTooLong, SamplingParam
 from layerstream.assembly import EngineConfig, assemble
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Published, Stored, page_keys
-from layerstream.scheduling.scheduler import Scheduler, SweepLimits
+from layerstream.scheduling.packing import SweepLimits
+from layerstream.scheduling.scheduler import Scheduler
 from layerstream.self_check import step_greedily
 from layerstream.sequence import Sequence
 from layerstream.sweep import Sweep

@@ -71,6 +71,27 @@ def test_units_arrive_in_place_sweep_after_sweep(
     streamer.check_integrity()
 
 
+def test_the_first_sweep_begins_before_it_is_asked_for(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
+) -> None:
+    units = layouts(tmp_path, tensors)
+    streamer = Streamer(units, 5, 2 * max(unit.num_bytes for unit in units), reader)
+    streamer.populate()
+    streamer.read_ahead()
+    assert len(streamer._slots) >= 2
+    for _ in range(2):
+        streamer.begin(with_tail=False)
+        streamer.check_integrity()
+        for index in range(5):
+            views = streamer.acquire(index)
+            assert torch.equal(views[f"unit{index}.w"], tensors[f"unit{index}.w"])
+            streamer.release(index)
+        streamer.end()
+        streamer.read_ahead()  # too late: nothing happens
+    streamer.abort()
+    streamer.check_integrity()
+
+
 def test_the_next_sweep_begins_before_it_is_asked_for(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     units = layouts(tmp_path, tensors)
     reader = DirectReader()

@@ -20,7 +20,8 @@ from layerstream.sizes import format_size
 
 if TYPE_CHECKING:
     from layerstream.completion import Completion
-    from layerstream.engine import EngineStats, LayerStream
+    from layerstream.engine import LayerStream
+    from layerstream.stats import EngineStats
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from layerstream.engine import EngineStats
 from layerstream.sizes import format_size
+from layerstream.stats import EngineStats
 
 
 def describe_work(before: EngineStats, after: EngineStats) -> str:

@@ -25,7 +25,7 @@ from layerstream.sweep import Span
 
 IMPLEMENTATION = "layerstream"
 SCORES_AT_ONCE = 2**20  # 4 MiB
-PRODUCT_ROWS = 32
+PRODUCT_ROWS = 16
 
 
 def register() -> None:
@@ -208,10 +208,11 @@ def _sink_column(sinks: torch.Tensor, num_heads: int, num_rows: int) -> torch.Te
 
 
 def _prefers_products(query: torch.Tensor, num_rows: int) -> bool:
-    """Whether matrix products beat SDPA: in bf16 where the processor has instructions for it, from 32 tokens on."""
-    return query.dtype == torch.bfloat16 and num_rows >= PRODUCT_ROWS and _has_bf16_products()
+    """Whether matrix products beat SDPA: in bf16 where the processor has instructions for it, from 16 tokens on."""
+    return query.dtype == torch.bfloat16 and num_rows >= PRODUCT_ROWS and has_bf16_products()
 
 
 @functools.cache
-def _has_bf16_products() -> bool:
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies matrices in bf16 by instructions of its own."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -52,10 +52,13 @@ class SweepBudget:
         return max(self._read_seconds(), compute / MARGIN)
 
     def is_worth(self, num_blocks: int, num_prompt_rows: int, tokens: float, more_tokens: float) -> bool:
-        """Whether one block more than *num_blocks*, which brings *more_tokens* beside *tokens*, pays."""
-        before = self.seconds(num_blocks, num_prompt_rows)
-        after = self.seconds(num_blocks + 1, num_prompt_rows)
-        return (tokens + more_tokens) * before > tokens * after
+        """Whether one block more than *num_blocks*, which brings *more_tokens* beside *tokens*, pays.
+
+        It does if its tokens cost less time than those of a sweep without it do. Prompts that are computed in the same
+        sweep are no reason for tokens to be dear.
+        """
+        more = self.seconds(num_blocks + 1, num_prompt_rows) - self.seconds(num_blocks, num_prompt_rows)
+        return more_tokens * self.seconds(num_blocks, 0) > tokens * more
 
     def prompt_tokens(self, num_blocks: int, most: int, least: int) -> int:
         """Prompt tokens beside *num_blocks* decode blocks: what is free, within ``[least, most]``."""

@@ -61,7 +61,7 @@ class Frames:
             running: who may hold frames that they have not reached yet.
         """
         if count > self._pool.num_free:
-            self._make_room(count, list(running))
+            self._make_room(count, [other for other in running if not other.is_long])
         return self._pool.acquire(count, after=after)
 
     def share_with_store(self, pages: Seq[int]) -> None:
@@ -90,7 +90,6 @@ class Frames:
 
     def suspend(self, sequence: Sequence) -> None:
         """Free the frames of *sequence*, which stops running; what only it holds goes to disk."""
-        size = self._pool.page_tokens
         kept = self._num_held_by_others(sequence)
         own = sequence.pages[kept : self._pool.pages_for(sequence.num_computed)]
         number = None
@@ -99,7 +98,6 @@ class Frames:
         sequence.suspension = Suspension(sequence.num_computed, kept, len(own), number)
         self._pool.release(sequence.pages)
         sequence.pages = []
-        sequence.num_computed = min(sequence.num_computed, kept * size)
 
     def resume(self, sequence: Sequence, num_shared: int) -> bool:
         """Bring back what :meth:`suspend` wrote into the pages of *sequence*, whose first *num_shared* are others'.
@@ -107,19 +105,18 @@ class Frames:
         Returns:
             False if that is not all that it had computed: it goes on from what is there.
         """
-        suspension, sequence.suspension = sequence.suspension, None
-        if suspension is None or suspension.number is None or self._swap is None:
-            return False
-        is_whole = num_shared >= suspension.kept
+        suspension = sequence.suspension
+        is_whole = suspension is not None and suspension.number is not None and num_shared >= suspension.kept
         if is_whole:
+            assert suspension is not None and suspension.number is not None and self._swap is not None
             first, stop = num_shared - suspension.kept, suspension.kept + suspension.num_pages
             self._swap.read(suspension.number, first, sequence.pages[num_shared:stop])
             sequence.num_computed = suspension.num_computed
-        self._swap.drop(suspension.number)
+        self.forget(sequence)
         return is_whole
 
     def forget(self, sequence: Sequence) -> None:
-        """*sequence* will not run again; drop what is on disk."""
+        """What :meth:`suspend` wrote of *sequence* is not wanted any more."""
         suspension, sequence.suspension = sequence.suspension, None
         if suspension is not None and suspension.number is not None and self._swap is not None:
             self._swap.drop(suspension.number)
@@ -145,7 +142,7 @@ class Frames:
         self._prefixes.evict(missing)
         for other, spare in unreached.items():
             missing = count - self._pool.num_free
-            if spare > 0 and missing > 0 and not other.is_long:
+            if spare > 0 and missing > 0:
                 cut = len(other.pages) - min(spare, missing)
                 self._pool.release(other.pages[cut:])
                 del other.pages[cut:]

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Protocol
 
 from layerstream.draft import DraftTree
@@ -40,36 +39,11 @@ from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
 from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.frames import Frames, Swap
+from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
 from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
 from layerstream.sequence import Sequence
 from layerstream.sweep import PageLoad, RowBlock, Span, Sweep
-
-
-@dataclass(frozen=True, slots=True)
-class SweepLimits:
-    """Constants of the plan that shape every sweep.
-
-    Attributes:
-        max_tokens: token budget of one sweep.
-        chunk_tokens: prompt tokens per row block.
-        decode_rows: rows per row block of decoding sequences.
-        prompt_rows: rows per row block of prompts, padded; 0: every chunk is a row block of its own size.
-        one_sequence_per_block: never put rows of two sequences into one row block.
-        max_draft_rows: guesses in one sweep.
-    """
-
-    max_tokens: int = 512
-    chunk_tokens: int = 128
-    decode_rows: int = 32
-    prompt_rows: int = 0
-    one_sequence_per_block: bool = False
-    max_draft_rows: int = 128
-
-    @property
-    def rows_per_block(self) -> int:
-        """Spans that a decode block takes."""
-        return 1 if self.one_sequence_per_block else self.decode_rows
 
 
 class Drafting(Protocol):
@@ -141,9 +115,7 @@ class Scheduler:
             if sequence.is_long:
                 self._spill.remove(sequence)
                 return
-            gone = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
-            if self._store is not None:
-                self._store.abandon(gone)
+            self._abandon(sequence)
             self.pool.release(sequence.pages)
             sequence.pages = []
         else:
@@ -180,32 +152,21 @@ class Scheduler:
         self._grow()
         self._admit()
         self._waiting.tick()
-        chunks: list[Span] = []
         ready = [sequence for sequence in self._running if sequence.is_prefilled and sequence.num_pending]
-        num_decoded = sum(sequence.num_pending for sequence in ready)
-        room = self.limits.max_tokens - num_decoded
-        if ready:
-            room = self.budget.prompt_tokens(self.budget.blocks_for(num_decoded), room, self.limits.chunk_tokens)
+        prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
         planned: dict[Sequence, int] = {}
         for sequence in sorted(self._running, key=lambda sequence: -sequence.priority):
-            if sequence.is_prefilled or self._is_ahead(sequence, planned):
-                continue
-            if room > 0 or not (chunks or ready):
-                own = self._chunks(sequence, max(room, 1))
-                if not own:  # a long sequence whose frames are still being written
-                    continue
-                chunks.extend(own)
-                planned[sequence] = own[-1].stop
-                room -= sum(map(len, own))
+            if not sequence.is_prefilled and not self._is_ahead(sequence, planned):
+                planned[sequence] = self._add_chunks(prompts, sequence)
                 if planned[sequence] == sequence.num_prompt_tokens:
                     ready.append(sequence)
         for sequence in ready:
             sequence.capacity = len(sequence.pages) * self.pool.page_tokens
-        spans = [span for sequence in ready for span in self._decode_spans(sequence)]
-        prompts = self._prompt_blocks(chunks)
-        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in prompts))
-        spans += [span for sequence, tree in drafts.items() for span in _draft_spans(sequence, tree)]
-        blocks = [*prompts, *self._decode_blocks(spans)]
+        spans = [span for sequence in ready for span in decode_spans(sequence)]
+        chunks = prompts.blocks()
+        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
+        spans += [span for sequence, tree in drafts.items() for span in draft_spans(sequence, tree)]
+        blocks = [*chunks, *decode_blocks(spans, self.limits)]
         return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts) if blocks else None
 
     def commit(self, sweep: Sweep) -> list[Published]:
@@ -327,10 +288,14 @@ class Scheduler:
     def _suspend(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._frames.suspend(sequence)
+        self._abandon(sequence)
+        self._waiting.add(sequence, self._running)
+
+    def _abandon(self, sequence: Sequence) -> None:
+        """*sequence* does not run any more: prefixes that it was to compute are another's, or nobody's."""
         gone = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
         if self._store is not None:
             self._store.abandon(gone)
-        self._waiting.add(sequence, self._running)
 
     def _num_cached(self, sequence: Sequence) -> int:
         return len(self.prefixes.match(sequence.prefix_keys)) * self.pool.page_tokens
@@ -398,47 +363,27 @@ class Scheduler:
             for position, owner in self.prefixes.owners(sequence.prefix_keys[: sequence.num_computed // size])
         )
 
-    def _decode_spans(self, sequence: Sequence) -> list[Span]:
-        """One for each token behind the prompt that is still to be computed."""
-        first = max(sequence.num_computed, sequence.num_prompt_tokens)
-        return [Span(sequence, position, position + 1) for position in range(first, sequence.num_tokens)]
+    def _prompt_blocks(self, num_decoded: int) -> PromptBlocks:
+        """Room for prompts beside *num_decoded* decode rows."""
+        most = self.limits.max_tokens - num_decoded
+        free = most
+        if num_decoded:
+            free = self.budget.prompt_tokens(self.budget.blocks_for(num_decoded), most, self.limits.chunk_tokens)
+        return PromptBlocks(self.limits, most, free)
 
-    def _decode_blocks(self, spans: list[Span]) -> list[RowBlock]:
-        per_block = self.limits.rows_per_block
-        return [
-            RowBlock(tuple(spans[at : at + per_block]), self.limits.decode_rows)
-            for at in range(0, len(spans), per_block)
-        ]
+    def _add_chunks(self, prompts: PromptBlocks, sequence: Sequence) -> int:
+        """Put the next chunks of *sequence* into *prompts*, as far as there is room.
 
-    def _prompt_blocks(self, chunks: list[Span]) -> list[RowBlock]:
-        """*chunks* in row blocks, in their order: a chunk may attend to those before it in the same block."""
-        num_rows = self.limits.prompt_rows
-        if not num_rows or self.limits.one_sequence_per_block:
-            return [RowBlock((span,), len(span)) for span in chunks]
-        blocks: list[list[Span]] = []
-        room = 0
-        for span in chunks:
-            if len(span) > room:
-                blocks.append([])
-                room = num_rows
-            blocks[-1].append(span)
-            room -= len(span)
-        return [RowBlock(tuple(spans), num_rows) for spans in blocks]
-
-    def _chunks(self, sequence: Sequence, room: int) -> list[Span]:
-        """Chunks of *sequence* that start within the next *room* tokens."""
-        chunks = []
+        Returns:
+            The position where they end.
+        """
         start, size = sequence.num_computed, self.limits.chunk_tokens
-        while start < sequence.num_prompt_tokens and room > 0:
+        while start < sequence.num_prompt_tokens:
             stop = min(start // size * size + size, sequence.num_prompt_tokens)
-            if sequence.is_long and not self._spill.frames(sequence, start // size):
+            if not prompts.has_room(stop - start):
                 break
-            chunks.append(Span(sequence, start, stop))
-            room -= stop - start
+            if sequence.is_long and not self._spill.frames(sequence, start // size):
+                break  # they are still being written
+            prompts.add(Span(sequence, start, stop))
             start = stop
-        return chunks
-
-
-def _draft_spans(sequence: Sequence, tree: DraftTree) -> list[Span]:
-    newest = sequence.num_tokens - 1
-    return [Span(sequence, newest + depth, newest + depth + 1, node) for node, depth in enumerate(tree.depths)]
+        return start

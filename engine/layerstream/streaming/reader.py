@@ -23,6 +23,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ Consume: TypeAlias = Callable[[memoryview], None] | None
 
 ASSUMED_READ_RATE = 1e9  # bytes per second, until enough was read
 ENOUGH_BYTES = 64 * 2**20  # below this a rate says little
+NUM_RATES = 256  # the latest ones are looked at
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class DirectReader:
         self._closed = False
         self._num_running = 0
         self._rate_from = (0, 0.0)
+        self._rates: deque[float] = deque(maxlen=NUM_RATES)
         self._counted = 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"layerstream-reader-{index}", daemon=True)
@@ -139,15 +142,17 @@ class DirectReader:
             job.done(error)
 
     def rate(self) -> float | None:
-        """Bytes per second while there was something to read; ``None`` before enough was read to tell."""
+        """Bytes per second that the disk was seen to bring; ``None`` before enough was read to tell.
+
+        The highest of the latest: while the processor is busy computing, reads take longer, and nobody waits for them.
+        """
         with self._changed:
-            num_bytes = self.stats.read_bytes - self._rate_from[0]
-            seconds = self.stats.busy_seconds - self._rate_from[1]
-            return num_bytes / seconds if num_bytes >= ENOUGH_BYTES and seconds > 0 else None
+            return max(self._rates, default=None)
 
     def restart_rate(self) -> None:
         """Measure the rate from here on: what was read so far went to memory that was touched for the first time."""
         with self._changed:
+            self._rates.clear()
             self._rate_from = self.stats.read_bytes, self.stats.busy_seconds
 
     def _count(self, change: int) -> None:
@@ -158,6 +163,11 @@ class DirectReader:
                 self.stats.busy_seconds += now - self._counted
             self._num_running += change
             self._counted = now
+            num_bytes = self.stats.read_bytes - self._rate_from[0]
+            seconds = self.stats.busy_seconds - self._rate_from[1]
+            if num_bytes >= ENOUGH_BYTES and seconds > 0:
+                self._rates.append(num_bytes / seconds)
+                self._rate_from = self.stats.read_bytes, self.stats.busy_seconds
 
     def _next(self) -> _Job | None:
         with self._changed:

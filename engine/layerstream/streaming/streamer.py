@@ -14,7 +14,7 @@ Invariants:
 * units enter the ring in the order of the schedule, so the unit that ``acquire`` waits for is always granted room
   next: the ring holds at least the largest unit, and the consumer holds at most one unit while it waits;
 * while the consumer is inside a sweep's last units, the first units of the next sweep are already being read
-  (``cycle``: what every sweep begins with);
+  (``cycle``: what every sweep begins with); those of the first sweep by ``read_ahead``;
 * a schedule that the model does not follow is learned once, in the first sweep, by fetching on demand; afterwards a
   mismatch raises :class:`ScheduleMismatch`: an error, not a hang.
 """
@@ -66,6 +66,7 @@ class Streamer:
         self._ring = RingAllocator(self._arena.num_bytes)
         self._cycle = list(range(num_cycle))
         self._tail = list(range(num_cycle, len(layouts)))
+        self._has_begun = False
         self._is_confirmed = False
         self._changed = threading.Condition()
         self._slots: dict[int, _Slot] = {}
@@ -87,11 +88,24 @@ class Streamer:
         """Capacity of the ring."""
         return self._ring.capacity
 
+    def populate(self) -> None:
+        """Have the system back the ring with memory now."""
+        self._arena.populate()
+
+    def read_ahead(self) -> None:
+        """Bring in what the first sweep begins with, unless it has begun. From any thread."""
+        with self._changed:
+            if not self._has_begun:
+                self._queue.extend(self._cycle)
+                self._pump()
+                self._ahead = list(self._slots)
+
     def begin(self, *, with_tail: bool) -> None:
         """Start a sweep over the cycle and, *with_tail*, the units after it."""
         with self._changed:
             if any(slot.error for slot in self._slots.values()):
                 self.abort()  # reading ahead failed; nobody needed it yet, so try again
+            self._has_begun = True
             order = self._cycle + (self._tail if with_tail else [])
             self._asked = []
             self._expected = deque(order)

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerstream.scheduling.drafting.base import NOTHING, Guess, Guesses
+from layerstream.scheduling.drafting.relevance import START_TOKENS, UNRELATED, Starts, relate
 from layerstream.sequence import Sequence
 
 LONGEST_MATCH = 24
 MOST_PLACES = 96
 QUESTION_TOKENS = 40  # the end of a prompt, where a question is
-WINDOW_TOKENS = 12  # before a place: the words that it is about
 _KINDS = (
     (0, "0", 0.3),
     (1, "1", 0.3),
@@ -37,11 +37,6 @@ _KINDS = (
 _END = -1  # between texts; no token
 _WEIGHT_PER_TOKEN = 4.0
 _WEIGHED_MATCH = 10
-_SHARPNESS = 8.0
-_UNRELATED = 0.02
-_START_TOKENS = 2  # of an answer, by which the place is known that it was taken from
-_START_TRIALS = 4.0
-_START_RATE = 0.1
 _ASKED_ALREADY = 0.3  # answers seldom begin with a word of the question
 
 
@@ -65,8 +60,9 @@ class _Text:
         self._array[LONGEST_MATCH : self._start] = fixed
         self._num_own = 0
         self.follow(prompt)
-        self._related = _relate(self._array[: self._start + len(prompt)], min(QUESTION_TOKENS, len(prompt)))
-        self._asked = np.unique(prompt[-QUESTION_TOKENS:])
+        question = prompt[-QUESTION_TOKENS:]
+        self._related = relate(self._array[: self._start + len(prompt)], len(question))
+        self._asked = np.unique(question)
 
     def follow(self, token_ids: Seq[int]) -> None:
         """The sequence has *token_ids* by now: what it had, and more."""
@@ -111,56 +107,7 @@ class _Text:
     def _fit(self, places: np.ndarray) -> np.ndarray:
         """Weights for what surrounds *places*: 1 at the most."""
         inside = places < len(self._related)
-        return np.where(inside, self._related[np.where(inside, places, 0)], _UNRELATED)
-
-
-def _relate(text: np.ndarray, num_asked: int) -> np.ndarray:
-    """For each position of *text*, how much the window before it shares with the last *num_asked* tokens, in (0, 1].
-
-    A shared token counts as much as it is rare, a shared pair of neighbours besides.
-    """
-    question = text[-num_asked:]
-    tokens, which, counts = np.unique(text, return_inverse=True, return_counts=True)
-    rarity = np.log(len(text) / counts)[which]
-    shared = np.where(np.isin(text, question), rarity, 0.0)
-    pairs = text.astype(np.int64)[:-1] * (int(tokens[-1]) + 2) + text[1:]
-    is_asked = np.zeros(len(text), dtype=bool)
-    is_asked[1:] = np.isin(pairs, pairs[-num_asked + 1 :] if num_asked > 1 else pairs[:0])
-    shared = np.where(is_asked, 3 * shared, shared)
-    shared[-num_asked:] = 0.0
-    total = np.concatenate([[0.0], np.cumsum(shared)])
-    stops = np.arange(len(text))
-    related = total[stops] - total[np.maximum(0, stops - WINDOW_TOKENS)]
-    return _UNRELATED + (1 - _UNRELATED) * (related / max(related.max(), 1e-9)) ** _SHARPNESS
-
-
-class Starts:
-    """After which tokens answers begin, as seen so far: a weight of 1 where nothing is known."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, list[float]] = {}
-
-    def weigh(self, tokens: np.ndarray) -> np.ndarray:
-        """A weight for a place behind each of *tokens*."""
-        distinct, which = np.unique(tokens, return_inverse=True)
-        rates = [self._rate(token) for token in distinct.tolist()]
-        return np.array(rates)[which]
-
-    def learn(self, places: _Places, answer: Seq[int]) -> None:
-        """An answer that begins with *answer* was looked for at *places*."""
-        ahead = np.stack([places.text[places.at + at] for at in range(len(answer))])
-        is_right = (ahead == np.asarray(answer)[:, None]).all(axis=0)
-        if not is_right.any():
-            return
-        before = places.text[places.at - 1]
-        for token in np.unique(before).tolist():
-            count = self._counts.setdefault(token, [0.0, 0.0])
-            count[0] += bool(is_right[before == token].any())
-            count[1] += 1
-
-    def _rate(self, token: int) -> float:
-        right, trials = self._counts.get(token, (0.0, 0.0))
-        return (right + _START_TRIALS * _START_RATE) / (trials + _START_TRIALS) / _START_RATE
+        return np.where(inside, self._related[np.where(inside, places, 0)], UNRELATED)
 
 
 class SuffixDrafter:
@@ -227,5 +174,5 @@ class SuffixDrafter:
 
     def _learn_start(self, sequence: Sequence) -> None:
         places = self._first.pop(sequence, None)
-        if places is not None and sequence.num_output_tokens >= _START_TOKENS:
-            self._starts.learn(places, sequence.output_ids[:_START_TOKENS])
+        if places is not None and sequence.num_output_tokens >= START_TOKENS:
+            self._starts.learn(places.text, places.at, sequence.output_ids[:START_TOKENS])

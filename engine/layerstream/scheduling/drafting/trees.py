@@ -24,7 +24,14 @@ LEAST_PROBABILITY = 0.004
 
 @dataclass(slots=True)
 class _Node:
-    """A guess on its way into a tree; ``states`` has those of the drafters that made it."""
+    """A guess on its way into a tree, or the sequence's newest token, where a tree begins.
+
+    Attributes:
+        path: the tokens from the root to here.
+        states: of the drafters that made the guess.
+        is_chosen: whether it is worth a row; ``number`` is then its place in the tree.
+        places: what each drafter guessed here: its name, the kind of place, the tokens.
+    """
 
     sequence: Sequence
     parent: _Node | None
@@ -35,6 +42,8 @@ class _Node:
     path: tuple[int, ...]
     children: list[_Node] = field(default_factory=list)
     places: list[tuple[str, str, frozenset[int]]] = field(default_factory=list)
+    is_chosen: bool = False
+    number: int = ROOT
 
 
 @dataclass(slots=True)
@@ -65,21 +74,17 @@ class TreeDrafting:
         roots = [root for sequence in growing if (root := self._root(sequence)) is not None]
         if not roots:
             return {}
-        chosen = self._choose(roots, len(sequences), num_decoded, num_prompt_tokens)
+        self._choose(roots, len(sequences), num_decoded, num_prompt_tokens)
         self._places = {}
         trees = {}
         for root in roots:
-            ordered: list[_Node] = []
-            _collect(root, chosen, ordered)
-            numbers = {id(node): number for number, node in enumerate(ordered)}
-            if not ordered:
-                continue
-            trees[root.sequence] = DraftTree(
-                tuple(node.token_id for node in ordered),
-                tuple(numbers.get(id(node.parent), ROOT) for node in ordered),
-                tuple(node.source for node in ordered),
-            )
-            self._places[root.sequence] = {numbers.get(id(node), ROOT): node.places for node in (root, *ordered)}
+            if nodes := _number(root):
+                trees[root.sequence] = DraftTree(
+                    tuple(node.token_id for node in nodes),
+                    tuple(node.parent.number if node.parent else ROOT for node in nodes),
+                    tuple(node.source for node in nodes),
+                )
+                self._places[root.sequence] = {node.number: node.places for node in (root, *nodes)}
         return trees
 
     def learn(self, sequence: Sequence, tree: DraftTree, right: Seq[int], drawn: Seq[int]) -> None:
@@ -108,40 +113,33 @@ class TreeDrafting:
         states = [(drafter, state) for drafter in self._drafters if (state := drafter.begin(sequence)) is not None]
         return _Node(sequence, None, ROOT, 1.0, "", states, ()) if states else None
 
-    def _choose(self, roots: Seq[_Node], num_sequences: int, num_decoded: int, num_prompt_tokens: int) -> set[int]:
-        """The nodes, by id, that are worth their rows."""
+    def _choose(self, roots: Seq[_Node], num_sequences: int, num_decoded: int, num_prompt_tokens: int) -> None:
+        """Choose the nodes that are worth their rows, block by block; room in the last block costs nothing."""
         budget = self._budget
         num_blocks = budget.blocks_for(num_decoded)
         room = num_blocks * budget.per_block - num_decoded
         tokens = float(num_sequences)
-        chosen: set[int] = set()
         waiting: list[tuple[float, int, _Node]] = []
         for root in roots:
             self._expand(root, waiting)
         block: list[_Node] = []
-        while waiting and len(chosen) + len(block) < budget.max_draft_rows:
+        for left in range(budget.max_draft_rows - 1, -1, -1):
+            if not waiting:
+                return
             _, _, node = heapq.heappop(waiting)
             block.append(node)
             self._expand(node, waiting)
-            if len(block) == (room or budget.per_block):
-                tokens, num_blocks, is_taken = self._take(block, room, tokens, num_blocks, num_prompt_tokens)
-                if not is_taken:
-                    return chosen
-                chosen.update(map(id, block))
-                block, room = [], 0
-        if block and self._take(block, room, tokens, num_blocks, num_prompt_tokens)[2]:
-            chosen.update(map(id, block))
-        return chosen
-
-    def _take(
-        self, block: Seq[_Node], room: int, tokens: float, num_blocks: int, num_prompt_tokens: int
-    ) -> tuple[float, int, bool]:
-        """Tokens and blocks with *block*, and whether it pays; the *room* in the last block there is costs nothing."""
-        more = sum(node.probability for node in block)
-        if room:
-            return tokens + more, num_blocks, True
-        is_worth = self._budget.is_worth(num_blocks, num_prompt_tokens, tokens, more)
-        return tokens + more, num_blocks + 1, is_worth
+            if len(block) < (room or budget.per_block) and waiting and left:
+                continue
+            more = sum(node.probability for node in block)
+            if not room:
+                if not budget.is_worth(num_blocks, num_prompt_tokens, tokens, more):
+                    return
+                num_blocks += 1
+            tokens += more
+            for node in block:
+                node.is_chosen = True
+            block, room = [], 0
 
     def _expand(self, node: _Node, waiting: list[tuple[float, int, _Node]]) -> None:
         """Put the children of *node* among those *waiting*."""
@@ -176,11 +174,14 @@ def _is_allowed(sequence: Sequence, path: tuple[int, ...]) -> bool:
     return sequence.constraint is None or sequence.constraint.admits(path)
 
 
-def _collect(node: _Node, chosen: set[int], ordered: list[_Node]) -> None:
-    """Append the chosen descendants of *node*, depth first, the most probable first."""
-    stack = [node]
+def _number(root: _Node) -> list[_Node]:
+    """The chosen descendants of *root*, depth first, the most probable first."""
+    nodes: list[_Node] = []
+    stack = [root]
     while stack:
-        top = stack.pop()
-        if top is not node:
-            ordered.append(top)
-        stack.extend(sorted((child for child in top.children if id(child) in chosen), key=lambda c: c.probability))
+        node = stack.pop()
+        if node is not root:
+            node.number = len(nodes)
+            nodes.append(node)
+        stack.extend(sorted((child for child in node.children if child.is_chosen), key=lambda c: c.probability))
+    return nodes

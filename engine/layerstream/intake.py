@@ -1,0 +1,164 @@
+"""From prompts and parameters to the answers that the loop works on. Whatever is wrong with them is said here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+from layerstream.answer import Answer
+from layerstream.assembly import Assembly
+from layerstream.beams import BeamAnswer
+from layerstream.completion import Completion
+from layerstream.constraint import Constraint
+from layerstream.errors import ConfigurationError
+from layerstream.params import SamplingParams
+from layerstream.request import Request
+from layerstream.scheduling.beam import BeamSearch
+from layerstream.scheduling.grammar import Grammars
+from layerstream.sequence import Sequence
+from layerstream.text.detokenizer import Detokenizer
+from layerstream.text.prompt import Prompt, PromptEncoder
+from layerstream.text.stop import StopMatcher
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 30 * 60  # the default max_tokens fits in this much time
+DEFAULT_MAX_TOKENS = 256
+MIN_DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which terms a request is taken: seconds until it is given up, and its place in the queue."""
+
+    timeout: float | None = None
+    priority: int = 0
+    client: str = ""
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigurationError(f"timeout is {self.timeout!r}; expected a number of seconds > 0, or None")
+
+
+class Intake:
+    """Makes requests and their empty answers. Any thread may call.
+
+    Args:
+        cancel: takes a request out of the loop.
+        seconds_per_sweep: as measured so far; decides how many tokens an answer may have if nobody said.
+    """
+
+    def __init__(
+        self, parts: Assembly, cancel: Callable[[Request], None], seconds_per_sweep: Callable[[], float]
+    ) -> None:
+        self.encoder = PromptEncoder(
+            parts.tokenizer, max_context=parts.context_length, vocab_size=parts.plan.facts.vocab_size
+        )
+        self._parts = parts
+        self._cancel = cancel
+        self._seconds_per_sweep = seconds_per_sweep
+        self._end_token_ids = parts.defaults.eos_token_ids
+        self._grammars = Grammars(parts.tokenizer, parts.plan.facts.vocab_size, self._end_token_ids)
+        self._numbers = itertools.count()
+
+    def take(
+        self, prompts: Seq[Prompt], params: SamplingParams | None, terms: Terms
+    ) -> tuple[list[Request], list[Answer]]:
+        """A request for each of *prompts*, and the answers that they wait for."""
+        submitted = time.perf_counter()
+        wanted = (params or SamplingParams()).with_defaults(self._parts.defaults.sampling)
+        requests, answers = [], []
+        for token_ids in [self.encoder.encode(prompt) for prompt in prompts]:
+            choose = None if wanted.best_of is None else functools.partial(_most_probable, wanted)
+            request = Request(wanted.best_of or wanted.n, self._cancel, choose)
+            requests.append(request)
+            answers.extend(self._answers(request, token_ids, wanted, submitted))
+        for answer in answers:
+            answer.deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
+            answer.sequence.priority, answer.sequence.client = terms.priority, terms.client
+        return requests, answers
+
+    def _answers(
+        self, request: Request, token_ids: list[int], params: SamplingParams, submitted: float
+    ) -> Iterator[Answer]:
+        params = dataclasses.replace(params, max_tokens=self._max_tokens(len(token_ids), params.max_tokens))
+        if params.best_of is not None and params.logprobs is None:
+            params = dataclasses.replace(params, logprobs=0)
+        seed = random.getrandbits(48) if params.seed is None else params.seed
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self._end_token_ids
+
+        def make(index: int, kind: Callable[..., Answer] = Answer, **more: Any) -> Answer:
+            own = dataclasses.replace(params, seed=(seed + index) % 2**63)
+            number = next(self._numbers)
+            return kind(
+                request=request,
+                index=index,
+                sequence=Sequence(number, list(token_ids), len(token_ids), own, constraint=self._constraint(own)),
+                detokenizer=Detokenizer(self._parts.tokenizer, prompt_ids=token_ids),
+                stop=StopMatcher(tuple(params.stop)),
+                end_token_ids=ends,
+                submitted=submitted,
+                **more,
+            )
+
+        if params.beam_width is None:
+            yield from (make(index) for index in range(params.best_of or params.n))
+            return
+        search = BeamSearch(params.beam_width, params.max_tokens or 1, params.length_penalty, ends)
+        answer = make(0, BeamAnswer, search=search, make_answer=make)
+        answer.sequence.num_group_pages = self._num_beam_pages(len(token_ids), params)
+        yield answer
+
+    def _num_beam_pages(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Pages that a beam search may need. Beams run together or not at all."""
+        pool, width, max_tokens = self._parts.scheduler.pool, params.beam_width or 1, params.max_tokens or 1
+        needed = pool.pages_for(num_prompt_tokens) + width * (pool.pages_for(max_tokens) + 1)
+        if needed > pool.num_pages:
+            raise ConfigurationError(
+                f"{width} beams of {max_tokens} tokens after a prompt of {num_prompt_tokens} need KV for "
+                f"{needed * pool.page_tokens:,} tokens, and there is memory for {pool.num_tokens:,}: ask for fewer "
+                "beams or tokens, or give the engine more memory"
+            )
+        return needed
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        return None if params.response_format is None else self._grammars.compile(params.response_format)
+
+    def _max_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
+        """New tokens a prompt may get: as wanted, or as fits the speed, within context and KV pages."""
+        longest = self._parts.scheduler.max_tokens(num_prompt_tokens)
+        room = max(1, min(self._parts.context_length, longest) - num_prompt_tokens)
+        if wanted is not None:
+            return min(wanted, room)
+        seconds = self._seconds_per_sweep()
+        fitting = max(MIN_DEFAULT_MAX_TOKENS, min(DEFAULT_MAX_TOKENS, int(PATIENCE_SECONDS / max(seconds, 1e-3))))
+        chosen = min(fitting, room)
+        if self._parts.plan.streams:
+            logger.info("max_tokens is not set: %d tokens at %.1f s each", chosen, seconds)
+        return chosen
+
+
+def _most_probable(params: SamplingParams, completions: list[Completion]) -> list[Completion]:
+    """The ``n`` completions whose tokens are most probable on average."""
+
+    def mean(completion: Completion) -> float:
+        logprobs = [entry.logprob for entry in completion.logprobs or ()]
+        return sum(logprobs) / max(1, len(logprobs))
+
+    best = sorted(completions, key=mean, reverse=True)[: params.n]
+    return [
+        dataclasses.replace(
+            completion, index=index, logprobs=completion.logprobs if params.logprobs is not None else None
+        )
+        for index, completion in enumerate(best)
+    ]

@@ -1,0 +1,84 @@
+"""What an engine has done so far, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from layerstream.assembly import Assembly
+from layerstream.kv.store import KVStats, PrefixStore
+from layerstream.loop import LoopCounters
+from layerstream.scheduling.drafting.trees import DrafterCounters
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine started.
+
+    Attributes:
+        weight_bytes_streamed: read from disk by sweeps; resident weights, read once, are not in it.
+        peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations.
+        wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
+        kv: what the prefix cache did.
+        read_modes: files per way of reading ("direct", "uncached", "buffered").
+        drafted_tokens, accepted_tokens: guesses that were verified, and those that were right; ``drafters`` by whom.
+        forced_tokens: tokens that a grammar left no choice about; they took no sweep.
+    """
+
+    sweeps: int
+    tokens_in: int
+    tokens_out: int
+    weight_bytes_streamed: int
+    sweep_seconds: float
+    wait_seconds: float
+    peak_memory_bytes: int
+    budget_bytes: int
+    resident_bytes: int
+    model_bytes: int
+    read_modes: Mapping[str, int]
+    kv: KVStats
+    drafted_tokens: int
+    accepted_tokens: int
+    forced_tokens: int
+    drafters: Mapping[str, DrafterCounters]
+
+
+def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
+    """The numbers of an engine's *parts* and of its loop."""
+    pool, plan = parts.scheduler.pool, parts.plan
+    used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes + plan.transit_bytes
+    fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.activation_bytes
+    streamer = parts.weights.streamer
+    return EngineStats(
+        sweeps=counters.sweeps,
+        tokens_in=counters.tokens_in,
+        tokens_out=counters.tokens_out,
+        weight_bytes_streamed=streamer.streamed_bytes if streamer else 0,
+        sweep_seconds=counters.sweep_seconds,
+        wait_seconds=streamer.wait_seconds if streamer else 0.0,
+        peak_memory_bytes=fixed + used_kv + (parts.draft.plan.planned_bytes if parts.draft else 0),
+        budget_bytes=plan.budget_bytes,
+        resident_bytes=plan.resident_bytes,
+        model_bytes=parts.model_bytes,
+        read_modes={str(mode): count for mode, count in parts.reader.stats.modes.items()},
+        kv=_kv_stats(parts.store, counters),
+        drafted_tokens=counters.drafted_tokens,
+        accepted_tokens=counters.accepted_tokens,
+        forced_tokens=counters.forced_tokens,
+        drafters={name: dataclasses.replace(counted) for name, counted in parts.drafting.counters.items()},
+    )
+
+
+def _kv_stats(store: PrefixStore | None, counters: LoopCounters) -> KVStats:
+    if store is None:
+        return KVStats(hits=counters.prefix_hits, reused_tokens=counters.reused_tokens)
+    counted = dataclasses.asdict(store.counters)
+    return KVStats(
+        state=store.state,
+        hits=counters.prefix_hits,
+        reused_tokens=counters.reused_tokens,
+        loaded_bytes=store.loader.counters.num_bytes,
+        recomputed_tokens=counted.pop("declined_tokens"),
+        **counted,
+    )
