@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import threading
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer
 from layerstream import planner
 from layerstream.checkpoint.hub import locate
 from layerstream.draft_model import ModelDrafter
-from layerstream.errors import BudgetTooSmall, ConfigurationError, EngineClosed, KVStoreUnusable
+from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
@@ -43,7 +42,6 @@ from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sizes import format_size
 from layerstream.step import SweepStep
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
-from layerstream.streaming.streamer import Streamer
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 
 logger = logging.getLogger(__name__)
@@ -284,11 +282,13 @@ def _assemble(
             reader=reader,
         )
     try:
+        if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
+            threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         weights = ModelWeights(skeleton, plan.weights, reader, _LoadCounter(plan.resident_bytes, listener).add)
         embedding = _embedding(skeleton, plan, weights, reader)
+        reader.restart_rate()
         if weights.streamer is not None:
-            work = (weights.streamer, memory, reader)
-            threading.Thread(target=_read_ahead, args=work, name="layerstream-ahead", daemon=True).start()
+            weights.streamer.read_ahead()
         swap = PageSwap(states)
         scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader
@@ -313,18 +313,6 @@ def _assemble(
         if store is not None:
             store.close()
         raise
-
-
-def _read_ahead(streamer: Streamer, memory: PageMemory, reader: DirectReader) -> None:
-    """What can be done before the first request: have memory ready and the first units in it.
-
-    The disk's rate is measured from here on: reads into memory that is touched for the first time are slower.
-    """
-    streamer.populate()
-    reader.restart_rate()
-    with contextlib.suppress(EngineClosed):
-        streamer.read_ahead()
-    memory.populate()  # all of it was counted for KV; where nothing streams it may be much more than is ever used
 
 
 def _scheduler(

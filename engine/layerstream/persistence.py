@@ -26,10 +26,11 @@ from layerstream.kv.tiers.local import LocalTier
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
 from layerstream.planner import Plan
-from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
+from layerstream.streaming.reader import DirectReader
 
 logger = logging.getLogger(__name__)
 
+HOPED_READ_RATE = 3e9  # bytes per second, before one was measured: what is stored is then rather loaded than computed
 HASHED_AT_ONCE = 256 * 2**20  # bytes of weights whose digest is taken before the engine starts: a tenth of a second
 
 
@@ -74,7 +75,7 @@ def open_store(
         return None if taken is None else open_tier(taken)
 
     def rates() -> Rates:
-        rate = reader.rate() or ASSUMED_READ_RATE
+        rate = reader.rate() or HOPED_READ_RATE
         return Rates(rate, plan.streamed_bytes / rate, plan.max_sweep_tokens)
 
     digests = None if store_folder.read_only else files.known_digests(store_folder.index)

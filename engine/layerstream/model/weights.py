@@ -42,8 +42,6 @@ class ModelWeights:
         self._resident: dict[int, dict[str, torch.Tensor]] = {}
         self.resident_bytes = 0
         self.on_unit: OnBytes = lambda num_bytes: None
-        for index in sorted(plan.residents):
-            self._load(index, reader, on_load)
         streamed = [index for index in range(len(plan.units)) if index not in plan.residents]
         self._stream_index = {index: position for position, index in enumerate(streamed)}
         self.streamer: Streamer | None = None
@@ -52,6 +50,9 @@ class ModelWeights:
             num_cycle = sum(index < len(plan.body) for index in streamed)
             largest = max(layout.num_bytes for layout in layouts)  # a unit strewn over a file has more page ends
             self.streamer = Streamer(layouts, num_cycle, max(plan.ring_bytes, largest), reader)
+            self.streamer.populate()
+        for index in sorted(plan.residents):
+            self._load(index, reader, on_load)
         self._install()
         self.head = SlicedLinear([self._slice(index) for index in range(len(plan.body), len(plan.units))])
 

@@ -89,11 +89,11 @@ class Streamer:
         return self._ring.capacity
 
     def populate(self) -> None:
-        """Have the system back the ring with memory now."""
-        self._arena.populate()
+        """Have the system back the ring with memory, in the background: touching it first would slow the reads."""
+        threading.Thread(target=self._arena.populate, name="layerstream-ring", daemon=True).start()
 
     def read_ahead(self) -> None:
-        """Bring in what the first sweep begins with, unless it has begun. From any thread."""
+        """Start to bring in what the first sweep begins with, unless it has begun."""
         with self._changed:
             if not self._has_begun:
                 self._queue.extend(self._cycle)
