@@ -41,6 +41,7 @@ def budget_for(folder: Path, mode: str) -> int:
         return least + 2048
     kv_bytes = planner.MIN_KV_TOKENS * facts.kv_token_bytes
     resident = planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS) + facts.compute_bytes + kv_bytes
+    resident += facts.decode_bytes
     return min(least + facts.compute_bytes // 2, resident - 1)
 
 

@@ -93,10 +93,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 # fmt: on
 
 
-def make_model(family: str, folder: Path, *, seed: int = 0, **save_options: Any) -> Any:
+def make_model(
+    family: str, folder: Path, *, seed: int = 0, sizes: dict[str, int] | None = None, **save_options: Any
+) -> Any:
     """Write a random model of *family* to *folder* and return it: fp32, persistent buffers random too."""
     prefix, changes = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**_SMALL, **changes})
+    config = getattr(transformers, f"{prefix}Config")(**{**_SMALL, **changes, **(sizes or {})})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -6,11 +6,11 @@ import dataclasses
 import logging
 import threading
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from layerstream import planner
 from layerstream.checkpoint.hub import locate
@@ -43,6 +43,7 @@ from layerstream.sizes import format_size
 from layerstream.step import SweepStep
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.text.defaults import GenerationDefaults, load_defaults
+from layerstream.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         if draft is not None:
             config = dataclasses.replace(config, reserved_bytes=draft.plan.planned_bytes)
         plan, skeleton, folder = plan_model(config)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(folder, config.trust_remote_code)
         if draft is not None:
             _check_same_tokens(config, tokenizer, draft.tokenizer)
         logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
@@ -202,7 +203,7 @@ def model_facts(
     """What a plan depends on, read off the skeleton."""
     config = skeleton.config
     embedding = skeleton.sources[skeleton.embedding_key]
-    embedding_bytes = embedding.num_bytes // embedding.dtype.itemsize * skeleton.dtype.itemsize
+    embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
     widest = max(module.out_features for module in _linears(skeleton))
     is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
     return ModelFacts(

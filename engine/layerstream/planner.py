@@ -79,8 +79,13 @@ class ModelFacts:
     can_spill: bool = False
 
     @property
+    def decode_bytes(self) -> int:
+        """What decoding a quantised matrix takes at most."""
+        return max(node.most_decode_bytes for node in (*self.body, self.head))
+
+    @property
     def compute_bytes(self) -> int:
-        """All weights in the compute dtype."""
+        """All weights as they are when they are resident: in the compute dtype, or quantised."""
         return sum(node.total_compute_bytes for node in (*self.body, self.head)) + self.embedding_bytes
 
 
@@ -198,13 +203,13 @@ def make_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
 
 def comfortable_bytes(facts: ModelFacts) -> int:
     """The budget from which on nothing streams and KV has all the room that it may take."""
-    fixed = facts.compute_bytes + _activation_bytes(facts, MAX_SWEEP_TOKENS)
+    fixed = facts.compute_bytes + _activation_bytes(facts, MAX_SWEEP_TOKENS) + facts.decode_bytes
     return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_token_bytes
 
 
 def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
     """Everything resident, or ``None`` if that does not fit."""
-    activations = _activation_bytes(facts, MAX_SWEEP_TOKENS)
+    activations = _activation_bytes(facts, MAX_SWEEP_TOKENS) + facts.decode_bytes
     left = budget_bytes - activations - facts.compute_bytes
     if left < _least_kv_bytes(facts):
         return None
@@ -324,8 +329,8 @@ def _too_small(facts: ModelFacts, budget_bytes: int, least: int) -> BudgetTooSma
 
 
 def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:
-    """Room for one unit converted to the compute dtype, where it is stored in another."""
-    return max((unit.compute_bytes for unit in units if unit.converts), default=0)
+    """Room for one unit converted to the compute dtype, or decoded, where it is stored otherwise."""
+    return max((unit.scratch_bytes for unit in units), default=0)
 
 
 def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from layerstream.checkpoint.header import TensorEntry, read_header
+from layerstream.checkpoint.packed import PackedTensor, find_packed
 from layerstream.errors import CheckpointNotFound, InvalidHeader, MissingTensor, UnsupportedFormat
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -18,15 +19,17 @@ _SIDE_FILES = ("adapter_", "consolidated", "training_args", "optimizer")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, wherever they lie."""
+    """Tensors by name, wherever they lie; *packed* are the quantised matrices among them, by their parameter's name."""
 
     folder: Path
     tensors: Mapping[str, TensorEntry]
+    packed: Mapping[str, PackedTensor] = field(default_factory=dict)
 
     @cached_property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(entry.extent.num_bytes for entry in self.tensors.values())
+        packed = [entry for matrix in self.packed.values() for entry in matrix.planes.values()]
+        return sum(entry.extent.num_bytes for entry in (*self.tensors.values(), *packed))
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -34,18 +37,17 @@ def open_folder(folder: Path) -> Checkpoint:
 
     Raises:
         CheckpointNotFound: no folder, no config or no weights, or a shard is missing.
-        UnsupportedFormat: pickles, GGUF, or quantised weights.
+        UnsupportedFormat: pickles, or weights quantised by an unknown method.
         InvalidHeader, TruncatedFile, MissingTensor: the files contradict each other or themselves.
     """
-    if folder.suffix == ".gguf":
-        raise UnsupportedFormat(f"{folder}: GGUF files are not supported by this version; use the safetensors original")
     if not folder.is_dir():
         raise CheckpointNotFound(f"{folder}: no such folder; expected one with config.json and *.safetensors")
-    _check_not_quantised(folder, read_json(folder / "config.json"))
+    quantisation = _quantisation(read_json(folder / "config.json"))
     indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        return Checkpoint(folder, _from_index(folder, _main_index(indices)))
-    return Checkpoint(folder, _merge(_weight_files(folder)))
+    tensors = _from_index(folder, _main_index(indices)) if indices else _merge(_weight_files(folder))
+    if quantisation is None:
+        return Checkpoint(folder, tensors)
+    return Checkpoint(folder, *find_packed(tensors, quantisation))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,16 +64,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_not_quantised(folder: Path, config: dict[str, Any]) -> None:
+def _quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What the config says about how the weights are quantised."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         quantisation = part.get("quantization_config")
         if quantisation:
-            method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
-            raise UnsupportedFormat(
-                f"{folder}: the weights are quantised ({method}), which this version does not stream yet; use the "
-                "16-bit or 32-bit original"
-            )
+            return quantisation if isinstance(quantisation, dict) else {}
+    return None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -86,6 +86,8 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; "
             "save them once with transformers' save_pretrained(), which writes safetensors"
         )
+    if files := sorted(path.name for path in folder.glob("*.gguf")):
+        raise CheckpointNotFound(f"{folder}: only GGUF files; pass one of them as the model: {', '.join(files[:5])}")
     raise CheckpointNotFound(f"{folder}: no *.safetensors files")
 
 

@@ -8,9 +8,10 @@ it, key by key, the way its own loader does, and notes where the bytes lie inste
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, TypeAlias
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,7 +26,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.header import TensorEntry
+from layerstream.checkpoint.packed import PackedTensor
 from layerstream.checkpoint.pieces import Piece, PiecedTensor, concatenate, split, stack
 from layerstream.errors import InvalidHeader, MissingTensor, UnsupportedFormat
 
@@ -35,6 +38,8 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+_PLANE_DTYPES = _DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.uint8}
 
 _Collected = dict[str, dict[str, list[TensorEntry]]]  # target -> source pattern -> entries, in natural order
 
@@ -59,29 +64,59 @@ class ParameterSource:
         return len(self.pieces) == 1
 
 
-def language_model_tensors(tensors: Mapping[str, TensorEntry], embedding: str) -> dict[str, TensorEntry]:
-    """The tensors of a multimodal checkpoint under the names that its language model alone has for them.
+@dataclass(frozen=True)
+class PackedSource:
+    """Where the planes of a quantised matrix lie."""
+
+    name: str
+    codec: Codec
+    shape: tuple[int, ...]
+    planes: Mapping[str, ParameterSource]
+
+    @property
+    def num_bytes(self) -> int:
+        """Stored bytes."""
+        return sum(plane.num_bytes for plane in self.planes.values())
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(rows, columns)``: matrices of experts one after the other, a vector as one column."""
+        return (prod(self.shape[:-1]), self.shape[-1]) if len(self.shape) > 1 else (prod(self.shape), 1)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces of all planes."""
+        return tuple(piece for plane in self.planes.values() for piece in plane.pieces)
+
+
+Source: TypeAlias = ParameterSource | PackedSource
+
+
+def language_model_names(tensors: Iterable[str], embedding: str) -> dict[str, str]:
+    """For the names in a multimodal checkpoint, those that its language model alone has.
 
     The model's *embedding* (``model.embed_tokens.weight``) is looked for: where it is stored, as
     ``language_model.model.embed_tokens.weight`` or ``model.language_model.embed_tokens.weight``, its neighbours are.
     """
     stem = embedding.removesuffix(leaf := ".".join(embedding.split(".")[-2:]))
-    stored = [name.removesuffix(leaf) for name in tensors if name.endswith(leaf)]
-    if embedding in tensors or len(stored) != 1:
-        return dict(tensors)
+    names = list(tensors)
+    stored = [name.removesuffix(leaf) for name in names if name.endswith(leaf)]
+    if embedding in names or len(stored) != 1:
+        return {name: name for name in names}
     (found,) = stored
     outer = found.removesuffix(stem) if found.endswith(stem) else ""
-    renamed = {}
-    for name, entry in tensors.items():
-        if name.startswith(found):
-            renamed[stem + name.removeprefix(found)] = entry
-        else:
-            renamed[name.removeprefix(outer)] = entry
-    return renamed
+    return {
+        name: stem + name.removeprefix(found) if name.startswith(found) else name.removeprefix(outer) for name in names
+    }
 
 
-def resolve_parameters(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[str, ParameterSource]:
+def resolve_parameters(
+    model: Any, tensors: Mapping[str, TensorEntry], packed: Mapping[str, PackedTensor] | None = None
+) -> dict[str, Source]:
     """The source of every name in ``model.state_dict()``; tied names share one source object.
+
+    Args:
+        tensors, packed: by the name that the checkpoint has for the parameter.
 
     Raises:
         MissingTensor: a parameter that nothing fills.
@@ -103,12 +138,21 @@ def resolve_parameters(model: Any, tensors: Mapping[str, TensorEntry]) -> dict[s
             plain[target] = tensors[key]
         else:
             collected.setdefault(target, {}).setdefault(pattern, []).append(tensors[key])
-    sources = {target: _plain_source(target, entry) for target, entry in plain.items()}
+    sources: dict[str, Source] = {target: _plain_source(target, entry) for target, entry in plain.items()}
     for target, by_source in collected.items():
         converter = by_pattern[next(iter(by_source))]
         sources.update(_convert(target, by_source, converter, meta))
-    _tie(model, sources)
-    _check(meta, sources)
+    for key, matrix in (packed or {}).items():
+        target, pattern = _rename(key, model, meta, renamings, converters)
+        if pattern is not None:
+            raise UnsupportedFormat(
+                f"{matrix.planes['weight'].extent.path}: {key!r} is quantised and would have to be joined with others "
+                f"to {target!r}, which this version does not do"
+            )
+        if target in meta:
+            sources[target] = _packed_source(target, matrix)
+    tie_sources(model, sources)
+    check_sources(meta, sources)
     return {name: sources[name] for name in meta}
 
 
@@ -127,6 +171,18 @@ def _plain_source(target: str, entry: TensorEntry) -> ParameterSource:
 
 def _source(target: str, entry: TensorEntry, tensor: PiecedTensor) -> ParameterSource:
     return ParameterSource(target, _dtype(target, entry), tensor.shape, tensor.pieces)
+
+
+def _packed_source(target: str, matrix: PackedTensor) -> PackedSource:
+    planes = {}
+    for name, entry in matrix.planes.items():
+        dtype = _PLANE_DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise UnsupportedFormat(f"{entry.extent.path}: {entry.name!r} has dtype {entry.dtype}, which is unknown")
+        planes[name] = ParameterSource(
+            f"{target}:{name}", dtype, entry.shape, PiecedTensor.of(entry, dtype.itemsize).pieces
+        )
+    return PackedSource(target, matrix.codec, matrix.shape, planes)
 
 
 def _dtype(target: str, entry: TensorEntry) -> torch.dtype:
@@ -190,7 +246,7 @@ def _sizes(
     return [tensor.shape[operation.dim] // len(targets)] * len(targets)
 
 
-def _tie(model: Any, sources: dict[str, ParameterSource]) -> None:
+def tie_sources(model: Any, sources: dict[str, Source]) -> None:
     """Tied names that the checkpoint has once share that one; those that it has twice keep their own, as stored."""
     for target, source in model.all_tied_weights_keys.items():
         if target not in sources and source in sources:
@@ -199,7 +255,12 @@ def _tie(model: Any, sources: dict[str, ParameterSource]) -> None:
             sources[source] = sources[target]
 
 
-def _check(meta: Mapping[str, Any], sources: Mapping[str, ParameterSource]) -> None:
+def check_sources(meta: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
+    """Every name of the model has a source, of its shape.
+
+    Raises:
+        MissingTensor, InvalidHeader: one has not.
+    """
     missing = [name for name in meta if name not in sources]
     if missing:
         shown = ", ".join(missing[:3])

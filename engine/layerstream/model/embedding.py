@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from layerstream.checkpoint.names import ParameterSource
+from layerstream.checkpoint.names import PackedSource, Source
+from layerstream.errors import UnsupportedFormat
 from layerstream.streaming.loader import Countdown
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import PAGE
@@ -17,6 +18,8 @@ _DEMAND = 0  # before scheduled reads: the sweep cannot start without it
 class EmbeddingRows:
     """Rows of the embedding matrix, ``(vocabulary, hidden)`` on disk.
 
+    Rows that are stored quantised are decoded after they were read.
+
     Args:
         resident: the whole matrix in the compute dtype, where it is in memory anyway (a tied, resident head).
         max_rows: distinct rows one lookup may ask for.
@@ -24,13 +27,18 @@ class EmbeddingRows:
 
     def __init__(
         self,
-        source: ParameterSource,
+        source: Source,
         dtype: torch.dtype,
         reader: DirectReader,
         *,
         max_rows: int,
         resident: torch.Tensor | None = None,
     ) -> None:
+        if isinstance(source, PackedSource) and len(source.planes) != 1:
+            raise UnsupportedFormat(
+                f"{source.name!r} is stored as {source.codec.name}, whose rows cannot be gathered one by one; "
+                "use a version of the model whose embedding is not quantised"
+            )
         self._source = source
         self._dtype = dtype
         self._reader = reader
@@ -49,9 +57,16 @@ class EmbeddingRows:
         indices = torch.tensor([index_of[token] for token in token_ids])
         if self._resident is not None:
             return self._resident[torch.tensor(distinct)], indices
-        return self._read(distinct).to(self._dtype), indices
+        stored = self._read(distinct)
+        if not isinstance(self._source, PackedSource):
+            return stored.view(self._source.dtype).view(len(distinct), -1).to(self._dtype), indices
+        rows = torch.empty((len(distinct), self._source.shape[1]), dtype=self._dtype)
+        (name,) = self._source.planes
+        self._source.codec.decode({name: stored.view(len(distinct), -1)}, 0, rows)
+        return rows, indices
 
     def _read(self, distinct: list[int]) -> torch.Tensor:
+        """The bytes of rows *distinct*, one after the other."""
         assert self._arena is not None
         countdown = Countdown(len(distinct))
         (stored,) = self._source.pieces
@@ -64,5 +79,4 @@ class EmbeddingRows:
             request = ReadRequest(extent.path, first, -(-needed // PAGE) * PAGE, needed, None, copies)
             self._reader.submit(request, self._arena.view, 0, countdown, priority=_DEMAND)
         countdown.wait()
-        num_bytes = len(distinct) * self._row_bytes
-        return self._arena.tensor[:num_bytes].view(self._source.dtype).view(len(distinct), -1)
+        return self._arena.tensor[: len(distinct) * self._row_bytes]

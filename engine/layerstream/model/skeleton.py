@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import transformers
 from accelerate import init_empty_weights
 
 from layerstream.checkpoint.folder import open_folder
-from layerstream.checkpoint.names import ParameterSource, language_model_tensors, resolve_parameters
+from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
+from layerstream.checkpoint.names import PackedSource, Source, language_model_names, resolve_parameters
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, experts
 from layerstream.model.families import check_supported
+from layerstream.model.linear import decode_bytes
 from layerstream.streaming.residency import WeightNode
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class Skeleton:
     model: Any
     config: Any
     dtype: torch.dtype
-    sources: Mapping[str, ParameterSource]
+    sources: Mapping[str, Source]
     dtypes: Mapping[str, torch.dtype]
     body: tuple[WeightNode, ...]
     head: WeightNode
@@ -89,14 +92,17 @@ def build_skeleton(
         UnsupportedModel: the family cannot run, with the reason.
         CheckpointError: the files are missing, damaged or of an unknown kind.
     """
-    checkpoint = open_folder(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    file = open_gguf(folder) if folder.suffix == ".gguf" else None
+    checkpoint = None if file else open_folder(folder)
+    config = _load_config(folder, file, trust_remote_code)
     text_config = _text_config(config)
     check_supported(text_config, allow_untested=allow_untested)
-    compute_dtype = resolve_dtype(dtype, text_config)
+    compute_dtype = resolve_dtype(file.dtype if file and dtype == "auto" else dtype, text_config)
     attention.register()
     experts.register()
     model = _build_meta(text_config, compute_dtype, trust_remote_code)
+    if file is not None and (factors := read_rope_factors(file)) is not None:
+        _divide_frequencies(model, factors)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
         raise UnsupportedModel(
@@ -105,10 +111,16 @@ def build_skeleton(
         )
     embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
     names = {id(module): name for name, module in model.named_modules()}
-    tensors = checkpoint.tensors
-    if text_config is not config:
-        tensors = language_model_tensors(tensors, f"{names[id(embedding)]}.weight")
-    sources = resolve_parameters(model, tensors)
+    if file is not None:
+        sources = resolve_gguf(model, file)
+    else:
+        assert checkpoint is not None
+        tensors, packed = checkpoint.tensors, checkpoint.packed
+        if text_config is not config:
+            renamed = language_model_names([*tensors, *packed], f"{names[id(embedding)]}.weight")
+            tensors = {renamed[name]: entry for name, entry in tensors.items()}
+            packed = {renamed[name]: matrix for name, matrix in packed.items()}
+        sources = resolve_parameters(model, tensors, packed)
     dtypes = _compute_dtypes(model, sources, compute_dtype)
     decoder = model.get_submodule(names[id(embedding)].rpartition(".")[0])
     body = tuple(
@@ -126,6 +138,24 @@ def build_skeleton(
         head=_weigh(head, names[id(head)], sources, dtypes),
         model_bytes=sum({id(source): source.num_bytes for source in sources.values()}.values()),
     )
+
+
+def _load_config(path: Path, file: GgufFile | None, trust_remote_code: bool) -> Any:
+    """Of a folder, or out of a GGUF file's metadata."""
+    if file is None:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    for name, size in file.sizes.items():  # transformers takes the family's usual ones
+        setattr(config, name, size)
+    return config
+
+
+def _divide_frequencies(model: Any, factors: torch.Tensor) -> None:
+    """Divide the frequencies of rotary embeddings by *factors*."""
+    for module in model.modules():
+        for name in ("inv_freq", "original_inv_freq"):
+            if isinstance(frequencies := getattr(module, name, None), torch.Tensor):
+                frequencies /= factors
 
 
 def resolve_dtype(dtype: str, config: Any) -> torch.dtype:
@@ -161,7 +191,7 @@ def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
     return model
 
 
-def _compute_dtypes(model: Any, sources: Mapping[str, ParameterSource], dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _compute_dtypes(model: Any, sources: Mapping[str, Source], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """As transformers loads them: everything in *dtype*, but what the family keeps in fp32, and what is no float."""
     patterns = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
@@ -169,7 +199,7 @@ def _compute_dtypes(model: Any, sources: Mapping[str, ParameterSource], dtype: t
     keep = re.compile("|".join(rf"((^|\.){pattern}($|\.))" for pattern in sorted(patterns))) if patterns else None
     return {
         key: source.dtype
-        if not source.dtype.is_floating_point
+        if not isinstance(source, PackedSource) and not source.dtype.is_floating_point
         else torch.float32
         if dtype != torch.float32 and keep is not None and keep.search(key)
         else dtype
@@ -187,7 +217,7 @@ def _body_modules(decoder: Any, embedding: torch.nn.Module) -> list[torch.nn.Mod
 
 
 def _weigh(
-    module: torch.nn.Module, path: str, sources: Mapping[str, ParameterSource], dtypes: Mapping[str, torch.dtype]
+    module: torch.nn.Module, path: str, sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]
 ) -> WeightNode:
     """The sizes of *module* and of what is below it.
 
@@ -198,18 +228,34 @@ def _weigh(
     if any(_is_fused_experts(child) for child in module.children()):
         keys = [key for key in sources if key.startswith(f"{path}.")]
         num_bytes = sum(sources[key].num_bytes for key in keys)
-        return WeightNode(path, num_bytes, sum(_compute_bytes(sources[key], dtypes[key]) for key in keys))
+        compute_bytes = sum(_compute_bytes(sources[key], dtypes[key]) for key in keys)
+        return WeightNode(path, num_bytes, compute_bytes, decode_bytes=_whole_decode_bytes(keys, sources, dtypes))
     own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
+    matrix = sources.get(f"{path}.weight")
+    is_linear = isinstance(module, torch.nn.Linear)
     return WeightNode(
         name=path,
         own_bytes=sum(sources[key].num_bytes for key in own),
         compute_bytes=sum(_compute_bytes(sources[key], dtypes[key]) for key in own),
-        num_rows=module.out_features if isinstance(module, torch.nn.Linear) else 0,
+        num_rows=module.out_features if is_linear else 0,
+        row_step=matrix.codec.row_step if is_linear and isinstance(matrix, PackedSource) else 1,
+        decode_bytes=decode_bytes(matrix, dtypes[matrix.name]) if is_linear and isinstance(matrix, PackedSource) else 0,
         children=children,
     )
 
 
-def _compute_bytes(source: ParameterSource, dtype: torch.dtype) -> int:
+def _whole_decode_bytes(keys: list[str], sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]) -> int:
+    """What a block takes whose quantised weights are all decoded before it computes, with one of them in fp32."""
+    sizes = [
+        (prod(source.shape), dtypes[key].itemsize) for key in keys if isinstance(source := sources[key], PackedSource)
+    ]
+    return sum(values * size for values, size in sizes) + max((12 * values for values, _ in sizes), default=0)
+
+
+def _compute_bytes(source: Source, dtype: torch.dtype) -> int:
+    """What it takes when it is resident: quantised weights stay so."""
+    if isinstance(source, PackedSource):
+        return source.num_bytes
     return source.num_bytes // source.dtype.itemsize * dtype.itemsize
 
 

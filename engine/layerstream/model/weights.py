@@ -12,8 +12,9 @@ from itertools import groupby
 
 import torch
 
+from layerstream.checkpoint.names import PackedSource
 from layerstream.model import hooks
-from layerstream.model.linear import LinearSlice, SlicedLinear
+from layerstream.model.linear import LinearSlice, Matrix, PackedMatrix, PlainMatrix, SlicedLinear, tile_rows
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.loader import load_unit
 from layerstream.streaming.reader import DirectReader
@@ -40,6 +41,7 @@ class ModelWeights:
         self.plan = plan
         self._layouts = [lay_out(unit.name, self._parts(unit)) for unit in plan.units]
         self._resident: dict[int, dict[str, torch.Tensor]] = {}
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self.resident_bytes = 0
         self.on_unit: OnBytes = lambda num_bytes: None
         streamed = [index for index in range(len(plan.units)) if index not in plan.residents]
@@ -64,34 +66,64 @@ class ModelWeights:
 
     def load_matrix(self, key: str, reader: DirectReader) -> torch.Tensor:
         """Load one more tensor to stay, in its compute dtype."""
-        layout = lay_out(key, [Part.whole(key, self._skeleton.sources[key])])
-        return load_unit(layout, reader)[key].to(self._skeleton.dtypes[key])
+        source = self._skeleton.sources[key]
+        parts = list(_packed_parts(source, None)) if isinstance(source, PackedSource) else [Part.whole(key, source)]
+        stored = load_unit(lay_out(key, parts), reader)
+        return self._decoded(key.rpartition(".")[0], self._converted(stored))[key]
 
     def _parts(self, unit: PlannedUnit) -> list[Part]:
         sources = self._skeleton.sources
-        keys = sorted(self._skeleton.keys_of(unit.module, own_only=unit.own_only))
-        if unit.rows is None:
-            return [Part.whole(key, sources[key]) for key in keys]
-        return [Part.of_rows(key, sources[key], *unit.rows) for key in keys]
+        parts = []
+        for key in sorted(self._skeleton.keys_of(unit.module, own_only=unit.own_only)):
+            source = sources[key]
+            if isinstance(source, PackedSource):
+                parts.extend(_packed_parts(source, unit.rows))
+            elif unit.rows is None:
+                parts.append(Part.whole(key, source))
+            else:
+                parts.append(Part.of_rows(key, source, *unit.rows))
+        return parts
 
     def _load(self, index: int, reader: DirectReader, on_load: OnBytes) -> None:
         stored = load_unit(self._layouts[index], reader, on_load)
-        tensors = {key: tensor.to(self._skeleton.dtypes[key]) for key, tensor in stored.items()}
+        tensors = self._converted(stored)
         self._resident[index] = tensors
         self.resident_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _converted(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """In the dtypes that they are computed in; planes of quantised matrices as they are."""
+        dtypes = self._skeleton.dtypes
+        return {key: tensor.to(dtypes[key]) if key in dtypes else tensor for key, tensor in stored.items()}
+
+    def _decoded(self, path: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """*tensors* of the module *path*, what of them is quantised as a whole in the compute dtype."""
+        found = dict(tensors)
+        for key in self._skeleton.keys_of(path):
+            source = self._skeleton.sources[key]
+            if isinstance(source, PackedSource) and key not in found:
+                planes = {name: found.pop(plane.name) for name, plane in source.planes.items() if plane.name in found}
+                if planes:
+                    found[key] = torch.empty(source.shape, dtype=self._skeleton.dtypes[key])
+                    source.codec.decode(planes, 0, found[key].view(source.matrix_shape))
+        return found
+
+    def _is_sliced(self, unit: PlannedUnit) -> bool:
+        """Whether it is a Linear, or rows of one, that computes slice by slice."""
+        is_packed = isinstance(self._skeleton.sources.get(f"{unit.module}.weight"), PackedSource)
+        return unit.rows is not None or (is_packed and unit.decode_bytes > 0)
 
     def _install(self) -> None:
         """Hang the body's units onto their modules."""
         wrapped: set[str] = set()
         body = enumerate(self.plan.body)
-        for (path, is_sliced), group in groupby(body, key=lambda item: (item[1].module, item[1].rows is not None)):
+        for (path, is_sliced), group in groupby(body, key=lambda item: (item[1].module, self._is_sliced(item[1]))):
             members = [index for index, _ in group]
             module = self._skeleton.model.get_submodule(path)
             unit = self.plan.body[members[0]]
             if is_sliced:
                 SlicedLinear([self._slice(index) for index in members]).install(module)
             elif unit.own_only:
-                self._binding(unit, module).bind(self._resident[members[0]])
+                self._binding(unit, module).bind(self._decoded(unit.module, self._resident[members[0]]))
             else:
                 self._install_whole(members[0], module)
             if not unit.own_only:
@@ -99,9 +131,10 @@ class ModelWeights:
         self._wrap_weightless(wrapped)
 
     def _install_whole(self, index: int, module: torch.nn.Module) -> None:
-        binding = self._binding(self.plan.body[index], module)
-        if index in self._resident:
-            binding.bind(self._resident[index])
+        unit = self.plan.body[index]
+        binding = self._binding(unit, module)
+        if index in self._resident and not unit.decode_bytes:
+            binding.bind(self._decoded(unit.module, self._resident[index]))
             hooks.wrap(module, lambda: self._present(index))
         else:
             hooks.wrap(module, lambda: self._passing(index, binding))
@@ -128,15 +161,20 @@ class ModelWeights:
 
     @contextmanager
     def _passing(self, index: int, binding: hooks.Binding) -> Iterator[None]:
-        with self._streamed(index) as tensors:
-            binding.bind(tensors)
+        with self._stored(index) as tensors:
+            binding.bind(self._decoded(self.plan.units[index].module, tensors))
             try:
                 yield
             finally:
                 binding.unbind()
 
     @contextmanager
-    def _streamed(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
+    def _stored(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The tensors of a unit, resident or streamed, as they are stored."""
+        if index in self._resident:
+            yield self._resident[index]
+            self.on_unit(self._layouts[index].weight_bytes)
+            return
         assert self.streamer is not None
         position = self._stream_index[index]
         yield self.streamer.acquire(position)
@@ -145,18 +183,53 @@ class ModelWeights:
 
     def _slice(self, index: int) -> LinearSlice:
         unit = self.plan.units[index]
-        rows = unit.rows or (0, self._layouts[index].places[f"{unit.module}.weight"].shape[0])
-        return LinearSlice(*rows, lambda: self._slice_weights(index, unit.module))
+        rows = unit.rows or (0, self._skeleton.sources[f"{unit.module}.weight"].shape[0])
+        return LinearSlice(*rows, lambda: self._slice_weights(index, unit.module, rows))
 
     @contextmanager
-    def _slice_weights(self, index: int, path: str) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        dtypes = self._skeleton.dtypes
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        if index in self._resident:
-            tensors = self._resident[index]
-            yield tensors[weight], tensors.get(bias)
-            self.on_unit(self._layouts[index].weight_bytes)
-            return
-        with self._streamed(index) as stored:
-            tensors = {key: tensor.to(dtypes[key]) for key, tensor in stored.items()}
-            yield tensors[weight], tensors.get(bias)
+    def _slice_weights(
+        self, index: int, path: str, rows: tuple[int, int]
+    ) -> Iterator[tuple[Matrix, torch.Tensor | None]]:
+        with self._stored(index) as stored:
+            yield self._matrix(self._converted(stored), path, rows)
+
+    def _matrix(
+        self, tensors: dict[str, torch.Tensor], path: str, rows: tuple[int, int]
+    ) -> tuple[Matrix, torch.Tensor | None]:
+        weight, bias = f"{path}.weight", self._bias(tensors, f"{path}.bias", rows)
+        source = self._skeleton.sources[weight]
+        if not isinstance(source, PackedSource):
+            return PlainMatrix(tensors[weight]), bias
+        planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
+        return PackedMatrix(source, planes, *rows, self._scratch_for(self._skeleton.dtypes[weight])), bias
+
+    def _bias(self, tensors: dict[str, torch.Tensor], key: str, rows: tuple[int, int]) -> torch.Tensor | None:
+        """Of *rows* of a Linear; ``None`` if it has none."""
+        source = self._skeleton.sources.get(key)
+        if not isinstance(source, PackedSource):
+            return tensors.get(key)
+        planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
+        bias = torch.empty((rows[1] - rows[0], 1), dtype=self._skeleton.dtypes[key])
+        source.codec.decode(planes, rows[0], bias)
+        return bias.view(-1)
+
+    def _scratch_for(self, dtype: torch.dtype) -> torch.Tensor:
+        """Room for the largest tile, one for all."""
+        if dtype not in self._scratch:
+            sources = self._skeleton.sources.values()
+            packed = [source for source in sources if isinstance(source, PackedSource) and len(source.shape) == 2]
+            values = max(tile_rows(source) * source.shape[1] for source in packed)
+            self._scratch[dtype] = torch.empty(values, dtype=dtype)
+        return self._scratch[dtype]
+
+
+def _packed_parts(source: PackedSource, rows: tuple[int, int] | None) -> Iterator[Part]:
+    """The planes of *source*, or of *rows* of it."""
+    num_rows = source.shape[0]
+    for name, plane in source.planes.items():
+        if rows is None or name in source.codec.whole:
+            yield Part.whole(plane.name, plane)
+        else:
+            start, stop = (plane.num_bytes * row // num_rows for row in rows)
+            count = (stop - start) // (plane.num_bytes // plane.shape[0])
+            yield Part(plane.name, plane, (count, *plane.shape[1:]), start, stop)

@@ -11,6 +11,7 @@ spread evenly over the sweep, so that the reader has something to hide behind ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ class WeightNode:
         own_bytes: stored bytes of the parameters and persistent buffers that the module itself owns.
         compute_bytes: the same in the dtype they are computed in.
         num_rows: output rows if the module is a Linear, which may be split by rows; else 0.
+        row_step: it is split at multiples of so many; 0: it is never split.
+        decode_bytes: what decoding takes if the module is a quantised Linear; its weights stay quantised. Such a Linear
+            is a unit of its own.
         children: modules below, in module order.
     """
 
@@ -35,6 +39,8 @@ class WeightNode:
     own_bytes: int = 0
     compute_bytes: int = 0
     num_rows: int = 0
+    row_step: int = 1
+    decode_bytes: int = 0
     children: tuple[WeightNode, ...] = ()
 
     @property
@@ -47,6 +53,11 @@ class WeightNode:
         """Bytes of the whole subtree in the compute dtype."""
         return self.compute_bytes + sum(child.total_compute_bytes for child in self.children)
 
+    @property
+    def most_decode_bytes(self) -> int:
+        """What decoding takes at most, in the whole subtree; 0: nothing in it is quantised."""
+        return max((child.most_decode_bytes for child in self.children), default=self.decode_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedUnit:
@@ -58,6 +69,7 @@ class PlannedUnit:
     rows: tuple[int, int] | None = None
     own_only: bool = False
     pinned: bool = False
+    decode_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -68,6 +80,11 @@ class PlannedUnit:
     def converts(self) -> bool:
         """Whether the weights are stored in another dtype than they are computed in."""
         return self.num_bytes != self.compute_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What computing with it takes beside it."""
+        return max(self.decode_bytes, self.compute_bytes if self.converts else 0)
 
     @property
     def ring_bytes(self) -> int:
@@ -129,8 +146,9 @@ def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
     total, compute = node.total_bytes, node.total_compute_bytes
     if not total:
         return
-    if total <= limit or not (node.children or node.num_rows):
-        yield PlannedUnit(node.name, total, compute, pinned=total < PIN_BELOW)
+    can_cut = node.children or (node.num_rows and node.row_step)
+    if not can_cut or (total <= limit and (node.num_rows or not node.most_decode_bytes)):
+        yield PlannedUnit(node.name, total, compute, pinned=total < PIN_BELOW, decode_bytes=node.decode_bytes)
     elif node.children:
         if node.own_bytes:
             yield PlannedUnit(node.name, node.own_bytes, node.compute_bytes, own_only=True, pinned=True)
@@ -144,14 +162,20 @@ def slice_rows(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
     """Slices of a Linear's output rows, of nearly equal size, each at most *limit* bytes (one row at least)."""
     row_bytes = -(-node.own_bytes // node.num_rows)
     most = max(1, limit // row_bytes)
-    step = 16 if most >= 16 else 1  # whole vector registers, where the limit allows it
+    step = math.lcm(16, node.row_step)  # whole vector registers, where the limit allows it
+    step = step if most >= step else node.row_step
+    most = max(most, step)
     num_slices = -(-node.num_rows // (most // step * step))
     rows_each = -(-node.num_rows // (num_slices * step)) * step
     for first in range(0, node.num_rows, rows_each):
         last = min(first + rows_each, node.num_rows)
         share = (last - first) / node.num_rows
         yield PlannedUnit(
-            node.name, round(node.own_bytes * share), round(node.compute_bytes * share), rows=(first, last)
+            node.name,
+            round(node.own_bytes * share),
+            round(node.compute_bytes * share),
+            rows=(first, last),
+            decode_bytes=node.decode_bytes,
         )
 
 

@@ -1,0 +1,1 @@
+"""What quantised bytes mean, one file per family of formats."""

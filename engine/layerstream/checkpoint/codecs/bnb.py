@@ -1,0 +1,90 @@
+"""bitsandbytes: nf4 and fp4 with and without double quantisation, int8 by rows.
+
+Formulas: ``bitsandbytes.functional.dequantize_4bit`` and ``int8_vectorwise_dequant``. 4-bit codes are positions in a
+table of 16 values; two neighbours share a byte, the first in its upper half; every *blocksize* values of the flattened
+matrix share a scale. With double quantisation the scales are bytes: positions in a table of 256, with scales of their
+own for every *nested_blocksize* of them, and an offset.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from layerstream.checkpoint.codecs.base import Codec, Planes
+
+INT8_UNIT = 7.874015718698502e-3  # 1 / 127, as bitsandbytes has it
+
+
+@dataclass(frozen=True)
+class Bnb4(Codec):
+    """nf4 or fp4; *nested*: (block size, offset) of the scales' own quantisation."""
+
+    name: str
+    columns: int
+    blocksize: int = 64
+    nested: tuple[int, float] | None = None
+
+    whole = frozenset({"quant_map", "nested_absmax", "nested_quant_map"})
+
+    @property
+    def row_step(self) -> int:  # type: ignore[override]
+        """Rows whose values fill whole blocks, and whole bytes."""
+        return math.lcm(self.blocksize, self.columns) // self.columns
+
+    def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Codes two to a byte, a scale per block, and tables."""
+        blocks = -(-rows * columns // self.blocksize)
+        planes: dict[str, tuple[int, ...]] = {
+            "weight": (-(-rows * columns // 2), 1),
+            "absmax": (blocks,),
+            "quant_map": (16,),
+        }
+        if self.nested is not None:
+            planes |= {"nested_absmax": (-(-blocks // self.nested[0]),), "nested_quant_map": (256,)}
+        return planes
+
+    def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
+        """Table lookup by bytes, each of which stands for two values."""
+        codes = planes["weight"].reshape(-1)
+        scales = self._scales(planes, first * self.columns // self.blocksize)
+        values = _pairs(planes["quant_map"]).index_select(0, codes.to(torch.int32)).view(torch.float32)
+        if missing := len(scales) * self.blocksize - len(values):
+            values = torch.nn.functional.pad(values, (0, missing))
+        values = values.view(len(scales), self.blocksize).mul_(scales[:, None]).view(-1)
+        out.copy_(values[: out.numel()].view(out.shape))
+
+    def _scales(self, planes: Planes, first: int) -> torch.Tensor:
+        """Scales in fp32, of which the first is number *first* of the matrix."""
+        absmax = planes["absmax"]
+        if self.nested is None:
+            return absmax.to(torch.float32)
+        size, offset = self.nested
+        numbers = torch.arange(first, first + len(absmax), device=absmax.device) // size
+        own = planes["nested_quant_map"][absmax.long()] * planes["nested_absmax"][numbers]
+        return own.add_(offset)
+
+
+def _pairs(table: torch.Tensor) -> torch.Tensor:
+    """``(256,)``: for each byte its two values in fp32, seen as one integer of 64 bits."""
+    codes = torch.arange(256, device=table.device)
+    pairs = torch.stack([table[codes >> 4], table[codes & 15]], dim=1).to(torch.float32)
+    return pairs.contiguous().view(torch.int64).view(-1)
+
+
+@dataclass(frozen=True)
+class BnbInt8(Codec):
+    """int8 with a scale per row (the largest absolute value), computed weight-only."""
+
+    name: str = "int8"
+
+    def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Values, and the largest of each row."""
+        return {"weight": (rows, columns), "SCB": (rows,)}
+
+    def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
+        """In fp32, rounded once."""
+        scales = planes["SCB"].to(torch.float32)
+        out.copy_(planes["weight"].to(torch.float32).mul_(scales[:, None]).mul_(INT8_UNIT))

@@ -1,0 +1,206 @@
+"""Matrices that are stored quantised: which tensors of a checkpoint form one, and how they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerstream.checkpoint.codecs.base import Codec
+from layerstream.checkpoint.codecs.bnb import Bnb4, BnbInt8
+from layerstream.checkpoint.codecs.fp8 import Fp8
+from layerstream.checkpoint.codecs.int4 import Awq, CompressedInt4, Gptq
+from layerstream.checkpoint.header import TensorEntry
+from layerstream.errors import InvalidHeader, UnsupportedFormat
+
+_STATE = "quant_state.bitsandbytes__"
+_BNB4_PLANES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+MAX_STATE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A matrix and the stored tensors that it consists of; *shape* is that of its values."""
+
+    name: str
+    codec: Codec
+    shape: tuple[int, int]
+    planes: Mapping[str, TensorEntry]
+
+
+def find_packed(
+    tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]
+) -> tuple[dict[str, TensorEntry], dict[str, PackedTensor]]:
+    """Part *tensors* into plain ones and packed matrices, by the name of the parameter that each is.
+
+    Args:
+        quantisation: the ``quantization_config`` of the checkpoint's config.
+
+    Raises:
+        UnsupportedFormat: a method that is not known; names those that are.
+        InvalidHeader: planes that do not fit each other.
+    """
+    method = str(quantisation.get("quant_method", "unknown"))
+    finder = _FINDERS.get(method)
+    if finder is None:
+        raise UnsupportedFormat(
+            f"the weights are quantised by {method!r}, which is not supported; supported are "
+            f"{', '.join(sorted(_FINDERS))}; use such a version of the model, or the 16-bit original"
+        )
+    packed = finder(tensors, quantisation)
+    used = {entry.name for matrix in packed.values() for entry in matrix.planes.values()}
+    ignored = (".weight_format", ".weight_shape", _STATE)
+    plain = {
+        name: entry for name, entry in tensors.items() if name not in used and not any(part in name for part in ignored)
+    }
+    for matrix in packed.values():
+        _check(matrix)
+    return plain, packed
+
+
+def _bitsandbytes(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    found: dict[str, PackedTensor] = {}
+    for name, entry in tensors.items():
+        if f".{_STATE}" in name:
+            weight = name.partition(f".{_STATE}")[0]
+            planes = {key: tensors[f"{weight}.{key}"] for key in _BNB4_PLANES if f"{weight}.{key}" in tensors}
+            codec, shape = _bnb4(entry, name.rpartition("__")[2])
+            if weight not in tensors:
+                raise InvalidHeader(f"{entry.extent.path}: {name!r} describes {weight!r}, which is not there")
+            found[weight] = PackedTensor(weight, codec, shape, {"weight": tensors[weight], **planes})
+        elif name.endswith(".SCB"):
+            weight = f"{name.removesuffix('.SCB')}.weight"
+            stored = tensors.get(weight)
+            if stored is None or len(stored.shape) != 2:
+                raise InvalidHeader(f"{entry.extent.path}: {name!r} has scales of {weight!r}, which is no matrix there")
+            planes = {"weight": stored, "SCB": entry}
+            found[weight] = PackedTensor(weight, BnbInt8(), (stored.shape[0], stored.shape[1]), planes)
+    return found
+
+
+def _bnb4(entry: TensorEntry, kind: str) -> tuple[Bnb4, tuple[int, int]]:
+    """Codec and shape, out of the JSON that bitsandbytes keeps in a tensor."""
+    if entry.extent.num_bytes > MAX_STATE_BYTES:
+        raise InvalidHeader(f"{entry.extent.path}: {entry.name!r} has {entry.extent.num_bytes} bytes of JSON")
+    with entry.extent.path.open("rb") as file:
+        file.seek(entry.extent.offset)
+        raw = file.read(entry.extent.num_bytes)
+    try:
+        state = json.loads(raw)
+        rows, columns = (int(size) for size in state["shape"])
+        blocksize = int(state["blocksize"])
+        nested = None
+        if "nested_blocksize" in state:
+            nested = int(state["nested_blocksize"]), float(state["nested_offset"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidHeader(f"{entry.extent.path}: {entry.name!r} is no quantisation state ({error})") from error
+    if min(rows, columns, blocksize) < 1 or blocksize % 2:
+        raise InvalidHeader(f"{entry.extent.path}: {entry.name!r} says shape {rows, columns}, blocks of {blocksize}")
+    return Bnb4(kind, columns, blocksize, nested), (rows, columns)
+
+
+def _fp8(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    found = {}
+    for name, entry in tensors.items():
+        if entry.dtype == "F8_E4M3" and len(entry.shape) == 2:
+            scale = tensors.get(f"{name}_scale_inv") or tensors.get(f"{name}_scale")
+            if scale is None:
+                raise InvalidHeader(f"{entry.extent.path}: {name!r} is FP8 and has no {name}_scale_inv")
+            rows, columns = entry.shape
+            grid = (*scale.shape, *(1,) * (2 - len(scale.shape)))
+            if not all(grid) or rows % grid[0] or columns % grid[1]:
+                raise InvalidHeader(
+                    f"{entry.extent.path}: {name!r} of shape {list(entry.shape)} has scales of shape "
+                    f"{list(scale.shape)}, which do not divide it"
+                )
+            found[name] = PackedTensor(name, Fp8(rows, scale.shape), (rows, columns), {"weight": entry, "scale": scale})
+    return found
+
+
+def _compressed_tensors(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    """int4 as ``pack-quantized``, FP8 as ``float-quantized``."""
+    found = _fp8(tensors, quantisation)
+    for name, entry in tensors.items():
+        if not name.endswith(".weight_packed"):
+            continue
+        stem = name.removesuffix("_packed")
+        scale, zero = tensors.get(f"{stem}_scale"), tensors.get(f"{stem}_zero_point")
+        if scale is None or len(scale.shape) != 2 or len(entry.shape) != 2 or not scale.shape[1]:
+            raise InvalidHeader(f"{entry.extent.path}: {name!r} has no {stem}_scale by rows and groups")
+        if f"{stem}_g_idx" in tensors:
+            raise UnsupportedFormat(f"{entry.extent.path}: {stem!r} has its columns in another order (actorder)")
+        rows, columns = entry.shape[0], entry.shape[1] * 8
+        codec = CompressedInt4(columns // scale.shape[1], zero is None)
+        planes = {"weight": entry, "scale": scale} | ({} if zero is None else {"zero": zero})
+        found[stem] = PackedTensor(stem, codec, (rows, columns), planes)
+    return found
+
+
+def _gptq(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    shift = 0 if quantisation.get("checkpoint_format") == "gptq_v2" else 1
+    found = {}
+    for stem, planes in _transposed(tensors, quantisation, {"g_idx": "g_idx"}):
+        columns, rows = planes["weight"].shape[0] * 8, planes["weight"].shape[1]
+        codec = Gptq(_group_size(quantisation, columns), shift)
+        found[stem] = PackedTensor(stem, codec, (rows, columns), planes)
+    return found
+
+
+def _awq(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    if (version := str(quantisation.get("version", "gemm")).lower()) != "gemm":
+        raise UnsupportedFormat(f"the weights are in AWQ's layout {version!r}; supported is 'gemm'")
+    found = {}
+    for stem, planes in _transposed(tensors, quantisation, {}):
+        columns, rows = planes["weight"].shape[0], planes["weight"].shape[1] * 8
+        codec = Awq(_group_size(quantisation, columns))
+        found[stem] = PackedTensor(stem, codec, (rows, columns), planes)
+    return found
+
+
+def _transposed(
+    tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any], more: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, TensorEntry]]]:
+    """What GPTQ and AWQ have in common: the parameter's name, and the planes."""
+    bits = quantisation.get("bits", quantisation.get("w_bit", 4))
+    if bits != 4:
+        raise UnsupportedFormat(f"the weights are quantised to {bits} bits by this method; supported are 4")
+    wanted = {"weight": "qweight", "scale": "scales", "zero": "qzeros", **more}
+    for name, entry in tensors.items():
+        if name.endswith(".qweight"):
+            stem = name.removesuffix(".qweight")
+            missing = [f"{stem}.{suffix}" for suffix in wanted.values() if f"{stem}.{suffix}" not in tensors]
+            if missing or len(entry.shape) != 2:
+                raise InvalidHeader(f"{entry.extent.path}: {name!r} is no matrix, or without {', '.join(missing)}")
+            yield f"{stem}.weight", {plane: tensors[f"{stem}.{suffix}"] for plane, suffix in wanted.items()}
+
+
+def _group_size(quantisation: Mapping[str, Any], columns: int) -> int:
+    """Columns that share a scale; -1 means all."""
+    size = quantisation.get("group_size", quantisation.get("q_group_size", 128))
+    if not isinstance(size, int) or size == 0 or size < -1:
+        raise InvalidHeader(f"the quantization_config says group_size {size!r}; expected a number of columns, or -1")
+    return columns if size == -1 else size
+
+
+def _check(matrix: PackedTensor) -> None:
+    expected = matrix.codec.expected(*matrix.shape)
+    for name, shape in expected.items():
+        entry = matrix.planes.get(name)
+        if entry is None:
+            path = matrix.planes["weight"].extent.path
+            raise InvalidHeader(f"{path}: {matrix.name!r} is stored as {matrix.codec.name} without its {name}")
+        if entry.shape != shape:
+            raise InvalidHeader(
+                f"{entry.extent.path}: {entry.name!r} has shape {list(entry.shape)}; a matrix of {list(matrix.shape)} "
+                f"in {matrix.codec.name} needs {list(shape)}"
+            )
+
+
+_FINDERS = {
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "bitsandbytes": _bitsandbytes,
+    "fp8": _fp8,
+}

@@ -1,0 +1,121 @@
+"""GGUF files stream as they lie: logits and greedy tokens of plain transformers with the same weights, fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from layerstream import LayerStream, SamplingParams
+from layerstream.checkpoint.codecs.ggml import SUPPORTED, Ggml
+from layerstream.checkpoint.gguf import open_gguf
+from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedModel
+
+from tests.gguf_files import Kind, draw_blocks, write_gguf
+from tests.harness import budget_for, draw_prompt, run_greedily
+from tests.models import make_model, make_tokenizer
+
+TOLERANCE = 1e-4  # of the largest logit
+NAMED = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()
+ARCHITECTURES = {
+    "llama": "llama",
+    "llama-tied": "llama",
+    "llama3-rope": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "phi3": "phi3",
+    "qwen3-moe": "qwen3moe",
+}
+SIZES = {  # what GGUF's metadata does not say is as usual in the family, and blocks are whole
+    "gemma2": {"query_pre_attn_scalar": 256},
+    "gemma3": {"query_pre_attn_scalar": 256},
+    "qwen3-moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_blocks_are_what_the_gguf_package_says(name: str) -> None:
+    kind = Kind[name]
+    assert kind in SUPPORTED
+    stored = draw_blocks(kind, 6, 512, seed=1)
+    expected = gguf.quants.dequantize(stored, kind).astype(np.float32)
+    out = torch.empty(6, 512)
+    codec = Ggml(kind)
+    assert codec.expected(6, 512) == {"weight": stored.shape}
+    codec.decode({"weight": torch.from_numpy(stored)}, 0, out)
+    assert np.array_equal(out.numpy(), expected.reshape(6, 512))
+
+
+@pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
+@pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q8_0", "Q5_1"])
+def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path) -> None:
+    _compare(tmp_path, "llama", kind, mode)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_architectures(family: str, tmp_path: Path) -> None:
+    _compare(tmp_path, family, "Q8_0", "layers")
+
+
+def _compare(folder: Path, family: str, kind: str, mode: str) -> None:
+    reference = make_model(family, folder / "plain", sizes=SIZES.get(family))
+    path = folder / "model.gguf"
+    write_gguf(path, reference, ARCHITECTURES[family], Kind[kind], make_tokenizer())
+    prompts = [draw_prompt(length) for length in (70, 5)]
+    run = run_greedily(path, budget_for(path, mode), prompts)
+    assert run.streams == (mode != "resident")
+    for prompt, tokens, logits in zip(prompts, run.tokens, run.logits, strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        difference = (logits - expected).abs().max() / expected.abs().max()
+        assert difference <= TOLERANCE, f"logits differ by {difference:.2e}"
+        assert tokens == expected.argmax(-1).tolist()
+
+
+def test_an_engine_on_a_file(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    write_gguf(tmp_path / "model.gguf", make_model("llama", tmp_path / "plain"), "llama", Kind.Q4_0, tokenizer)
+    with LayerStream(tmp_path / "model.gguf", progress=False) as engine:
+        text = "The lazy dog sleeps."
+        assert engine.encode(text)[-4:] == tokenizer(text)["input_ids"][-4:]
+        assert engine.has_chat_template == bool(tokenizer.chat_template)
+        completion = engine.generate(text, SamplingParams(max_tokens=5, ignore_eos=True))[0]
+        assert completion.usage.completion_tokens == 5
+
+
+def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model("llama", tmp_path / "plain"), "llama", Kind.Q4_0)
+    whole = path.read_bytes()
+    for size in (0, 3, 20, 200, 2000, len(whole) - 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises((InvalidHeader, TruncatedFile), match=r"model\.gguf"):
+            open_gguf(path)
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "mamba")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match="'mamba'; supported are gemma2"):
+        open_gguf(tmp_path / "a.gguf")
+
+
+def test_missing_splits_are_named(tmp_path: Path) -> None:
+    (tmp_path / "m-00001-of-00003.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointNotFound, match=r"m-00002-of-00003.gguf, m-00003-of-00003.gguf missing, of 3"):
+        open_gguf(tmp_path / "m-00001-of-00003.gguf")
+
+
+def test_a_folder_of_files_says_which(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointNotFound, match=r"pass one of them as the model: a-Q4_K_M.gguf"):
+        LayerStream(tmp_path)
