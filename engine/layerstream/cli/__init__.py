@@ -15,6 +15,7 @@ from layerstream.cli.ask import ask
 from layerstream.cli.bench import app as bench
 from layerstream.cli.demo import demo
 from layerstream.cli.kv import app as kv
+from layerstream.cli.pack import pack
 from layerstream.cli.plan import plan
 from layerstream.cli.warm import warm
 from layerstream.errors import LayerStreamError
@@ -50,6 +51,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 app.command()(demo)
 app.command()(ask)
 app.command()(plan)
+app.command()(pack)
 app.command()(warm)
 app.add_typer(kv, name="kv")
 app.add_typer(bench, name="bench")

@@ -51,9 +51,11 @@ class Bnb4(Codec):
         codes = planes["weight"].reshape(-1)
         scales = self._scales(planes, first * self.columns // self.blocksize)
         values = _pairs(planes["quant_map"]).index_select(0, codes.to(torch.int32)).view(torch.float32)
-        if missing := len(scales) * self.blocksize - len(values):
-            values = torch.nn.functional.pad(values, (0, missing))
-        values = values.view(len(scales), self.blocksize).mul_(scales[:, None]).view(-1)
+        if out.is_contiguous() and len(values) == len(scales) * self.blocksize:
+            torch.mul(values.view(-1, self.blocksize), scales[:, None], out=out.view(-1, self.blocksize))
+            return
+        values = torch.nn.functional.pad(values, (0, len(scales) * self.blocksize - len(values)))
+        values = values.view(-1, self.blocksize).mul_(scales[:, None]).view(-1)
         out.copy_(values[: out.numel()].view(out.shape))
 
     def _scales(self, planes: Planes, first: int) -> torch.Tensor:
@@ -87,4 +89,4 @@ class BnbInt8(Codec):
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once."""
         scales = planes["SCB"].to(torch.float32)
-        out.copy_(planes["weight"].to(torch.float32).mul_(scales[:, None]).mul_(INT8_UNIT))
+        torch.mul(planes["weight"].to(torch.float32).mul_(scales[:, None]), INT8_UNIT, out=out)

@@ -34,5 +34,15 @@ class Fp8(Codec):
         scale = scale.to(torch.float32).reshape(scale.shape[0] if scale.dim() else 1, -1)
         block_rows, num_rows = self.rows // scale.shape[0], out.shape[0]
         of_rows = scale[torch.arange(first, first + num_rows, device=scale.device) // block_rows]
-        values = planes["weight"].to(torch.float32).view(num_rows, scale.shape[1], -1)
-        out.copy_(values.mul_(of_rows[:, :, None]).view(num_rows, -1))
+        values = _numbers(planes["weight"]).view(num_rows, scale.shape[1], -1)
+        torch.mul(values, of_rows[:, :, None], out=out.view(values.shape))
+
+
+def _numbers(codes: torch.Tensor) -> torch.Tensor:
+    """e4m3 in fp32, exactly: its bits, put where bfloat16 has them, are the number times 2 to the -120.
+
+    torch's own conversion takes ten times as long. Codes for "not a number" become 480.
+    """
+    bits = codes.view(torch.uint8).to(torch.int16)
+    bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 4)
+    return bits.view(torch.bfloat16).to(torch.float32).mul_(2.0**120)

@@ -1,0 +1,275 @@
+"""The other way round: from a matrix to the planes that stand for it, a part of its rows at a time.
+
+nf4 and int8 come out as bitsandbytes makes them, bit for bit, so that plain transformers loads them. int4 is
+compressed-tensors' format, with scales and zero points searched for the least squared error in each group.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import Any
+
+import torch
+
+from layerstream.errors import ConfigurationError, MissingExtra
+
+BLOCK = 64
+NESTED_BLOCK = 256
+GROUP = 128
+SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8, 0.75)  # of a group's range, tried out
+Written = tuple[str, torch.dtype, tuple[int, ...]]
+Rows = Iterable[torch.Tensor]
+Planes = Iterator[tuple[str, Iterable[torch.Tensor]]]
+
+
+class Encoder(ABC):
+    """Quantises matrices one way. *row_step*: parts of a matrix have a multiple of so many rows, but for the last."""
+
+    row_step: int = 1
+
+    @abstractmethod
+    def can(self, rows: int, columns: int) -> bool:
+        """Whether a matrix of this shape can be stored this way; it stays as it is if not."""
+
+    @abstractmethod
+    def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Written]:
+        """Name, dtype and shape of what parameter *name*, of *shape* and *dtype*, becomes; in the order of
+        :meth:`encode`."""
+
+    @abstractmethod
+    def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
+        """The planes of a matrix that comes in *parts*, each as it may be written."""
+
+    @abstractmethod
+    def config(self, skipped: list[str]) -> dict[str, Any]:
+        """The ``quantization_config``; modules of the names *skipped* are as they were."""
+
+
+def make_encoder(kind: str) -> Encoder:
+    """The encoder for ``"nf4"``, ``"int8"`` or ``"int4"``.
+
+    Raises:
+        ConfigurationError: another kind. MissingExtra: bitsandbytes is wanted and not installed.
+    """
+    if kind not in _ENCODERS:
+        raise ConfigurationError(f"quantization is {kind!r}; expected one of {', '.join(map(repr, _ENCODERS))}")
+    return _ENCODERS[kind]()
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingExtra("bitsandbytes", "quant") from error
+    return bitsandbytes
+
+
+class Nf4(Encoder):
+    """bitsandbytes' nf4 with double quantisation: 4.13 bits a weight."""
+
+    row_step = BLOCK  # whatever the number of columns is, these are whole blocks
+
+    def __init__(self) -> None:
+        self._functional = _bitsandbytes().functional
+
+    def can(self, rows: int, columns: int) -> bool:
+        """Whole blocks in every row: bitsandbytes' kernels want that."""
+        return columns % BLOCK == 0
+
+    def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Written]:
+        """Codes, then scales and their scales, then tables and the state."""
+        values = prod(shape)
+        blocks = values // BLOCK
+        state = self._state(shape, dtype, 0.0)
+        return [
+            (name, torch.uint8, (values // 2, 1)),
+            (f"{name}.absmax", torch.uint8, (blocks,)),
+            (f"{name}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)),
+            (f"{name}.nested_quant_map", torch.float32, (256,)),
+            (f"{name}.quant_map", torch.float32, (16,)),
+            (f"{name}.quant_state.bitsandbytes__nf4", torch.uint8, (len(state),)),
+        ]
+
+    def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
+        """As ``bitsandbytes.functional.quantize_4bit`` with ``compress_statistics``, part by part."""
+        scales: list[torch.Tensor] = []
+        tables: list[torch.Tensor] = []
+
+        def codes() -> Iterator[torch.Tensor]:
+            for part in parts:
+                data, state = self._functional.quantize_4bit(
+                    part, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
+                )
+                scales.append(state.absmax)
+                tables[:] = [state.code]
+                yield data
+
+        yield name, codes()
+        absmax = torch.cat(scales)
+        offset = absmax.mean()
+        nested, state = self._functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+        yield f"{name}.absmax", [nested]
+        yield f"{name}.nested_absmax", [state.absmax]
+        yield f"{name}.nested_quant_map", [state.code]
+        yield f"{name}.quant_map", tables
+        raw = self._state(shape, dtype, offset.item())
+        yield f"{name}.quant_state.bitsandbytes__nf4", [torch.frombuffer(bytearray(raw), dtype=torch.uint8)]
+
+    def _state(self, shape: tuple[int, ...], dtype: torch.dtype, offset: float) -> bytes:
+        """bitsandbytes' JSON, in a length that does not depend on the offset."""
+        state = {
+            "quant_type": "nf4",
+            "blocksize": BLOCK,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": 0.0,
+        }
+        return json.dumps(state).replace('"nested_offset": 0.0', f'"nested_offset": {offset:<24.17g}').encode()
+
+    def config(self, skipped: list[str]) -> dict[str, Any]:
+        """A BitsAndBytesConfig, as transformers writes it."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": skipped,
+        }
+
+
+class Int8(Encoder):
+    """bitsandbytes' int8 by rows: 8 bits a weight."""
+
+    def __init__(self) -> None:
+        self._functional = _bitsandbytes().functional
+
+    def can(self, rows: int, columns: int) -> bool:
+        """Any."""
+        return True
+
+    def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Written]:
+        """Values, scales, and the format's number."""
+        stem = name.removesuffix("weight")
+        return [
+            (name, torch.int8, shape),
+            (f"{stem}SCB", torch.float32, shape[:1]),
+            (f"{stem}weight_format", torch.uint8, ()),
+        ]
+
+    def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
+        """As ``bitsandbytes.functional.int8_vectorwise_quant`` of the matrix in float16."""
+        scales: list[torch.Tensor] = []
+
+        def values() -> Iterator[torch.Tensor]:
+            for part in parts:
+                data, largest, _ = self._functional.int8_vectorwise_quant(part.to(torch.float16))
+                scales.append(largest)
+                yield data
+
+        stem = name.removesuffix("weight")
+        yield name, values()
+        yield f"{stem}SCB", scales
+        yield f"{stem}weight_format", [torch.zeros((), dtype=torch.uint8)]
+
+    def config(self, skipped: list[str]) -> dict[str, Any]:
+        """A BitsAndBytesConfig, as transformers writes it."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": skipped,
+        }
+
+
+class Int4(Encoder):
+    """compressed-tensors' ``pack-quantized``, asymmetric, in groups of 128: 4.16 bits a weight."""
+
+    row_step = 8
+
+    def can(self, rows: int, columns: int) -> bool:
+        """Whole groups, and eight zero points in an int32."""
+        return columns % GROUP == 0 and rows % 8 == 0
+
+    def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Written]:
+        """Codes, scales, zero points, shape."""
+        rows, columns = shape
+        return [
+            (f"{name}_packed", torch.int32, (rows, columns // 8)),
+            (f"{name}_scale", torch.bfloat16, (rows, columns // GROUP)),
+            (f"{name}_zero_point", torch.int32, (rows // 8, columns // GROUP)),
+            (f"{name}_shape", torch.int64, (2,)),
+        ]
+
+    def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
+        """Group by group, with the range that gives the least squared error."""
+        scales: list[torch.Tensor] = []
+        zeros: list[torch.Tensor] = []
+
+        def codes() -> Iterator[torch.Tensor]:
+            for part in parts:
+                found, scale, zero = quantise_groups(part.to(torch.float32), GROUP)
+                scales.append(scale)
+                zeros.append(_pack(zero, 0))
+                yield _pack(found, 1)
+
+        yield f"{name}_packed", codes()
+        yield f"{name}_scale", scales
+        yield f"{name}_zero_point", zeros
+        yield f"{name}_shape", [torch.tensor(shape)]
+
+    def config(self, skipped: list[str]) -> dict[str, Any]:
+        """As llm-compressor writes it."""
+        weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": skipped,
+        }
+
+
+def quantise_groups(matrix: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes ``(rows, columns)`` in 0…15, scales in bfloat16 and zero points ``(rows, groups)`` of a matrix in fp32."""
+    parts = matrix.unflatten(1, (-1, group))
+    low, high = parts.amin(-1, keepdim=True).clamp(max=0), parts.amax(-1, keepdim=True).clamp(min=0)
+    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    least = torch.full_like(low, float("inf"))
+    for shrink in SHRINKS:
+        scale = ((high - low) * shrink / 15).clamp(min=1e-8).to(torch.bfloat16)
+        zero = (-low * shrink / scale.float()).round().clamp(0, 15)
+        codes = (parts / scale.float()).add_(zero).round_().clamp_(0, 15)
+        error = ((codes - zero) * scale.float() - parts).square_().sum(-1, keepdim=True)
+        if best is None:
+            best, least = (codes, scale, zero), error
+            continue
+        better = error < least
+        best = (
+            torch.where(better, codes, best[0]),
+            torch.where(better, scale, best[1]),
+            torch.where(better, zero, best[2]),
+        )
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best[0].flatten(1), best[1].squeeze(-1), best[2].squeeze(-1)
+
+
+def _pack(codes: torch.Tensor, dim: int) -> torch.Tensor:
+    """Eight codes along *dim* in one int32, the first in its lowest bits."""
+    groups = codes.to(torch.int32).unflatten(dim, (-1, 8))
+    words = torch.zeros_like(groups.select(dim + 1, 0))
+    for number in range(8):
+        words |= groups.select(dim + 1, number) << (4 * number)
+    return words
+
+
+_ENCODERS: dict[str, type[Encoder]] = {"nf4": Nf4, "int8": Int8, "int4": Int4}

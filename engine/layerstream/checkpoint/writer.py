@@ -1,0 +1,83 @@
+"""Writes a safetensors file tensor by tensor, in bounded memory, and puts it in place as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from layerstream.checkpoint.header import DTYPE_BITS
+from layerstream.errors import StorageFull
+
+_NAMES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8",
+    torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls *dtype*."""
+    return _NAMES[dtype]
+
+
+class ShardWriter:
+    """One safetensors file on its way. Use as a context: leaving it without an error puts the file in place.
+
+    Args:
+        shapes: dtype name and shape of each tensor, in the order in which they will be written.
+
+    Raises:
+        StorageFull: there is no room; what was written of the file is removed.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self._path = path
+        self._partial = path.with_name(f"{path.name}.partial")
+        self._left: list[tuple[str, int]] = []
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in shapes.items():
+            size = -(-torch.Size(shape).numel() * DTYPE_BITS[dtype] // 8)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            self._left.append((name, size))
+            end += size
+        raw = json.dumps(header).encode()
+        self._header = raw + b" " * (-len(raw) % 8)
+
+    def __enter__(self) -> ShardWriter:
+        self._file = self._partial.open("wb")
+        self._put(len(self._header).to_bytes(8, "little") + self._header)
+        return self
+
+    def write(self, name: str, parts: Iterable[torch.Tensor | bytes]) -> None:
+        """The next tensor, in any number of *parts*, each contiguous."""
+        expected, size = self._left.pop(0)
+        assert name == expected, f"{name} written where {expected} is due"
+        for part in parts:
+            data = part if isinstance(part, bytes) else part.contiguous().view(-1).view(torch.uint8).numpy().data
+            size -= len(data)
+            self._put(data)
+        assert size == 0, f"{name}: {size} bytes are missing"
+
+    def _put(self, data: bytes | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise StorageFull(f"{self._path}: the disk is full; free some room and start again") from error
+            raise
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+            return
+        assert not self._left, f"{self._left[0][0]} was not written"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)

@@ -1,0 +1,287 @@
+"""Converts a checkpoint to fewer bits, one shard at a time, in bounded memory.
+
+Invariants: the source is only read; a shard is in place as a whole or not at all, and is read back and compared with
+the source; ``config.json``, without which nothing loads a folder, comes last; started again after a kill, shards that
+are in place are kept, if the source is still the one that they were made from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerstream.checkpoint.codecs.encode import Encoder, make_encoder
+from layerstream.checkpoint.folder import open_folder
+from layerstream.checkpoint.header import TensorEntry, read_header
+from layerstream.checkpoint.names import ParameterSource
+from layerstream.checkpoint.packed import find_packed
+from layerstream.checkpoint.writer import ShardWriter, dtype_name
+from layerstream.errors import ConfigurationError, InvalidHeader, StorageFull
+from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.sizes import format_size
+
+JOB = "pack.json"
+PART_BYTES = 32 * 2**20  # of a matrix, quantised at a time
+COPY_BYTES = 16 * 2**20
+SPARE_BYTES = 64 * 2**20
+CHECKED_ROWS = 64
+MOST_ERROR = {"nf4": 0.2, "int4": 0.2, "int8": 0.03}  # root mean square, relative
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt", "*.py", "LICENSE*", "README*")
+OnShard = Callable[[int, int, int], None]
+"""Told shards done, shards in all, and bytes written so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What packing did: bytes before and after, shards that were written and that were there already."""
+
+    source_bytes: int
+    packed_bytes: int
+    num_written: int
+    num_kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A stored tensor, and whether it is to be quantised."""
+
+    name: str
+    entry: TensorEntry
+    dtype: torch.dtype
+    is_packed: bool
+
+
+def pack(
+    source: Path,
+    target: Path,
+    kind: str,
+    *,
+    keep_head: bool = False,
+    trust_remote_code: bool = False,
+    on_shard: OnShard = lambda done, count, num_bytes: None,
+) -> PackReport:
+    """Write *source* to *target* with its Linears in *kind*: ``"nf4"``, ``"int8"`` or ``"int4"``.
+
+    Norms, biases, routers, experts and the embedding stay as they are; the head too, with *keep_head*.
+
+    Raises:
+        ConfigurationError: *target* is something else's, or the source is quantised already.
+        StorageFull: there is not enough room, said before anything is written.
+        InvalidHeader: what was written is not what it should be.
+    """
+    skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+    if open_folder(source).packed:
+        raise ConfigurationError(f"{source} is quantised already: pack the 16-bit original")
+    encoder = make_encoder(kind)
+    shards = _shards(skeleton, encoder, keep_head)
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    _prepare(source, target, {"kind": kind, "keep_head": keep_head, "source": _identity(source)})
+    sizes = [_num_bytes(items, encoder) for items in shards]
+    missing = [index for index, name in enumerate(names) if not (target / name).is_file()]
+    needed, free = sum(sizes[index] for index in missing) + SPARE_BYTES, shutil.disk_usage(target).free
+    if needed > free:
+        raise StorageFull(f"{target}: {format_size(needed)} are needed and {format_size(free)} are free")
+    done = sum(sizes) - sum(sizes[index] for index in missing)
+    quantisation = encoder.config(_skipped(skeleton, shards))
+    for number, index in enumerate(missing):
+        on_shard(len(shards) - len(missing) + number, len(shards), done)
+        _write(target / names[index], shards[index], encoder)
+        _compare(target / names[index], shards[index], quantisation, MOST_ERROR[kind])
+        done += sizes[index]
+    on_shard(len(shards), len(shards), done)
+    _finish(source, target, names, quantisation)
+    return PackReport(skeleton.model_bytes, sum(sizes), len(missing), len(shards) - len(missing))
+
+
+def _shards(skeleton: Skeleton, encoder: Encoder, keep_head: bool) -> list[list[_Item]]:
+    """The stored tensors, layer by layer; what belongs to no layer comes first and last."""
+    linears = {
+        f"{path}.weight"
+        for path, module in skeleton.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not (keep_head and path == skeleton.head.name)
+    }
+    if skeleton.is_tied:
+        linears.discard(skeleton.head_key)
+    groups: dict[str, list[_Item]] = {}
+    seen: set[str] = set()
+    for key, found in skeleton.sources.items():
+        assert isinstance(found, ParameterSource)
+        node = next((node.name for node in skeleton.body if key.startswith(f"{node.name}.")), key)
+        for piece in found.pieces:
+            entry = piece.entry
+            can = found.is_single and len(entry.shape) == 2 and entry.shape == found.shape and encoder.can(*entry.shape)
+            if entry.name not in seen:
+                groups.setdefault(node, []).append(_Item(entry.name, entry, found.dtype, key in linears and can))
+                seen.add(entry.name)
+    return list(groups.values())
+
+
+def _skipped(skeleton: Skeleton, shards: Sequence[Sequence[_Item]]) -> list[str]:
+    """Linears that were left as they are, as transformers names them."""
+    packed = {item.name for items in shards for item in items if item.is_packed}
+    linears = [path for path, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [
+        path
+        for path in linears
+        if not any(piece.entry.name in packed for piece in skeleton.sources[f"{path}.weight"].pieces)
+    ]
+
+
+def _planes(item: _Item, encoder: Encoder) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What *item* becomes: dtype name and shape."""
+    if not item.is_packed:
+        return {item.name: (item.entry.dtype, item.entry.shape)}
+    return {
+        name: (dtype_name(dtype), shape)
+        for name, dtype, shape in encoder.planes(item.name, item.entry.shape, item.dtype)
+    }
+
+
+def _num_bytes(items: Sequence[_Item], encoder: Encoder) -> int:
+    total = 0
+    for item in items:
+        if not item.is_packed:
+            total += item.entry.extent.num_bytes
+        else:
+            planes = encoder.planes(item.name, item.entry.shape, item.dtype)
+            total += sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in planes)
+    return total
+
+
+def _write(path: Path, items: Sequence[_Item], encoder: Encoder) -> None:
+    shapes = {name: plane for item in items for name, plane in _planes(item, encoder).items()}
+    with ShardWriter(path, shapes) as shard:
+        for item in items:
+            if not item.is_packed:
+                shard.write(item.name, _bytes(item.entry))
+                continue
+            parts_of = _rows(item, encoder.row_step)
+            for name, parts in encoder.encode(item.name, item.entry.shape, item.dtype, parts_of):
+                shard.write(name, parts)
+
+
+def _bytes(entry: TensorEntry) -> Iterator[bytes]:
+    """The bytes of a stored tensor, a piece at a time."""
+    extent = entry.extent
+    with extent.path.open("rb") as file:
+        for start in range(0, extent.num_bytes, COPY_BYTES):
+            yield os.pread(file.fileno(), min(COPY_BYTES, extent.num_bytes - start), extent.offset + start)
+        _forget(file.fileno())
+
+
+def _rows(item: _Item, step: int) -> Iterator[torch.Tensor]:
+    """Rows of a stored matrix, a part at a time."""
+    rows, columns = item.entry.shape
+    row_bytes = columns * item.dtype.itemsize
+    count = max(step, PART_BYTES // row_bytes // step * step)
+    with item.entry.extent.path.open("rb") as file:
+        for start in range(0, rows, count):
+            num_rows = min(count, rows - start)
+            raw = os.pread(file.fileno(), num_rows * row_bytes, item.entry.extent.offset + start * row_bytes)
+            yield torch.frombuffer(bytearray(raw), dtype=item.dtype).view(num_rows, columns)
+        _forget(file.fileno())
+
+
+def _forget(descriptor: int) -> None:
+    """Let the page cache go of a file that was read once."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _compare(path: Path, items: Sequence[_Item], quantisation: dict[str, Any], most: float) -> None:
+    """Read a shard back: its matrices are those of the source, to within rounding.
+
+    Raises:
+        InvalidHeader: one is not; the shard is removed.
+    """
+    try:
+        plain, packed = find_packed(read_header(path), quantisation)
+        for item in items:
+            if not item.is_packed:
+                if plain[item.name].extent.num_bytes != item.entry.extent.num_bytes:
+                    raise InvalidHeader(f"{path}: {item.name!r} has not the bytes of the source")
+                continue
+            error = _error(packed[item.name], item)
+            if not error <= most:
+                raise InvalidHeader(
+                    f"{path}: {item.name!r} differs from the source by {error:.2f} of its size; the disk or the source "
+                    "may be damaged: start again"
+                )
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _error(matrix: Any, item: _Item) -> float:
+    """Root mean square of the difference in the first rows, relative to the source's."""
+    rows, columns = matrix.shape
+    step = matrix.codec.row_step or rows
+    count = min(rows, -(-CHECKED_ROWS // step) * step)
+    planes = {}
+    for name, entry in matrix.planes.items():
+        whole = name in matrix.codec.whole
+        size = entry.extent.num_bytes if whole else entry.extent.num_bytes * count // rows
+        with entry.extent.path.open("rb") as file:
+            raw = bytearray(os.pread(file.fileno(), size, entry.extent.offset))
+        planes[name] = torch.frombuffer(raw, dtype=_DTYPES[entry.dtype])
+        if not whole and len(entry.shape) > 1:
+            planes[name] = planes[name].view(-1, *entry.shape[1:])
+    found = torch.empty(count, columns)
+    matrix.codec.decode(planes, 0, found)
+    wanted = next(_rows(item, count))[:count].to(torch.float32)
+    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12))
+
+
+_DTYPES = {
+    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F32": torch.float32,
+    "BF16": torch.bfloat16,
+}  # fmt: skip
+
+
+def _identity(source: Path) -> list[list[Any]]:
+    """Which files the source has, and of when."""
+    files = sorted(path for path in source.iterdir() if path.suffix in {".safetensors", ".json"})
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _prepare(source: Path, target: Path, job: dict[str, Any]) -> None:
+    """Make *target*, or see that it is this job's."""
+    if target.resolve() == source.resolve():
+        raise ConfigurationError(f"{target} is the source itself: pack into another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    note = target / JOB
+    if note.is_file():
+        if json.loads(note.read_text()) != job:
+            raise ConfigurationError(
+                f"{target} has a packing of another source, or of another kind, that was not finished: delete the "
+                "folder, or pack into another one"
+            )
+        return
+    if any(target.iterdir()):
+        raise ConfigurationError(f"{target} is not empty: pack into another folder, or empty it")
+    note.write_text(json.dumps(job))
+
+
+def _finish(source: Path, target: Path, names: Sequence[str], quantisation: dict[str, Any]) -> None:
+    """Index, side files, and last the config."""
+    weight_map = {tensor: name for name in names for tensor in read_header(target / name)}
+    total = sum((target / name).stat().st_size for name in names)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for pattern in _SIDE_FILES:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(path, target / path.name)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config["quantization_config"] = quantisation
+    partial = target / "config.json.partial"
+    partial.write_text(json.dumps(config, indent=2), "utf-8")
+    partial.replace(target / "config.json")
+    (target / JOB).unlink()
