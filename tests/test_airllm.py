@@ -123,9 +123,17 @@ def test_rows_without_tokens_are_refused(model: AutoModel) -> None:
 
 
 @pytest.mark.parametrize("compression", ["4bit", "8bit"])
-def test_compression_is_not_there_yet(folder: Path, compression: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"'{compression}'; it comes with quantised weights"):
-        AutoModel.from_pretrained(folder, compression=compression)
+def test_compression_converts_once(
+    folder: Path, compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAYERSTREAM_PACKED", str(tmp_path))
+    for _ in range(2):
+        model = AutoModel.from_pretrained(folder, compression=compression)
+        assert model.generate(torch.tensor([[70, 71]]), max_new_tokens=2).shape == (1, 4)
+        (packed,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert {"4bit": "nf4", "8bit": "int8"}[compression] in packed.name
+    with pytest.raises(ConfigurationError, match="expected '4bit', '8bit' or None"):
+        AutoModel.from_pretrained(folder, compression="2bit")
 
 
 def test_options_that_are_not_needed_are_taken(folder: Path) -> None:

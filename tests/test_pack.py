@@ -16,9 +16,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
+from layerstream import LayerStream, SamplingParams
 from layerstream import pack as packing
 from layerstream.checkpoint.folder import open_folder
 from layerstream.errors import CheckpointNotFound, ConfigurationError, InvalidHeader, StorageFull
+from layerstream.events import Event, PackProgress
 from layerstream.model.skeleton import build_skeleton
 from layerstream.pack import pack
 from typer.testing import CliRunner
@@ -211,3 +213,20 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     both = CliRunner().invoke(app, ["pack", str(source), str(tmp_path / "b"), "--int8", "--nf4"])
     assert both.exit_code == 2
     assert "choose one of" in both.output
+
+
+def test_the_engine_packs_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERSTREAM_PACKED", str(tmp_path / "cache"))
+    events: list[Event] = []
+    answers = []
+    for _ in range(2):
+        with LayerStream(source, quantization="int8", dtype="float32", progress=events.append) as engine:
+            assert engine.model_name == str(source)
+            answers.append(engine.generate([draw_prompt(9)], SamplingParams(max_tokens=4, ignore_eos=True, seed=1)))
+    assert answers[0][0].token_ids == answers[1][0].token_ids
+    packing_events = [event for event in events if isinstance(event, PackProgress)]
+    assert [event.done for event in packing_events] == list(range(len(packing_events))), "the second engine found it"
+    changed = tmp_path / "changed"
+    shutil.copytree(source, changed)
+    with pytest.raises(ConfigurationError, match="expected None, 'nf4', 'int8', 'int4'"):
+        LayerStream(changed, quantization="q4", progress=False)

@@ -19,6 +19,7 @@ from layerstream.engine import LayerStream
 from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError
 from layerstream.params import SamplingParams
 
+_COMPRESSIONS = {None: None, "4bit": "nf4", "8bit": "int8"}
 _NOT_NEEDED = {
     "max_seq_len": "the context is as long as the model's",
     "layer_shards_saving_path": "the checkpoint is not rewritten",
@@ -54,7 +55,7 @@ class AutoModel:
         """Open a model: a folder, a hub id, or ``"demo"``.
 
         Args:
-            compression: None; AirLLM's ``"4bit"`` and ``"8bit"`` are refused until quantised weights are there.
+            compression: ``"4bit"`` or ``"8bit"``: converted once, as ``quantization="nf4"`` and ``"int8"``.
             hf_token: the hub's token.
             options: options of :class:`LayerStream` (``memory="3GiB"``, ``revision=…``). Those of AirLLM that are not
                 needed here are taken, with a warning.
@@ -63,11 +64,8 @@ class AutoModel:
             ConfigurationError: an option that would change the result cannot be honoured. Other errors: as LayerStream.
             TypeError: an option that neither AirLLM nor LayerStream has.
         """
-        if compression is not None:
-            raise ConfigurationError(
-                f"compression is {compression!r}; it comes with quantised weights, which this version does not have "
-                "yet: leave it at None"
-            )
+        if compression not in _COMPRESSIONS:
+            raise ConfigurationError(f"compression is {compression!r}; expected '4bit', '8bit' or None")
         for name in [name for name in options if name in _NOT_NEEDED]:
             if options.pop(name) is not None:
                 warnings.warn(f"{name} is not needed: {_NOT_NEEDED[name]}", stacklevel=2)
@@ -75,6 +73,7 @@ class AutoModel:
             os.fspath(pretrained_model_name_or_path),
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
+            quantization=_COMPRESSIONS[compression],
             **({} if hf_token is None else {"token": hf_token}),
             **options,
         )

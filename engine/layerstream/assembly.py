@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from layerstream import planner
+from layerstream.checkpoint.codecs.encode import KINDS
 from layerstream.checkpoint.hub import locate
 from layerstream.draft_model import ModelDrafter
 from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
-from layerstream.events import Listener, LoadProgress
+from layerstream.events import Listener, LoadProgress, PackProgress
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.pages import PagePool
@@ -31,6 +32,7 @@ from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, kv_values_per_tok
 from layerstream.model.runner import SweepRunner
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.model.weights import ModelWeights
+from layerstream.pack import ensure_packed
 from layerstream.persistence import describe, open_store, weight_paths
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.scheduling.drafting.answers import AnswerDrafter
@@ -54,7 +56,8 @@ DRAFT_MODEL_SHARE = 0.4  # of the memory, at most, for a draft model and its KV
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the caller chose; ``reserved_bytes`` of the memory are a draft model's."""
+    """What the caller chose. ``reserved_bytes`` of the memory are a draft model's; ``packed`` is the model in the
+    ``quantization`` that was asked for."""
 
     model: str
     device: str = "auto"
@@ -71,6 +74,8 @@ class EngineConfig:
     speculation: str = "auto"
     draft_model: str | None = None
     reserved_bytes: int = 0
+    quantization: str | None = None
+    packed: Path | None = None
 
     def __post_init__(self) -> None:
         if self.device not in {"auto", "cpu"}:
@@ -83,20 +88,20 @@ class EngineConfig:
             raise ConfigurationError(f"speculation is {self.speculation!r}; expected 'auto' or 'off'")
         if self.draft_model is not None and self.speculation == "off":
             raise ConfigurationError("draft_model is set and speculation is 'off': leave out one of the two")
+        if self.quantization not in {None, *KINDS}:
+            raise ConfigurationError(
+                f"quantization is {self.quantization!r}; expected None, {', '.join(map(repr, KINDS))}"
+            )
         if self.chunk_tokens is not None and self.chunk_tokens not in CHUNK_CHOICES:
             raise ConfigurationError(f"chunk_tokens is {self.chunk_tokens!r}; expected one of {CHUNK_CHOICES}")
 
     @staticmethod
-    def check_not_yet(host_memory: object, quantization: object) -> None:
+    def check_not_yet(host_memory: object) -> None:
         """Refuse options whose capability this version does not have, rather than ignore them."""
-        for name, value, accepted in (
-            ("host_memory", host_memory, (None,)),
-            ("quantization", quantization, (None,)),
-        ):
-            if value not in accepted:
-                raise ConfigurationError(
-                    f"{name} is {value!r}, which this version does not have yet: leave {name} at {accepted[0]!r}"
-                )
+        if host_memory is not None:
+            raise ConfigurationError(
+                f"host_memory is {host_memory!r}, which this version does not have yet: leave host_memory at None"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,8 @@ class Assembly:
 
 def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
     """Open the model, plan, load what stays; on failure nothing is left open."""
+    if config.quantization is not None:
+        config = dataclasses.replace(config, packed=_pack(config, config.quantization, listener))
     draft = None if config.draft_model is None else _assemble_draft(config)
     reader = DirectReader()
     try:
@@ -152,6 +159,22 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         if draft is not None:
             draft.close()
         raise
+
+
+def _pack(config: EngineConfig, kind: str, listener: Listener | None) -> Path:
+    """The folder of the model in *kind*, converted now if it was not before."""
+
+    def on_shard(done: int, count: int, num_bytes: int) -> None:
+        if listener is not None:
+            listener(PackProgress(done, count))
+
+    return ensure_packed(_locate(config), kind, trust_remote_code=config.trust_remote_code, on_shard=on_shard)
+
+
+def _locate(config: EngineConfig) -> Path:
+    return locate(
+        config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
+    )
 
 
 def _assemble_draft(config: EngineConfig) -> Assembly:
@@ -226,9 +249,7 @@ def model_facts(
 
 def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
     """The plan for *config*, the skeleton and the folder it comes from, without reading a weight."""
-    folder = locate(
-        config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
-    )
+    folder = config.packed or _locate(config)
     skeleton = build_skeleton(
         folder,
         dtype=config.dtype,

@@ -42,6 +42,8 @@ class LayerStream:
         memory: ceiling for all that the engine allocates (``"3GiB"`` or bytes); ``None``: what the model wants, within
             what the machine has free.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        quantization: ``"nf4"``, ``"int8"`` or ``"int4"``: convert the model once, into the user's cache folder, and
+            stream that: a quarter, a half, a quarter of the bytes. (What comes quantised needs nothing of the kind.)
         speculation: ``"auto"``: guesses at what comes next are verified in the sweeps, which changes no answer and
             takes fewer of them; ``"off"``: one token per sweep.
         draft_model: a smaller model with the same tokenizer (folder or hub id) that stays in memory and guesses too.
@@ -78,7 +80,7 @@ class LayerStream:
         allow_untested: bool = False,
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
-        EngineConfig.check_not_yet(host_memory, quantization)
+        EngineConfig.check_not_yet(host_memory)
         config = EngineConfig(
             model=str(model),
             device=device,
@@ -94,6 +96,7 @@ class LayerStream:
             kv_store_is_default=kv_store == "auto",
             speculation=speculation,
             draft_model=draft_model,
+            quantization=quantization,
         )
         if allow_untested:
             check_untested(config)

@@ -19,6 +19,14 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class PackProgress:
+    """The model is converted to fewer bits, once: *done* of *total* files."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class SweepStarted:
     """A sweep begins; *num_units* units will pass."""
 
@@ -53,5 +61,5 @@ class EngineIdle:
     """No request is left."""
 
 
-Event: TypeAlias = LoadProgress | SweepStarted | UnitFinished | SweepFinished | EngineIdle
+Event: TypeAlias = LoadProgress | PackProgress | SweepStarted | UnitFinished | SweepFinished | EngineIdle
 Listener: TypeAlias = Callable[[Event], None]

@@ -7,7 +7,9 @@ are in place are kept, if the source is still the one that they were made from.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
+from filelock import FileLock
 
 from layerstream.checkpoint.codecs.encode import Encoder, make_encoder
 from layerstream.checkpoint.folder import open_folder
@@ -26,6 +30,8 @@ from layerstream.checkpoint.writer import ShardWriter, dtype_name
 from layerstream.errors import ConfigurationError, InvalidHeader, StorageFull
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.sizes import format_size
+
+logger = logging.getLogger(__name__)
 
 JOB = "pack.json"
 PART_BYTES = 32 * 2**20  # of a matrix, quantised at a time
@@ -76,6 +82,8 @@ def pack(
         StorageFull: there is not enough room, said before anything is written.
         InvalidHeader: what was written is not what it should be.
     """
+    if source.suffix == ".gguf":
+        raise ConfigurationError(f"{source} is a GGUF file, which runs as it is: pack the safetensors original")
     skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
     if open_folder(source).packed:
         raise ConfigurationError(f"{source} is quantised already: pack the 16-bit original")
@@ -98,6 +106,30 @@ def pack(
     on_shard(len(shards), len(shards), done)
     _finish(source, target, names, quantisation)
     return PackReport(skeleton.model_bytes, sum(sizes), len(missing), len(shards) - len(missing))
+
+
+def ensure_packed(
+    source: Path, kind: str, *, trust_remote_code: bool = False, on_shard: OnShard = lambda done, count, num_bytes: None
+) -> Path:
+    """The folder with *source* in *kind*: in the cache, packed now if it is not there. Other processes wait.
+
+    It is found by the names, sizes and times of the source's files; where it lies: ``LAYERSTREAM_PACKED``, else
+    ``layerstream/packed`` in the user's cache folder.
+
+    Raises:
+        As :func:`pack`.
+    """
+    digest = hashlib.sha256(json.dumps([str(source.resolve()), _identity(source)]).encode()).hexdigest()[:16]
+    default = Path(platformdirs.user_cache_dir("layerstream", appauthor=False)) / "packed"
+    root = Path(os.environ.get("LAYERSTREAM_PACKED") or default).expanduser()
+    target = root / f"{source.resolve().name}-{kind}-{digest}"
+    if not (target / "config.json").is_file():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{target.name}.lock"):
+            if not (target / "config.json").is_file():
+                logger.info("%s is converted to %s once, in %s", source, kind, target)
+                pack(source, target, kind, trust_remote_code=trust_remote_code, on_shard=on_shard)
+    return target
 
 
 def _shards(skeleton: Skeleton, encoder: Encoder, keep_head: bool) -> list[list[_Item]]:

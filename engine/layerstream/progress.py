@@ -21,7 +21,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TextIO
 from weakref import WeakSet
 
-from layerstream.events import EngineIdle, Event, Listener, LoadProgress, SweepFinished, SweepStarted, UnitFinished
+from layerstream.events import (
+    EngineIdle,
+    Event,
+    Listener,
+    LoadProgress,
+    PackProgress,
+    SweepFinished,
+    SweepStarted,
+    UnitFinished,
+)
 from layerstream.sizes import format_size
 
 logger = logging.getLogger(__name__)
@@ -72,6 +81,8 @@ class ProgressLine:
             match event:
                 case LoadProgress():
                     self._load(event, now)
+                case PackProgress():
+                    self._pack(event, now)
                 case SweepStarted():
                     self._begin_sweep(event, now)
                 case UnitFinished() if self._sweep is not None:
@@ -92,6 +103,16 @@ class ProgressLine:
             return
         since = self._begin(now)
         self._show(_load_parts(event, now - since), now)
+
+    def _pack(self, event: PackProgress, now: float) -> None:
+        if event.done >= event.total:
+            self._rest()
+            return
+        since = self._begin(now)
+        parts = ["converting, once", f"{event.done} of {event.total} files"]
+        if event.done:
+            parts.append(f"{(now - since) / event.done * (event.total - event.done):.0f} s left")
+        self._show(parts, now)
 
     def _begin_sweep(self, event: SweepStarted, now: float) -> None:
         self._begin(now)

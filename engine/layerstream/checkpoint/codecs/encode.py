@@ -273,3 +273,4 @@ def _pack(codes: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 _ENCODERS: dict[str, type[Encoder]] = {"nf4": Nf4, "int8": Int8, "int4": Int4}
+KINDS = tuple(_ENCODERS)
