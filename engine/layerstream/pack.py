@@ -34,7 +34,7 @@ from layerstream.sizes import format_size
 logger = logging.getLogger(__name__)
 
 JOB = "pack.json"
-PART_BYTES = 32 * 2**20  # of a matrix, quantised at a time
+PART_BYTES = 8 * 2**20  # of a matrix, quantised at a time
 COPY_BYTES = 16 * 2**20
 SPARE_BYTES = 64 * 2**20
 CHECKED_ROWS = 64

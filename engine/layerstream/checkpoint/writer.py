@@ -13,6 +13,7 @@ import torch
 from layerstream.checkpoint.header import DTYPE_BITS
 from layerstream.errors import StorageFull
 
+SYNCED_BYTES = 64 * 2**20
 _NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8",
     torch.int32: "I32", torch.int64: "I64",
@@ -50,6 +51,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._file = self._partial.open("wb")
+        self._unsynced = 0
         self._put(len(self._header).to_bytes(8, "little") + self._header)
         return self
 
@@ -66,10 +68,21 @@ class ShardWriter:
     def _put(self, data: bytes | memoryview) -> None:
         try:
             self._file.write(data)
+            self._unsynced += len(data)
+            if self._unsynced >= SYNCED_BYTES:
+                self._sync()
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise StorageFull(f"{self._path}: the disk is full; free some room and start again") from error
             raise
+
+    def _sync(self) -> None:
+        """Have it on the disk and out of the page cache, which would count as this process's memory in a cgroup."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._unsynced = 0
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
@@ -77,7 +90,6 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
             return
         assert not self._left, f"{self._left[0][0]} was not written"
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._sync()
         self._file.close()
         self._partial.replace(self._path)

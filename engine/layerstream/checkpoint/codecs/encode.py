@@ -95,20 +95,21 @@ class Nf4(Encoder):
 
     def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
         """As ``bitsandbytes.functional.quantize_4bit`` with ``compress_statistics``, part by part."""
-        scales: list[torch.Tensor] = []
+        absmax = torch.empty(prod(shape) // BLOCK)  # in one piece: small pieces between large ones fragment the heap
         tables: list[torch.Tensor] = []
 
         def codes() -> Iterator[torch.Tensor]:
+            done = 0
             for part in parts:
                 data, state = self._functional.quantize_4bit(
                     part, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
                 )
-                scales.append(state.absmax)
+                absmax[done : done + len(state.absmax)] = state.absmax
+                done += len(state.absmax)
                 tables[:] = [state.code]
                 yield data
 
         yield name, codes()
-        absmax = torch.cat(scales)
         offset = absmax.mean()
         nested, state = self._functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
         yield f"{name}.absmax", [nested]
@@ -166,17 +167,19 @@ class Int8(Encoder):
 
     def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
         """As ``bitsandbytes.functional.int8_vectorwise_quant`` of the matrix in float16."""
-        scales: list[torch.Tensor] = []
+        scales = torch.empty(shape[0])
 
         def values() -> Iterator[torch.Tensor]:
+            done = 0
             for part in parts:
                 data, largest, _ = self._functional.int8_vectorwise_quant(part.to(torch.float16))
-                scales.append(largest)
+                scales[done : done + len(part)] = largest
+                done += len(part)
                 yield data
 
         stem = name.removesuffix("weight")
         yield name, values()
-        yield f"{stem}SCB", scales
+        yield f"{stem}SCB", [scales]
         yield f"{stem}weight_format", [torch.zeros((), dtype=torch.uint8)]
 
     def config(self, skipped: list[str]) -> dict[str, Any]:
@@ -211,19 +214,23 @@ class Int4(Encoder):
 
     def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
         """Group by group, with the range that gives the least squared error."""
-        scales: list[torch.Tensor] = []
-        zeros: list[torch.Tensor] = []
+        rows, groups = shape[0], shape[1] // GROUP
+        scales = torch.empty((rows, groups), dtype=torch.bfloat16)
+        zeros = torch.empty((rows // 8, groups), dtype=torch.int32)
 
         def codes() -> Iterator[torch.Tensor]:
+            done = 0
             for part in parts:
                 found, scale, zero = quantise_groups(part.to(torch.float32), GROUP)
-                scales.append(scale)
-                zeros.append(_pack(zero, 0))
+                stop = done + len(part)
+                scales[done:stop] = scale
+                zeros[done // 8 : stop // 8] = _pack(zero, 0)
+                done = stop
                 yield _pack(found, 1)
 
         yield f"{name}_packed", codes()
-        yield f"{name}_scale", scales
-        yield f"{name}_zero_point", zeros
+        yield f"{name}_scale", [scales]
+        yield f"{name}_zero_point", [zeros]
         yield f"{name}_shape", [torch.tensor(shape)]
 
     def config(self, skipped: list[str]) -> dict[str, Any]:
