@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,3 +74,13 @@ def run_greedily(folder: Path, budget: int, prompts: list[list[int]], dtype: str
         return Run(*step_greedily(parts, prompts, NEW_TOKENS), parts.plan.streams)
     finally:
         parts.reader.close()
+
+
+def assert_equals(run: Run, reference: Any, prompts: list[list[int]], tolerance: float) -> None:
+    """Every step's logits are those of *reference* to within *tolerance* of the largest, and its greedy tokens."""
+    for prompt, tokens, logits in zip(prompts, run.tokens, run.logits, strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        difference = (logits - expected).abs().max() / expected.abs().max()
+        assert difference <= tolerance, f"logits differ by {difference:.2e}"
+        assert tokens == expected.argmax(-1).tolist()

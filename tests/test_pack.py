@@ -19,6 +19,7 @@ import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream import pack as packing
 from layerstream.checkpoint.folder import open_folder
+from layerstream.checkpoint.names import PLANE_DTYPES
 from layerstream.errors import CheckpointNotFound, ConfigurationError, InvalidHeader, StorageFull
 from layerstream.events import Event, PackProgress
 from layerstream.model.skeleton import build_skeleton
@@ -47,7 +48,7 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
         planes = {}
         for plane, entry in matrix.planes.items():
             raw = bytearray(entry.extent.path.read_bytes()[entry.extent.offset :][: entry.extent.num_bytes])
-            planes[plane] = torch.frombuffer(raw, dtype=packing._DTYPES[entry.dtype]).view(entry.shape)
+            planes[plane] = torch.frombuffer(raw, dtype=PLANE_DTYPES[entry.dtype]).view(entry.shape)
         found[name] = torch.empty(matrix.shape)
         matrix.codec.decode(planes, 0, found[name])
     return found

@@ -168,10 +168,11 @@ def _pack(config: EngineConfig, kind: str, listener: Listener | None) -> Path:
         if listener is not None:
             listener(PackProgress(done, count))
 
-    return ensure_packed(_locate(config), kind, trust_remote_code=config.trust_remote_code, on_shard=on_shard)
+    return ensure_packed(locate_model(config), kind, trust_remote_code=config.trust_remote_code, on_shard=on_shard)
 
 
-def _locate(config: EngineConfig) -> Path:
+def locate_model(config: EngineConfig) -> Path:
+    """Where the files of the model that was asked for lie; they are fetched if they are not here."""
     return locate(
         config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
     )
@@ -249,7 +250,7 @@ def model_facts(
 
 def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
     """The plan for *config*, the skeleton and the folder it comes from, without reading a weight."""
-    folder = config.packed or _locate(config)
+    folder = config.packed or locate_model(config)
     skeleton = build_skeleton(
         folder,
         dtype=config.dtype,

@@ -23,8 +23,8 @@ from filelock import FileLock
 
 from layerstream.checkpoint.codecs.encode import Encoder, make_encoder
 from layerstream.checkpoint.folder import open_folder
-from layerstream.checkpoint.header import TensorEntry, read_header
-from layerstream.checkpoint.names import ParameterSource
+from layerstream.checkpoint.header import TensorEntry, read_header, stored_bytes
+from layerstream.checkpoint.names import PLANE_DTYPES, ParameterSource
 from layerstream.checkpoint.packed import find_packed
 from layerstream.checkpoint.writer import ShardWriter, dtype_name
 from layerstream.errors import ConfigurationError, InvalidHeader, StorageFull
@@ -177,14 +177,7 @@ def _planes(item: _Item, encoder: Encoder) -> dict[str, tuple[str, tuple[int, ..
 
 
 def _num_bytes(items: Sequence[_Item], encoder: Encoder) -> int:
-    total = 0
-    for item in items:
-        if not item.is_packed:
-            total += item.entry.extent.num_bytes
-        else:
-            planes = encoder.planes(item.name, item.entry.shape, item.dtype)
-            total += sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in planes)
-    return total
+    return sum(stored_bytes(*plane) for item in items for plane in _planes(item, encoder).values())
 
 
 def _write(path: Path, items: Sequence[_Item], encoder: Encoder) -> None:
@@ -262,19 +255,13 @@ def _error(matrix: Any, item: _Item) -> float:
         size = entry.extent.num_bytes if whole else entry.extent.num_bytes * count // rows
         with entry.extent.path.open("rb") as file:
             raw = bytearray(os.pread(file.fileno(), size, entry.extent.offset))
-        planes[name] = torch.frombuffer(raw, dtype=_DTYPES[entry.dtype])
+        planes[name] = torch.frombuffer(raw, dtype=PLANE_DTYPES[entry.dtype])
         if not whole and len(entry.shape) > 1:
             planes[name] = planes[name].view(-1, *entry.shape[1:])
     found = torch.empty(count, columns)
     matrix.codec.decode(planes, 0, found)
     wanted = next(_rows(item, count))[:count].to(torch.float32)
     return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12))
-
-
-_DTYPES = {
-    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F32": torch.float32,
-    "BF16": torch.bfloat16,
-}  # fmt: skip
 
 
 def _identity(source: Path) -> list[list[Any]]:

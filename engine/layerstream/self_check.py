@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import transformers
 
-from layerstream.assembly import Assembly, EngineConfig, assemble, plan_model
-from layerstream.checkpoint.hub import locate
+from layerstream.assembly import Assembly, EngineConfig, assemble, locate_model, plan_model
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
 from layerstream.model.families import TESTED, check_supported
 from layerstream.params import SamplingParams
 from layerstream.scheduling.scheduler import Drafting
 from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
+from layerstream.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,7 @@ def check_untested(config: EngineConfig) -> None:
     Raises:
         UnsupportedModel: it cannot be built small, does not run, or gives other logits; says which.
     """
-    folder = locate(
-        config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
-    )
+    folder = locate_model(config)
     full = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     full = full.get_text_config(decoder=True)
     if full.model_type in TESTED:
@@ -68,9 +66,7 @@ def check_untested(config: EngineConfig) -> None:
         copied = Path(name)
         try:
             plain = _write_small(full, copied, config.trust_remote_code)
-            transformers.AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=config.trust_remote_code
-            ).save_pretrained(copied)
+            load_tokenizer(folder, config.trust_remote_code).save_pretrained(copied)
             difference = _largest_difference(plain, copied, config.trust_remote_code)
         except LayerStreamError:
             raise

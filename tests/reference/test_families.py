@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from layerstream.model.families import TESTED
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
 from tests.models import FAMILIES, make_model
 
 PROMPT_LENGTHS = (150, 5, 67)
@@ -30,12 +29,7 @@ def test_equals_plain_transformers(family: str, mode: str, tmp_path: Path, token
     prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
     run = run_greedily(tmp_path, budget_for(tmp_path, mode), prompts)
     assert run.streams == (mode != "resident")
-    for prompt, tokens, logits in zip(prompts, run.tokens, run.logits, strict=True):
-        with torch.inference_mode():
-            expected = reference(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        difference = (logits - expected).abs().max() / expected.abs().max()
-        assert difference <= TOLERANCE, f"logits differ by {difference:.2e}"
-        assert tokens == expected.argmax(-1).tolist()
+    assert_equals(run, reference, prompts, TOLERANCE)
 
 
 def test_every_tested_family_is_compared() -> None:

@@ -14,7 +14,7 @@ from layerstream.checkpoint.gguf import open_gguf
 from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedModel
 
 from tests.gguf_files import Kind, draw_blocks, write_gguf
-from tests.harness import budget_for, draw_prompt, run_greedily
+from tests.harness import assert_equals, budget_for, draw_prompt, run_greedily
 from tests.models import make_model, make_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -68,12 +68,7 @@ def _compare(folder: Path, family: str, kind: str, mode: str) -> None:
     prompts = [draw_prompt(length) for length in (70, 5)]
     run = run_greedily(path, budget_for(path, mode), prompts)
     assert run.streams == (mode != "resident")
-    for prompt, tokens, logits in zip(prompts, run.tokens, run.logits, strict=True):
-        with torch.inference_mode():
-            expected = reference(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        difference = (logits - expected).abs().max() / expected.abs().max()
-        assert difference <= TOLERANCE, f"logits differ by {difference:.2e}"
-        assert tokens == expected.argmax(-1).tolist()
+    assert_equals(run, reference, prompts, TOLERANCE)
 
 
 def test_an_engine_on_a_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
 from tests.models import make_model
 from tests.quantised import PACKERS, write_bitsandbytes, write_quantised
 
@@ -45,12 +45,7 @@ def _compare(folder: Path, reference: Any, mode: str, tokenizer_folder: Path) ->
     prompts = [draw_prompt(length) for length in (70, 5)]
     run = run_greedily(folder, budget_for(folder, mode), prompts)
     assert run.streams == (mode != "resident")
-    for prompt, tokens, logits in zip(prompts, run.tokens, run.logits, strict=True):
-        with torch.inference_mode():
-            expected = reference(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        difference = (logits - expected).abs().max() / expected.abs().max()
-        assert difference <= TOLERANCE, f"logits differ by {difference:.2e}"
-        assert tokens == expected.argmax(-1).tolist()
+    assert_equals(run, reference, prompts, TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", ["resident", "layers", "cut"])

@@ -45,6 +45,11 @@ class TensorEntry:
     extent: Extent
 
 
+def stored_bytes(dtype: str, shape: tuple[int, ...] | list[int]) -> int:
+    """Bytes that a tensor of the format's *dtype* takes."""
+    return -(-prod(shape) * DTYPE_BITS[dtype] // 8)
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file, by name.
 
@@ -106,7 +111,7 @@ def _entry(path: Path, name: str, claim: Any, data_start: int) -> TensorEntry:
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InvalidHeader(f"{path}: tensor {name!r} has data_offsets {offsets!r}, expected [start, stop]")
     num_bytes = offsets[1] - offsets[0]
-    expected = -(-prod(shape) * DTYPE_BITS[dtype] // 8)
+    expected = stored_bytes(dtype, shape)
     if num_bytes != expected:
         raise InvalidHeader(
             f"{path}: tensor {name!r} claims {num_bytes} bytes, but {dtype} of shape {shape} takes {expected}"

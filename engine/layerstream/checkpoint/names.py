@@ -34,12 +34,12 @@ from layerstream.errors import InvalidHeader, MissingTensor, UnsupportedFormat
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
-_PLANE_DTYPES = _DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.uint8}
+PLANE_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.uint8}
 
 _Collected = dict[str, dict[str, list[TensorEntry]]]  # target -> source pattern -> entries, in natural order
 
@@ -176,7 +176,7 @@ def _source(target: str, entry: TensorEntry, tensor: PiecedTensor) -> ParameterS
 def _packed_source(target: str, matrix: PackedTensor) -> PackedSource:
     planes = {}
     for name, entry in matrix.planes.items():
-        dtype = _PLANE_DTYPES.get(entry.dtype)
+        dtype = PLANE_DTYPES.get(entry.dtype)
         if dtype is None:
             raise UnsupportedFormat(f"{entry.extent.path}: {entry.name!r} has dtype {entry.dtype}, which is unknown")
         planes[name] = ParameterSource(
@@ -186,7 +186,7 @@ def _packed_source(target: str, matrix: PackedTensor) -> PackedSource:
 
 
 def _dtype(target: str, entry: TensorEntry) -> torch.dtype:
-    dtype = _DTYPES.get(entry.dtype)
+    dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise UnsupportedFormat(
             f"{entry.extent.path}: {entry.name!r}, which becomes {target!r}, has dtype {entry.dtype}, which this "

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import torch
 
-from layerstream.checkpoint.header import DTYPE_BITS
+from layerstream.checkpoint.header import stored_bytes
+from layerstream.checkpoint.names import DTYPES
 from layerstream.errors import StorageFull
 
 SYNCED_BYTES = 64 * 2**20
-_NAMES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8",
-    torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -42,7 +40,7 @@ class ShardWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in shapes.items():
-            size = -(-torch.Size(shape).numel() * DTYPE_BITS[dtype] // 8)
+            size = stored_bytes(dtype, shape)
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
             self._left.append((name, size))
             end += size

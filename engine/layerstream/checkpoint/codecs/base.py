@@ -31,7 +31,7 @@ class Codec(ABC):
 
     @abstractmethod
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """The shapes that the planes of a matrix ``(rows, columns)`` have; -1 for a size that may be any."""
+        """The shapes that the planes of a matrix ``(rows, columns)`` have."""
 
     @abstractmethod
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
