@@ -18,6 +18,7 @@ from layerstream.checkpoint.hub import locate
 from layerstream.draft_model import ModelDrafter
 from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
+from layerstream.kernels import fused_rows
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.pages import PagePool
@@ -243,6 +244,8 @@ def model_facts(
         chunk_tokens=chunk_tokens or planner.CHUNK_TOKENS,
         streaming_chunk_tokens=chunk_tokens or planner.STREAMING_CHUNK_TOKENS,
         streaming_rows=planner.FAST_STREAMING_ROWS if is_fast else planner.STREAMING_ROWS,
+        fused_rows=fused_rows(skeleton.kernels),
+        num_values=skeleton.num_values,
         num_layers=config.num_hidden_layers,
         can_spill=can_spill,
     )
@@ -307,7 +310,8 @@ def _assemble(
     try:
         if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
-        weights = ModelWeights(skeleton, plan.weights, reader, _LoadCounter(plan.resident_bytes, listener).add)
+        on_load = _LoadCounter(plan.resident_bytes, listener).add
+        weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows)
         embedding = _embedding(skeleton, plan, weights, reader)
         reader.restart_rate()
         if weights.streamer is not None:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
+import platformdirs
 import psutil
 
 _CGROUP_V2 = Path("/sys/fs/cgroup")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again."""
+    return Path(platformdirs.user_cache_dir("layerstream", appauthor=False))
+
+
+def processor() -> str:
+    """The processor's name: libraries choose kernels and block sizes by it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def available_memory_bytes() -> int:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from filelock import FileLock
 
@@ -28,6 +27,7 @@ from layerstream.checkpoint.names import PLANE_DTYPES, ParameterSource
 from layerstream.checkpoint.packed import find_packed
 from layerstream.checkpoint.writer import ShardWriter, dtype_name
 from layerstream.errors import ConfigurationError, InvalidHeader, StorageFull
+from layerstream.machine import cache_folder
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.sizes import format_size
 
@@ -120,8 +120,7 @@ def ensure_packed(
         As :func:`pack`.
     """
     digest = hashlib.sha256(json.dumps([str(source.resolve()), _identity(source)]).encode()).hexdigest()[:16]
-    default = Path(platformdirs.user_cache_dir("layerstream", appauthor=False)) / "packed"
-    root = Path(os.environ.get("LAYERSTREAM_PACKED") or default).expanduser()
+    root = Path(os.environ.get("LAYERSTREAM_PACKED") or cache_folder() / "packed").expanduser()
     target = root / f"{source.resolve().name}-{kind}-{digest}"
     if not (target / "config.json").is_file():
         root.mkdir(parents=True, exist_ok=True)

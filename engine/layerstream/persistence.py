@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import platform
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import KVStoreUnusable
 from layerstream.kv import fingerprint
 from layerstream.kv.choice import Rates
@@ -23,6 +23,7 @@ from layerstream.kv.state import LayerState
 from layerstream.kv.store import PrefixStore
 from layerstream.kv.tiers.folder import Bounds, StoreFolder
 from layerstream.kv.tiers.local import LocalTier
+from layerstream.machine import processor
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
 from layerstream.planner import Plan
@@ -110,7 +111,7 @@ def describe(
             "attention": IMPLEMENTATION,
             "context": plan.facts.context_length,
         },
-        arithmetic=_arithmetic(plan) if config.exact else None,
+        arithmetic=_arithmetic(skeleton, plan) if config.exact else None,
     )
 
 
@@ -126,26 +127,23 @@ def _code_digests(folder: Path, skeleton: Skeleton) -> list[str]:
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))]
 
 
-def _arithmetic(plan: Plan) -> dict[str, Any]:
+def _arithmetic(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
     """What makes sums round otherwise."""
     cut = [(unit.module, *unit.rows) for unit in plan.weights.body if unit.rows is not None]
+    codecs = {source.codec.name for source in skeleton.sources.values() if isinstance(source, PackedSource)}
+    rewritten = [unit.name for index, unit in enumerate(plan.weights.units) if index in plan.weights.residents]
+    quantised = {
+        "codecs": sorted(codecs),
+        "fused_rows": dict(sorted(plan.facts.fused_rows.items())),
+        "rewritten": hashlib.sha256(repr(rewritten).encode()).hexdigest()[:16] if plan.facts.fused_rows else "none",
+    }
     return {
+        **(quantised if codecs else {}),
         "cuts": hashlib.sha256(repr(cut).encode()).hexdigest()[:16] if cut else "none",
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "processor": _processor(),
+        "processor": processor(),
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "transformers": ".".join(transformers.__version__.split(".")[:2]),
     }
-
-
-def _processor() -> str:
-    """The processor's name: libraries choose kernels and block sizes by it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -6,7 +6,8 @@ pages, the ring, and with all that is left a fixed set of resident units. If eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from layerstream.errors import BudgetTooSmall
 from layerstream.kv.pages import LAYERS_IN_HAND
@@ -61,6 +62,8 @@ class ModelFacts:
         chunk_tokens: prompt tokens that attend together; a page holds as many.
         streaming_chunk_tokens: as many where weights stream.
         streaming_rows: decode rows per row block where weights stream.
+        fused_rows: for each kernel that multiplies by quantised weights as they are, the most rows that it does it for.
+        num_values: weights that a sweep passes, as numbers.
     """
 
     body: tuple[WeightNode, ...]
@@ -75,6 +78,8 @@ class ModelFacts:
     chunk_tokens: int = CHUNK_TOKENS
     streaming_chunk_tokens: int = STREAMING_CHUNK_TOKENS
     streaming_rows: int = STREAMING_ROWS
+    fused_rows: Mapping[str, int] = field(default_factory=dict)
+    num_values: int = 0
     num_layers: int = 1
     can_spill: bool = False
 
@@ -82,6 +87,11 @@ class ModelFacts:
     def decode_bytes(self) -> int:
         """What decoding a quantised matrix takes at most."""
         return max(node.most_decode_bytes for node in (*self.body, self.head))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Weights that a sweep passes, on disk."""
+        return sum(node.total_bytes for node in (*self.body, self.head))
 
     @property
     def compute_bytes(self) -> int:
@@ -120,13 +130,13 @@ class Plan:
 
     @property
     def decode_rows(self) -> int:
-        """Rows per row block of decoding sequences."""
-        return self.facts.streaming_rows if self.streams else RESIDENT_ROWS
+        """Rows per row block of decoding sequences; no more than a kernel for quantised weights is fast for."""
+        return min([self.facts.streaming_rows if self.streams else RESIDENT_ROWS, *self.facts.fused_rows.values()])
 
     @property
     def head_rows(self) -> int:
         """Rows per row block of the head."""
-        return STREAMING_ROWS if self.streams else RESIDENT_ROWS
+        return min(STREAMING_ROWS, self.decode_rows)
 
     @property
     def prompt_rows(self) -> int:
@@ -147,6 +157,11 @@ class Plan:
     def streamed_bytes(self) -> int:
         """Weights that one sampling sweep reads."""
         return self.weights.streamed_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of what a sweep passes, on disk, scales and norms included; 0.0 if it is not known how many there are."""
+        return 8 * self.facts.stored_bytes / self.facts.num_values if self.facts.num_values else 0.0
 
     @property
     def kv_bytes(self) -> int:
@@ -189,6 +204,8 @@ class Plan:
             ("left over", self.budget_bytes - self.planned_bytes, ""),
             ("streamed per sweep", self.streamed_bytes, "read from disk for every sweep"),
         ]
+        if self.facts.num_values:
+            rows.append(("weights", self.facts.stored_bytes, f"{self.bits_per_weight:.3g} bits each"))
         return "\n".join(f"{name:<20}{format_size(num_bytes):>11}  {note}".rstrip() for name, num_bytes, note in rows)
 
 

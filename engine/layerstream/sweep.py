@@ -51,9 +51,14 @@ class RowBlock:
         return self.spans[0].start < self.spans[0].sequence.num_prompt_tokens
 
     @property
+    def num_used(self) -> int:
+        """Rows at the beginning that belong to somebody."""
+        return sum(map(len, self.spans))
+
+    @property
     def num_padding(self) -> int:
         """Rows at the end that belong to nobody."""
-        return self.num_rows - sum(map(len, self.spans))
+        return self.num_rows - self.num_used
 
 
 @dataclass(frozen=True, slots=True)

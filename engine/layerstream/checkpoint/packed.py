@@ -11,6 +11,7 @@ from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.codecs.bnb import Bnb4, BnbInt8
 from layerstream.checkpoint.codecs.fp8 import Fp8
 from layerstream.checkpoint.codecs.int4 import Awq, CompressedInt4, Gptq
+from layerstream.checkpoint.codecs.tiled import TILE, TILED_METHOD, TiledInt4
 from layerstream.checkpoint.header import TensorEntry
 from layerstream.errors import InvalidHeader, UnsupportedFormat
 
@@ -137,12 +138,27 @@ def _compressed_tensors(tensors: Mapping[str, TensorEntry], quantisation: Mappin
     return found
 
 
+def _tiled(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    """The format of ``quantization="int4"``."""
+    found = {}
+    for name, entry in tensors.items():
+        if name.endswith(".weight_tiles"):
+            stem = name.removesuffix("_tiles")
+            scale = tensors.get(f"{stem}_scale")
+            if scale is None or len(entry.shape) != 3:
+                raise InvalidHeader(f"{entry.extent.path}: {name!r} is no matrix in tiles, or without its {stem}_scale")
+            shape = entry.shape[0] * TILE, entry.shape[1]
+            codec = TiledInt4(_group_size(quantisation, shape[1]))
+            found[stem] = PackedTensor(stem, codec, shape, {"weight": entry, "scale": scale})
+    return found
+
+
 def _gptq(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
     shift = 0 if quantisation.get("checkpoint_format") == "gptq_v2" else 1
     found = {}
     for stem, planes in _transposed(tensors, quantisation, {"g_idx": "g_idx"}):
         columns, rows = planes["weight"].shape[0] * 8, planes["weight"].shape[1]
-        codec = Gptq(_group_size(quantisation, columns), shift)
+        codec = Gptq(_group_size(quantisation, columns), shift, in_order=quantisation.get("desc_act") is False)
         found[stem] = PackedTensor(stem, codec, (rows, columns), planes)
     return found
 
@@ -203,4 +219,5 @@ _FINDERS = {
     "gptq": _gptq,
     "bitsandbytes": _bitsandbytes,
     "fp8": _fp8,
+    TILED_METHOD: _tiled,
 }

@@ -21,6 +21,20 @@ from layerstream.kv.state import LayerState
 from layerstream.sweep import RowBlock, Span, Sweep
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A row block as rows ``[start, stop)`` of a tensor; from *used* on they are padding."""
+
+    start: int
+    stop: int
+    used: int
+
+    @property
+    def count(self) -> int:
+        """With padding."""
+        return self.stop - self.start
+
+
 @dataclass(slots=True)
 class SweepContext:
     """The sweep under way.
@@ -71,6 +85,10 @@ class SweepContext:
             for span in block.spans:
                 yield at, span
                 at += len(span)
+
+    def rows_in_hand(self) -> list[Rows]:
+        """The row blocks in hand."""
+        return [Rows(row, row + block.num_rows, row + block.num_used) for row, block in self.active]
 
     def row_blocks(self) -> Iterator[slice]:
         """Go through the row blocks in hand; while one is yielded, it is the only active one."""

@@ -1,8 +1,13 @@
-"""A Linear whose rows stream past in slices: the output projection, and any Linear larger than the ring."""
+"""Linears that are more than one call: their rows stream past in slices, or their weights are quantised.
+
+A row block multiplies by quantised weights in one of two ways, by its number of rows alone: at most so many as the
+plan says go through a kernel that takes the weights as they are; more are worth decoding the weights for, tile by
+tile. The kernels leave padding out: they give a row the same bits whatever the others are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -10,8 +15,9 @@ from typing import Protocol, TypeAlias
 import torch
 from torch.nn import functional as F
 
+from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.names import PackedSource
-from layerstream.model.context import current
+from layerstream.model.context import Rows, current
 
 TILE_VALUES = 2**20  # decoded at a time: they stay in the processor's cache until they have been multiplied by
 
@@ -23,50 +29,71 @@ class Matrix(Protocol):
         """Its rows ``[start, stop)`` in the compute dtype, part by part; each is valid until the next."""
         ...
 
+    @property
+    def fused_rows(self) -> int:
+        """Row blocks of at most so many rows go through :meth:`product`."""
+        ...
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """*inputs* ``(m, in)`` times its transpose: ``(m, rows)``."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PlainMatrix:
     """A weight that is stored as numbers."""
 
     weight: torch.Tensor
+    fused_rows: int = 0
 
     def tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The whole."""
         yield 0, self.weight.shape[0], self.weight
 
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As any matrix does."""
+        return F.linear(inputs, self.weight)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """Rows ``[first, last)`` of a quantised weight, decoded tile by tile into *scratch*."""
+    """Rows ``[first, last)`` of a quantised weight, decoded tile by tile into *scratch* where it has to be."""
 
-    source: PackedSource
+    codec: Codec
     planes: Mapping[str, torch.Tensor]
     first: int
     last: int
+    columns: int
     scratch: torch.Tensor
+    fused_rows: int = 0
 
     def tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """As many rows at a time as :data:`TILE_VALUES` allows."""
-        columns, num_rows = self.source.shape[-1], self.last - self.first
-        step = tile_rows(self.source)
+        num_rows = self.last - self.first
+        step = tile_rows(self.codec, num_rows, self.columns)
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
-            tile = self.scratch[: (stop - start) * columns].view(stop - start, columns)
-            planes = self.source.codec.cut(self.planes, num_rows, start, stop)
-            self.source.codec.decode(planes, self.first + start, tile)
+            values = self.scratch[: (stop - start) * self.columns]
+            by_columns = self.codec.columns_first
+            tile = values.view(self.columns, -1).T if by_columns else values.view(-1, self.columns)
+            self.codec.decode(self.codec.cut(self.planes, num_rows, start, stop), self.first + start, tile)
             yield start, stop, tile
 
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """By the codec's kernel."""
+        return self.codec.product(self.planes, inputs)[:, : self.last - self.first]
 
-def tile_rows(source: PackedSource) -> int:
-    """Rows of *source* that are decoded at a time."""
-    rows, columns = source.shape
-    step = source.codec.row_step
+
+def tile_rows(codec: Codec, rows: int, columns: int) -> int:
+    """Of *rows* of a matrix, those that are decoded at a time."""
+    step = codec.row_step
     return min(rows, max(step, TILE_VALUES // columns // step * step)) if step else rows
 
 
 def decode_bytes(source: PackedSource, dtype: torch.dtype) -> int:
     """What decoding takes: a tile in *dtype*, and what a codec computes it from: codes as integers, values in fp32."""
-    return tile_rows(source) * source.shape[1] * (dtype.itemsize + 12)
+    rows, columns = source.shape
+    return tile_rows(source.codec, rows, columns) * columns * (dtype.itemsize + 12)
 
 
 SliceWeights: TypeAlias = Callable[[], AbstractContextManager[tuple[Matrix, torch.Tensor | None]]]
@@ -89,17 +116,27 @@ class SlicedLinear:
         self.slices = slices
         self.num_rows = slices[-1].last
 
-    def project(self, inputs: torch.Tensor, row_blocks: Iterable[slice]) -> torch.Tensor:
-        """``(n, in)`` to ``(n, out)``, computed one of *row_blocks* at a time."""
-        blocks = list(row_blocks)
+    def project(self, inputs: torch.Tensor, row_blocks: Sequence[Rows]) -> torch.Tensor:
+        """``(n, in)`` to ``(n, out)``, computed one of *row_blocks* at a time; what is padding may be anything."""
         output = inputs.new_empty((inputs.shape[0], self.num_rows))
         for part in self.slices:
             with part.weights() as (matrix, bias):
+                decoded = []
+                for rows in row_blocks:
+                    if rows.count > matrix.fused_rows:
+                        decoded.append(slice(rows.start, rows.stop))
+                        continue
+                    found = matrix.product(inputs[rows.start : rows.used])
+                    found = found if bias is None else found + bias
+                    output[rows.start : rows.used, part.first : part.last] = found
+                    output[rows.used : rows.stop, part.first : part.last] = 0
+                if not decoded:
+                    continue
                 for start, stop, weight in matrix.tiles():
                     columns = slice(part.first + start, part.first + stop)
                     tile_bias = None if bias is None else bias[start:stop]
-                    for rows in blocks:
-                        output[rows, columns] = F.linear(inputs[rows], weight, tile_bias)
+                    for block in decoded:
+                        output[block, columns] = F.linear(inputs[block], weight, tile_bias)
         return output
 
     def install(self, module: torch.nn.Module) -> None:
@@ -109,12 +146,12 @@ class SlicedLinear:
             flat = inputs.reshape(-1, inputs.shape[-1])
             context = current()
             whole = flat.shape[0] != context.num_rows  # not rows of the sweep: expanded latents
-            blocks = [slice(0, flat.shape[0])] if whole else list(context.row_blocks())
+            blocks = [Rows(0, flat.shape[0], flat.shape[0])] if whole else context.rows_in_hand()
             return self.project(flat, blocks).view(*inputs.shape[:-1], -1)
 
         module.forward = run
 
 
-def padded_blocks(num_rows: int, block_rows: int) -> list[slice]:
+def padded_blocks(num_rows: int, block_rows: int) -> list[Rows]:
     """Row blocks of *block_rows* that cover *num_rows*, the last one reaching past the end."""
-    return [slice(at, at + block_rows) for at in range(0, num_rows, block_rows)]
+    return [Rows(at, at + block_rows, min(at + block_rows, num_rows)) for at in range(0, num_rows, block_rows)]

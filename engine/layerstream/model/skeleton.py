@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
+from layerstream.checkpoint.codecs.tiled import tiled, tiled_bytes
 from layerstream.checkpoint.folder import open_folder
 from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
 from layerstream.checkpoint.names import PackedSource, Source, language_model_names, resolve_parameters
@@ -71,6 +72,21 @@ class Skeleton:
     def is_tied(self) -> bool:
         """Whether embedding and output projection are the same matrix."""
         return self.sources[self.head_key] is self.sources[self.embedding_key]
+
+    @property
+    def num_values(self) -> int:
+        """Weights that a sweep passes, as numbers."""
+        passed = (self.head.name, *(node.name for node in self.body))
+        return sum(prod(self.sources[key].shape) for name in passed for key in self.keys_of(name))
+
+    @property
+    def kernels(self) -> set[str]:
+        """Those that could multiply by its quantised Linears as they are, or rewritten; they compute in bfloat16."""
+        if self.dtype != torch.bfloat16:
+            return set()
+        packed = [source for source in self.sources.values() if isinstance(source, PackedSource)]
+        codecs = [source.codec for source in packed if len(source.shape) == 2]
+        return {kernel for codec in codecs if (kernel := (tiled(codec, 0) or codec).kernel)}
 
     def path_of(self, module: torch.nn.Module) -> str:
         """Path of *module* within the causal model."""
@@ -253,9 +269,10 @@ def _whole_decode_bytes(keys: list[str], sources: Mapping[str, Source], dtypes: 
 
 
 def _compute_bytes(source: Source, dtype: torch.dtype) -> int:
-    """What it takes when it is resident: quantised weights stay so."""
+    """What it takes when it is resident: quantised weights stay so, perhaps rewritten for a kernel."""
     if isinstance(source, PackedSource):
-        return source.num_bytes
+        target = tiled(source.codec, source.shape[-1]) if len(source.shape) == 2 and dtype == torch.bfloat16 else None
+        return max(source.num_bytes, tiled_bytes(target, *source.matrix_shape) if target is not None else 0)
     return source.num_bytes // source.dtype.itemsize * dtype.itemsize
 
 

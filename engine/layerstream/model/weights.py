@@ -6,12 +6,14 @@ module runs and unbound right after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 
 import torch
 
+from layerstream.checkpoint.codecs.base import Codec
+from layerstream.checkpoint.codecs.tiled import TiledInt4, rewrite, tiled
 from layerstream.checkpoint.names import PackedSource
 from layerstream.model import hooks
 from layerstream.model.linear import LinearSlice, Matrix, PackedMatrix, PlainMatrix, SlicedLinear, tile_rows
@@ -28,6 +30,9 @@ OnBytes = Callable[[int], None]
 class ModelWeights:
     """The weights of a model under a plan.
 
+    Args:
+        fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
+
     Attributes:
         plan: which units there are, and which of them stay.
         streamer: brings the streamed units; ``None`` if all are resident.
@@ -36,8 +41,17 @@ class ModelWeights:
         on_unit: told the weight bytes of each unit that was computed; may raise to abandon the sweep.
     """
 
-    def __init__(self, skeleton: Skeleton, plan: UnitPlan, reader: DirectReader, on_load: OnBytes) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: UnitPlan,
+        reader: DirectReader,
+        on_load: OnBytes,
+        fused_rows: Mapping[str, int] | None = None,
+    ) -> None:
         self._skeleton = skeleton
+        self._fused_rows = fused_rows or {}
+        self._rewritten: dict[int, TiledInt4] = {}
         self.plan = plan
         self._layouts = [lay_out(unit.name, self._parts(unit)) for unit in plan.units]
         self._resident: dict[int, dict[str, torch.Tensor]] = {}
@@ -87,8 +101,37 @@ class ModelWeights:
     def _load(self, index: int, reader: DirectReader, on_load: OnBytes) -> None:
         stored = load_unit(self._layouts[index], reader, on_load)
         tensors = self._converted(stored)
+        if (target := self._staying_codec(self.plan.units[index])) is not None:
+            tensors = self._rewrite(self.plan.units[index], tensors, target)
+            self._rewritten[index] = target
         self._resident[index] = tensors
         self.resident_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def _staying_codec(self, unit: PlannedUnit) -> TiledInt4 | None:
+        """What the weight of *unit*, which stays, is rewritten to; ``None``: it stays as it is."""
+        matrix = self._skeleton.sources.get(f"{unit.module}.weight")
+        if not isinstance(matrix, PackedSource):
+            return None
+        target = tiled(matrix.codec, matrix.shape[-1])
+        is_linear = isinstance(self._skeleton.model.get_submodule(unit.module), torch.nn.Linear)
+        return target if is_linear and target is not None and self._fuses(target, f"{unit.module}.weight") else None
+
+    def _rewrite(
+        self, unit: PlannedUnit, tensors: dict[str, torch.Tensor], target: TiledInt4
+    ) -> dict[str, torch.Tensor]:
+        """*tensors* of *unit*, with the planes of its weight as they multiply fastest."""
+        matrix = self._skeleton.sources[f"{unit.module}.weight"]
+        assert isinstance(matrix, PackedSource)
+        first, last = unit.rows or (0, matrix.shape[0])
+        planes = {name: tensors[plane.name] for name, plane in matrix.planes.items()}
+        found = rewrite(matrix.codec, planes, target, last - first, matrix.shape[1])
+        stored = {plane.name for plane in matrix.planes.values()}
+        others = {key: tensor for key, tensor in tensors.items() if key not in stored}
+        return others | {f"{matrix.name}:{name}": plane for name, plane in found.items()}
+
+    def _fuses(self, codec: Codec, key: str) -> int:
+        """Rows up to which weight *key* is multiplied by as it is; the kernels compute in bfloat16."""
+        return self._fused_rows.get(codec.kernel, 0) if self._skeleton.dtypes[key] == torch.bfloat16 else 0
 
     def _converted(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """In the dtypes that they are computed in; planes of quantised matrices as they are."""
@@ -191,17 +234,22 @@ class ModelWeights:
         self, index: int, path: str, rows: tuple[int, int]
     ) -> Iterator[tuple[Matrix, torch.Tensor | None]]:
         with self._stored(index) as stored:
-            yield self._matrix(self._converted(stored), path, rows)
+            yield self._matrix(self._converted(stored), path, rows, self._rewritten.get(index))
 
     def _matrix(
-        self, tensors: dict[str, torch.Tensor], path: str, rows: tuple[int, int]
+        self, tensors: dict[str, torch.Tensor], path: str, rows: tuple[int, int], rewritten: TiledInt4 | None
     ) -> tuple[Matrix, torch.Tensor | None]:
         weight, bias = f"{path}.weight", self._bias(tensors, f"{path}.bias", rows)
         source = self._skeleton.sources[weight]
         if not isinstance(source, PackedSource):
             return PlainMatrix(tensors[weight]), bias
-        planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
-        return PackedMatrix(source, planes, *rows, self._scratch_for(self._skeleton.dtypes[weight])), bias
+        codec = rewritten or source.codec
+        if rewritten:
+            planes = {name: tensors[f"{source.name}:{name}"] for name in rewritten.expected(*source.shape)}
+        else:
+            planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
+        scratch = self._scratch_for(self._skeleton.dtypes[weight])
+        return PackedMatrix(codec, planes, *rows, source.shape[1], scratch, self._fuses(codec, weight)), bias
 
     def _bias(self, tensors: dict[str, torch.Tensor], key: str, rows: tuple[int, int]) -> torch.Tensor | None:
         """Of *rows* of a Linear; ``None`` if it has none."""
@@ -218,7 +266,9 @@ class ModelWeights:
         if dtype not in self._scratch:
             sources = self._skeleton.sources.values()
             packed = [source for source in sources if isinstance(source, PackedSource) and len(source.shape) == 2]
-            values = max(tile_rows(source) * source.shape[1] for source in packed)
+            codecs = [(tiled(source.codec, source.shape[1]) or source.codec, source.shape) for source in packed]
+            codecs += [(source.codec, source.shape) for source in packed]
+            values = max(tile_rows(codec, *shape) * shape[1] for codec, shape in codecs)
             self._scratch[dtype] = torch.empty(values, dtype=dtype)
         return self._scratch[dtype]
 

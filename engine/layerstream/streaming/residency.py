@@ -79,7 +79,7 @@ class PlannedUnit:
     @property
     def converts(self) -> bool:
         """Whether the weights are stored in another dtype than they are computed in."""
-        return self.num_bytes != self.compute_bytes
+        return not self.decode_bytes and self.num_bytes != self.compute_bytes
 
     @property
     def scratch_bytes(self) -> int:

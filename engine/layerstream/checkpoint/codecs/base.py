@@ -23,11 +23,15 @@ class Codec(ABC):
         name: of the format, as users know it.
         whole: planes that belong to all rows.
         row_step: rows are cut at multiples of it; 0: the matrix is never cut.
+        kernel: which kernel multiplies by it without decoding; ``""``: none does.
+        columns_first: whether it is decoded fastest into the transpose of a contiguous matrix.
     """
 
     name: str
     whole: frozenset[str] = frozenset()
     row_step: int = 1
+    kernel: str = ""
+    columns_first: bool = False
 
     @abstractmethod
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -40,6 +44,22 @@ class Codec(ABC):
         Args:
             planes: cut to those rows, but for those in ``whole``.
         """
+
+    def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
+        """*inputs* ``(m, columns)`` in bfloat16 times the transpose of the matrix, undecoded: ``(m, rows)`` or wider.
+
+        A row of the result does not depend on the others, bit for bit. Only where there is a ``kernel``.
+        """
+        raise NotImplementedError
+
+    def affine_group(self, columns: int) -> int:
+        """How many neighbours in a row share a scale, if values are linear in a code of 4 bits; else 0."""
+        return 0
+
+    def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes ``(rows, columns)`` in 0…15, scales and offsets ``(rows, groups)``: a value is
+        ``(code - 8) * scale + offset``. Only where there is an ``affine_group``."""
+        raise NotImplementedError
 
     def cut(self, planes: Planes, num_rows: int, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Of *planes* that are those of *num_rows* rows, the part of rows ``[start, stop)`` among them."""

@@ -82,6 +82,8 @@ class BnbInt8(Codec):
 
     name: str = "int8"
 
+    kernel = "int8"
+
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Values, and the largest of each row."""
         return {"weight": (rows, columns), "SCB": (rows,)}
@@ -90,3 +92,9 @@ class BnbInt8(Codec):
         """In fp32, rounded once."""
         scales = planes["SCB"].to(torch.float32)
         torch.mul(planes["weight"].to(torch.float32).mul_(scales[:, None]), INT8_UNIT, out=out)
+
+    def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
+        """By torch's kernel; scaled afterwards, because it takes scales in bfloat16 only."""
+        weight = planes["weight"]
+        sums = torch.ops.aten._weight_int8pack_mm(inputs, weight, weight.new_ones(len(weight), dtype=inputs.dtype))
+        return (sums * (planes["SCB"].to(torch.float32) * INT8_UNIT)).to(inputs.dtype)

@@ -24,6 +24,12 @@ _BY_NUMPY = {
     gguf.GGMLQuantizationType.Q5_1,
     gguf.GGMLQuantizationType.MXFP4,
 }
+_NIBBLES = {  # where the codes begin in a block, and how many bytes have the lower halves of neighbours
+    gguf.GGMLQuantizationType.Q4_0: (2, 16),
+    gguf.GGMLQuantizationType.Q4_1: (4, 16),
+    gguf.GGMLQuantizationType.Q4_K: (16, 32),
+}
+_NIBBLE_GROUP = 32
 SUPPORTED = frozenset({*_PLAIN, *_BY_NUMPY, *map(gguf.GGMLQuantizationType, GGML_BLOCK)})
 
 
@@ -57,12 +63,34 @@ class Ggml(Codec):
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once."""
-        stored = planes["weight"].view(out.shape[0], -1)
+        values = self._values(self._rows(planes, out.shape[0])).view(out.shape)
+        out.copy_(values - self.offset if self.offset else values)
+
+    def affine_group(self, columns: int) -> int:
+        """Of the kinds whose values are linear in their codes."""
+        return _NIBBLE_GROUP if self.kind in _NIBBLES and not self.offset else 0
+
+    def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scales and offsets are those of the line through the values that the lowest and the highest code have."""
+        start, width = _NIBBLES[self.kind]
+        stored = self._rows(planes, rows)
+        blocks = stored.view(-1, gguf.GGML_QUANT_SIZES[self.kind][1]).clone()
+        halves = blocks[:, start:].unflatten(1, (-1, 1, width))
+        codes = torch.cat([halves & 15, halves >> 4], dim=2).view(rows, -1)
+        blocks[:, start:] = 0
+        lowest = self._values(blocks).view(rows, -1)[:, ::_NIBBLE_GROUP]
+        blocks[:, start:] = 255
+        highest = self._values(blocks).view(rows, -1)[:, ::_NIBBLE_GROUP]
+        scale = (highest - lowest) / 15
+        return codes, scale, lowest + 8 * scale
+
+    def _rows(self, planes: Planes, rows: int) -> torch.Tensor:
+        """The bytes of each row, in the model's order."""
+        stored = planes["weight"].view(rows, -1)
         if self.head_rows:
             heads = stored.view(-1, self.head_rows // 2, 2, stored.shape[1])
             stored = heads.transpose(1, 2).reshape(stored.shape)
-        values = self._values(stored).view(out.shape)
-        out.copy_(values - self.offset if self.offset else values)
+        return stored
 
     def _values(self, stored: torch.Tensor) -> torch.Tensor:
         if self.kind in _PLAIN:

@@ -56,13 +56,25 @@ class CompressedInt4(Codec):
         scaled = codes.sub_(zero).mul_(planes["scale"].to(torch.float32)[:, :, None])
         out.copy_(scaled.view(rows, columns))
 
+    def affine_group(self, columns: int) -> int:
+        """All of it is."""
+        return self.group
+
+    def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Zero points become offsets."""
+        scale = planes["scale"].to(torch.float32)
+        zero = unpack(planes["zero"], 0)[:rows].to(torch.float32) if "zero" in planes else 8.0
+        columns = scale.shape[1] * self.group
+        return unpack(planes["weight"], 1)[:, :columns], scale, (8.0 - zero) * scale
+
 
 @dataclass(frozen=True)
 class Gptq(Codec):
-    """GPTQ with 4 bits; *zero_shift* is what its zero points were stored less."""
+    """GPTQ with 4 bits; *zero_shift* is what its zero points were stored less; *in_order*: neighbours form groups."""
 
     group: int
     zero_shift: int = 1
+    in_order: bool = False
     name: str = "gptq"
     row_step = 0
 
@@ -82,6 +94,16 @@ class Gptq(Codec):
         zero = unpack(planes["zero"], 1).to(torch.float32).add_(self.zero_shift)
         codes = unpack(planes["weight"], 0).to(torch.float32)
         out.copy_(codes.sub_(zero[group]).mul_(planes["scale"].to(torch.float32)[group]).T)
+
+    def affine_group(self, columns: int) -> int:
+        """Unless columns were sorted by their weight in the error."""
+        return self.group if self.in_order else 0
+
+    def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Transposed; zero points become offsets."""
+        zero = unpack(planes["zero"], 1).to(torch.float32).add_(self.zero_shift)
+        scale = planes["scale"].to(torch.float32)
+        return unpack(planes["weight"], 0).T, scale.T, ((8.0 - zero) * scale).T
 
 
 @dataclass(frozen=True)
@@ -104,3 +126,13 @@ class Awq(Codec):
         zero = unpack(planes["zero"], 1, _AWQ_SHIFTS).to(torch.float32)
         codes = codes.sub_(zero[:, None]).mul_(planes["scale"].to(torch.float32)[:, None])
         out.copy_(codes.view(columns, rows).T)
+
+    def affine_group(self, columns: int) -> int:
+        """All of it is."""
+        return self.group
+
+    def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Transposed; zero points become offsets."""
+        zero = unpack(planes["zero"], 1, _AWQ_SHIFTS).to(torch.float32)
+        scale = planes["scale"].to(torch.float32)
+        return unpack(planes["weight"], 1, _AWQ_SHIFTS).T, scale.T, ((8.0 - zero) * scale).T
