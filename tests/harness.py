@@ -32,18 +32,21 @@ def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "MAX_SWEEP_TOKENS", 96)
 
 
-def budget_for(folder: Path, mode: str) -> int:
-    """A budget under which the model is resident, streams by layers, or is cut as fine as it gets."""
-    facts = model_facts(build_skeleton(folder, dtype="float32"), 1024)
+def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
+    """A budget under which the model is resident with all it could wish for, just resident (``"tight"``), streams by
+    layers, or is cut as fine as it gets."""
+    facts = model_facts(build_skeleton(folder, dtype=dtype), 1024)
     least = planner._floor_bytes(facts) + planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS)
     if mode == "resident":
         return planner.comfortable_bytes(facts)
     if mode == "cut":
         return least + 2048
     kv_bytes = planner.MIN_KV_TOKENS * facts.kv_token_bytes
-    resident = planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS) + facts.compute_bytes + kv_bytes
-    resident += facts.decode_bytes
-    return min(least + facts.compute_bytes // 2, resident - 1)
+    rest = planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS) + facts.decode_bytes + kv_bytes
+    if mode == "tight":
+        return rest + facts.compute_bytes
+    weights = facts.compute_bytes - facts.embedding_bytes  # its rows may come from disk
+    return min(least + weights // 2, rest + weights - 1)
 
 
 def add_tokenizer(folder: Path, tokenizer_folder: Path) -> None:

@@ -26,6 +26,7 @@ from layerstream.self_check import check_untested
 from layerstream.sizes import parse_size
 from layerstream.stats import EngineStats, collect_stats
 from layerstream.text.prompt import Prompt, split_prompts
+from layerstream.threads import run_apart
 from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmReport, forecast, warm
 
 logger = logging.getLogger(__name__)
@@ -98,10 +99,8 @@ class LayerStream:
             draft_model=draft_model,
             quantization=quantization,
         )
-        if allow_untested:
-            check_untested(config)
         self._progress = make_listener(progress)
-        self._parts: Assembly = assemble(config, self._progress)
+        self._parts: Assembly = run_apart(lambda: _build(config, self._progress), Assembly.close)
         parts = self._parts
         self._loop = EngineLoop(parts.scheduler, parts.step, parts.drafting, parts.weights, self._progress)
         self._close = weakref.finalize(self, _shut, self._loop, self._parts)
@@ -300,6 +299,12 @@ class LayerStream:
 
     def __repr__(self) -> str:
         return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
+
+
+def _build(config: EngineConfig, listener: Listener | None) -> Assembly:
+    if config.allow_untested:
+        check_untested(config)
+    return assemble(config, listener)
 
 
 def _shut(loop: EngineLoop, parts: Assembly) -> None:

@@ -131,11 +131,11 @@ def _arithmetic(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
     """What makes sums round otherwise."""
     cut = [(unit.module, *unit.rows) for unit in plan.weights.body if unit.rows is not None]
     codecs = {source.codec.name for source in skeleton.sources.values() if isinstance(source, PackedSource)}
-    rewritten = [unit.name for index, unit in enumerate(plan.weights.units) if index in plan.weights.residents]
+    staying = [(u.name, u.stays_decoded) for i, u in enumerate(plan.weights.units) if i in plan.weights.residents]
     quantised = {
         "codecs": sorted(codecs),
         "fused_rows": dict(sorted(plan.facts.fused_rows.items())),
-        "rewritten": hashlib.sha256(repr(rewritten).encode()).hexdigest()[:16] if plan.facts.fused_rows else "none",
+        "staying": hashlib.sha256(repr(staying).encode()).hexdigest()[:16],
     }
     return {
         **(quantised if codecs else {}),

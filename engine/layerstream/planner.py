@@ -19,6 +19,7 @@ from layerstream.streaming.residency import (
     choose_residents,
     cut_units,
     largest_unit,
+    linears,
     slice_rows,
 )
 
@@ -202,10 +203,13 @@ class Plan:
                 f"{self.max_sweep_tokens} tokens and {self.max_draft_rows} guesses in a sweep",
             ),
             ("left over", self.budget_bytes - self.planned_bytes, ""),
+            (
+                "weights on disk",
+                self.facts.stored_bytes,
+                f"{self.bits_per_weight:.3g} bits each, without the embedding",
+            ),
             ("streamed per sweep", self.streamed_bytes, "read from disk for every sweep"),
         ]
-        if self.facts.num_values:
-            rows.append(("weights", self.facts.stored_bytes, f"{self.bits_per_weight:.3g} bits each"))
         return "\n".join(f"{name:<20}{format_size(num_bytes):>11}  {note}".rstrip() for name, num_bytes, note in rows)
 
 
@@ -215,22 +219,33 @@ def make_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     Raises:
         BudgetTooSmall: names the minimum, and what needs it.
     """
-    return _resident_plan(facts, budget_bytes) or _streaming_plan(facts, budget_bytes)
+    plans = [_resident_plan(facts, budget_bytes, with_embedding=choice) for choice in (True, False)]
+    resident = min((plan for plan in plans if plan), key=_shortcomings, default=None)
+    return resident or _streaming_plan(facts, budget_bytes)
 
 
 def comfortable_bytes(facts: ModelFacts) -> int:
     """The budget from which on nothing streams and KV has all the room that it may take."""
     fixed = facts.compute_bytes + _activation_bytes(facts, MAX_SWEEP_TOKENS) + facts.decode_bytes
+    decoded = [node for root in (*facts.body, facts.head) for node in linears(root)]
+    fixed += sum(node.value_bytes - node.own_bytes for node in decoded if not facts.fused_rows.get(node.kernel))
     return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_token_bytes
 
 
-def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
-    """Everything resident, or ``None`` if that does not fit."""
+def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool) -> Plan | None:
+    """Everything resident, or ``None`` if that does not fit.
+
+    Without the embedding, whose rows then come from disk, only where KV has all the room that it wants first.
+    """
+    facts = facts if with_embedding else replace(facts, embedding_bytes=0)
+    least_kv = _least_kv_bytes(facts)
+    if not with_embedding:
+        least_kv = max(least_kv, _first_kv_bytes(facts, budget_bytes))
     activations = _activation_bytes(facts, MAX_SWEEP_TOKENS) + facts.decode_bytes
     left = budget_bytes - activations - facts.compute_bytes
-    if left < _least_kv_bytes(facts):
+    if left < least_kv:
         return None
-    draft_rows = _draft_rows(facts, budget_bytes, left - _least_kv_bytes(facts))
+    draft_rows = _draft_rows(facts, budget_bytes, left - least_kv)
     activations += draft_rows * _draft_row_bytes(facts)
     left -= draft_rows * _draft_row_bytes(facts)
     num_pages, num_transit = _num_pages(facts, left), 0
@@ -240,11 +255,15 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
         num_pages = _num_pages(facts, left - num_transit * _slot_bytes(facts))
     body = tuple(unit for node in facts.body for unit in cut_units(node, node.total_bytes))
     head = (PlannedUnit(facts.head.name, facts.head.total_bytes, facts.head.total_compute_bytes),)
+    spare = left - num_transit * _slot_bytes(facts) - _first_kv_bytes(facts, budget_bytes)
+    body, head, taken = _decode_some(facts, body, head, spare)
+    if taken:
+        num_pages = _num_pages(facts, left - num_transit * _slot_bytes(facts) - taken)
     return Plan(
         budget_bytes=budget_bytes,
         facts=facts,
         weights=UnitPlan(body, head, residents=frozenset(range(len(body) + 1)), ring_bytes=0),
-        embedding_resident=True,
+        embedding_resident=with_embedding,
         num_pages=num_pages,
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations,
@@ -252,6 +271,44 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int) -> Plan | None:
         max_draft_rows=draft_rows,
         num_transit=num_transit,
     )
+
+
+def _shortcomings(plan: Plan) -> tuple[int, int]:
+    """KV that is missing, and quantised weights that every sweep decodes."""
+    missing_kv = max(0, _first_kv_bytes(plan.facts, plan.budget_bytes) - plan.kv_bytes)
+    return missing_kv, _undecoded_bytes(plan)
+
+
+def _undecoded_bytes(plan: Plan) -> int:
+    kernels = {node.name: node.kernel for root in (*plan.facts.body, plan.facts.head) for node in linears(root)}
+    return sum(
+        unit.num_bytes
+        for unit in plan.weights.units
+        if unit.module in kernels and not unit.stays_decoded and not plan.facts.fused_rows.get(kernels[unit.module])
+    )
+
+
+def _decode_some(
+    facts: ModelFacts, body: tuple[PlannedUnit, ...], head: tuple[PlannedUnit, ...], spare: int
+) -> tuple[tuple[PlannedUnit, ...], tuple[PlannedUnit, ...], int]:
+    """Let quantised matrices that no kernel multiplies by stay decoded, as far as *spare* bytes go, the head first:
+    decoding them in every sweep takes longer than anything else. Also what that takes."""
+    nodes = {node.name: node for root in (*facts.body, facts.head) for node in linears(root)}
+    taken = 0
+
+    def decode(unit: PlannedUnit) -> PlannedUnit:
+        nonlocal taken
+        node = nodes.get(unit.module)
+        if node is None or not node.value_bytes or facts.fused_rows.get(node.kernel):
+            return unit
+        more = node.value_bytes - node.own_bytes
+        if taken + more > spare:
+            return unit
+        taken += more
+        return replace(unit, compute_bytes=unit.compute_bytes + more, stays_decoded=True)
+
+    decoded_head = tuple(map(decode, head))
+    return tuple(map(decode, body)), decoded_head, taken
 
 
 def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
@@ -308,9 +365,14 @@ def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
     return tokens
 
 
-def _wanted_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
+def _first_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
+    """KV that comes before anything else that would be faster in memory."""
     wanted = min(WANTED_KV_TOKENS, facts.context_length) * facts.kv_token_bytes
-    return int(max(min(wanted, WANTED_KV_SHARE * budget_bytes), MORE_KV_SHARE * budget_bytes))
+    return int(min(wanted, WANTED_KV_SHARE * budget_bytes))
+
+
+def _wanted_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
+    return max(_first_kv_bytes(facts, budget_bytes), int(MORE_KV_SHARE * budget_bytes))
 
 
 def _unit_limit(facts: ModelFacts, for_weights: int) -> int:

@@ -50,7 +50,7 @@ def test_blocks_are_what_the_gguf_package_says(name: str) -> None:
     assert np.array_equal(out.numpy(), expected.reshape(6, 512))
 
 
-@pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q8_0", "Q5_1"])
 def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path) -> None:
     _compare(tmp_path, "llama", kind, mode)
@@ -67,7 +67,7 @@ def _compare(folder: Path, family: str, kind: str, mode: str) -> None:
     write_gguf(path, reference, ARCHITECTURES[family], Kind[kind], make_tokenizer())
     prompts = [draw_prompt(length) for length in (70, 5)]
     run = run_greedily(path, budget_for(path, mode), prompts)
-    assert run.streams == (mode != "resident")
+    assert run.streams == (mode in {"layers", "cut"})
     assert_equals(run, reference, prompts, TOLERANCE)
 
 

@@ -44,11 +44,11 @@ def _compare(folder: Path, reference: Any, mode: str, tokenizer_folder: Path) ->
     add_tokenizer(folder, tokenizer_folder)
     prompts = [draw_prompt(length) for length in (70, 5)]
     run = run_greedily(folder, budget_for(folder, mode), prompts)
-    assert run.streams == (mode != "resident")
+    assert run.streams == (mode in {"layers", "cut"})
     assert_equals(run, reference, prompts, TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
 @pytest.mark.parametrize("kind", PACKERS)
 def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     reference = make_model("llama", tmp_path)
@@ -57,7 +57,7 @@ def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path, tokeni
     _compare(tmp_path, reference, mode, tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_equals_transformers_with_bitsandbytes(kind: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """Its weights are those that transformers loads; its kernel for the CPU then rounds its inputs to bfloat16."""
@@ -78,7 +78,7 @@ def test_equals_transformers_with_bitsandbytes(kind: str, mode: str, tmp_path: P
     _compare(tmp_path / "packed", reference, mode, tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
 def test_int8_is_computed_weight_only(mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """LLM.int8 picks outliers over all rows of a batch, so that a neighbour would change the bits."""
     reference = make_model("llama", tmp_path / "plain")

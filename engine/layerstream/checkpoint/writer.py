@@ -15,6 +15,7 @@ from layerstream.checkpoint.names import DTYPES
 from layerstream.errors import StorageFull
 
 SYNCED_BYTES = 64 * 2**20
+ALIGNMENT = 64
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -27,7 +28,8 @@ class ShardWriter:
     """One safetensors file on its way. Use as a context: leaving it without an error puts the file in place.
 
     Args:
-        shapes: dtype name and shape of each tensor, in the order in which they will be written.
+        shapes: dtype name and shape of each tensor, in the order in which they will be written. In the file, those
+            that are multiples of 64 bytes come first, so that each begins at one: kernels want aligned weights.
 
     Raises:
         StorageFull: there is no room; what was written of the file is removed.
@@ -36,16 +38,16 @@ class ShardWriter:
     def __init__(self, path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         self._path = path
         self._partial = path.with_name(f"{path.name}.partial")
-        self._left: list[tuple[str, int]] = []
+        sizes = {name: stored_bytes(dtype, shape) for name, (dtype, shape) in shapes.items()}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, (dtype, shape) in shapes.items():
-            size = stored_bytes(dtype, shape)
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
-            self._left.append((name, size))
-            end += size
+        starts, end = {}, 0
+        for name in sorted(shapes, key=lambda name: sizes[name] % ALIGNMENT > 0):
+            starts[name], end = end, end + sizes[name]
+            dtype, shape = shapes[name]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
         raw = json.dumps(header).encode()
-        self._header = raw + b" " * (-len(raw) % 8)
+        self._header = raw + b" " * (-(len(raw) + 8) % ALIGNMENT)
+        self._left = [(name, 8 + len(self._header) + starts[name], sizes[name]) for name in shapes]
 
     def __enter__(self) -> ShardWriter:
         self._file = self._partial.open("wb")
@@ -55,8 +57,9 @@ class ShardWriter:
 
     def write(self, name: str, parts: Iterable[torch.Tensor | bytes]) -> None:
         """The next tensor, in any number of *parts*, each contiguous."""
-        expected, size = self._left.pop(0)
+        expected, offset, size = self._left.pop(0)
         assert name == expected, f"{name} written where {expected} is due"
+        self._file.seek(offset)
         for part in parts:
             data = part if isinstance(part, bytes) else part.contiguous().view(-1).view(torch.uint8).numpy().data
             size -= len(data)

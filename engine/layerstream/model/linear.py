@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeAlias
 
 import torch
@@ -68,9 +69,10 @@ class PackedMatrix:
     fused_rows: int = 0
 
     def tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """As many rows at a time as :data:`TILE_VALUES` allows."""
+        """As many rows at a time as the scratch has room for."""
         num_rows = self.last - self.first
-        step = tile_rows(self.codec, num_rows, self.columns)
+        multiple = self.codec.row_step or num_rows
+        step = min(num_rows, len(self.scratch) // self.columns // multiple * multiple)
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             values = self.scratch[: (stop - start) * self.columns]
@@ -129,7 +131,6 @@ class SlicedLinear:
                     found = matrix.product(inputs[rows.start : rows.used])
                     found = found if bias is None else found + bias
                     output[rows.start : rows.used, part.first : part.last] = found
-                    output[rows.used : rows.stop, part.first : part.last] = 0
                 if not decoded:
                     continue
                 for start, stop, weight in matrix.tiles():
@@ -139,17 +140,46 @@ class SlicedLinear:
                         output[block, columns] = F.linear(inputs[block], weight, tile_bias)
         return output
 
+    def run(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``(…, in)`` to ``(…, out)`` by the sweep's row blocks."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        context = current()
+        whole = flat.shape[0] != context.num_rows  # not rows of the sweep: expanded latents
+        blocks = [Rows(0, flat.shape[0], flat.shape[0])] if whole else context.rows_in_hand()
+        return self.project(flat, blocks).view(*inputs.shape[:-1], -1)
+
     def install(self, module: torch.nn.Module) -> None:
-        """Make *module* compute this way, by the sweep's row blocks."""
+        """Make *module* compute this way."""
+        module.forward = self.run
 
-        def run(inputs: torch.Tensor) -> torch.Tensor:
-            flat = inputs.reshape(-1, inputs.shape[-1])
-            context = current()
-            whole = flat.shape[0] != context.num_rows  # not rows of the sweep: expanded latents
-            blocks = [Rows(0, flat.shape[0], flat.shape[0])] if whole else context.rows_in_hand()
-            return self.project(flat, blocks).view(*inputs.shape[:-1], -1)
 
-        module.forward = run
+class JoinedLinears:
+    """Linears that take the same input, with their weights in one matrix: the first that is called multiplies for all.
+
+    Args:
+        linear: the matrix, *rows* of each of them, one after the other.
+    """
+
+    def __init__(self, linear: SlicedLinear, rows: Sequence[int]) -> None:
+        self._linear = linear
+        self._rows = rows
+        self._inputs: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+
+    def install(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Make *modules* compute this way."""
+        first = 0
+        for module, num_rows in zip(modules, self._rows, strict=True):
+            module.forward = partial(self._run, first, first + num_rows)
+            first += num_rows
+
+    def _run(self, first: int, last: int, inputs: torch.Tensor) -> torch.Tensor:
+        if self._output is None or self._inputs is not inputs:
+            self._inputs, self._output = inputs, self._linear.run(inputs)
+        output = self._output[..., first:last]
+        if last == self._linear.num_rows:
+            self._inputs = self._output = None
+        return output
 
 
 def padded_blocks(num_rows: int, block_rows: int) -> list[Rows]:

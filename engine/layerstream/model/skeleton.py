@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping
@@ -247,16 +248,23 @@ def _weigh(
         compute_bytes = sum(_compute_bytes(sources[key], dtypes[key]) for key in keys)
         return WeightNode(path, num_bytes, compute_bytes, decode_bytes=_whole_decode_bytes(keys, sources, dtypes))
     own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
-    matrix = sources.get(f"{path}.weight")
-    is_linear = isinstance(module, torch.nn.Linear)
-    return WeightNode(
+    node = WeightNode(
         name=path,
         own_bytes=sum(sources[key].num_bytes for key in own),
         compute_bytes=sum(_compute_bytes(sources[key], dtypes[key]) for key in own),
-        num_rows=module.out_features if is_linear else 0,
-        row_step=matrix.codec.row_step if is_linear and isinstance(matrix, PackedSource) else 1,
-        decode_bytes=decode_bytes(matrix, dtypes[matrix.name]) if is_linear and isinstance(matrix, PackedSource) else 0,
+        num_rows=module.out_features if isinstance(module, torch.nn.Linear) else 0,
         children=children,
+    )
+    matrix = sources.get(f"{path}.weight")
+    if not node.num_rows or not isinstance(matrix, PackedSource):
+        return node
+    dtype = dtypes[f"{path}.weight"]
+    return dataclasses.replace(
+        node,
+        row_step=matrix.codec.row_step,
+        decode_bytes=decode_bytes(matrix, dtype),
+        value_bytes=prod(matrix.shape) * dtype.itemsize,
+        kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
     )
 
 

@@ -32,6 +32,8 @@ class WeightNode:
         row_step: it is split at multiples of so many; 0: it is never split.
         decode_bytes: what decoding takes if the module is a quantised Linear; its weights stay quantised. Such a Linear
             is a unit of its own.
+        value_bytes: of such a Linear, decoded in the compute dtype.
+        kernel: that could multiply by it undecoded; ``""``: none.
         children: modules below, in module order.
     """
 
@@ -41,6 +43,8 @@ class WeightNode:
     num_rows: int = 0
     row_step: int = 1
     decode_bytes: int = 0
+    value_bytes: int = 0
+    kernel: str = ""
     children: tuple[WeightNode, ...] = ()
 
     @property
@@ -61,7 +65,10 @@ class WeightNode:
 
 @dataclass(frozen=True, slots=True)
 class PlannedUnit:
-    """One unit: a module with all below it, its own weights alone (``own_only``), or rows of a Linear."""
+    """One unit: a module with all below it, its own weights alone (``own_only``), or rows of a Linear.
+
+    ``stays_decoded``: quantised on disk, and resident in the compute dtype.
+    """
 
     module: str
     num_bytes: int
@@ -70,6 +77,7 @@ class PlannedUnit:
     own_only: bool = False
     pinned: bool = False
     decode_bytes: int = 0
+    stays_decoded: bool = False
 
     @property
     def name(self) -> str:
@@ -140,6 +148,14 @@ def cut_units(node: WeightNode, limit: int) -> list[PlannedUnit]:
 def largest_unit(units: Sequence[PlannedUnit]) -> int:
     """Ring bytes of the largest unit that is not pinned; 0 if there is none."""
     return max((unit.ring_bytes for unit in units if not unit.pinned), default=0)
+
+
+def linears(node: WeightNode) -> Iterator[WeightNode]:
+    """The quantised Linears in the subtree of *node*."""
+    if node.value_bytes:
+        yield node
+    for child in node.children:
+        yield from linears(child)
 
 
 def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:

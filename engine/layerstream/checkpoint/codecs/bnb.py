@@ -15,6 +15,7 @@ import torch
 
 from layerstream.checkpoint.codecs.base import Codec, Planes
 
+ALIGNMENT = 16  # bytes; torch's int8 kernel (2.13) ends the process where weights lie otherwise
 INT8_UNIT = 7.874015718698502e-3  # 1 / 127, as bitsandbytes has it
 
 
@@ -95,6 +96,11 @@ class BnbInt8(Codec):
 
     def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
         """By torch's kernel; scaled afterwards, because it takes scales in bfloat16 only."""
-        weight = planes["weight"]
+        weight = aligned(planes["weight"])
         sums = torch.ops.aten._weight_int8pack_mm(inputs, weight, weight.new_ones(len(weight), dtype=inputs.dtype))
         return (sums * (planes["SCB"].to(torch.float32) * INT8_UNIT)).to(inputs.dtype)
+
+
+def aligned(weight: torch.Tensor) -> torch.Tensor:
+    """*weight*, or a copy where it lies askew, as transformers' files have it."""
+    return weight if weight.data_ptr() % ALIGNMENT == 0 else weight.clone()

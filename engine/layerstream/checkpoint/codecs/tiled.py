@@ -11,6 +11,7 @@ Other formats are linear in a 4-bit code too. A matrix of theirs that stays in m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from layerstream.checkpoint.codecs.base import Codec, Planes
 TILED_METHOD = "layerstream-int4"  # the quant_method of such a checkpoint
 TILE = 64
 GROUPS = (32, 64, 128, 256)
+CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
 SLAB_VALUES = 2**22  # of a matrix, rewritten at a time
 
 
@@ -42,16 +44,22 @@ class TiledInt4(Codec):
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once; fastest where *out* is the transpose of a contiguous matrix."""
-        codes = planes["weight"]
+        tiles, columns, _ = planes["weight"].shape
+        step = max(1, CACHED_VALUES // (columns * TILE))
+        for start in range(0, tiles, step):
+            rows = slice(start * TILE, min((start + step) * TILE, len(out)))
+            self._decode(self.cut(planes, tiles * TILE, rows.start, rows.stop), out[rows])
+
+    def _decode(self, planes: Planes, out: torch.Tensor) -> None:
+        codes, stored = planes["weight"], planes["scale"]
         tiles, columns, half = codes.shape
         grouped = codes.view(tiles, columns // self.group, self.group, half)
-        both = codes.new_empty((*grouped.shape[:-1], 2, half))
-        torch.bitwise_and(grouped, 15, out=both[..., 0, :])
-        torch.bitwise_right_shift(grouped, 4, out=both[..., 1, :])
-        stored = planes["scale"]
+        values = torch.empty((*grouped.shape[:-1], 2, half))
+        values[..., 0, :] = torch.bitwise_and(grouped, 15)
+        values[..., 1, :] = torch.bitwise_right_shift(grouped, 4)
         by_tile = stored if stored.dim() == 4 else stored.unflatten(1, (tiles, TILE)).transpose(0, 1)
         scale, offset = (part.to(torch.float32).contiguous() for part in by_tile[:, :, None].unbind(-1))
-        values = both.flatten(-2).to(torch.float32)
+        values = values.flatten(-2)
         values = torch.addcmul(offset - 8 * scale, values, scale, out=values).view(tiles, columns, TILE)
         if out.shape[0] == tiles * TILE:
             out.T.unflatten(1, (tiles, TILE)).transpose(0, 1).copy_(values)
@@ -122,3 +130,9 @@ def rewrite(codec: Codec, planes: Planes, target: TiledInt4, rows: int, columns:
         codes[start // TILE : -(-stop // TILE)] = tile_codes(padded[0])
         scale[:, start : stop + missing] = by_kernel(tile_scales(padded[1], padded[2]))
     return {"weight": codes, "scale": scale}
+
+
+def join(parts: Sequence[Planes]) -> dict[str, torch.Tensor]:
+    """One matrix of the rows of several, all of whole tiles, as they are where they stay."""
+    codes = torch.cat([planes["weight"] for planes in parts])
+    return {"weight": codes, "scale": torch.cat([planes["scale"] for planes in parts], dim=1)}

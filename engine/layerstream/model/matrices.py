@@ -1,0 +1,161 @@
+"""From the stored tensors of a Linear to what its input is multiplied by: as it is, rewritten for a kernel, decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from layerstream.checkpoint.codecs.base import Codec
+from layerstream.checkpoint.codecs.bnb import aligned
+from layerstream.checkpoint.codecs.tiled import TiledInt4, join, rewrite, tiled
+from layerstream.checkpoint.names import PackedSource
+from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
+from layerstream.model.skeleton import Skeleton
+from layerstream.streaming.residency import PlannedUnit
+from layerstream.streaming.unit import Part
+
+Tensors = Mapping[str, torch.Tensor]
+Weights = tuple[Matrix, torch.Tensor | None]
+"""Weight and bias."""
+
+
+class Matrices:
+    """Makes matrices for the Linears of *skeleton*.
+
+    Args:
+        fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
+    """
+
+    def __init__(self, skeleton: Skeleton, fused_rows: Mapping[str, int]) -> None:
+        self._skeleton = skeleton
+        self._fused_rows = fused_rows
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    def passing(self, unit: PlannedUnit, tensors: Tensors) -> Weights:
+        """Of a unit that streams, out of its *tensors* as they are stored."""
+        source, bias = self._source(unit), self._bias(unit, tensors)
+        if not isinstance(source, PackedSource):
+            return PlainMatrix(self.converted(tensors)[_weight(unit)]), bias
+        planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
+        first, last = self.rows(unit)
+        scratch = self._scratch_for(_weight(unit))
+        fused_rows = self._most_rows(source.codec.kernel, _weight(unit))
+        return PackedMatrix(source.codec, planes, first, last, source.shape[1], scratch, fused_rows), bias
+
+    def staying(self, unit: PlannedUnit, tensors: Tensors) -> Weights:
+        """Of a unit that is resident: decoded if the plan has room for that, else as it multiplies fastest."""
+        source = self._source(unit)
+        if not isinstance(source, PackedSource):
+            return self.passing(unit, tensors)
+        first, last = self.rows(unit)
+        if unit.stays_decoded:
+            values = torch.empty((last - first, source.shape[1]), dtype=self._skeleton.dtypes[_weight(unit)])
+            for start, stop, tile in self.passing(unit, tensors)[0].tiles():
+                values[start:stop] = tile
+            return PlainMatrix(values), self._bias(unit, tensors)
+        target = tiled(source.codec, source.shape[1])
+        if target is None or not (fused_rows := self._most_rows(target.kernel, _weight(unit))):
+            return self.passing(unit, {name: aligned(tensor) for name, tensor in tensors.items()})
+        planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
+        planes = rewrite(source.codec, planes, target, last - first, source.shape[1])
+        scratch = self._scratch_for(_weight(unit))
+        return PackedMatrix(target, planes, first, last, source.shape[1], scratch, fused_rows), self._bias(
+            unit, tensors
+        )
+
+    def rows(self, unit: PlannedUnit) -> tuple[int, int]:
+        """The rows of the matrix that *unit* has."""
+        return unit.rows or (0, self._source(unit).shape[0])
+
+    def converted(self, stored: Tensors) -> dict[str, torch.Tensor]:
+        """In the dtypes that they are computed in; planes of quantised matrices as they are."""
+        dtypes = self._skeleton.dtypes
+        return {key: tensor.to(dtypes[key]) if key in dtypes else tensor for key, tensor in stored.items()}
+
+    def decoded(self, path: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """*tensors* of the module *path*, what of them is quantised as a whole in the compute dtype."""
+        found = dict(tensors)
+        for key in self._skeleton.keys_of(path):
+            source = self._skeleton.sources[key]
+            if isinstance(source, PackedSource) and key not in found:
+                planes = {name: found.pop(plane.name) for name, plane in source.planes.items() if plane.name in found}
+                if planes:
+                    found[key] = torch.empty(source.shape, dtype=self._skeleton.dtypes[key])
+                    source.codec.decode(planes, 0, found[key].view(source.matrix_shape))
+        return found
+
+    def _source(self, unit: PlannedUnit) -> object:
+        return self._skeleton.sources[_weight(unit)]
+
+    def _most_rows(self, kernel: str, weight: str) -> int:
+        """Of a row block that *kernel* multiplies; the kernels compute in bfloat16."""
+        return self._fused_rows.get(kernel, 0) if self._skeleton.dtypes[weight] == torch.bfloat16 else 0
+
+    def _bias(self, unit: PlannedUnit, tensors: Tensors) -> torch.Tensor | None:
+        """Of the rows of *unit*; ``None`` if it has none."""
+        key = f"{unit.module}.bias"
+        source = self._skeleton.sources.get(key)
+        if source is None:
+            return None
+        if not isinstance(source, PackedSource):
+            return tensors[key].to(self._skeleton.dtypes[key])
+        first, last = self.rows(unit)
+        planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
+        bias = torch.empty((last - first, 1), dtype=self._skeleton.dtypes[key])
+        source.codec.decode(planes, first, bias)
+        return bias.view(-1)
+
+    def _scratch_for(self, weight: str) -> torch.Tensor:
+        """Room for the largest tile, one for all weights of a dtype."""
+        dtype = self._skeleton.dtypes[weight]
+        if dtype not in self._scratch:
+            sources = self._skeleton.sources.values()
+            packed = [source for source in sources if isinstance(source, PackedSource) and len(source.shape) == 2]
+            codecs = [(codec, source.shape) for source in packed for codec in _codecs(source)]
+            self._scratch[dtype] = torch.empty(
+                max(tile_rows(codec, *shape) * shape[1] for codec, shape in codecs), dtype=dtype
+            )
+        return self._scratch[dtype]
+
+
+def joined(weights: list[Weights]) -> Weights | None:
+    """Matrices that are multiplied by the same input as one; ``None`` if they do not fit together."""
+    matrices = [matrix for matrix, _ in weights]
+    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+    first = packed[0] if packed else None
+    if first is None or len(packed) < len(matrices) or not isinstance(first.codec, TiledInt4) or not first.fused_rows:
+        return None
+    if any((other.codec, other.columns, other.last % 64) != (first.codec, first.columns, 0) for other in packed):
+        return None
+    rows = sum(matrix.last for matrix in packed)
+    planes = join([matrix.planes for matrix in packed])
+    matrix = PackedMatrix(first.codec, planes, 0, rows, first.columns, first.scratch, first.fused_rows)
+    if all(bias is None for _, bias in weights):
+        return matrix, None
+    biases = [
+        first.scratch.new_zeros(matrix.last) if bias is None else bias
+        for matrix, (_, bias) in zip(packed, weights, strict=True)
+    ]
+    return matrix, torch.cat(biases)
+
+
+def packed_parts(source: PackedSource, rows: tuple[int, int] | None) -> Iterator[Part]:
+    """The planes of *source*, or of *rows* of it."""
+    num_rows = source.shape[0]
+    for name, plane in source.planes.items():
+        if rows is None or name in source.codec.whole:
+            yield Part.whole(plane.name, plane)
+        else:
+            start, stop = (plane.num_bytes * row // num_rows for row in rows)
+            count = (stop - start) // (plane.num_bytes // plane.shape[0])
+            yield Part(plane.name, plane, (count, *plane.shape[1:]), start, stop)
+
+
+def _codecs(source: PackedSource) -> list[Codec]:
+    target = tiled(source.codec, source.shape[1])
+    return [source.codec] if target is None else [source.codec, target]
+
+
+def _weight(unit: PlannedUnit) -> str:
+    return f"{unit.module}.weight"
