@@ -75,7 +75,8 @@ def pack(
 ) -> PackReport:
     """Write *source* to *target* with its Linears in *kind*: ``"nf4"``, ``"int8"`` or ``"int4"``.
 
-    Norms, biases, routers, experts and the embedding stay as they are; the head too, with *keep_head*.
+    Norms, biases, routers and the embedding stay as they are; the head too, with *keep_head*; and experts, but in int4
+    where they are stored one by one (bitsandbytes has no format for them).
 
     Raises:
         ConfigurationError: *target* is something else's, or the source is quantised already.
@@ -147,9 +148,12 @@ def _shards(skeleton: Skeleton, encoder: Encoder, keep_head: bool) -> list[list[
         node = next((node.name for node in skeleton.body if key.startswith(f"{node.name}.")), key)
         for piece in found.pieces:
             entry = piece.entry
-            can = found.is_single and len(entry.shape) == 2 and entry.shape == found.shape and encoder.can(*entry.shape)
+            can = len(entry.shape) == 2 and encoder.can(*entry.shape)
+            is_linear = key in linears and found.is_single and entry.shape == found.shape
+            is_expert = encoder.packs_experts and len(found.shape) == 3 and piece.num_bytes == entry.extent.num_bytes
             if entry.name not in seen:
-                groups.setdefault(node, []).append(_Item(entry.name, entry, found.dtype, key in linears and can))
+                is_packed = can and (is_linear or is_expert)
+                groups.setdefault(node, []).append(_Item(entry.name, entry, found.dtype, is_packed))
                 seen.add(entry.name)
     return list(groups.values())
 

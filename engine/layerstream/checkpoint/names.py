@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -26,7 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from layerstream.checkpoint.codecs.base import Codec
+from layerstream.checkpoint.codecs.base import Codec, matrix_shape
 from layerstream.checkpoint.header import TensorEntry
 from layerstream.checkpoint.packed import PackedTensor
 from layerstream.checkpoint.pieces import Piece, PiecedTensor, concatenate, split, stack
@@ -80,8 +79,8 @@ class PackedSource:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """``(rows, columns)``: matrices of experts one after the other, a vector as one column."""
-        return (prod(self.shape[:-1]), self.shape[-1]) if len(self.shape) > 1 else (prod(self.shape), 1)
+        """``(rows, columns)`` of what is stored."""
+        return matrix_shape(self.codec, self.shape)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -142,15 +141,16 @@ def resolve_parameters(
     for target, by_source in collected.items():
         converter = by_pattern[next(iter(by_source))]
         sources.update(_convert(target, by_source, converter, meta))
-    for key, matrix in (packed or {}).items():
+    stacks: dict[str, dict[str, list[PackedTensor]]] = {}
+    for key in sorted(packed or {}, key=dot_natural_key):
+        matrix = (packed or {})[key]
         target, pattern = _rename(key, model, meta, renamings, converters)
         if pattern is not None:
-            raise UnsupportedFormat(
-                f"{matrix.planes['weight'].extent.path}: {key!r} is quantised and would have to be joined with others "
-                f"to {target!r}, which this version does not do"
-            )
-        if target in meta:
+            stacks.setdefault(target, {}).setdefault(pattern, []).append(matrix)
+        elif target in meta:
             sources[target] = _packed_source(target, matrix)
+    for target, packed_by_source in stacks.items():
+        sources[target] = _stacked_source(target, packed_by_source, by_pattern[next(iter(packed_by_source))])
     tie_sources(model, sources)
     check_sources(meta, sources)
     return {name: sources[name] for name in meta}
@@ -183,6 +183,31 @@ def _packed_source(target: str, matrix: PackedTensor) -> PackedSource:
             f"{target}:{name}", dtype, entry.shape, PiecedTensor.of(entry, dtype.itemsize).pieces
         )
     return PackedSource(target, matrix.codec, matrix.shape, planes)
+
+
+def _stacked_source(target: str, by_source: dict[str, list[PackedTensor]], converter: WeightConverter) -> PackedSource:
+    """Quantised matrices of experts, of each its parts (gate and up), one below the other."""
+    merges, joins = converter.operations[:1], converter.operations[1:]
+    parts = [by_source.get(pattern, []) for pattern in converter.source_patterns]
+    first = parts[0][0] if parts[0] else next(iter(by_source.values()))[0]
+    can = all(isinstance(item, MergeModulelist) and item.dim == 0 for item in merges) and bool(merges)
+    can = can and all(isinstance(item, Concatenate) and item.dim == 1 for item in joins)
+    can = can and len({len(part) for part in parts}) == 1
+    matrices = [matrix for group in zip(*parts, strict=False) for matrix in group]
+    alike = all((matrix.codec, matrix.shape) == (first.codec, first.shape) for matrix in matrices)
+    codec = first.codec.stacked(len(matrices)) if can and alike and len(first.shape) == 2 else None
+    if codec is None:
+        raise UnsupportedFormat(
+            f"{first.planes['weight'].extent.path}: {first.name!r} is stored as {first.codec.name}, and would have to "
+            f"be joined with others to {target!r}, which this version does not do for that format"
+        )
+    planes = {}
+    for name in first.planes:
+        whole = [_packed_source(target, matrix).planes[name] for matrix in matrices]
+        pieces = concatenate([PiecedTensor(plane.shape, plane.dtype.itemsize, plane.pieces) for plane in whole], 0)
+        planes[name] = ParameterSource(f"{target}:{name}", whole[0].dtype, pieces.shape, pieces.pieces)
+    rows, columns = first.shape
+    return PackedSource(target, codec, (len(parts[0]), rows * len(parts), columns), planes)
 
 
 def _dtype(target: str, entry: TensorEntry) -> torch.dtype:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from layerstream.checkpoint.codecs.base import Codec
+from layerstream.checkpoint.codecs.base import Codec, matrix_shape
 from layerstream.checkpoint.codecs.bnb import Bnb4, BnbInt8
 from layerstream.checkpoint.codecs.fp8 import Fp8
 from layerstream.checkpoint.codecs.int4 import Awq, CompressedInt4, Gptq
+from layerstream.checkpoint.codecs.mxfp4 import BLOCK, Mxfp4
 from layerstream.checkpoint.codecs.tiled import TILE, TILED_METHOD, TiledInt4
 from layerstream.checkpoint.header import TensorEntry
 from layerstream.errors import InvalidHeader, UnsupportedFormat
@@ -26,7 +27,7 @@ class PackedTensor:
 
     name: str
     codec: Codec
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     planes: Mapping[str, TensorEntry]
 
 
@@ -153,6 +154,23 @@ def _tiled(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) 
     return found
 
 
+def _mxfp4(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    """gpt-oss: the experts' matrices of a layer."""
+    found = {}
+    for name, entry in tensors.items():
+        if name.endswith("_blocks"):
+            stem = name.removesuffix("_blocks")
+            scale = tensors.get(f"{stem}_scales")
+            if scale is None or len(entry.shape) != 4:
+                raise InvalidHeader(
+                    f"{entry.extent.path}: {name!r} has no experts' blocks, or is without {stem}_scales"
+                )
+            experts, rows, blocks = entry.shape[:3]
+            planes = {"weight": entry, "scale": scale}
+            found[stem] = PackedTensor(stem, Mxfp4(experts), (experts, blocks * BLOCK, rows), planes)
+    return found
+
+
 def _gptq(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
     shift = 0 if quantisation.get("checkpoint_format") == "gptq_v2" else 1
     found = {}
@@ -200,7 +218,7 @@ def _group_size(quantisation: Mapping[str, Any], columns: int) -> int:
 
 
 def _check(matrix: PackedTensor) -> None:
-    expected = matrix.codec.expected(*matrix.shape)
+    expected = matrix.codec.expected(*matrix_shape(matrix.codec, matrix.shape))
     for name, shape in expected.items():
         entry = matrix.planes.get(name)
         if entry is None:
@@ -219,5 +237,6 @@ _FINDERS = {
     "gptq": _gptq,
     "bitsandbytes": _bitsandbytes,
     "fp8": _fp8,
+    "mxfp4": _mxfp4,
     TILED_METHOD: _tiled,
 }

@@ -7,14 +7,40 @@ of padding are routed to nobody.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface
 
+from layerstream.checkpoint.names import PackedSource
 from layerstream.model.context import current
 
 IMPLEMENTATION = "layerstream"
 EXPERT_ROWS = 16  # rows per expert and call; 1 where the row block itself is one row
+
+
+class PackedExperts:
+    """Quantised matrices of experts in the place of a parameter ``(experts, …)``: ``[expert]`` decodes one of them.
+
+    Args:
+        scratch: ``(rows, columns)`` of one expert; overwritten when another one is asked for.
+    """
+
+    def __init__(self, source: PackedSource, planes: Mapping[str, torch.Tensor], scratch: torch.Tensor) -> None:
+        self._source = source
+        self._planes = planes
+        self._scratch = scratch
+        self._present: int | None = None
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        if self._present != expert:
+            rows, codec = self._scratch.shape[0], self._source.codec
+            first = expert * rows
+            planes = codec.cut(self._planes, self._source.matrix_shape[0], first, first + rows)
+            codec.decode(planes, first, self._scratch)
+            self._present = expert
+        return self._scratch.T if self._source.codec.transposes else self._scratch
 
 
 def register() -> None:

@@ -48,10 +48,12 @@ class Binding:
             if key in keys
         ]
 
-    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put *tensors* in place of the meta ones, converted to the compute dtype where they are stored in another."""
+    def bind(self, tensors: Mapping[str, Any]) -> None:
+        """Put *tensors* in place of the meta ones, converted to the compute dtype where they are stored in another;
+        what is no tensor (quantised experts) as it is."""
         for target in self._targets:
-            target.holder[target.name] = tensors[target.key].to(target.dtype)
+            value = tensors[target.key]
+            target.holder[target.name] = value.to(target.dtype) if isinstance(value, torch.Tensor) else value
 
     def unbind(self) -> None:
         """Put the meta tensors back."""

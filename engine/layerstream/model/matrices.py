@@ -9,7 +9,8 @@ import torch
 from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.codecs.bnb import aligned
 from layerstream.checkpoint.codecs.tiled import TiledInt4, join, rewrite, tiled
-from layerstream.checkpoint.names import PackedSource
+from layerstream.checkpoint.names import PackedSource, Source
+from layerstream.model.experts import PackedExperts
 from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.residency import PlannedUnit
@@ -31,6 +32,7 @@ class Matrices:
         self._skeleton = skeleton
         self._fused_rows = fused_rows
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
+        self._experts: dict[tuple[str, int, int, torch.dtype], torch.Tensor] = {}
 
     def passing(self, unit: PlannedUnit, tensors: Tensors) -> Weights:
         """Of a unit that streams, out of its *tensors* as they are stored."""
@@ -73,19 +75,25 @@ class Matrices:
         dtypes = self._skeleton.dtypes
         return {key: tensor.to(dtypes[key]) if key in dtypes else tensor for key, tensor in stored.items()}
 
-    def decoded(self, path: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """*tensors* of the module *path*, what of them is quantised as a whole in the compute dtype."""
-        found = dict(tensors)
+    def decoded(self, path: str, tensors: Tensors) -> dict[str, torch.Tensor | PackedExperts]:
+        """*tensors* of the module *path*, what of them is quantised in the compute dtype, but for experts: of them
+        those that are wanted will be decoded."""
+        found: dict[str, torch.Tensor | PackedExperts] = dict(tensors)
         for key in self._skeleton.keys_of(path):
             source = self._skeleton.sources[key]
             if isinstance(source, PackedSource) and key not in found:
-                planes = {name: found.pop(plane.name) for name, plane in source.planes.items() if plane.name in found}
-                if planes:
-                    found[key] = torch.empty(source.shape, dtype=self._skeleton.dtypes[key])
-                    source.codec.decode(planes, 0, found[key].view(source.matrix_shape))
+                present = [(name, plane.name) for name, plane in source.planes.items() if plane.name in found]
+                planes = {name: tensors[stored] for name, stored in present}
+                for _, stored in present:
+                    del found[stored]
+                if planes and len(source.shape) == 3:
+                    found[key] = PackedExperts(source, planes, self._expert_for(key, source))
+                elif planes:
+                    found[key] = values = torch.empty(source.shape, dtype=self._skeleton.dtypes[key])
+                    source.codec.decode(planes, 0, values.view(source.matrix_shape))
         return found
 
-    def _source(self, unit: PlannedUnit) -> object:
+    def _source(self, unit: PlannedUnit) -> Source:
         return self._skeleton.sources[_weight(unit)]
 
     def _most_rows(self, kernel: str, weight: str) -> int:
@@ -105,6 +113,14 @@ class Matrices:
         bias = torch.empty((last - first, 1), dtype=self._skeleton.dtypes[key])
         source.codec.decode(planes, first, bias)
         return bias.view(-1)
+
+    def _expert_for(self, key: str, source: PackedSource) -> torch.Tensor:
+        """Room for an expert's matrix, one for all layers."""
+        rows, columns = source.matrix_shape
+        place = key.rpartition(".")[2], rows // source.shape[0], columns, self._skeleton.dtypes[key]
+        if place not in self._experts:
+            self._experts[place] = torch.empty(place[1:3], dtype=place[3])
+        return self._experts[place]
 
     def _scratch_for(self, weight: str) -> torch.Tensor:
         """Room for the largest tile, one for all weights of a dtype."""

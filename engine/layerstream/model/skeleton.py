@@ -269,9 +269,12 @@ def _weigh(
 
 
 def _whole_decode_bytes(keys: list[str], sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]) -> int:
-    """What a block takes whose quantised weights are all decoded before it computes, with one of them in fp32."""
+    """What a block with experts takes whose quantised weights are decoded before it computes, of experts one, and one
+    of them in fp32."""
     sizes = [
-        (prod(source.shape), dtypes[key].itemsize) for key in keys if isinstance(source := sources[key], PackedSource)
+        (prod(source.shape[-2:]), dtypes[key].itemsize)
+        for key in keys
+        if isinstance(source := sources[key], PackedSource)
     ]
     return sum(values * size for values, size in sizes) + max((12 * values for values, _ in sizes), default=0)
 

@@ -84,7 +84,9 @@ class ModelWeights:
         source = self._skeleton.sources[key]
         parts = list(packed_parts(source, None)) if isinstance(source, PackedSource) else [Part.whole(key, source)]
         stored = load_unit(lay_out(key, parts), reader)
-        return self._matrices.decoded(key.rpartition(".")[0], self._matrices.converted(stored))[key]
+        found = self._matrices.decoded(key.rpartition(".")[0], self._matrices.converted(stored))[key]
+        assert isinstance(found, torch.Tensor)
+        return found
 
     def _parts(self, unit: PlannedUnit) -> list[Part]:
         sources = self._skeleton.sources

@@ -25,6 +25,7 @@ class Codec(ABC):
         row_step: rows are cut at multiples of it; 0: the matrix is never cut.
         kernel: which kernel multiplies by it without decoding; ``""``: none does.
         columns_first: whether it is decoded fastest into the transpose of a contiguous matrix.
+        transposes: whether its matrices are the transposes of the model's.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Codec(ABC):
     row_step: int = 1
     kernel: str = ""
     columns_first: bool = False
+    transposes: bool = False
 
     @abstractmethod
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -44,6 +46,10 @@ class Codec(ABC):
         Args:
             planes: cut to those rows, but for those in ``whole``.
         """
+
+    def stacked(self, count: int) -> Codec | None:
+        """Of *count* such matrices one below the other, if their planes one after the other are its planes."""
+        return self if self.row_step and not self.whole else None
 
     def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
         """*inputs* ``(m, columns)`` in bfloat16 times the transpose of the matrix, undecoded: ``(m, rows)`` or wider.
@@ -66,6 +72,15 @@ class Codec(ABC):
         return {
             name: plane if name in self.whole else _part(plane, num_rows, start, stop) for name, plane in planes.items()
         }
+
+
+def matrix_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, int]:
+    """``(rows, columns)`` of what is stored for a parameter of *shape*: experts one below the other, a vector as one
+    column."""
+    if len(shape) < 2:
+        return prod(shape), 1
+    rows, columns = (shape[-1], shape[-2]) if codec.transposes else (shape[-2], shape[-1])
+    return prod(shape[:-2]) * rows, columns
 
 
 def _part(plane: torch.Tensor, num_rows: int, start: int, stop: int) -> torch.Tensor:

@@ -27,9 +27,11 @@ Planes = Iterator[tuple[str, Iterable[torch.Tensor]]]
 
 
 class Encoder(ABC):
-    """Quantises matrices one way. *row_step*: parts of a matrix have a multiple of so many rows, but for the last."""
+    """Quantises matrices one way. *row_step*: parts of a matrix have a multiple of so many rows, but for the last;
+    *packs_experts*: experts' matrices too, where they are stored one by one."""
 
     row_step: int = 1
+    packs_experts: bool = False
 
     @abstractmethod
     def can(self, rows: int, columns: int) -> bool:
@@ -198,6 +200,7 @@ class Int4(Encoder):
     """4-bit integers in groups of 128, in the tiles that torch's product kernel reads: 4.25 bits a weight."""
 
     row_step = TILE
+    packs_experts = True
 
     def can(self, rows: int, columns: int) -> bool:
         """Whole groups, and whole tiles."""

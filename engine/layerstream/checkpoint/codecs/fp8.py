@@ -22,6 +22,12 @@ class Fp8(Codec):
 
     whole = frozenset({"scale"})
 
+    def stacked(self, count: int) -> Codec | None:
+        """Grids of scales one below the other."""
+        if len(self.scale_shape) != 2:
+            return None
+        return Fp8(self.rows * count, (self.scale_shape[0] * count, self.scale_shape[1]))
+
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Values, and the grid of scales."""
         return {"weight": (rows, columns), "scale": self.scale_shape}

@@ -56,6 +56,10 @@ class Ggml(Codec):
         """Whether it is blocks, and no plain numbers."""
         return self.kind not in _PLAIN
 
+    def stacked(self, count: int) -> Codec | None:
+        """GGUF has experts stacked already."""
+        return None
+
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Bytes of whole blocks."""
         block_values, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
