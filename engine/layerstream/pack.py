@@ -28,7 +28,7 @@ from layerstream.checkpoint.packed import find_packed
 from layerstream.checkpoint.writer import ShardWriter, dtype_name
 from layerstream.errors import ConfigurationError, InvalidHeader, StorageFull
 from layerstream.machine import cache_folder
-from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.model.skeleton import Skeleton, build_skeleton, is_plain_linear
 from layerstream.sizes import format_size
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _shards(skeleton: Skeleton, encoder: Encoder, keep_head: bool) -> list[list[
     linears = {
         f"{path}.weight"
         for path, module in skeleton.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not (keep_head and path == skeleton.head.name)
+        if is_plain_linear(module) and not (keep_head and path == skeleton.head.name)
     }
     if skeleton.is_tied:
         linears.discard(skeleton.head_key)

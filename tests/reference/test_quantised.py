@@ -101,3 +101,18 @@ def test_families_with_quantised_linears(tmp_path: Path, tokenizer_folder: Path)
         pack, quantisation = PACKERS["fp8"]
         write_quantised(folder, reference, pack, quantisation, leave="nothing")
         _compare(folder, reference, "layers", tokenizer_folder)
+
+
+@pytest.mark.parametrize("mode", ["tight", "layers", "cut"])
+@pytest.mark.parametrize("family", ["deepseek-v3", "llama4-text"])
+def test_families_that_take_one_sequence_per_row_block(
+    family: str, mode: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Their attention stays one unit; a router that derives from Linear stays what it is."""
+    reference = make_model(family, tmp_path)
+    pack, quantisation = PACKERS["compressed-fp8"]
+    write_quantised(tmp_path, reference, pack, quantisation, leave="nothing")
+    add_tokenizer(tmp_path, tokenizer_folder)
+    prompts = [draw_prompt(length) for length in (70, 5)]
+    run = run_greedily(tmp_path, budget_for(tmp_path, mode), prompts)
+    assert_equals(run, reference, prompts, TOLERANCE)

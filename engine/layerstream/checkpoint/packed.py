@@ -139,17 +139,17 @@ def _compressed_tensors(tensors: Mapping[str, TensorEntry], quantisation: Mappin
     return found
 
 
-def _tiled(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
+def _tiled(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str, PackedTensor]:
     """The format of ``quantization="int4"``."""
     found = {}
     for name, entry in tensors.items():
         if name.endswith(".weight_tiles"):
             stem = name.removesuffix("_tiles")
             scale = tensors.get(f"{stem}_scale")
-            if scale is None or len(entry.shape) != 3:
+            if scale is None or len(scale.shape) != 4 or len(entry.shape) != 3 or not scale.shape[1]:
                 raise InvalidHeader(f"{entry.extent.path}: {name!r} is no matrix in tiles, or without its {stem}_scale")
             shape = entry.shape[0] * TILE, entry.shape[1]
-            codec = TiledInt4(_group_size(quantisation, shape[1]))
+            codec = TiledInt4(shape[1] // scale.shape[1])
             found[stem] = PackedTensor(stem, codec, shape, {"weight": entry, "scale": scale})
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, 
 from layerstream.checkpoint.names import PackedSource, Source, language_model_names, resolve_parameters
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, experts
-from layerstream.model.families import check_supported
+from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, check_supported
 from layerstream.model.linear import decode_bytes
 from layerstream.streaming.residency import WeightNode
 
@@ -239,10 +239,10 @@ def _weigh(
     """The sizes of *module* and of what is below it.
 
     A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a gate's
-    sigmoid) has to see the rows of one row block at a time.
+    sigmoid) has to see the rows of one row block at a time. So does quantised attention over latents.
     """
     children = tuple(_weigh(child, f"{path}.{name}", sources, dtypes) for name, child in module.named_children())
-    if any(_is_fused_experts(child) for child in module.children()):
+    if any(_is_fused_experts(child) for child in module.children()) or _has_to_see_whole_rows(module, path, sources):
         keys = [key for key in sources if key.startswith(f"{path}.")]
         num_bytes = sum(sources[key].num_bytes for key in keys)
         compute_bytes = sum(_compute_bytes(sources[key], dtypes[key]) for key in keys)
@@ -252,7 +252,7 @@ def _weigh(
         name=path,
         own_bytes=sum(sources[key].num_bytes for key in own),
         compute_bytes=sum(_compute_bytes(sources[key], dtypes[key]) for key in own),
-        num_rows=module.out_features if isinstance(module, torch.nn.Linear) else 0,
+        num_rows=module.out_features if is_plain_linear(module) else 0,
         children=children,
     )
     matrix = sources.get(f"{path}.weight")
@@ -266,6 +266,22 @@ def _weigh(
         value_bytes=prod(matrix.shape) * dtype.itemsize,
         kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
     )
+
+
+def _has_to_see_whole_rows(module: torch.nn.Module, path: str, sources: Mapping[str, Source]) -> bool:
+    """Whether *module* is attention that takes one sequence at a time, with quantised Linears in it: each of them would
+    be a unit, and all sequences would pass between them."""
+    config = getattr(module, "config", None)
+    if not hasattr(module, "layer_idx") or getattr(config, "model_type", None) not in ONE_SEQUENCE_PER_BLOCK:
+        return False
+    if any(hasattr(child, "layer_idx") for child in module.children()):  # a decoder layer
+        return False
+    return any(isinstance(source, PackedSource) for key, source in sources.items() if key.startswith(f"{path}."))
+
+
+def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    """Whether it computes what ``torch.nn.Linear`` does (Llama 4's router derives from it and returns more)."""
+    return isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
 
 
 def _whole_decode_bytes(keys: list[str], sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]) -> int:

@@ -175,7 +175,11 @@ def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
 
 
 def slice_rows(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
-    """Slices of a Linear's output rows, of nearly equal size, each at most *limit* bytes (one row at least)."""
+    """Slices of a Linear's output rows, of nearly equal size, each at most *limit* bytes (one row at least); the whole
+    where it is never split."""
+    if not node.row_step:
+        yield PlannedUnit(node.name, node.own_bytes, node.compute_bytes, decode_bytes=node.decode_bytes)
+        return
     row_bytes = -(-node.own_bytes // node.num_rows)
     most = max(1, limit // row_bytes)
     step = math.lcm(16, node.row_step)  # whole vector registers, where the limit allows it

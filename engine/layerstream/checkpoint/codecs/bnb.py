@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from layerstream.checkpoint.codecs.base import Codec, Planes
 
+CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
 ALIGNMENT = 16  # bytes; torch's int8 kernel (2.13) ends the process where weights lie otherwise
 INT8_UNIT = 7.874015718698502e-3  # 1 / 127, as bitsandbytes has it
 
@@ -51,13 +53,20 @@ class Bnb4(Codec):
         """Table lookup by bytes, each of which stands for two values."""
         codes = planes["weight"].reshape(-1)
         scales = self._scales(planes, first * self.columns // self.blocksize)
-        values = _pairs(planes["quant_map"]).index_select(0, codes.to(torch.int32)).view(torch.float32)
-        if out.is_contiguous() and len(values) == len(scales) * self.blocksize:
-            torch.mul(values.view(-1, self.blocksize), scales[:, None], out=out.view(-1, self.blocksize))
+        pairs = _pairs(planes["quant_map"])
+        if not out.is_contiguous() or out.numel() != len(scales) * self.blocksize:
+            values = pairs.index_select(0, codes.to(torch.int32)).view(torch.float32)
+            values = torch.nn.functional.pad(values, (0, len(scales) * self.blocksize - len(values)))
+            values = values.view(-1, self.blocksize).mul_(scales[:, None]).view(-1)
+            out.copy_(values[: out.numel()].view(out.shape))
             return
-        values = torch.nn.functional.pad(values, (0, len(scales) * self.blocksize - len(values)))
-        values = values.view(-1, self.blocksize).mul_(scales[:, None]).view(-1)
-        out.copy_(values[: out.numel()].view(out.shape))
+        blocks = out.view(-1, self.blocksize)
+        step = max(1, CACHED_VALUES // self.blocksize)
+        for start in range(0, len(blocks), step):
+            part = slice(start, start + step)
+            places = codes[start * self.blocksize // 2 : (start + step) * self.blocksize // 2].to(torch.int32)
+            values = pairs.index_select(0, places).view(torch.float32).view(-1, self.blocksize)
+            blocks[part] = values.mul_(scales[part, None])
 
     def _scales(self, planes: Planes, first: int) -> torch.Tensor:
         """Scales in fp32, of which the first is number *first* of the matrix."""
@@ -72,9 +81,13 @@ class Bnb4(Codec):
 
 def _pairs(table: torch.Tensor) -> torch.Tensor:
     """``(256,)``: for each byte its two values in fp32, seen as one integer of 64 bits."""
-    codes = torch.arange(256, device=table.device)
-    pairs = torch.stack([table[codes >> 4], table[codes & 15]], dim=1).to(torch.float32)
-    return pairs.contiguous().view(torch.int64).view(-1)
+    return _pairs_of(tuple(table.tolist())).to(table.device)
+
+
+@cache
+def _pairs_of(table: tuple[float, ...]) -> torch.Tensor:
+    values, codes = torch.tensor(table), torch.arange(256)
+    return torch.stack([values[codes >> 4], values[codes & 15]], dim=1).contiguous().view(torch.int64).view(-1)
 
 
 @dataclass(frozen=True)

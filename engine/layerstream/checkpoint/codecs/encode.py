@@ -19,7 +19,7 @@ from layerstream.errors import ConfigurationError, MissingExtra
 
 BLOCK = 64
 NESTED_BLOCK = 256
-GROUP = 128
+GROUPS = (128, 64)
 SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8, 0.75)  # of a group's range, tried out
 Written = tuple[str, torch.dtype, tuple[int, ...]]
 Rows = Iterable[torch.Tensor]
@@ -197,28 +197,30 @@ class Int8(Encoder):
 
 
 class Int4(Encoder):
-    """4-bit integers in groups of 128, in the tiles that torch's product kernel reads: 4.25 bits a weight."""
+    """4-bit integers in the tiles that torch's product kernel reads, in groups of 128, or of 64 where that does not
+    divide the columns: 4.25 bits a weight, or 4.5."""
 
     row_step = TILE
     packs_experts = True
 
     def can(self, rows: int, columns: int) -> bool:
         """Whole groups, and whole tiles."""
-        return columns % GROUP == 0 and rows % TILE == 0
+        return columns % min(GROUPS) == 0 and rows % TILE == 0
 
     def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Written]:
         """Codes, and scales with offsets."""
-        shapes = TiledInt4(GROUP).expected(*shape)
+        shapes = _tiled(shape).expected(*shape)
         return [(f"{name}_tiles", torch.uint8, shapes["weight"]), (f"{name}_scale", torch.bfloat16, shapes["scale"])]
 
     def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
         """Group by group, with the range that gives the least squared error."""
-        scales = torch.empty(TiledInt4(GROUP).expected(*shape)["scale"], dtype=torch.bfloat16)
+        target = _tiled(shape)
+        scales = torch.empty(target.expected(*shape)["scale"], dtype=torch.bfloat16)
 
         def tiles() -> Iterator[torch.Tensor]:
             done = 0
             for part in parts:
-                codes, scale, offset = quantise_groups(part.to(torch.float32), GROUP)
+                codes, scale, offset = quantise_groups(part.to(torch.float32), target.group)
                 found = tile_scales(scale, offset)
                 scales[done : done + len(found)] = found
                 done += len(found)
@@ -229,7 +231,11 @@ class Int4(Encoder):
 
     def config(self, skipped: list[str]) -> dict[str, Any]:
         """Of a method that is this project's."""
-        return {"quant_method": TILED_METHOD, "bits": 4, "group_size": GROUP, "modules_to_not_convert": skipped}
+        return {"quant_method": TILED_METHOD, "bits": 4, "modules_to_not_convert": skipped}
+
+
+def _tiled(shape: tuple[int, ...]) -> TiledInt4:
+    return TiledInt4(next(group for group in GROUPS if shape[1] % group == 0))
 
 
 def quantise_groups(matrix: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
