@@ -125,6 +125,7 @@ def measure(model: Path, memory: str | None, rounds: int) -> dict[str, Any]:
             "budget": engine.plan.budget_bytes,
             "open_seconds": open_seconds,
             "model_bytes": stats.model_bytes,
+            "stored_bytes": engine.plan.facts.stored_bytes,
             "streamed_bytes": engine.plan.streamed_bytes,
             "resident_bytes": stats.resident_bytes,
             "units": engine.plan.weights.num_streamed,
