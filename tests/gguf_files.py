@@ -68,10 +68,11 @@ def write_gguf(
         frequencies = reference.model.rotary_emb.inv_freq
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
         writer.add_tensor("rope_freqs.weight", (plain / frequencies).numpy().astype(np.float32))
-    if getattr(config, "num_experts", None):
-        writer.add_expert_count(config.num_experts)
+    if experts := getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if architecture != "llama":
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     else:

@@ -20,6 +20,7 @@ class EngineStats:
         weight_bytes_streamed: read from disk by sweeps; resident weights, read once, are not in it.
         peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations.
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
+        bytes_per_sweep: weights that a sweep reads from disk; ``bits_per_weight``: of what it passes, as it is stored.
         kv: what the prefix cache did.
         read_modes: files per way of reading ("direct", "uncached", "buffered").
         drafted_tokens, accepted_tokens: guesses that were verified, and those that were right; ``drafters`` by whom.
@@ -36,6 +37,8 @@ class EngineStats:
     budget_bytes: int
     resident_bytes: int
     model_bytes: int
+    bytes_per_sweep: int
+    bits_per_weight: float
     read_modes: Mapping[str, int]
     kv: KVStats
     drafted_tokens: int
@@ -61,6 +64,8 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         budget_bytes=plan.budget_bytes,
         resident_bytes=plan.resident_bytes,
         model_bytes=parts.model_bytes,
+        bytes_per_sweep=plan.streamed_bytes,
+        bits_per_weight=plan.bits_per_weight,
         read_modes={str(mode): count for mode, count in parts.reader.stats.modes.items()},
         kv=_kv_stats(parts.store, counters),
         drafted_tokens=counters.drafted_tokens,

@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "gemma3": "gemma3",
     "phi3": "phi3",
     "qwen3-moe": "qwen3moe",
+    "mixtral": "llama",
 }
 SIZES = {  # what GGUF's metadata does not say is as usual in the family, and blocks are whole
     "gemma2": {"query_pre_attn_scalar": 256},

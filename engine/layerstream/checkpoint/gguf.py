@@ -25,6 +25,7 @@ ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"
 ROPE_FACTORS = "rope_freqs.weight"
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SIZES = {"head_dim": "attention.key_length", "moe_intermediate_size": "expert_feed_forward_length"}
+_MIXTRAL_SIZES = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 
 
@@ -46,6 +47,11 @@ class GgufFile:
     num_layers: int
     sizes: Mapping[str, int]
     tensors: Mapping[str, GgufTensor]
+
+    @property
+    def is_mixtral(self) -> bool:
+        """Llamas with experts have Llama's architecture by name."""
+        return "num_local_experts" in self.sizes
 
     @property
     def total_bytes(self) -> int:
@@ -89,7 +95,9 @@ def open_gguf(path: Path) -> GgufFile:
             f"{path}: rotary positions are scaled ({scaling.contents()}), which is not read from GGUF; use the "
             "safetensors original"
         )
-    fields = {name: readers[0].get_field(f"{architecture}.{key}") for name, key in _SIZES.items()}
+    wanted = _SIZES | (_MIXTRAL_SIZES if f"blk.0.{_EXPERTS['down_proj'][0]}.weight" in tensors else {})
+    wanted = wanted if architecture == "llama" else _SIZES
+    fields = {name: readers[0].get_field(f"{architecture}.{key}") for name, key in wanted.items()}
     sizes = {name: int(field.contents()) for name, field in fields.items() if field is not None}
     return GgufFile(paths[0], str(architecture), int(num_layers), sizes, tensors)
 

@@ -162,6 +162,9 @@ def _load_config(path: Path, file: GgufFile | None, trust_remote_code: bool) -> 
     if file is None:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if file.is_mixtral:
+        known = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+        config = transformers.MixtralConfig(**known)
     for name, size in file.sizes.items():  # transformers takes the family's usual ones
         setattr(config, name, size)
     return config

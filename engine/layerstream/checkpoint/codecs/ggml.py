@@ -30,6 +30,8 @@ _NIBBLES = {  # where the codes begin in a block, and how many bytes have the lo
     gguf.GGMLQuantizationType.Q4_K: (16, 32),
 }
 _NIBBLE_GROUP = 32
+_LOW = 0x0F0F0F0F0F0F0F0F  # the lower halves of eight bytes
+CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
 SUPPORTED = frozenset({*_PLAIN, *_BY_NUMPY, *map(gguf.GGMLQuantizationType, GGML_BLOCK)})
 
 
@@ -67,26 +69,22 @@ class Ggml(Codec):
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once."""
-        values = self._values(self._rows(planes, out.shape[0])).view(out.shape)
-        out.copy_(values - self.offset if self.offset else values)
+        stored = self._rows(planes, out.shape[0])
+        step = max(1, CACHED_VALUES // out.shape[1])
+        for start in range(0, len(stored), step):
+            part = slice(start, start + step)
+            values = self._values(stored[part]).view(-1, out.shape[1])
+            out[part] = values - self.offset if self.offset else values
 
     def affine_group(self, columns: int) -> int:
         """Of the kinds whose values are linear in their codes."""
         return _NIBBLE_GROUP if self.kind in _NIBBLES and not self.offset else 0
 
     def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scales and offsets are those of the line through the values that the lowest and the highest code have."""
-        start, width = _NIBBLES[self.kind]
-        stored = self._rows(planes, rows)
-        blocks = stored.view(-1, gguf.GGML_QUANT_SIZES[self.kind][1]).clone()
-        halves = blocks[:, start:].unflatten(1, (-1, 1, width))
-        codes = torch.cat([halves & 15, halves >> 4], dim=2).view(rows, -1)
-        blocks[:, start:] = 0
-        lowest = self._values(blocks).view(rows, -1)[:, ::_NIBBLE_GROUP]
-        blocks[:, start:] = 255
-        highest = self._values(blocks).view(rows, -1)[:, ::_NIBBLE_GROUP]
-        scale = (highest - lowest) / 15
-        return codes, scale, lowest + 8 * scale
+        """Offsets are what code 8 stands for."""
+        blocks = self._rows(planes, rows).view(-1, gguf.GGML_QUANT_SIZES[self.kind][1])
+        scale, lowest = _scales(blocks, self.kind)
+        return _codes(blocks, self.kind).view(rows, -1), scale.view(rows, -1), (lowest + 8 * scale).view(rows, -1)
 
     def _rows(self, planes: Planes, rows: int) -> torch.Tensor:
         """The bytes of each row, in the model's order."""
@@ -99,6 +97,39 @@ class Ggml(Codec):
     def _values(self, stored: torch.Tensor) -> torch.Tensor:
         if self.kind in _PLAIN:
             return stored.view(_PLAIN[self.kind]).to(torch.float32)
+        blocks = stored.reshape(-1, gguf.GGML_QUANT_SIZES[self.kind][1])
+        if self.kind in _NIBBLES:
+            return _nibbles(blocks, self.kind)
         if self.kind in _BY_NUMPY:
             return torch.from_numpy(gguf.quants.dequantize(stored.cpu().numpy(), self.kind)).to(stored.device)
         return dequantize(stored.reshape(-1), int(self.kind), torch.float32)
+
+
+def _scales(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each 32 values, ``(blocks, groups)`` in fp32: what a step of their codes is worth, and what code 0 is."""
+    first, second = (blocks[:, at : at + 2].view(torch.float16).to(torch.float32) for at in (0, 2))
+    if kind == gguf.GGMLQuantizationType.Q4_0:
+        return first, -8 * first
+    if kind == gguf.GGMLQuantizationType.Q4_1:
+        return first, second
+    low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]  # Q4_K: eight scales and minima of six bits
+    scale = torch.cat([low & 63, (high & 15) | ((low >> 6) << 4)], dim=1)
+    minimum = torch.cat([middle & 63, (high >> 4) | ((middle >> 6) << 4)], dim=1)
+    return first * scale, -second * minimum
+
+
+def _nibbles(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """Values of the kinds that are linear in codes of four bits. In fp32 nothing is rounded but the last sum."""
+    scale, lowest = _scales(blocks, kind)
+    values = _codes(blocks, kind).view(len(blocks), -1, _NIBBLE_GROUP).to(torch.float32)
+    return values.mul_(scale[:, :, None]).add_(lowest[:, :, None])
+
+
+def _codes(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """Codes ``(blocks, values)`` of those kinds, in uint8; worked on eight at a time."""
+    start, width = _NIBBLES[kind]
+    words = blocks[:, start:].contiguous().view(torch.int64).unflatten(1, (-1, width // 8))
+    codes = torch.empty((*words.shape[:2], 2, width // 8), dtype=torch.int64)
+    torch.bitwise_and(words, _LOW, out=codes[:, :, 0])
+    torch.bitwise_and(words >> 4, _LOW, out=codes[:, :, 1])
+    return codes.view(torch.uint8).view(len(blocks), -1)
