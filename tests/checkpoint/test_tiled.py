@@ -15,8 +15,8 @@ from layerstream.checkpoint.codecs.int4 import Awq, CompressedInt4, Gptq
 from layerstream.checkpoint.codecs.tiled import (
     TiledInt4,
     by_kernel,
-    join,
     rewrite,
+    staying_shapes,
     tile_codes,
     tile_scales,
     tiled,
@@ -114,6 +114,12 @@ OTHERS: dict[str, Callable[[int], tuple[Codec, Planes]]] = {
 }
 
 
+def _rewritten(codec: Codec, planes: Planes, target: TiledInt4, rows: int) -> dict[str, torch.Tensor]:
+    out = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in staying_shapes(target, rows, 256).items()}
+    rewrite(codec, planes, out, rows, 256)
+    return out
+
+
 @pytest.mark.parametrize("rows", [64, 80, 208])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_formats_are_rewritten(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +127,7 @@ def test_other_formats_are_rewritten(name: str, rows: int, monkeypatch: pytest.M
     codec, planes = OTHERS[name](rows)
     target = tiled(codec, 256)
     assert target is not None
-    found = rewrite(codec, planes, target, rows, 256)
+    found = _rewritten(codec, planes, target, rows)
     expected = decode(codec, planes, (rows, 256), torch.float32)
     values = decode(target, found, (rows, 256), torch.float32)
     groups = expected.unflatten(1, (-1, target.group))
@@ -130,7 +136,7 @@ def test_other_formats_are_rewritten(name: str, rows: int, monkeypatch: pytest.M
     ).all()
     assert sum(plane.nbytes for plane in found.values()) == tiled_bytes(target, rows, 256)
     monkeypatch.setattr("layerstream.checkpoint.codecs.tiled.SLAB_VALUES", 1)
-    again = rewrite(codec, planes, target, rows, 256)
+    again = _rewritten(codec, planes, target, rows)
     assert all(torch.equal(again[plane], found[plane]) for plane in found)
 
 
@@ -142,10 +148,13 @@ def test_what_is_not_linear_in_4_bits_is_not_rewritten() -> None:
     assert tiled(Gptq(256 * 3, in_order=True), 256 * 3) is None, "a group that the kernel does not have"
 
 
-def test_joined_matrices_are_one_below_the_other() -> None:
+def test_matrices_are_rewritten_one_below_the_other() -> None:
     parts = [draw(rows, 256, 64, seed=rows) for rows in (64, 192)]
-    staying = [{"weight": planes["weight"], "scale": by_kernel(planes["scale"])} for planes, _ in parts]
-    found = decode(TiledInt4(64), join(staying), (256, 256), torch.float32)
+    target = TiledInt4(64)
+    out = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in staying_shapes(target, 256, 256).items()}
+    for (planes, _), (start, stop) in zip(parts, ((0, 64), (64, 256)), strict=True):
+        rewrite(target, planes, target.cut(out, 256, start, stop), stop - start, 256)
+    found = decode(target, out, (256, 256), torch.float32)
     assert torch.allclose(found, torch.cat([values for _, values in parts]), rtol=0, atol=1e-6)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 
 from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.codecs.bnb import aligned
-from layerstream.checkpoint.codecs.tiled import TiledInt4, join, rewrite, tiled
+from layerstream.checkpoint.codecs.tiled import TILE, TiledInt4, rewrite, staying_shapes, tiled
 from layerstream.checkpoint.names import PackedSource, Source
 from layerstream.model.experts import PackedExperts
 from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
 from layerstream.model.skeleton import Skeleton
-from layerstream.streaming.residency import PlannedUnit
+from layerstream.streaming.residency import PAGE, PlannedUnit
+from layerstream.streaming.ring import Arena
 from layerstream.streaming.unit import Part
 
 Tensors = Mapping[str, torch.Tensor]
@@ -45,26 +47,58 @@ class Matrices:
         fused_rows = self._most_rows(source.codec.kernel, _weight(unit))
         return PackedMatrix(source.codec, planes, first, last, source.shape[1], scratch, fused_rows), bias
 
-    def staying(self, unit: PlannedUnit, tensors: Tensors) -> Weights:
-        """Of a unit that is resident: decoded if the plan has room for that, else as it multiplies fastest."""
+    def staying(self, units: Sequence[PlannedUnit], load: Callable[[PlannedUnit], Tensors]) -> Weights:
+        """Of a unit that is resident, decoded if the plan has room for that, else as it multiplies fastest; of several
+        that :meth:`can_join`, one matrix with the rows of all."""
+        target = self._staying_codec(units[0])
+        if target is None:
+            (unit,) = units
+            return self._staying_as_it_is(unit, load(unit))
+        columns, sizes = self._source(units[0]).shape[1], [self._num_rows(unit) for unit in units]
+        planes = _allocate(staying_shapes(target, sum(sizes), columns))
+        biases: list[torch.Tensor | None] = []
+        row = 0
+        for unit, num_rows in zip(units, sizes, strict=True):
+            source, stored = self._source(unit), load(unit)
+            assert isinstance(source, PackedSource)
+            own = {name: stored[plane.name] for name, plane in source.planes.items()}
+            rewrite(source.codec, own, target.cut(planes, sum(sizes), row, row + num_rows), num_rows, columns)
+            biases.append(self._bias(unit, stored))
+            row += num_rows
+        weight = _weight(units[0])
+        fused_rows, scratch = self._most_rows(target.kernel, weight), self._scratch_for(weight)
+        matrix = PackedMatrix(target, planes, 0, row, columns, scratch, fused_rows)
+        if all(bias is None for bias in biases):
+            return matrix, None
+        filled = [scratch.new_zeros(n) if bias is None else bias for n, bias in zip(sizes, biases, strict=True)]
+        return matrix, torch.cat(filled)
+
+    def can_join(self, units: Sequence[PlannedUnit]) -> bool:
+        """Whether resident *units*, which take the same input, may be one matrix."""
+        forms = {(self._staying_codec(unit), self._source(unit).shape[1]) for unit in units}
+        aligned = all(unit.rows is None and self._num_rows(unit) % TILE == 0 for unit in units)
+        return aligned and len(forms) == 1 and next(iter(forms))[0] is not None
+
+    def _staying_codec(self, unit: PlannedUnit) -> TiledInt4 | None:
+        """What a resident *unit* is rewritten to; ``None``: it stays as it is stored, or decoded."""
         source = self._source(unit)
-        if not isinstance(source, PackedSource):
-            return self.passing(unit, tensors)
-        first, last = self.rows(unit)
-        if unit.stays_decoded:
-            values = torch.empty((last - first, source.shape[1]), dtype=self._skeleton.dtypes[_weight(unit)])
-            for start, stop, tile in self.passing(unit, tensors)[0].tiles():
-                values[start:stop] = tile
-            return PlainMatrix(values), self._bias(unit, tensors)
-        target = tiled(source.codec, source.shape[1])
-        if target is None or not (fused_rows := self._most_rows(target.kernel, _weight(unit))):
+        target = tiled(source.codec, source.shape[1]) if isinstance(source, PackedSource) else None
+        can = target is not None and not unit.stays_decoded and self._most_rows(target.kernel, _weight(unit))
+        return target if can else None
+
+    def _staying_as_it_is(self, unit: PlannedUnit, tensors: Tensors) -> Weights:
+        if not unit.stays_decoded:
             return self.passing(unit, {name: aligned(tensor) for name, tensor in tensors.items()})
-        planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
-        planes = rewrite(source.codec, planes, target, last - first, source.shape[1])
-        scratch = self._scratch_for(_weight(unit))
-        return PackedMatrix(target, planes, first, last, source.shape[1], scratch, fused_rows), self._bias(
-            unit, tensors
-        )
+        matrix, bias = self.passing(unit, tensors)
+        shape = self._num_rows(unit), self._source(unit).shape[1]
+        values = _allocate({"weight": (self._skeleton.dtypes[_weight(unit)], shape)})["weight"]
+        for start, stop, tile in matrix.tiles():
+            values[start:stop] = tile
+        return PlainMatrix(values), bias
+
+    def _num_rows(self, unit: PlannedUnit) -> int:
+        first, last = self.rows(unit)
+        return last - first
 
     def rows(self, unit: PlannedUnit) -> tuple[int, int]:
         """The rows of the matrix that *unit* has."""
@@ -135,25 +169,15 @@ class Matrices:
         return self._scratch[dtype]
 
 
-def joined(weights: list[Weights]) -> Weights | None:
-    """Matrices that are multiplied by the same input as one; ``None`` if they do not fit together."""
-    matrices = [matrix for matrix, _ in weights]
-    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
-    first = packed[0] if packed else None
-    if first is None or len(packed) < len(matrices) or not isinstance(first.codec, TiledInt4) or not first.fused_rows:
-        return None
-    if any((other.codec, other.columns, other.last % 64) != (first.codec, first.columns, 0) for other in packed):
-        return None
-    rows = sum(matrix.last for matrix in packed)
-    planes = join([matrix.planes for matrix in packed])
-    matrix = PackedMatrix(first.codec, planes, 0, rows, first.columns, first.scratch, first.fused_rows)
-    if all(bias is None for _, bias in weights):
-        return matrix, None
-    biases = [
-        first.scratch.new_zeros(matrix.last) if bias is None else bias
-        for matrix, (_, bias) in zip(packed, weights, strict=True)
-    ]
-    return matrix, torch.cat(biases)
+def _allocate(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+    """Memory for tensors that stay, outside of the heap, which what is allocated beside them would leave in pieces."""
+    sizes = {name: -(-prod(shape) * dtype.itemsize // PAGE) * PAGE for name, (dtype, shape) in shapes.items()}
+    arena, found, start = Arena(sum(sizes.values())), {}, 0
+    for name, (dtype, shape) in shapes.items():
+        num_bytes = prod(shape) * dtype.itemsize
+        found[name] = arena.tensor[start : start + num_bytes].view(dtype).view(shape)
+        start += sizes[name]
+    return found
 
 
 def packed_parts(source: PackedSource, rows: tuple[int, int] | None) -> Iterator[Part]:

@@ -15,7 +15,7 @@ import torch
 from layerstream.checkpoint.names import PackedSource
 from layerstream.model import hooks
 from layerstream.model.linear import JoinedLinears, LinearSlice, PlainMatrix, SlicedLinear
-from layerstream.model.matrices import Matrices, Weights, joined, packed_parts
+from layerstream.model.matrices import Matrices, Weights, packed_parts
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.loader import load_unit
 from layerstream.streaming.reader import DirectReader
@@ -67,6 +67,7 @@ class ModelWeights:
             largest = max(layout.num_bytes for layout in layouts)  # a unit strewn over a file has more page ends
             self.streamer = Streamer(layouts, num_cycle, max(plan.ring_bytes, largest), reader)
             self.streamer.populate()
+        self._joined = self._find_joined()
         for index in sorted(plan.residents):
             self._load(index, reader, on_load)
         self._install()
@@ -102,12 +103,30 @@ class ModelWeights:
         return parts
 
     def _load(self, index: int, reader: DirectReader, on_load: OnBytes) -> None:
-        stored = load_unit(self._layouts[index], reader, on_load)
-        if index >= len(self.plan.body) or self._is_sliced(self.plan.units[index]):
-            self._staying[index] = self._matrices.staying(self.plan.units[index], stored)
-        else:
-            self._resident[index] = self._matrices.converted(stored)
-        self.resident_bytes += self.plan.units[index].compute_bytes
+        unit = self.plan.units[index]
+        self.resident_bytes += unit.compute_bytes
+        if index < len(self.plan.body) and not self._is_sliced(unit):
+            self._resident[index] = self._matrices.converted(load_unit(self._layouts[index], reader, on_load))
+            return
+        group = self._joined.get(index, [index])
+        if index == group[0]:
+            units = {self.plan.units[member].name: member for member in group}
+            self._staying[index] = self._matrices.staying(
+                [self.plan.units[member] for member in group],
+                lambda unit: load_unit(self._layouts[units[unit.name]], reader, on_load),
+            )
+
+    def _find_joined(self) -> dict[int, list[int]]:
+        """For resident Linears that take the same input and may be one matrix: all of them."""
+        body = [index for index in self.plan.residents if index < len(self.plan.body)]
+        by_path = {self.plan.units[index].module: index for index in body if self._is_sliced(self.plan.units[index])}
+        found: dict[int, list[int]] = {}
+        for parent in {path.rpartition(".")[0] for path in by_path}:
+            for names in SAME_INPUT:
+                group = [by_path[path] for name in names if (path := f"{parent}.{name}") in by_path]
+                if len(group) == len(names) and self._matrices.can_join([self.plan.units[index] for index in group]):
+                    found |= dict.fromkeys(group, group)
+        return found
 
     def _is_sliced(self, unit: PlannedUnit) -> bool:
         """Whether it is a Linear, or rows of one, that computes slice by slice."""
@@ -116,7 +135,7 @@ class ModelWeights:
 
     def _install(self) -> None:
         """Hang the body's units onto their modules."""
-        wrapped = self._join()
+        wrapped = self._install_joined()
         body = enumerate(self.plan.body)
         for (path, is_sliced), group in groupby(body, key=lambda item: (item[1].module, self._is_sliced(item[1]))):
             members = [index for index, _ in group]
@@ -134,26 +153,16 @@ class ModelWeights:
                 wrapped.add(path)
         self._wrap_weightless(wrapped)
 
-    def _join(self) -> set[str]:
+    def _install_joined(self) -> set[str]:
         """Have resident Linears with the same input multiply by one matrix; the paths of those that do."""
         found: set[str] = set()
-        by_path = {self.plan.units[index].module: index for index in self._staying if index < len(self.plan.body)}
-        for parent in {path.rpartition(".")[0] for path in by_path}:
-            for names in SAME_INPUT:
-                paths = [f"{parent}.{name}" for name in names]
-                if not by_path.keys() >= set(paths):
-                    continue
-                indices = [by_path[path] for path in paths]
-                weights = joined([self._staying[index] for index in indices])
-                if weights is None:
-                    continue
-                rows = [self._matrices.rows(self.plan.units[index])[1] for index in indices]
-                whole = LinearSlice(0, sum(rows), _Staying(self, weights, indices))
-                modules = [self._skeleton.model.get_submodule(path) for path in paths]
-                JoinedLinears(SlicedLinear([whole]), rows).install(modules)
-                for index in indices:
-                    del self._staying[index]
-                found.update(paths)
+        for group in {id(group): group for group in self._joined.values()}.values():
+            paths = [self.plan.units[index].module for index in group]
+            rows = [self._matrices.rows(self.plan.units[index])[1] for index in group]
+            whole = LinearSlice(0, sum(rows), _Staying(self, self._staying[group[0]], group))
+            modules = [self._skeleton.model.get_submodule(path) for path in paths]
+            JoinedLinears(SlicedLinear([whole]), rows).install(modules)
+            found.update(paths)
         return found
 
     def _install_whole(self, index: int, module: torch.nn.Module) -> None:

@@ -11,7 +11,6 @@ Other formats are linear in a 4-bit code too. A matrix of theirs that stays in m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,13 +112,21 @@ def tiled_bytes(target: TiledInt4, rows: int, columns: int) -> int:
     return math.prod(shapes["weight"]) + 2 * math.prod(shapes["scale"])
 
 
-def rewrite(codec: Codec, planes: Planes, target: TiledInt4, rows: int, columns: int) -> dict[str, torch.Tensor]:
-    """*planes* of a matrix ``(rows, columns)``, as *target* has them where they stay."""
+def staying_shapes(target: TiledInt4, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes of the planes of a matrix that stays, as *target* has it."""
+    tiles = -(-rows // TILE)
+    return {
+        "weight": (torch.uint8, (tiles, columns, TILE // 2)),
+        "scale": (torch.bfloat16, (columns // target.group, tiles * TILE, 2)),
+    }
+
+
+def rewrite(codec: Codec, planes: Planes, out: Planes, rows: int, columns: int) -> None:
+    """Write a matrix ``(rows, columns)``, stored as *planes*, to *out*, planes as :func:`staying_shapes` has them."""
     if isinstance(codec, TiledInt4):
-        return {"weight": planes["weight"], "scale": by_kernel(planes["scale"])}
-    shapes = target.expected(rows, columns)
-    codes = torch.empty(shapes["weight"], dtype=torch.uint8)
-    scale = torch.empty((columns // target.group, shapes["weight"][0] * TILE, 2), dtype=torch.bfloat16)
+        out["weight"].copy_(planes["weight"])
+        out["scale"].copy_(by_kernel(planes["scale"]))
+        return
     step = math.lcm(TILE, codec.row_step) if codec.row_step else rows
     slab = max(step, SLAB_VALUES // columns // step * step)
     for start in range(0, rows, slab):
@@ -127,12 +134,5 @@ def rewrite(codec: Codec, planes: Planes, target: TiledInt4, rows: int, columns:
         part = codec.cut(planes, rows, start, stop) if codec.row_step else planes
         missing = -(stop - start) % TILE
         padded = [torch.nn.functional.pad(plane, (0, 0, 0, missing)) for plane in codec.affine(part, stop - start)]
-        codes[start // TILE : -(-stop // TILE)] = tile_codes(padded[0])
-        scale[:, start : stop + missing] = by_kernel(tile_scales(padded[1], padded[2]))
-    return {"weight": codes, "scale": scale}
-
-
-def join(parts: Sequence[Planes]) -> dict[str, torch.Tensor]:
-    """One matrix of the rows of several, all of whole tiles, as they are where they stay."""
-    codes = torch.cat([planes["weight"] for planes in parts])
-    return {"weight": codes, "scale": torch.cat([planes["scale"] for planes in parts], dim=1)}
+        out["weight"][start // TILE : -(-stop // TILE)] = tile_codes(padded[0])
+        out["scale"][:, start : stop + missing] = by_kernel(tile_scales(padded[1], padded[2]))
