@@ -37,7 +37,7 @@ STREAMING_MEMORY = "600MiB"
 CGROUP = "3GiB"
 RESIDENT_MEMORY = "2300MiB"
 LARGER_CGROUP, LARGER_MEMORY = "4GiB", "3GiB"
-SMALL_CGROUP, SMALL_MEMORY = "1536MiB", "1300MiB"
+SMALL_CGROUP, SMALL_MEMORY = "1536MiB", "800MiB"
 PROMPT, NEW, BATCHES = 512, 16, (1, 8)
 GGUF_TYPES = {"q4_0": (2, True), "q4_0-q6_k": (2, False)}
 """llama.cpp's number of the type, and whether every matrix is of it."""
