@@ -185,9 +185,11 @@ def measure_streamed(options: argparse.Namespace) -> dict[str, Any]:
     file = _gguf_files(options)["q4_0"]
     llama = python_of(options.environments, "llama")
     own = _decode_command(options, file, SMALL_MEMORY)
+    theirs = _llama_command(llama, file, prompt=64, new=4, batches=(1,))
+    theirs.insert(2, "--as-stored")
     found = {
         "LayerStream": bench.run_child(own, SMALL_CGROUP),
-        "llama.cpp, mmap": bench.run_child(_llama_command(llama, file, prompt=64, new=4, batches=(1,)), SMALL_CGROUP),
+        "llama.cpp, mmap": bench.run_child(theirs, SMALL_CGROUP),
     }
     rows = [[name, bench.spread(figures["step_seconds"]["1"])] for name, figures in found.items()]
     bench.show(f"Q4_0 in {SMALL_CGROUP}", ["", "seconds a token"], rows)

@@ -1,6 +1,9 @@
 """llama.cpp with mmap: a prompt of 512 tokens, then decoding of one sequence and of eight at once, greedy.
 
-usage: decode_llama_cpp.py GGUF PROMPT_TOKENS NEW_TOKENS BATCH...
+usage: decode_llama_cpp.py [--as-stored] GGUF PROMPT_TOKENS NEW_TOKENS BATCH...
+
+By default llama.cpp writes Q4_0 to memory in another layout; with --as-stored it maps the file, as it must where the
+weights do not fit.
 """
 
 import ctypes
@@ -12,11 +15,15 @@ import time
 import llama_cpp as lib
 import numpy as np
 
-path, num_prompt, num_new, *batches = sys.argv[1], *map(int, sys.argv[2:])
+as_stored = sys.argv[1] == "--as-stored"
+path, *numbers = sys.argv[1 + as_stored :]
+num_prompt, num_new, *batches = map(int, numbers)
 quiet = lib.llama_log_callback(lambda *_: None)
 lib.llama_log_set(quiet, ctypes.c_void_p())
 lib.llama_backend_init()
-model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+model_params = lib.llama_model_default_params()
+model_params.use_extra_bufts = not as_stored
+model = lib.llama_model_load_from_file(path.encode(), model_params)
 size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
 

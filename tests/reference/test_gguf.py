@@ -11,10 +11,10 @@ import torch
 from layerstream import LayerStream, SamplingParams
 from layerstream.checkpoint.codecs.ggml import SUPPORTED, Ggml
 from layerstream.checkpoint.gguf import open_gguf
-from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedModel
+from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedFormat, UnsupportedModel
 
 from tests.gguf_files import Kind, draw_blocks, write_gguf
-from tests.harness import assert_equals, budget_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
 from tests.models import make_model, make_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -115,3 +115,15 @@ def test_a_folder_of_files_says_which(tmp_path: Path) -> None:
     (tmp_path / "a-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointNotFound, match=r"pass one of them as the model: a-Q4_K_M.gguf"):
         LayerStream(tmp_path)
+
+
+def test_without_a_tokenizer_in_the_file_one_beside_it_is_taken(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make_model("llama", tmp_path / "plain"), "llama", Kind.Q4_0)
+    with pytest.raises(UnsupportedFormat, match=r"no tokenizer .* put the model's tokenizer\.json beside it"):
+        LayerStream(path, progress=False)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    with LayerStream(path, progress=False) as engine:
+        assert engine.generate("a b", SamplingParams(max_tokens=2, ignore_eos=True))[0].usage.completion_tokens == 2
+        assert engine.stats().bits_per_weight == pytest.approx(4.5, abs=0.3)
+        assert engine.stats().bytes_per_sweep == engine.plan.streamed_bytes

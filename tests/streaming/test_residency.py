@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from layerstream.streaming import residency
 from layerstream.streaming.residency import PlannedUnit, WeightNode, choose_residents, cut_units, slice_rows
 
+MIB = 2**20
+
 LAYER = WeightNode(
     "layer",
     children=(
@@ -83,3 +85,9 @@ def test_units_are_counted_with_their_page_ends() -> None:
     unit = PlannedUnit("x", 10_000, 10_000)
     assert unit.ring_bytes % residency.PAGE == 0
     assert unit.ring_bytes >= 10_000 + residency.UNIT_OVERHEAD
+
+
+def test_a_matrix_that_is_never_split_is_one_unit() -> None:
+    (unit,) = slice_rows(WeightNode("head", 10 * MIB, 10 * MIB, num_rows=100, row_step=0, decode_bytes=7), MIB)
+    assert unit.rows is None
+    assert (unit.num_bytes, unit.decode_bytes) == (10 * MIB, 7)

@@ -87,6 +87,8 @@ class Matrices:
         return target if can else None
 
     def _staying_as_it_is(self, unit: PlannedUnit, tensors: Tensors) -> Weights:
+        if not isinstance(self._source(unit), PackedSource):
+            return self.passing(unit, tensors)
         if not unit.stays_decoded:
             return self.passing(unit, {name: aligned(tensor) for name, tensor in tensors.items()})
         matrix, bias = self.passing(unit, tensors)

@@ -24,8 +24,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise UnsupportedFormat(
-            f"{path}: its metadata have no tokenizer that transformers can build ({error}); put the model's "
+            f"{path}: its metadata have no tokenizer that transformers can build ({error!r}); put the model's "
             "tokenizer.json beside it"
         ) from error
