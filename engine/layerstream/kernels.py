@@ -93,7 +93,7 @@ def _agrees(matrix: PackedMatrix, inputs: torch.Tensor) -> bool:
 def _decoded(matrix: PackedMatrix, inputs: torch.Tensor) -> torch.Tensor:
     output = inputs.new_empty((inputs.shape[0], matrix.last))
     for start, stop, weight in matrix.tiles():
-        output[:, start:stop] = F.linear(inputs, weight)
+        output[:, start:stop] = F.linear(matrix.arranged(inputs), weight)
     return output
 
 

@@ -49,6 +49,9 @@ def test_blocks_are_what_the_gguf_package_says(name: str) -> None:
     assert codec.expected(6, 512) == {"weight": stored.shape}
     codec.decode({"weight": torch.from_numpy(stored)}, 0, out)
     assert np.array_equal(out.numpy(), expected.reshape(6, 512))
+    arranged = torch.empty(6, 512)
+    codec.decode_arranged({"weight": torch.from_numpy(stored)}, 0, arranged)
+    assert torch.equal(arranged, codec.arranged(out)), "the same values, in an order of its own"
 
 
 @pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])

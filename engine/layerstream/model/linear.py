@@ -27,7 +27,12 @@ class Matrix(Protocol):
     """The weight ``(rows, in)`` of a slice, present."""
 
     def tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Its rows ``[start, stop)`` in the compute dtype, part by part; each is valid until the next."""
+        """Its rows ``[start, stop)`` in the compute dtype, part by part, their columns as :meth:`arranged` has them;
+        each is valid until the next."""
+        ...
+
+    def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
+        """*inputs* ``(m, in)`` in the order that the tiles' columns have."""
         ...
 
     @property
@@ -51,6 +56,10 @@ class PlainMatrix:
         """The whole."""
         yield 0, self.weight.shape[0], self.weight
 
+    def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return inputs
+
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """As any matrix does."""
         return F.linear(inputs, self.weight)
@@ -68,8 +77,9 @@ class PackedMatrix:
     scratch: torch.Tensor
     fused_rows: int = 0
 
-    def tiles(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """As many rows at a time as the scratch has room for."""
+    def tiles(self, *, in_order: bool = False) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """As many rows at a time as the scratch has room for; with the columns *in_order* for other uses."""
+        decode = self.codec.decode if in_order else self.codec.decode_arranged
         num_rows = self.last - self.first
         multiple = self.codec.row_step or num_rows
         step = min(num_rows, len(self.scratch) // self.columns // multiple * multiple)
@@ -78,8 +88,12 @@ class PackedMatrix:
             values = self.scratch[: (stop - start) * self.columns]
             by_columns = self.codec.columns_first
             tile = values.view(self.columns, -1).T if by_columns else values.view(-1, self.columns)
-            self.codec.decode(self.codec.cut(self.planes, num_rows, start, stop), self.first + start, tile)
+            decode(self.codec.cut(self.planes, num_rows, start, stop), self.first + start, tile)
             yield start, stop, tile
+
+    def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As the codec likes to decode."""
+        return self.codec.arranged(inputs)
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """By the codec's kernel."""
@@ -133,11 +147,12 @@ class SlicedLinear:
                     output[rows.start : rows.used, part.first : part.last] = found
                 if not decoded:
                     continue
+                arranged = matrix.arranged(inputs)
                 for start, stop, weight in matrix.tiles():
                     columns = slice(part.first + start, part.first + stop)
                     tile_bias = None if bias is None else bias[start:stop]
                     for block in decoded:
-                        output[block, columns] = F.linear(inputs[block], weight, tile_bias)
+                        output[block, columns] = F.linear(arranged[block], weight, tile_bias)
         return output
 
     def run(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -92,9 +92,10 @@ class Matrices:
         if not unit.stays_decoded:
             return self.passing(unit, {name: aligned(tensor) for name, tensor in tensors.items()})
         matrix, bias = self.passing(unit, tensors)
+        assert isinstance(matrix, PackedMatrix)
         shape = self._num_rows(unit), self._source(unit).shape[1]
         values = _allocate({"weight": (self._skeleton.dtypes[_weight(unit)], shape)})["weight"]
-        for start, stop, tile in matrix.tiles():
+        for start, stop, tile in matrix.tiles(in_order=True):
             values[start:stop] = tile
         return PlainMatrix(values), bias
 

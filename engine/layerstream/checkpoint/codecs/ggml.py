@@ -76,6 +76,24 @@ class Ggml(Codec):
             values = self._values(stored[part]).view(-1, out.shape[1])
             out[part] = values - self.offset if self.offset else values
 
+    def decode_arranged(self, planes: Planes, first: int, out: torch.Tensor) -> None:
+        """All lower halves of bytes, then all upper ones: pieces of 16 columns would cost more than all else."""
+        if self.kind not in _NIBBLES or self.offset:
+            self.decode(planes, first, out)
+            return
+        stored = self._rows(planes, out.shape[0])
+        step = max(1, CACHED_VALUES // out.shape[1])
+        for start in range(0, len(stored), step):
+            part = slice(start, start + step)
+            _halves(stored[part], self.kind, out[part])
+
+    def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
+        """So that they meet those."""
+        if self.kind not in _NIBBLES or self.offset:
+            return inputs
+        width = _NIBBLES[self.kind][1]
+        return inputs.unflatten(1, (-1, 2, width)).transpose(1, 2).reshape(inputs.shape)
+
     def affine_group(self, columns: int) -> int:
         """Of the kinds whose values are linear in their codes."""
         return _NIBBLE_GROUP if self.kind in _NIBBLES and not self.offset else 0
@@ -116,6 +134,20 @@ def _scales(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> tuple[torc
     scale = torch.cat([low & 63, (high & 15) | ((low >> 6) << 4)], dim=1)
     minimum = torch.cat([middle & 63, (high >> 4) | ((middle >> 6) << 4)], dim=1)
     return first * scale, -second * minimum
+
+
+def _halves(stored: torch.Tensor, kind: gguf.GGMLQuantizationType, out: torch.Tensor) -> None:
+    """Rows of blocks to *out*, the values of lower halves of bytes first."""
+    rows, columns = out.shape
+    start, width = _NIBBLES[kind]
+    blocks = stored.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+    scale, lowest = _scales(blocks, kind)
+    both = blocks[:, start:].contiguous()
+    of_halves = [part.reshape(-1, 2) if width == _NIBBLE_GROUP else part for part in (scale, lowest)]
+    for number, codes in enumerate((both & 15, both >> 4)):
+        step, base = (part[:, number, None] if width == _NIBBLE_GROUP else part for part in of_halves)
+        values = codes.view(-1, width).to(torch.float32).mul_(step).add_(base)
+        out[:, number * columns // 2 : (number + 1) * columns // 2] = values.view(rows, -1)
 
 
 def _nibbles(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
