@@ -230,7 +230,12 @@ def model_facts(
     embedding = skeleton.sources[skeleton.embedding_key]
     embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
     widest = max(module.out_features for module in _linears(skeleton))
-    is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
+    fused = fused_rows(skeleton.kernels)
+    if skeleton.decodes(fused):
+        streaming_rows = planner.DECODING_STREAMING_ROWS
+    else:
+        is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
+        streaming_rows = planner.FAST_STREAMING_ROWS if is_fast else planner.STREAMING_ROWS
     return ModelFacts(
         body=skeleton.body,
         head=skeleton.head,
@@ -243,8 +248,8 @@ def model_facts(
         context_length=context_length,
         chunk_tokens=chunk_tokens or planner.CHUNK_TOKENS,
         streaming_chunk_tokens=chunk_tokens or planner.STREAMING_CHUNK_TOKENS,
-        streaming_rows=planner.FAST_STREAMING_ROWS if is_fast else planner.STREAMING_ROWS,
-        fused_rows=fused_rows(skeleton.kernels),
+        streaming_rows=streaming_rows,
+        fused_rows=fused,
         num_values=skeleton.num_values,
         num_layers=config.num_hidden_layers,
         can_spill=can_spill,

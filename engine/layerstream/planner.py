@@ -27,6 +27,7 @@ CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is residen
 STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more
 STREAMING_ROWS = 32  # decode rows per row block, and of the head, where weights stream: compute is idle anyway
 FAST_STREAMING_ROWS = 64  # where the processor multiplies in the compute dtype: 64 rows take half longer than 32
+DECODING_STREAMING_ROWS = 16  # where weights are decoded as they pass: then it is the compute that is waited for
 PROMPT_ROWS = 128  # rows per row block of prompts where weights stream; more, if a chunk has more
 RESIDENT_ROWS = 8  # eight rows take a tenth longer than one; guesses fill them
 MAX_DRAFT_ROWS = 128  # guesses in one sweep

@@ -89,6 +89,12 @@ class Skeleton:
         codecs = [source.codec for source in packed if len(source.shape) == 2]
         return {kernel for codec in codecs if (kernel := (tiled(codec, 0) or codec).kernel)}
 
+    def decodes(self, fused_rows: Mapping[str, int]) -> bool:
+        """Whether quantised Linears are decoded as they stream, because none of *fused_rows* multiplies by them as they
+        are stored."""
+        packed = [source for source in self.sources.values() if isinstance(source, PackedSource)]
+        return any(len(source.shape) == 2 and source.codec.kernel not in fused_rows for source in packed)
+
     def path_of(self, module: torch.nn.Module) -> str:
         """Path of *module* within the causal model."""
         return next(name for name, other in self.model.named_modules() if other is module)
