@@ -31,7 +31,7 @@ _NIBBLES = {  # where the codes begin in a block, and how many bytes have the lo
 }
 _NIBBLE_GROUP = 32
 _LOW = 0x0F0F0F0F0F0F0F0F  # the lower halves of eight bytes
-CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
+CACHED_VALUES = 2**20  # decoded at a time: what they are computed from stays in the processor's cache
 SUPPORTED = frozenset({*_PLAIN, *_BY_NUMPY, *map(gguf.GGMLQuantizationType, GGML_BLOCK)})
 
 
