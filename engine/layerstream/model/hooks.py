@@ -122,7 +122,9 @@ def _rows_of(value: Any, total: int, rows: slice) -> Any:
     """*value* with every tensor that has all rows cut down to *rows*."""
     if isinstance(value, torch.Tensor):
         axis = _row_axis_of(total)(value)
-        return value if axis is None else value[rows] if axis == 0 else value[:, rows]
+        if axis is None:
+            return value
+        return value[rows] if axis == 0 else value[0, rows][None]  # not [:, rows], whose strides make products slow
     if isinstance(value, tuple | list):
         return type(value)(_rows_of(item, total, rows) for item in value)
     if isinstance(value, dict):
