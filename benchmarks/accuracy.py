@@ -123,7 +123,7 @@ def _models(source: Path, folder: Path) -> dict[str, Callable[[], Any]]:
         return model
 
     models: dict[str, Callable[[], Any]] = {
-        kind: lambda kind=kind: with_values(_decoded(folder / kind)) for kind in PACKED
+        kind: lambda kind=kind: with_values(decoded(folder / kind)) for kind in PACKED
     }
     models["nf4, bitsandbytes' own"] = lambda: _plain(folder / "nf4")
     for name in GGUF_KINDS:
@@ -131,8 +131,8 @@ def _models(source: Path, folder: Path) -> dict[str, Callable[[], Any]]:
     return models
 
 
-def _decoded(folder: Path) -> dict[str, torch.Tensor]:
-    """Every packed matrix of *folder*."""
+def decoded(folder: Path) -> dict[str, torch.Tensor]:
+    """Every packed matrix of *folder*, decoded in fp32."""
     found = {}
     for name, matrix in open_folder(folder).packed.items():
         planes = {}

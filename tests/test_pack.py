@@ -18,14 +18,13 @@ import torch
 import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream import pack as packing
-from layerstream.checkpoint.folder import open_folder
-from layerstream.checkpoint.names import PLANE_DTYPES
 from layerstream.errors import CheckpointNotFound, ConfigurationError, InvalidHeader, StorageFull
 from layerstream.events import Event, PackProgress
 from layerstream.model.skeleton import build_skeleton
 from layerstream.pack import pack
 from typer.testing import CliRunner
 
+from benchmarks.accuracy import decoded
 from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
 from tests.models import make_model
 
@@ -39,19 +38,6 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
     make_model("llama", folder, sizes=SIZES)
     add_tokenizer(folder, tokenizer_folder)
     return folder
-
-
-def decoded(folder: Path) -> dict[str, torch.Tensor]:
-    """Every packed matrix of *folder*, decoded in fp32."""
-    found = {}
-    for name, matrix in open_folder(folder).packed.items():
-        planes = {}
-        for plane, entry in matrix.planes.items():
-            raw = bytearray(entry.extent.path.read_bytes()[entry.extent.offset :][: entry.extent.num_bytes])
-            planes[plane] = torch.frombuffer(raw, dtype=PLANE_DTYPES[entry.dtype]).view(entry.shape)
-        found[name] = torch.empty(matrix.shape)
-        matrix.codec.decode(planes, 0, found[name])
-    return found
 
 
 @pytest.mark.parametrize("keep_head", [False, True])

@@ -96,6 +96,12 @@ class ModelFacts:
         return sum(node.total_bytes for node in (*self.body, self.head))
 
     @property
+    def without_kernel(self) -> dict[str, WeightNode]:
+        """Quantised Linears that nothing multiplies by undecoded, by name."""
+        nodes = [node for root in (*self.body, self.head) for node in linears(root)]
+        return {node.name: node for node in nodes if not self.fused_rows.get(node.kernel)}
+
+    @property
     def compute_bytes(self) -> int:
         """All weights as they are when they are resident: in the compute dtype, or quantised."""
         return sum(node.total_compute_bytes for node in (*self.body, self.head)) + self.embedding_bytes
@@ -228,8 +234,7 @@ def make_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
 def comfortable_bytes(facts: ModelFacts) -> int:
     """The budget from which on nothing streams and KV has all the room that it may take."""
     fixed = facts.compute_bytes + _activation_bytes(facts, MAX_SWEEP_TOKENS) + facts.decode_bytes
-    decoded = [node for root in (*facts.body, facts.head) for node in linears(root)]
-    fixed += sum(node.value_bytes - node.own_bytes for node in decoded if not facts.fused_rows.get(node.kernel))
+    fixed += sum(node.value_bytes - node.own_bytes for node in facts.without_kernel.values())
     return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_token_bytes
 
 
@@ -281,12 +286,8 @@ def _shortcomings(plan: Plan) -> tuple[int, int]:
 
 
 def _undecoded_bytes(plan: Plan) -> int:
-    kernels = {node.name: node.kernel for root in (*plan.facts.body, plan.facts.head) for node in linears(root)}
-    return sum(
-        unit.num_bytes
-        for unit in plan.weights.units
-        if unit.module in kernels and not unit.stays_decoded and not plan.facts.fused_rows.get(kernels[unit.module])
-    )
+    nodes = plan.facts.without_kernel
+    return sum(unit.num_bytes for unit in plan.weights.units if unit.module in nodes and not unit.stays_decoded)
 
 
 def _decode_some(
@@ -294,13 +295,13 @@ def _decode_some(
 ) -> tuple[tuple[PlannedUnit, ...], tuple[PlannedUnit, ...], int]:
     """Let quantised matrices that no kernel multiplies by stay decoded, as far as *spare* bytes go, the head first:
     decoding them in every sweep takes longer than anything else. Also what that takes."""
-    nodes = {node.name: node for root in (*facts.body, facts.head) for node in linears(root)}
+    nodes = facts.without_kernel
     taken = 0
 
     def decode(unit: PlannedUnit) -> PlannedUnit:
         nonlocal taken
         node = nodes.get(unit.module)
-        if node is None or not node.value_bytes or facts.fused_rows.get(node.kernel):
+        if node is None:
             return unit
         more = node.value_bytes - node.own_bytes
         if taken + more > spare:

@@ -15,10 +15,10 @@ from layerstream.pack import pack
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from benchmarks.accuracy import decoded
 from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
 from tests.models import make_model
 from tests.quantised import PACKERS, Packer
-from tests.test_pack import decoded
 
 TOLERANCE = 1e-4  # of the largest logit
 MODES = ["resident", "tight", "layers"]

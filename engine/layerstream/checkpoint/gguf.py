@@ -95,8 +95,8 @@ def open_gguf(path: Path) -> GgufFile:
             f"{path}: rotary positions are scaled ({scaling.contents()}), which is not read from GGUF; use the "
             "safetensors original"
         )
-    wanted = _SIZES | (_MIXTRAL_SIZES if f"blk.0.{_EXPERTS['down_proj'][0]}.weight" in tensors else {})
-    wanted = wanted if architecture == "llama" else _SIZES
+    has_experts = f"blk.0.{_EXPERTS['down_proj'][0]}.weight" in tensors
+    wanted = _SIZES | (_MIXTRAL_SIZES if architecture == "llama" and has_experts else {})
     fields = {name: readers[0].get_field(f"{architecture}.{key}") for name, key in wanted.items()}
     sizes = {name: int(field.contents()) for name, field in fields.items() if field is not None}
     return GgufFile(paths[0], str(architecture), int(num_layers), sizes, tensors)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from layerstream.errors import ConfigurationError
+from layerstream.machine import cache_folder
 from layerstream.sizes import parse_size
 
 VARIABLE = "LAYERSTREAM_KV_STORE"
@@ -80,9 +81,7 @@ def default_folder() -> Path:
     """Where the store is if nothing else is said."""
     if named := os.environ.get(VARIABLE):
         return Path(named).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("layerstream", appauthor=False)) / "kv"
+    return cache_folder() / "kv"
 
 
 def store_config(kv_store: object) -> KVStoreConfig | None:

@@ -24,7 +24,7 @@ from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, experts
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, check_supported
 from layerstream.model.linear import decode_bytes
-from layerstream.streaming.residency import WeightNode
+from layerstream.streaming.residency import WeightNode, linears
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,7 @@ class Skeleton:
         """Those that could multiply by its quantised Linears as they are, or rewritten; they compute in bfloat16."""
         if self.dtype != torch.bfloat16:
             return set()
-        packed = [source for source in self.sources.values() if isinstance(source, PackedSource)]
-        codecs = [source.codec for source in packed if len(source.shape) == 2]
-        return {kernel for codec in codecs if (kernel := (tiled(codec, 0) or codec).kernel)}
+        return {node.kernel for root in (*self.body, self.head) for node in linears(root) if node.kernel}
 
     def decodes(self, fused_rows: Mapping[str, int]) -> bool:
         """Whether quantised Linears are decoded as they stream, because none of *fused_rows* multiplies by them as they

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 
 import torch
@@ -89,6 +90,15 @@ def matrix_shape(codec: Codec, shape: tuple[int, ...]) -> tuple[int, int]:
         return prod(shape), 1
     rows, columns = (shape[-1], shape[-2]) if codec.transposes else (shape[-2], shape[-1])
     return prod(shape[:-2]) * rows, columns
+
+
+@cache
+def pair_table(values: tuple[float, ...], first_bits: int) -> torch.Tensor:
+    """``(256,)``: for each byte the two of 16 *values* that it stands for, in fp32, seen as one integer of 64 bits. The
+    first is the one whose code is in the four bits from *first_bits* on."""
+    table, codes = torch.tensor(values), torch.arange(256)
+    both = [table[(codes >> bits) & 15] for bits in (first_bits, 4 - first_bits)]
+    return torch.stack(both, dim=1).contiguous().view(torch.int64).view(-1)
 
 
 def _part(plane: torch.Tensor, num_rows: int, start: int, stop: int) -> torch.Tensor:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table
 
 CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
 ALIGNMENT = 16  # bytes; torch's int8 kernel (2.13) ends the process where weights lie otherwise
@@ -53,7 +52,8 @@ class Bnb4(Codec):
         """Table lookup by bytes, each of which stands for two values."""
         codes = planes["weight"].reshape(-1)
         scales = self._scales(planes, first * self.columns // self.blocksize)
-        pairs = _pairs(planes["quant_map"])
+        table = planes["quant_map"]
+        pairs = pair_table(tuple(table.tolist()), 4).to(table.device)
         if not out.is_contiguous() or out.numel() != len(scales) * self.blocksize:
             values = pairs.index_select(0, codes.to(torch.int32)).view(torch.float32)
             values = torch.nn.functional.pad(values, (0, len(scales) * self.blocksize - len(values)))
@@ -77,17 +77,6 @@ class Bnb4(Codec):
         numbers = torch.arange(first, first + len(absmax), device=absmax.device) // size
         own = planes["nested_quant_map"][absmax.long()] * planes["nested_absmax"][numbers]
         return own.add_(offset)
-
-
-def _pairs(table: torch.Tensor) -> torch.Tensor:
-    """``(256,)``: for each byte its two values in fp32, seen as one integer of 64 bits."""
-    return _pairs_of(tuple(table.tolist())).to(table.device)
-
-
-@cache
-def _pairs_of(table: tuple[float, ...]) -> torch.Tensor:
-    values, codes = torch.tensor(table), torch.arange(256)
-    return torch.stack([values[codes >> 4], values[codes & 15]], dim=1).contiguous().view(torch.int64).view(-1)
 
 
 @dataclass(frozen=True)

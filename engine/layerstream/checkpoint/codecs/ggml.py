@@ -78,7 +78,7 @@ class Ggml(Codec):
 
     def decode_arranged(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """All lower halves of bytes, then all upper ones: pieces of 16 columns would cost more than all else."""
-        if self.kind not in _NIBBLES or self.offset:
+        if not self.affine_group(out.shape[1]):
             self.decode(planes, first, out)
             return
         stored = self._rows(planes, out.shape[0])
@@ -89,7 +89,7 @@ class Ggml(Codec):
 
     def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
         """So that they meet those."""
-        if self.kind not in _NIBBLES or self.offset:
+        if not self.affine_group(inputs.shape[1]):
             return inputs
         width = _NIBBLES[self.kind][1]
         return inputs.unflatten(1, (-1, 2, width)).transpose(1, 2).reshape(inputs.shape)

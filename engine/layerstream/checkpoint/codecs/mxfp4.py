@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table
 
 BLOCK = 32
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,6 @@ class Mxfp4(Codec):
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """Powers of two round nothing."""
         codes = planes["weight"].reshape(-1).to(torch.int32)
-        values = _pairs(codes.device).index_select(0, codes).view(torch.float32).view(-1, BLOCK)
+        values = pair_table(_VALUES, 0).to(codes.device).index_select(0, codes).view(torch.float32).view(-1, BLOCK)
         exponents = planes["scale"].reshape(-1, 1).to(torch.int32) - 127
         out.copy_(torch.ldexp(values, exponents, out=values).view(out.shape))
-
-
-def _pairs(device: torch.device) -> torch.Tensor:
-    """``(256,)``: for each byte its two values in fp32, seen as one integer of 64 bits."""
-    table = torch.tensor([*_VALUES, *(-value for value in _VALUES)], device=device)
-    codes = torch.arange(256, device=device)
-    return torch.stack([table[codes & 15], table[codes >> 4]], dim=1).contiguous().view(torch.int64).view(-1)
