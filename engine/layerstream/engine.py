@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerstream.assembly import Assembly, EngineConfig, assemble
+from layerstream.chat.tools import ToolChoice
+from layerstream.chat.turn import Turn
 from layerstream.completion import Completion, Delta
 from layerstream.errors import ConfigurationError, EngineClosed
 from layerstream.events import Listener
 from layerstream.intake import Intake, Terms
 from layerstream.kv.config import KVStoreConfig, store_config
 from layerstream.kv.store import PrefixStore
-from layerstream.loop import EngineLoop
+from layerstream.loop import EngineLoop, OpenGang
 from layerstream.params import SamplingParams
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
@@ -114,6 +116,16 @@ class LayerStream:
         return self._parts.config.model
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on beside prompt and parameters; caches of answers have it in their keys."""
+        config = self._parts.config
+        return {
+            name: getattr(config, name)
+            for name in ("model", "revision", "dtype", "quantization", "max_context")
+            if getattr(config, name) is not None
+        }
+
+    @property
     def tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
         return self._parts.tokenizer
@@ -141,6 +153,50 @@ class LayerStream:
     def apply_chat_template(self, messages: Seq[Mapping[str, Any]], tools: Any = None, **options: Any) -> str:
         """The prompt text that the model's chat template makes of *messages*."""
         return self._intake.encoder.apply_chat_template(messages, tools=tools, **options)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the model's chat template has a place for tools that is understood here; else they are explained in
+        words, and the grammar does the rest."""
+        return self._intake.turns.knows_tools
+
+    def turn(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = None,
+        parallel_tool_calls: bool | None = None,
+        explain_format: bool = False,
+        **template_options: Any,
+    ) -> Turn:
+        """The model's next turn in a chat, to be submitted and read::
+
+            turn = engine.turn(messages, params, tools=[{"type": "function", "function": {...}}])
+            reply = turn.read(engine.submit(turn.prompt, turn.params).result().text)
+            reply.text, reply.thought, reply.calls
+
+        Args:
+            tools: functions that the model may call, in OpenAI's form. Every model can be given tools: a chat template
+                that knows them is used, else they are explained in the prompt. Calls are well-formed by grammar.
+            tool_choice: ``"auto"``, ``"any"``, ``"none"``, or the name of a tool.
+            parallel_tool_calls: several calls in one answer; ``None``: yes, where the model decides to call.
+            explain_format: say the JSON schema of ``params.response_format`` in the prompt.
+            template_options: passed on to the chat template (``enable_thinking``, …).
+
+        Raises:
+            ToolError, PromptError, ConfigurationError: what is wrong, before anything runs.
+        """
+        return self._intake.turns.make(
+            messages,
+            params or SamplingParams(),
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            explain_format=explain_format,
+            **template_options,
+        )
 
     def generate(
         self,
@@ -218,9 +274,10 @@ class LayerStream:
         self._loop.submit(answers)
         return requests
 
-    def gang(self, size: int, timeout: float = GANG_SECONDS) -> AbstractContextManager[None]:
+    def gang(self, size: int, timeout: float = GANG_SECONDS) -> AbstractContextManager[OpenGang]:
         """Within it, requests wait for each other: none is begun before *size* of them were submitted, by whatever
-        threads, or *timeout* seconds are over. For batches whose members arrive one by one::
+        threads, or *timeout* seconds are over. ``leave()`` of what it yields: one of them is not going to come.
+        For batches whose members arrive one by one::
 
             with engine.gang(len(questions)), ThreadPoolExecutor() as pool:
                 answers = list(pool.map(chain.invoke, questions))
@@ -230,6 +287,15 @@ class LayerStream:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that *prompt* stands for, with the model's opening tokens once."""
         return self._intake.encoder.encode(prompt)
+
+    def cached_tokens(self, prompt: Prompt) -> int:
+        """Tokens at the beginning of *prompt* whose KV is there, in memory or in the store: what a prefill of it would
+        not compute. Whole pages; never the last token."""
+        scheduler, store = self._parts.scheduler, self._parts.store
+        keys = scheduler.prefixes.keys_of(self.encode(prompt))
+        in_memory = scheduler.prefixes.count_known(keys)
+        stored = 0 if store is None else store.count_stored(keys)
+        return max(in_memory, stored) * self.plan.page_tokens
 
     def warm(
         self,

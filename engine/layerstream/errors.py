@@ -7,6 +7,7 @@
     │   ├── InvalidSize                      "3GBs", negative, not a number
     │   ├── InvalidSamplingParams            names the field and the allowed range
     │   ├── GrammarError                     a response_format that cannot be read or met, with the reason
+    │   ├── ToolError                        a tool, or a choice of tools, that cannot be used
     │   └── BudgetTooSmall                   names the minimum
     ├── PromptError (ValueError)
     │   ├── EmptyPrompt
@@ -58,6 +59,10 @@ class InvalidSamplingParams(ConfigurationError):
 
 class GrammarError(ConfigurationError):
     """A response format that does not compile, that nothing can meet, or that an answer got stuck in."""
+
+
+class ToolError(ConfigurationError):
+    """A tool that is none, a choice of one that is not there, or one that the model cannot be given."""
 
 
 class BudgetTooSmall(ConfigurationError):

@@ -13,6 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,13 +49,42 @@ class EngineHandle:
     ) -> None:
         self.model = engine.model_name if engine is not None else model or default_model()
         self._options = dict(options or {})
-        self._engine = engine
+        self._given = self._engine = engine
         self._source = "an engine that was passed in" if engine is not None else self._describe_source(model)
 
     @property
     def is_loaded(self) -> bool:
         """Whether the engine is there."""
         return self._engine is not None
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of context: the engine's, or, before it is there, what the model's config says if it is at hand."""
+        if self._engine is not None:
+            return self._engine.context_length
+        folder = Path(__file__).parent / "demo" / "reader" if self.model == "demo" else Path(self.model)
+        try:
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            length = config.get("text_config", config).get("max_position_embeddings")
+        except (OSError, ValueError, AttributeError):
+            return None
+        wanted = self._options.get("max_context")
+        return min(length, wanted) if isinstance(length, int) and isinstance(wanted, int) else length
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on beside prompt and parameters; the same before the engine is loaded as after."""
+        if self._given is not None:
+            return self._given.identity
+        return {"model": self.model, **self._options}
+
+    async def get_async(self) -> LayerStream:
+        """The engine; loaded on a thread, so that the event loop goes on."""
+        if self._engine is not None:
+            return self._engine
+        import asyncio
+
+        return await asyncio.to_thread(self.get)
 
     def get(self) -> LayerStream:
         """The engine; the first call loads it (callers on other threads wait for that one)."""

@@ -54,6 +54,10 @@ class Inbox:
         self._gangs.append(gang)
         return gang
 
+    def leave_gang(self, gang: Gang) -> None:
+        """One member of *gang* is not going to come, or has come and gone."""
+        gang.size -= 1
+
     def close_gang(self, gang: Gang) -> None:
         """Hold nobody for *gang* any more. Idempotent."""
         if gang in self._gangs:

@@ -16,6 +16,7 @@ from typing import Any
 from layerstream.answer import Answer
 from layerstream.assembly import Assembly
 from layerstream.beams import BeamAnswer
+from layerstream.chat.turn import TurnMaker
 from layerstream.completion import Completion
 from layerstream.constraint import Constraint
 from layerstream.errors import ConfigurationError
@@ -67,6 +68,7 @@ class Intake:
         self._seconds_per_sweep = seconds_per_sweep
         self._end_token_ids = parts.defaults.eos_token_ids
         self._grammars = Grammars(parts.tokenizer, parts.plan.facts.vocab_size, self._end_token_ids)
+        self.turns = TurnMaker(self.encoder, parts.tokenizer, self._grammars.special_tokens)
         self._numbers = itertools.count()
 
     def take(
@@ -104,7 +106,9 @@ class Intake:
                 request=request,
                 index=index,
                 sequence=Sequence(number, list(token_ids), len(token_ids), own, constraint=self._constraint(own)),
-                detokenizer=Detokenizer(self._parts.tokenizer, prompt_ids=token_ids),
+                detokenizer=Detokenizer(
+                    self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=own.skip_special_tokens
+                ),
                 stop=StopMatcher(tuple(params.stop)),
                 end_token_ids=ends,
                 submitted=submitted,

@@ -56,6 +56,13 @@ class LoopCounters:
     forced_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class OpenGang:
+    """Requests that wait for each other; ``leave()``: one of them is not going to come, do not wait for it."""
+
+    leave: Callable[[], None]
+
+
 class EngineLoop:
     """Runs sweeps as long as there is something to run."""
 
@@ -93,12 +100,18 @@ class EngineLoop:
             self._changed.notify_all()
 
     @contextlib.contextmanager
-    def gang(self, size: int, seconds: float) -> Iterator[None]:
+    def gang(self, size: int, seconds: float) -> Iterator[OpenGang]:
         """Hold what arrives until *size* requests are there, or *seconds* are over."""
         with self._changed:
             gang = self._inbox.open_gang(size, seconds)
+
+        def leave() -> None:
+            with self._changed:
+                self._inbox.leave_gang(gang)
+                self._changed.notify_all()
+
         try:
-            yield
+            yield OpenGang(leave)
         finally:
             with self._changed:
                 self._inbox.close_gang(gang)

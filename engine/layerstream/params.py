@@ -29,6 +29,7 @@ class SamplingParams:
         frequency_penalty: subtracted once per occurrence in the output [0].
         stop: strings that end the text; they are matched across token boundaries and never shown.
         stop_token_ids: ids that end the text, beside the model's EOS.
+        skip_special_tokens: leave special tokens out of the text.
         ignore_eos: go on past the model's EOS.
         seed: same seed, same prompt, same text, alone or among other requests; ``None`` draws a fresh one.
         n: completions per prompt.
@@ -54,6 +55,7 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     seed: int | None = None
     n: int = 1
     best_of: int | None = None
@@ -82,8 +84,9 @@ class SamplingParams:
         self._check_float("length_penalty", -10.0, 10.0)
         self._check_int("logprobs", 0, 100)
         self._check_beams()
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidSamplingParams("ignore_eos", self.ignore_eos, "True or False")
+        for flag in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, flag), bool):
+                raise InvalidSamplingParams(flag, getattr(self, flag), "True or False")
 
     @property
     def is_greedy(self) -> bool:

@@ -150,6 +150,10 @@ class PrefixTable:
             pages.append(entry.page)
         return pages
 
+    def count_known(self, keys: Sequence[Key]) -> int:
+        """How many of *keys*, from the first on, are known. Changes nothing, so that any thread may ask."""
+        return next((count for count, key in enumerate(keys) if key not in self._entries), len(keys))
+
     def enter(self, keys: Sequence[Key], first: int, owner: TokenSequence, num_stored: int = 0) -> None:
         """Enter ``keys[first:]``, which nobody has: the first *num_stored* are loaded, *owner* computes the rest."""
         for position in range(first, len(keys)):

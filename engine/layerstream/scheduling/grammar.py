@@ -33,6 +33,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._end_token_ids = sorted(end_token_ids)
         self._wrapped: Any = None
+        self._special_tokens: dict[str, int] | None = None
         self._compiled: OrderedDict[str, GrammarConstraint] = OrderedDict()
 
     def compile(self, response_format: Mapping[str, Any]) -> GrammarConstraint:
@@ -53,19 +54,37 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return compiled.fork()
 
-    def _compile(self, response_format: Mapping[str, Any]) -> GrammarConstraint:
-        try:
-            from llguidance import LLMatcher
-            from llguidance.hf import from_tokenizer
-        except ImportError as error:
-            raise MissingExtra("llguidance", "guided") from error
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that a grammar must name by their ids, ``<[128010]>``: written as text they would be others.
+
+        Raises:
+            MissingExtra, GrammarError: as :meth:`compile`.
+        """
+        if self._special_tokens is None:
+            wrapped = self._wrap()
+            added = self._tokenizer.get_added_vocab()
+            self._special_tokens = {text: index for text, index in added.items() if wrapped.is_special_token(index)}
+        return self._special_tokens
+
+    def _wrap(self) -> Any:
+        """The tokenizer as llguidance sees it."""
         if self._wrapped is None:
+            try:
+                from llguidance.hf import from_tokenizer
+            except ImportError as error:
+                raise MissingExtra("llguidance", "guided") from error
             try:
                 self._wrapped = from_tokenizer(self._tokenizer, self._vocab_size, self._end_token_ids or None)
             except ValueError as error:
                 raise GrammarError(f"response_format does not work with this model's tokenizer: {error}") from error
+        return self._wrapped
+
+    def _compile(self, response_format: Mapping[str, Any]) -> GrammarConstraint:
+        wrapped = self._wrap()
+        from llguidance import LLMatcher
+
         try:
-            matcher = LLMatcher(self._wrapped, _grammar(response_format), log_level=0)
+            matcher = LLMatcher(wrapped, _grammar(response_format), log_level=0)
         except ValueError as error:
             raise GrammarError(f"response_format cannot be used: {error}") from error
         if matcher.is_error():

@@ -61,9 +61,14 @@ class PromptEncoder:
         self._given_vocab_size = vocab_size
 
     @property
+    def chat_template(self) -> str | Mapping[str, str] | None:
+        """The tokenizer's: Jinja, or several by name."""
+        return getattr(self._tokenizer, "chat_template", None) or None
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether chat messages are understood."""
-        return bool(getattr(self._tokenizer, "chat_template", None))
+        return self.chat_template is not None
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of *prompt*.

@@ -1,0 +1,148 @@
+"""Messages as chat templates take them: texts, roles that alternate, tools' parts in words where need be.
+
+The canonical form is OpenAI's: ``{"role": "system" | "user" | "assistant" | "tool", "content": str}``; an assistant's
+``tool_calls`` are ``{"id", "type": "function", "function": {"name", "arguments": {...}}}``, a tool's message has the
+``tool_call_id`` and the ``name``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from layerstream.chat.tools import Tool
+from layerstream.errors import PromptError
+from layerstream.text.prompt import Message
+
+_ROLES = {"developer": "system", "human": "user", "ai": "assistant", "function": "tool"}
+
+TOOLS_PROMPT = """You may call functions to help with the user's request. The functions are:
+<tools>
+{tools}
+</tools>
+To call one, answer with a JSON object of its name and arguments within <tool_call></tool_call>:
+<tool_call>
+{{"name": "function-name", "arguments": {{"argument": "value"}}}}
+</tool_call>"""
+
+SCHEMA_PROMPT = "\n\nAnswer with a JSON object that follows this schema, and nothing else:\n{schema}"
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """*messages* with texts for contents, known roles, arguments as mappings; neighbours of one role are one message.
+
+    Raises:
+        PromptError: contents that are no text (images, say), or a message that is none.
+    """
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
+        raise PromptError(f"a chat is a list of messages such as [{{'role': 'user', 'content': 'Hi'}}], not {messages!r:.80}")
+    result: list[dict[str, Any]] = []
+    for given in messages:
+        role = given.get("role") if isinstance(given, Mapping) else None
+        if not isinstance(role, str):
+            raise PromptError(f"a chat message has a 'role' such as 'user'; this one has none: {given!r:.80}")
+        message = {**given, "role": _ROLES.get(role, role), "content": plain_text(given.get("content"))}
+        if calls := given.get("tool_calls"):
+            message["tool_calls"] = [_plain_call(call) for call in calls]
+        else:
+            message.pop("tool_calls", None)
+        if result and _can_join(result[-1], message):
+            result[-1]["content"] = "\n".join(filter(None, (result[-1]["content"], message["content"])))
+            if calls:
+                result[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
+        else:
+            result.append(message)
+    return result
+
+
+def plain_text(content: Any) -> str:
+    """The text of a message's content: text, parts of text, or nothing.
+
+    Raises:
+        PromptError: there is something else in it.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, Sequence):
+        raise PromptError(f"a message's content is text or a list of text parts, not {content!r:.80}")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif isinstance(part, Mapping) and part.get("type") in ("tool_use", "tool_call", "reasoning", "thinking"):
+            continue  # said elsewhere in the message, or not to be said again
+        else:
+            kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
+            raise PromptError(
+                f"this model reads text, and a message has a part of type {kind!r}: leave it out, or describe it in text"
+            )
+    return "\n".join(texts)
+
+
+def explain_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """*messages* for a template that knows no tools: what they are, were asked and answered, in words."""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        content = message["content"]
+        if calls := message.get("tool_calls"):
+            texts = [f"<tool_call>\n{json.dumps(_spoken(call), ensure_ascii=False)}\n</tool_call>" for call in calls]
+            content = "\n".join([*([content] if content else []), *texts])
+        if message["role"] == "tool":
+            result.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+        else:
+            result.append({"role": message["role"], "content": content})
+    if tools:
+        lines = "\n".join(json.dumps(tool.as_dict(), ensure_ascii=False) for tool in tools)
+        result.insert(0, {"role": "system", "content": TOOLS_PROMPT.format(tools=lines)})
+    return plain_messages(result)
+
+
+def without_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """*messages* for a template that knows no system role: what it said opens the user's first message."""
+    said = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    others = [dict(message) for message in messages if message["role"] != "system"]
+    first = next((message for message in others if message["role"] == "user"), None)
+    if first is None:
+        return [{"role": "user", "content": said}, *others]
+    first["content"] = f"{said}\n\n{first['content']}"
+    return others
+
+
+def explain_schema(messages: Sequence[Message], schema: Any) -> list[dict[str, Any]]:
+    """*messages* with the schema of the answer at the end of the user's last one: what is before it keeps its KV."""
+    result = [dict(message) for message in messages]
+    last = next((message for message in reversed(result) if message["role"] == "user"), None)
+    if last is not None:
+        last["content"] += SCHEMA_PROMPT.format(schema=json.dumps(schema, ensure_ascii=False))
+    return result
+
+
+def _can_join(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    return first["role"] == second["role"] != "tool" and first.get("name") == second.get("name")
+
+
+def _plain_call(call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise PromptError(
+            f"a tool call is {{'id': ..., 'type': 'function', 'function': {{'name': ..., 'arguments': {{...}}}}}}, "
+            f"not {call!r:.80}"
+        )
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise PromptError(f"the arguments of a tool call are no JSON ({error}): {arguments!r:.80}") from error
+    return {
+        "id": call.get("id") or "",
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _spoken(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    return call["function"]
