@@ -32,6 +32,17 @@ def default_model() -> str:
     return os.environ.get(MODEL_VARIABLE) or "demo"
 
 
+def peek_context_length(model: str) -> int | None:
+    """Tokens of context as the model's own config says, if it is at hand; nothing is loaded."""
+    folder = Path(__file__).parent / "demo" / "reader" if model == "demo" else Path(model)
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        length = config.get("text_config", config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return length if isinstance(length, int) else None
+
+
 class EngineHandle:
     """Leads to an engine: one that is there, or one that is loaded when it is first asked for.
 
@@ -56,20 +67,6 @@ class EngineHandle:
     def is_loaded(self) -> bool:
         """Whether the engine is there."""
         return self._engine is not None
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens of context: the engine's, or, before it is there, what the model's config says if it is at hand."""
-        if self._engine is not None:
-            return self._engine.context_length
-        folder = Path(__file__).parent / "demo" / "reader" if self.model == "demo" else Path(self.model)
-        try:
-            config = json.loads((folder / "config.json").read_text("utf-8"))
-            length = config.get("text_config", config).get("max_position_embeddings")
-        except (OSError, ValueError, AttributeError):
-            return None
-        wanted = self._options.get("max_context")
-        return min(length, wanted) if isinstance(length, int) and isinstance(wanted, int) else length
 
     @property
     def identity(self) -> dict[str, Any]:

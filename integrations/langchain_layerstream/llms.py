@@ -4,64 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseLLM, LangSmithParams
+from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageModelInput
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.utils.function_calling import convert_to_json_schema
 from layerstream.completion import Completion, Delta
-from layerstream.handle import EngineHandle, default_model
-from layerstream.params import SamplingParams
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+
+from langchain_layerstream._fields import EngineFields, logprobs_of, parser_of, usage_of
+from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
     from layerstream.request import Request
+    from layerstream.text.prompt import Prompt
 
-_SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
-
-class LayerStreamLLM(BaseLLM):
+class LayerStreamLLM(EngineFields, BaseLLM):
     """A model whose weights stream past the compute, as a LangChain LLM.
 
     Without arguments it runs the model that ``LAYERSTREAM_MODEL`` names, else the bundled reader. The model is loaded
-    at first use; wrappers with the same model and ``engine_kwargs`` share one engine.
+    at first use; wrappers with the same model and ``engine_kwargs`` share one engine, which closes when the last of
+    them is gone.
 
     Example:
-        .. code-block:: python
-
-            from langchain_layerstream import LayerStreamLLM
-
-            llm = LayerStreamLLM(model="path/to/model", engine_kwargs={"memory": "3GiB"}, max_tokens=64)
-            llm.invoke("Who leads Brenvik?")
+        >>> from langchain_layerstream import LayerStreamLLM
+        >>> llm = LayerStreamLLM(model="demo", max_tokens=16)
+        >>> prompt = "Context:\\nBrenvik is led by Sluba Merkast.\\n\\nQuestion: Who leads Brenvik?\\nAnswer:"
+        >>> llm.invoke(prompt).strip()
+        'Sluba Merkast'
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
-
-    model: str = Field(default_factory=default_model)
-    """Folder, hub id, or ``"demo"``."""
-    engine: Any = Field(default=None, exclude=True, repr=False)
-    """A :class:`layerstream.LayerStream` to share; ``model`` then follows from it."""
-    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Options of the engine, such as ``memory``."""
     chat_template: Literal["auto"] | bool = "auto"
     """Put a prompt as a user message through the model's chat template: where it has one, always, or never."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: list[str] | None = None
-
-    _handle: EngineHandle = PrivateAttr()
-
-    @model_validator(mode="after")
-    def _bind_layerstream_engine(self) -> Self:
-        """Bind the engine, which loads at first use."""
-        chosen = self.model if "model" in self.model_fields_set else None
-        self._handle = EngineHandle(chosen, self.engine_kwargs, self.engine)
-        self.model = self._handle.model
-        return self
 
     @property
     def _llm_type(self) -> str:
@@ -69,36 +46,51 @@ class LayerStreamLLM(BaseLLM):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything an answer depends on: LangChain's caches use it as their key."""
-        names = (
-            "model",
-            "engine_kwargs",
-            "chat_template",
-            "temperature",
-            "top_p",
-            "top_k",
-            "seed",
-            "max_tokens",
-            "stop",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {**super()._identifying_params, "chat_template": self.chat_template}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = self._sampling(stop, kwargs)
-        tracing = LangSmithParams(
-            ls_provider="layerstream", ls_model_name=kwargs.get("model", self.model), ls_model_type="llm"
-        )
-        if params.temperature is not None:
-            tracing["ls_temperature"] = params.temperature
-        if params.max_tokens is not None:
-            tracing["ls_max_tokens"] = params.max_tokens
-        if params.stop:
-            tracing["ls_stop"] = list(params.stop)
-        return tracing
+        return self._tracing("llm", stop, kwargs)
 
-    def get_token_ids(self, text: str) -> list[int]:
-        """The model's own token ids of *text*."""
-        return self._handle.get().tokenizer(text, add_special_tokens=False)["input_ids"]
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """All *inputs* in the same sweeps; with *return_exceptions* each fails alone."""
+        if not return_exceptions:
+            return super().batch(inputs, config, return_exceptions=False, **kwargs)
+        return run_batch(self.invoke, inputs, config, return_exceptions=True, **kwargs)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As :meth:`batch`, on the event loop."""
+        if not return_exceptions:
+            return await super().abatch(inputs, config, return_exceptions=False, **kwargs)
+        return await run_abatch(self.ainvoke, inputs, config, return_exceptions=True, **kwargs)
+
+    def with_structured_output(self, schema: dict[str, Any] | type, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Answers that follow *schema*: instances of a pydantic class, else dicts.
+
+        The grammar sees to it; the prompt should say what is wanted.
+        """
+        if kwargs:
+            raise ValueError(f"with_structured_output of a text model takes a schema alone, not {sorted(kwargs)}")
+        wanted = {"type": "json_schema", "schema": convert_to_json_schema(schema)}
+        return self.bind(response_format=wanted) | parser_of(schema)
+
+    def prompt_for(self, text: str) -> Prompt:
+        """What the engine is given for *text*: a user message for the chat template, or the text as it is."""
+        use = self._handle.get().has_chat_template if self.chat_template == "auto" else self.chat_template
+        return [{"role": "user", "content": text}] if use else text
 
     def _generate(
         self,
@@ -107,9 +99,10 @@ class LayerStreamLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        requests = self._submit(prompts, stop, kwargs)
+        engine = self._handle.get()
+        requests = self._submit(engine, prompts, stop, kwargs)
         try:
-            return self._result([request.completions() for request in requests])
+            return self._result([request.completions() for request in requests], engine)
         finally:
             for request in requests:
                 request.cancel()
@@ -121,12 +114,12 @@ class LayerStreamLLM(BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        engine = await self._engine()
-        requests = self._submit(prompts, stop, kwargs, engine)
+        engine = await self._handle.get_async()
+        requests = self._submit(engine, prompts, stop, kwargs)
         try:
             for request in requests:
                 await request
-            return self._result([request.completions() for request in requests])
+            return self._result([request.completions() for request in requests], engine)
         finally:
             for request in requests:
                 request.cancel()
@@ -138,10 +131,11 @@ class LayerStreamLLM(BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        (request,) = self._submit([prompt], stop, kwargs)
+        engine = self._handle.get()
+        (request,) = self._submit(engine, [prompt], stop, kwargs)
         try:
             for delta in request:
-                chunk = _chunk(delta, self.model)
+                chunk = self._chunk(delta, engine)
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -155,67 +149,46 @@ class LayerStreamLLM(BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        engine = await self._engine()
-        (request,) = self._submit([prompt], stop, kwargs, engine)
+        engine = await self._handle.get_async()
+        (request,) = self._submit(engine, [prompt], stop, kwargs)
         try:
             async for delta in request:
-                chunk = _chunk(delta, self.model)
+                chunk = self._chunk(delta, engine)
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
         finally:
             request.cancel()
 
-    async def _engine(self) -> LayerStream:
-        """The engine, loaded on a thread so that the event loop goes on."""
-        if self._handle.is_loaded:
-            return self._handle.get()
-        from asyncio import to_thread
-
-        return await to_thread(self._handle.get)
-
     def _submit(
-        self, prompts: Sequence[str], stop: list[str] | None, kwargs: dict[str, Any], engine: LayerStream | None = None
+        self, engine: LayerStream, prompts: Sequence[str], stop: list[str] | None, kwargs: dict[str, Any]
     ) -> list[Request]:
-        engine = engine or self._handle.get()
-        return engine.submit_many([self._templated(engine, prompt) for prompt in prompts], self._sampling(stop, kwargs))
+        self._check_call(kwargs)
+        params = self._sampling(stop, kwargs)
+        join_gang(engine)
+        return engine.submit_many([self.prompt_for(prompt) for prompt in prompts], params, **self._terms())
 
-    def _templated(self, engine: LayerStream, prompt: str) -> Any:
-        use = engine.has_chat_template if self.chat_template == "auto" else self.chat_template
-        return [{"role": "user", "content": prompt}] if use else prompt
-
-    def _sampling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> SamplingParams:
-        """The instance's fields, overridden by the call's; stop strings of both."""
-        fields = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed", "max_tokens")}
-        fields.update({name: value for name, value in kwargs.items() if name in _SAMPLING_FIELDS})
-        fields["stop"] = list(dict.fromkeys([*(self.stop or []), *(stop or [])]))
-        return SamplingParams(**fields)
-
-    def _result(self, completions: list[list[Completion]]) -> LLMResult:
-        generations = [[Generation(text=c.text, generation_info=_info(c)) for c in group] for group in completions]
-        every = [completion for group in completions for completion in group]
+    def _result(self, completions: list[list[Completion]], engine: LayerStream) -> LLMResult:
+        generations = [
+            [Generation(text=c.text, generation_info=_info(c, engine)) for c in group] for group in completions
+        ]
         usage = {
             "prompt_tokens": sum(group[0].usage.prompt_tokens for group in completions),
-            "completion_tokens": sum(completion.usage.completion_tokens for completion in every),
+            "completion_tokens": sum(c.usage.completion_tokens for group in completions for c in group),
         }
         usage["total_tokens"] = sum(usage.values())
         return LLMResult(generations=generations, llm_output={"token_usage": usage, "model_name": self.model})
 
+    def _chunk(self, delta: Delta, engine: LayerStream) -> GenerationChunk:
+        done = delta.completion
+        info = None if done is None else {**_info(done, engine), "model_name": self.model}
+        return GenerationChunk(text=delta.text, generation_info=info)
 
-def _info(completion: Completion) -> dict[str, Any]:
-    usage = completion.usage
+
+def _info(completion: Completion, engine: LayerStream) -> dict[str, Any]:
     return {
         "finish_reason": completion.finish_reason,
-        "usage": {
-            "input_tokens": usage.prompt_tokens,
-            "output_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-            "input_token_details": {"cache_read": usage.cached_tokens},
-        },
+        "usage": usage_of(completion),
+        "logprobs": logprobs_of(completion, engine),
         "metrics": dataclasses.asdict(completion.metrics),
     }
-
-
-def _chunk(delta: Delta, model: str) -> GenerationChunk:
-    info = None if delta.completion is None else {**_info(delta.completion), "model_name": model}
-    return GenerationChunk(text=delta.text, generation_info=info)

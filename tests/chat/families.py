@@ -86,8 +86,15 @@ def make_turns(name: str) -> tuple[TurnMaker, Any, Grammars]:
     family, tokenizer = FAMILIES[name], make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(family.tokens)})
     tokenizer.add_tokens(list(family.words))
-    tokenizer.chat_template = family.template if name != "no tools" else _LOOP.split("{% for call")[0].replace(
-        "{% if tools %}{{ tools | tojson }}{% endif %}", ""
-    ) + "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    tokenizer.chat_template = (
+        family.template
+        if name != "no tools"
+        else _LOOP.split("{% for call")[0].replace("{% if tools %}{{ tools | tojson }}{% endif %}", "")
+        + "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
     grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
-    return TurnMaker(PromptEncoder(tokenizer, max_context=None), tokenizer, grammars.special_tokens), tokenizer, grammars
+    return (
+        TurnMaker(PromptEncoder(tokenizer, max_context=None), tokenizer, grammars.special_tokens),
+        tokenizer,
+        grammars,
+    )

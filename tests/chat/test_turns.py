@@ -164,7 +164,7 @@ def test_arguments_stream_and_their_call_is_named_first() -> None:
     pieces = reader.push('Hm.\n<tool_call>\n{"name": "search", "arguments": {"que')
     assert pieces[0] == Text("Hm.\n")
     assert [(piece.name, piece.arguments) for piece in pieces[1:] if isinstance(piece, CallPart)] == [
-        ("search", ""), (None, '{"que'),
+        ("search", '{"que'),
     ]  # fmt: skip
     more = reader.push('ry": "x"}}\n</tool_call>')
     assert [piece.arguments for piece in more if isinstance(piece, CallPart)] == ['ry": "x"}']
@@ -194,7 +194,11 @@ def test_a_template_without_tools_is_told_in_words() -> None:
     assert not turns.knows_tools
     messages = [
         *USER,
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "now", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "function": {"name": "now", "arguments": "{}"}}],
+        },
         {"role": "tool", "tool_call_id": "1", "content": "noon"},
     ]
     prompt = turns.make(messages, SamplingParams(), tools=[NOW]).prompt

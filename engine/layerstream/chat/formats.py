@@ -59,20 +59,23 @@ class ToolFormat:
     def header(self) -> re.Pattern[str]:
         """Matches a call, behind the trigger, up to the brace of its arguments; says its name."""
         if NAME not in self.call_open:
-            return re.compile(r'\{\s*"name"\s*:\s*"' + _NAME_PATTERN + r'"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+            return re.compile(
+                r'\{\s*"name"\s*:\s*"' + _NAME_PATTERN + r'"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+            )
         before, after = self.call_open.split(NAME)
         before = before.removeprefix(self.trigger)
-        return re.compile(re.escape(before) + _NAME_PATTERN + r"\s*" + re.escape(after).replace(r"\ ", r"\s*") + r"\s*(?=\{)")
+        return re.compile(
+            re.escape(before) + _NAME_PATTERN + r"\s*" + re.escape(after).replace(r"\ ", r"\s*") + r"\s*(?=\{)"
+        )
 
 
-HERMES = ToolFormat(
-    "hermes", ("<tool_call>", "</tool_call>"), "<tool_call>\n", "\n</tool_call>", separator="\n"
-)
+HERMES = ToolFormat("hermes", ("<tool_call>", "</tool_call>"), "<tool_call>\n", "\n</tool_call>", separator="\n")
 GENERIC = ToolFormat("generic", (), HERMES.call_open, HERMES.call_close, separator="\n")
 
 FORMATS = (
     ToolFormat(
-        "harmony", ("<|channel|>", "<|constrain|>"), f"<|channel|>commentary to=functions.{NAME} <|constrain|>json<|message|>",
+        "harmony", ("<|channel|>", "<|constrain|>"),
+        f"<|channel|>commentary to=functions.{NAME} <|constrain|>json<|message|>",
         answer_open="<|channel|>final<|message|>",
         thought_open="<|channel|>analysis<|message|>", thought_close="<|end|><|start|>assistant",
     ),

@@ -36,7 +36,9 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         PromptError: contents that are no text (images, say), or a message that is none.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
-        raise PromptError(f"a chat is a list of messages such as [{{'role': 'user', 'content': 'Hi'}}], not {messages!r:.80}")
+        raise PromptError(
+            f"a chat is a list of messages such as [{{'role': 'user', 'content': 'Hi'}}], not {messages!r:.80}"
+        )
     result: list[dict[str, Any]] = []
     for given in messages:
         role = given.get("role") if isinstance(given, Mapping) else None
@@ -77,7 +79,7 @@ def plain_text(content: Any) -> str:
         else:
             kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
             raise PromptError(
-                f"this model reads text, and a message has a part of type {kind!r}: leave it out, or describe it in text"
+                f"this model reads text, and a message has a part of type {kind!r}: leave it out or describe it"
             )
     return "\n".join(texts)
 
@@ -88,8 +90,9 @@ def explain_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[di
     for message in messages:
         content = message["content"]
         if calls := message.get("tool_calls"):
-            texts = [f"<tool_call>\n{json.dumps(_spoken(call), ensure_ascii=False)}\n</tool_call>" for call in calls]
-            content = "\n".join([*([content] if content else []), *texts])
+            spoken = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+            texts = [f"<tool_call>\n{call}\n</tool_call>" for call in spoken]
+            content = "\n".join(filter(None, [content, *texts]))
         if message["role"] == "tool":
             result.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
         else:
@@ -142,7 +145,3 @@ def _plain_call(call: Any) -> dict[str, Any]:
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
-
-
-def _spoken(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    return call["function"]

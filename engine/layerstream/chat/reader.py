@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -105,7 +105,6 @@ class ReplyReader:
     salt: str = ""
     _num_calls: int = field(default=0, init=False)
     _is_content_begun: bool = field(default=False, init=False)
-    _is_in_thought: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         from transformers.utils.chat_parsing import ResponseParser
@@ -113,9 +112,14 @@ class ReplyReader:
         self._parser = ResponseParser(dict(self.template), prefix=self.prefix)
         self._scanner = CallScanner(self.form.header) if self.form is not None else None
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call has begun."""
+        return self._num_calls > 0
+
     def push(self, text: str) -> list[Piece]:
         """What *text* adds."""
-        return list(self._pieces(self._parser.feed(text)))
+        return _joined(self._pieces(self._parser.feed(text)))
 
     def finish(self) -> list[Piece]:
         """What was held back."""
@@ -123,7 +127,7 @@ class ReplyReader:
             _, events = self._parser.finalize()
         except ValueError:  # a template's own JSON, cut off
             return []
-        return list(self._pieces(events))
+        return _joined(self._pieces(events))
 
     def _pieces(self, events: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         for event in events:
@@ -211,6 +215,22 @@ class _JsonValue:
                     self.is_over = True
                     return text[: position + 1], text[position + 1 :]
         return text, ""
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """*pieces*, neighbours that belong together as one."""
+    result: list[Piece] = []
+    for piece in pieces:
+        last = result[-1] if result else None
+        if isinstance(piece, CallPart) and isinstance(last, CallPart) and last.index == piece.index:
+            result[-1] = CallPart(last.index, last.arguments + piece.arguments, last.id, last.name)
+        elif isinstance(piece, Text) and isinstance(last, Text):
+            result[-1] = Text(last.text + piece.text)
+        elif isinstance(piece, Thought) and isinstance(last, Thought):
+            result[-1] = Thought(last.text + piece.text)
+        else:
+            result.append(piece)
+    return result
 
 
 def gather(pieces: Sequence[Piece]) -> Reply:

@@ -99,7 +99,9 @@ class TurnMaker:
         # a form that only the tokenizer can read has no grammar: what must be a call is then asked for in our own words
         is_declared = self._declared is not None and not selection.must_call
         form = None if is_declared else self.form
-        prompt = self._render(plain, selection, is_native=is_declared or self._known_form is not None, **template_options)
+        prompt = self._render(
+            plain, selection, is_native=is_declared or self._known_form is not None, **template_options
+        )
         ending = prompt.rstrip()
         is_thinking = self._thinks and ending.endswith(self.form.thought_open)
         may_think = self._thinks and not ending.endswith(self.form.thought_close)

@@ -1,0 +1,209 @@
+"""What both wrappers have in common: their fields, the engine behind them, and sampling parameters out of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from langchain_core.language_models import LangSmithParams
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from layerstream import __version__
+from layerstream.completion import Completion
+from layerstream.errors import ConfigurationError
+from layerstream.handle import EngineHandle, default_model
+from layerstream.params import SamplingParams
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from layerstream.engine import LayerStream
+
+SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "max_tokens",
+)  # fmt: skip
+_ENGINE_OPTIONS = (
+    "memory", "device", "dtype", "quantization", "kv_store", "speculation", "draft_model", "max_context",
+    "chunk_tokens", "trust_remote_code", "revision", "token", "allow_untested", "progress", "host_memory",
+)  # fmt: skip
+_IGNORED_IN_CALLS = frozenset(
+    {"stream", "stream_usage", "strict", "ls_structured_output_format", "model", "model_name"}
+)
+
+
+class EngineFields(BaseModel):
+    """The engine and how its tokens are drawn; ``None`` is the model's own default."""
+
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+        extra="forbid",
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+    model: str = Field(default_factory=default_model, alias="model_name")
+    """Folder, hub id, ``.gguf`` file or ``"demo"``; by default what ``LAYERSTREAM_MODEL`` names, else the bundled
+    reader."""
+    engine: Any = Field(default=None, exclude=True, repr=False)
+    """A :class:`layerstream.LayerStream` to share; ``model`` then follows from it."""
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options of the engine, such as ``{"memory": "3GiB"}``."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    """Tokens are drawn from the smallest set with this much probability."""
+    top_k: int | None = None
+    """Tokens are drawn from this many."""
+    min_p: float | None = None
+    """Tokens less probable than this share of the best one's are left out."""
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    """Same seed, same prompt, same text."""
+    max_tokens: int | None = None
+    """Tokens of an answer at most; by default what fits the speed."""
+    stop: list[str] | None = None
+    """Strings that end an answer; those of a call come on top."""
+    timeout: float | None = None
+    """Seconds after which an unfinished answer is given up."""
+    priority: int = 0
+    """Where requests have to wait for each other, more goes first."""
+    client: str = ""
+    """Whom it is for; clients share the engine fairly."""
+    max_retries: int | None = Field(default=None, exclude=True)
+    """Taken because LangChain's models have it. Nothing is sent anywhere, so nothing is sent twice."""
+    api_key: Any = Field(default=None, exclude=True, repr=False)
+    """Taken because LangChain's models have it, and not used."""
+
+    _handle: EngineHandle = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_fields(cls, values: Any) -> Any:
+        """Say what an unknown field might have been meant for."""
+        if not isinstance(values, Mapping):
+            return values
+        known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values() if field.alias)}
+        for name in values:
+            if name in _ENGINE_OPTIONS:
+                raise ValueError(f"{name} is the engine's: pass engine_kwargs={{{name!r}: {values[name]!r}}}")
+            if name not in known:
+                raise ValueError(f"{cls.__name__} has no field {name!r}{_suggest(name, known)}")
+        return values
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_is_a_list(cls, value: Any) -> Any:
+        """One string may stand alone."""
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _bind_layerstream_engine(self) -> Self:
+        """Bind the engine, which loads at first use."""
+        chosen = self.model if "model" in self.model_fields_set else None
+        self._handle = EngineHandle(chosen, self.engine_kwargs, self.engine)
+        self.model = self._handle.model
+        self._sampling(None, {})  # a value out of range is said now
+        return self
+
+    @model_validator(mode="after")
+    def _set_layerstream_version(self) -> Self:
+        """Tracing says which version answered."""
+        add = getattr(self, "_add_version", None)
+        if callable(add):
+            add("layerstream", __version__)
+        return self
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Everything that an answer depends on: LangChain's caches use it as their key."""
+        return {
+            **self._handle.identity,
+            **{name: getattr(self, name) for name in (*_SAMPLING_FIELDS, "stop")},
+        }
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The model's own token ids of *text*."""
+        return self._handle.get().tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _terms(self) -> dict[str, Any]:
+        return {"timeout": self.timeout, "priority": self.priority, "client": self.client}
+
+    def _sampling(self, stop: Iterable[str] | None, kwargs: Mapping[str, Any]) -> SamplingParams:
+        """The instance's fields, overridden by the call's; stop strings of both."""
+        fields = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        fields.update({name: value for name, value in kwargs.items() if name in SAMPLING_NAMES})
+        fields["stop"] = list(dict.fromkeys([*(self.stop or []), *([stop] if isinstance(stop, str) else stop or [])]))
+        return SamplingParams(**fields)
+
+    def _check_call(self, kwargs: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
+        """Refuse what a call was given and nobody here knows."""
+        known = {*SAMPLING_NAMES, *taken}
+        for name, value in kwargs.items():
+            if name in ("model", "model_name") and value != self.model:
+                raise ConfigurationError(
+                    f"this is {self.model!r}; another model is another {type(self).__name__}(model={value!r})"
+                )
+            if name not in known and name not in _IGNORED_IN_CALLS:
+                raise ConfigurationError(f"a call has no option {name!r}{_suggest(name, known)}")
+
+    def _tracing(self, kind: str, stop: Iterable[str] | None, kwargs: Mapping[str, Any]) -> LangSmithParams:
+        params = self._sampling(stop, kwargs)
+        tracing = LangSmithParams(
+            ls_provider="layerstream",
+            ls_model_name=kwargs.get("model", self.model),
+            ls_model_type=kind,  # type: ignore[typeddict-item]
+        )
+        if params.temperature is not None:
+            tracing["ls_temperature"] = params.temperature
+        if params.max_tokens is not None:
+            tracing["ls_max_tokens"] = params.max_tokens
+        if params.stop:
+            tracing["ls_stop"] = list(params.stop)
+        return tracing
+
+
+def usage_of(completion: Completion, num_prompts: int = 1) -> dict[str, Any]:
+    """LangChain's usage of a completion; *num_prompts* is 0 for the second of several answers to one prompt."""
+    usage = completion.usage
+    prompt_tokens, cached = usage.prompt_tokens * num_prompts, usage.cached_tokens * num_prompts
+    return {
+        "input_tokens": prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "total_tokens": prompt_tokens + usage.completion_tokens,
+        "input_token_details": {"cache_read": cached},
+    }
+
+
+def logprobs_of(completion: Completion, engine: LayerStream) -> dict[str, Any] | None:
+    """Log-probabilities in OpenAI's form; ``None`` where none were asked for."""
+    if completion.logprobs is None:
+        return None
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text = engine.tokenizer.decode([token_id])
+        return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+
+    return {
+        "content": [
+            {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*best) for best in token.top]}
+            for token in completion.logprobs
+        ]
+    }
+
+
+def parser_of(schema: Any) -> Any:
+    """What makes instances of *schema* out of JSON: of a pydantic class, or dicts."""
+    if isinstance(schema, type) and is_basemodel_subclass(schema):
+        return PydanticOutputParser(pydantic_object=schema)
+    return JsonOutputParser()
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
