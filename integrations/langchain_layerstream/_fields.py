@@ -75,6 +75,8 @@ class EngineFields(BaseModel):
     """Where requests have to wait for each other, more goes first."""
     client: str = ""
     """Whom it is for; clients share the engine fairly."""
+    streaming: bool = False
+    """Answer ``invoke`` from a stream, so that callbacks hear every token."""
     max_retries: int | None = Field(default=None, exclude=True)
     """Taken because LangChain's models have it. Nothing is sent anywhere, so nothing is sent twice."""
     api_key: Any = Field(default=None, exclude=True, repr=False)
@@ -124,7 +126,8 @@ class EngineFields(BaseModel):
         """Everything that an answer depends on: LangChain's caches use it as their key."""
         return {
             **self._handle.identity,
-            **{name: getattr(self, name) for name in (*_SAMPLING_FIELDS, "stop")},
+            **{name: getattr(self, name) for name in _SAMPLING_FIELDS},
+            "stop_strings": self.stop,  # "stop" would be overwritten by that of the call
         }
 
     def get_token_ids(self, text: str) -> list[int]:

@@ -34,6 +34,7 @@ class Family:
 
 
 _OBJECT = "{{ '{\"name\": \"' + call.function.name + '\", \"KEY\": ' }}{{ call.function.arguments | tojson }}{{ '}' }}"
+_DEEPSEEK = tuple(f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
 _THINKS = "{# <think> </think> #}"
 
 FAMILIES = {
@@ -61,14 +62,13 @@ FAMILIES = {
     "deepseek-v3": Family(
         "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + call.function.name + '\\n```json\\n' }}"
         "{{ call.function.arguments | tojson }}{{ '\\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}",
-        words=tuple(f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end"))
-        + ("<think>", "</think>"),
+        words=(*_DEEPSEEK, "<think>", "</think>"),
         ending="{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}",
     ),
     "deepseek-v3.1": Family(
         "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' }}"
         "{{ call.function.arguments | tojson }}{{ '<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}",
-        words=tuple(f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")),
+        words=_DEEPSEEK,
     ),
     "harmony": Family(
         "{{ '<|channel|>commentary to=functions.' + call.function.name + ' <|constrain|>json<|message|>' }}"

@@ -24,7 +24,11 @@ SEARCH = {
         "description": "Finds documents.",
         "parameters": {
             "type": "object",
-            "properties": {"query": {"type": "string"}, "count": {"type": "integer"}, "tags": {"type": "array", "items": {"enum": ["a", "}"]}}},
+            "properties": {
+                "query": {"type": "string"},
+                "count": {"type": "integer"},
+                "tags": {"type": "array", "items": {"enum": ["a", "}"]}},
+            },
             "required": ["query"],
         },
     },
@@ -232,7 +236,7 @@ def test_without_tools_nothing_is_in_the_way() -> None:
         ({"tools": [{"name": "f", "parameters": {"type": "string"}}]}, ToolError, "'f'.*schema of an object"),
         ({"messages": []}, PromptError, "list of messages"),
         ({"messages": [{"content": "x"}]}, PromptError, "'role'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, PromptError, "image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, PromptError, "image_url"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, PromptError, "a tool call is"),
     ],
 )  # fmt: skip

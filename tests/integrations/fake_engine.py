@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from layerstream.completion import Completion, CompletionMetrics, Delta, Usage
 from layerstream.params import SamplingParams
 from layerstream.request import Request
+
+from tests.chat.families import make_turns
 
 WORDS = ["Tolmund", " Varek", " leads", " it."]
 
@@ -20,10 +24,13 @@ class FakeEngine:
         batches: the prompts of each ``submit_many``, in order.
         params: the sampling parameters of each.
         cancelled: the requests that were cancelled before they were done.
+        gangs: the sizes of the gangs that were opened.
+        words: what it says.
     """
 
     model_name = "fake"
     context_length = 512
+    identity: Mapping[str, Any] = {"model": "fake"}
 
     def __init__(self, *, holds_back: bool = False, has_chat_template: bool = False) -> None:
         self.has_chat_template = has_chat_template
@@ -34,11 +41,16 @@ class FakeEngine:
         self.submitted = threading.Event()
         self.error: Exception | None = None
         self._holds_back = holds_back
+        self.gangs: list[int] = []
+        self.words = WORDS
+        self.terms: list[dict[str, Any]] = []
+        self._turns, self.tokenizer, _ = make_turns("hermes")
 
-    def submit(self, prompt: Any, params: SamplingParams | None = None) -> Request:
-        return self.submit_many([prompt], params)[0]
+    def submit(self, prompt: Any, params: SamplingParams | None = None, **terms: Any) -> Request:
+        return self.submit_many([prompt], params, **terms)[0]
 
-    def submit_many(self, prompts: Sequence[Any], params: SamplingParams | None = None) -> list[Request]:
+    def submit_many(self, prompts: Sequence[Any], params: SamplingParams | None = None, **terms: Any) -> list[Request]:
+        self.terms.append(terms)
         self.batches.append(list(prompts))
         self.params.append(params or SamplingParams())
         requests = [Request(1, self.cancelled.append) for _ in prompts]
@@ -49,25 +61,30 @@ class FakeEngine:
         self.submitted.set()
         return requests
 
-    def release(self, request: Request, num_words: int = len(WORDS)) -> None:
+    def release(self, request: Request, num_words: int = 10_000) -> None:
         """Let the next *num_words* words of *request* out; the last one brings the completion."""
         if self.error is not None:
             request.fail(self.error)
             return
         already = len(request._deltas)
-        for position in range(already, min(already + num_words, len(WORDS))):
-            done = self._completion() if position == len(WORDS) - 1 else None
-            request.push(Delta(WORDS[position], [position], None if done is None else "stop", 0, done))
+        for position in range(already, min(already + num_words, len(self.words))):
+            done = self._completion() if position == len(self.words) - 1 else None
+            request.push(Delta(self.words[position], [position], None if done is None else "stop", 0, done))
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **_: Any) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+    def turn(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **options: Any) -> Any:
+        options["explain_format"] = options.get("explain_format", False)
+        return self._turns.make(messages, params, **options)
 
-    @staticmethod
-    def _completion() -> Completion:
+    @contextlib.contextmanager
+    def gang(self, size: int, timeout: float = 1.0) -> Iterator[Any]:
+        self.gangs.append(size)
+        yield SimpleNamespace(leave=lambda: None)
+
+    def _completion(self) -> Completion:
         return Completion(
-            text="".join(WORDS),
-            token_ids=list(range(len(WORDS))),
+            text="".join(self.words),
+            token_ids=list(range(len(self.words))),
             finish_reason="stop",
-            usage=Usage(prompt_tokens=7, cached_tokens=0, completion_tokens=len(WORDS)),
+            usage=Usage(prompt_tokens=7, cached_tokens=0, completion_tokens=len(self.words)),
             metrics=CompletionMetrics(sweeps=4, first_token_seconds=0.1, seconds=0.4, streamed_bytes=0),
         )

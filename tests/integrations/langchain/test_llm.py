@@ -159,15 +159,18 @@ def test_nothing_is_loaded_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) 
     llm = LayerStreamLLM(engine_kwargs={"memory": "3GiB"}, temperature=0.0)
     assert llm.model == "some/where"
     assert llm._llm_type == "layerstream"
-    assert llm._identifying_params["engine_kwargs"] == {"memory": "3GiB"}
+    assert llm._identifying_params["memory"] == "3GiB"
     assert "some/where" in str(llm)
     dumpd(llm)
     assert not llm._handle.is_loaded
 
 
 def test_the_cache_key_has_all_that_an_answer_depends_on() -> None:
-    keys = {str(make(**fields)[0]._identifying_params) for fields in ({}, {"seed": 1}, {"max_tokens": 3}, {"top_k": 2})}
-    assert len(keys) == 4
+    keys = {
+        str(make(**fields)[0]._identifying_params)
+        for fields in ({}, {"seed": 1}, {"max_tokens": 3}, {"top_k": 2}, {"stop": "x"})
+    }
+    assert len(keys) == 5
 
 
 def test_with_the_bundled_reader_the_text_is_the_engines() -> None:
