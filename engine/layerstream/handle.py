@@ -7,14 +7,17 @@ in belongs to whoever made it and is never closed here (it closes itself when it
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from layerstream.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_VARIABLE = "LAYERSTREAM_MODEL"
+ENGINE_OPTIONS = frozenset(
+    {"allow_untested", "chunk_tokens", "device", "draft_model", "dtype", "host_memory", "kv_store", "max_context",
+     "memory", "progress", "quantization", "revision", "speculation", "token", "trust_remote_code"}
+)  # fmt: skip
+"""What :class:`~layerstream.LayerStream` takes beside the model."""
 _lock = threading.Lock()
 _loading: dict[str, threading.Lock] = {}
 _engines: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -30,6 +38,39 @@ _engines: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 def default_model() -> str:
     """The model that the environment names, else the bundled reader."""
     return os.environ.get(MODEL_VARIABLE) or "demo"
+
+
+def check_fields(kind: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse a wrapper's unknown fields, and say what they might have been meant for.
+
+    Raises:
+        ConfigurationError: names the field.
+    """
+    known = set(known)
+    for name, value in given.items():
+        if name in ENGINE_OPTIONS - known:
+            raise ConfigurationError(f"{name} is the engine's: pass engine_kwargs={{{name!r}: {value!r}}}")
+        if name not in known:
+            raise ConfigurationError(f"{kind} has no field {name!r}{_suggest(name, known)}")
+
+
+def check_call(kind: str, model: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse what a call was given and no wrapper knows.
+
+    Raises:
+        ConfigurationError: names the option.
+    """
+    known = set(known)
+    for name, value in given.items():
+        if name in ("model", "model_name") and value not in (None, model):
+            raise ConfigurationError(f"this is {model!r}; another model is another {kind}(model={value!r})")
+        if name not in known and name not in ("model", "model_name"):
+            raise ConfigurationError(f"a call has no option {name!r}{_suggest(name, known)}")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
 
 
 def peek_context_length(model: str) -> int | None:

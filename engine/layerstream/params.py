@@ -142,8 +142,18 @@ class SamplingParams:
             raise InvalidSamplingParams(field, value, expected)
 
 
+def join_stops(*stops: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The stop strings of several places, each once.
+
+    Raises:
+        InvalidSamplingParams: something else than strings.
+    """
+    return tuple(dict.fromkeys(string for some in stops for string in _as_strings("stop", some)))
+
+
 def _as_strings(field: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
-    strings = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    value = () if value is None else (value,) if isinstance(value, str) else value
+    strings = tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(item, str) and item for item in strings):
         raise InvalidSamplingParams(field, value, "a non-empty string or several of them")
     return strings

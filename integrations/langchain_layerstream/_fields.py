@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,9 +11,8 @@ from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from layerstream import __version__
 from layerstream.completion import Completion
-from layerstream.errors import ConfigurationError
-from layerstream.handle import EngineHandle, default_model
-from layerstream.params import SamplingParams
+from layerstream.handle import EngineHandle, check_call, check_fields, default_model
+from layerstream.params import SamplingParams, join_stops
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 if TYPE_CHECKING:
@@ -24,10 +22,6 @@ SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingPa
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "max_tokens",
-)  # fmt: skip
-_ENGINE_OPTIONS = (
-    "memory", "device", "dtype", "quantization", "kv_store", "speculation", "draft_model", "max_context",
-    "chunk_tokens", "trust_remote_code", "revision", "token", "allow_untested", "progress", "host_memory",
 )  # fmt: skip
 _IGNORED_IN_CALLS = frozenset(
     {"stream", "stream_usage", "strict", "ls_structured_output_format", "model", "model_name"}
@@ -91,11 +85,7 @@ class EngineFields(BaseModel):
         if not isinstance(values, Mapping):
             return values
         known = {*cls.model_fields, *(field.alias for field in cls.model_fields.values() if field.alias)}
-        for name in values:
-            if name in _ENGINE_OPTIONS:
-                raise ValueError(f"{name} is the engine's: pass engine_kwargs={{{name!r}: {values[name]!r}}}")
-            if name not in known:
-                raise ValueError(f"{cls.__name__} has no field {name!r}{_suggest(name, known)}")
+        check_fields(cls.__name__, values, known)
         return values
 
     @field_validator("stop", mode="before")
@@ -141,19 +131,12 @@ class EngineFields(BaseModel):
         """The instance's fields, overridden by the call's; stop strings of both."""
         fields = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         fields.update({name: value for name, value in kwargs.items() if name in SAMPLING_NAMES})
-        fields["stop"] = list(dict.fromkeys([*(self.stop or []), *([stop] if isinstance(stop, str) else stop or [])]))
+        fields["stop"] = join_stops(self.stop, stop)
         return SamplingParams(**fields)
 
     def _check_call(self, kwargs: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
         """Refuse what a call was given and nobody here knows."""
-        known = {*SAMPLING_NAMES, *taken}
-        for name, value in kwargs.items():
-            if name in ("model", "model_name") and value != self.model:
-                raise ConfigurationError(
-                    f"this is {self.model!r}; another model is another {type(self).__name__}(model={value!r})"
-                )
-            if name not in known and name not in _IGNORED_IN_CALLS:
-                raise ConfigurationError(f"a call has no option {name!r}{_suggest(name, known)}")
+        check_call(type(self).__name__, self.model, kwargs, {*SAMPLING_NAMES, *taken, *_IGNORED_IN_CALLS})
 
     def _tracing(self, kind: str, stop: Iterable[str] | None, kwargs: Mapping[str, Any]) -> LangSmithParams:
         params = self._sampling(stop, kwargs)
@@ -205,8 +188,3 @@ def parser_of(schema: Any) -> Any:
     if isinstance(schema, type) and is_basemodel_subclass(schema):
         return PydanticOutputParser(pydantic_object=schema)
     return JsonOutputParser()
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"

@@ -60,7 +60,8 @@ FAMILIES = {
         ("[TOOL_CALLS]", "[ARGS]"),
     ),
     "deepseek-v3": Family(
-        "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + call.function.name + '\\n```json\\n' }}"
+        "{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>' + call.function.name }}"
+        "{{ '\\n```json\\n' }}"
         "{{ call.function.arguments | tojson }}{{ '\\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}",
         words=(*_DEEPSEEK, "<think>", "</think>"),
         ending="{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}",

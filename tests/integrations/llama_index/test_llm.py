@@ -52,7 +52,7 @@ def test_stream_complete_cumulates_the_text() -> None:
 def test_chat_goes_through_the_chat_template() -> None:
     llm, engine = make(engine=FakeEngine(has_chat_template=True))
     assert llm.chat(MESSAGES).message.content == TEXT
-    assert engine.batches == [[[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "who?"}]]]
+    assert engine.batches == [["<s><|system|>Be brief.<|user|>who?<|assistant|>"]]
     assert llm.metadata.is_chat_model
 
 
@@ -67,7 +67,7 @@ def test_a_plain_prompt_becomes_a_message_unless_it_is_formatted() -> None:
     llm, engine = make(engine=FakeEngine(has_chat_template=True))
     llm.complete("who?")
     llm.complete("<user>who?", formatted=True)
-    assert engine.batches == [[[{"role": "user", "content": "who?"}]], ["<user>who?"]]
+    assert engine.batches == [["<s><|user|>who?<|assistant|>"], ["<user>who?"]]
 
 
 async def test_every_call_has_an_async_twin() -> None:
@@ -121,7 +121,7 @@ async def test_cancelling_a_task_cancels_its_request() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert engine.cancelled == engine.requests
+    assert engine.requests[0] in engine.cancelled
 
 
 def test_the_engines_error_comes_out() -> None:
@@ -134,7 +134,7 @@ def test_the_engines_error_comes_out() -> None:
 def test_a_refused_prompt_is_logged_since_synthesizers_swallow_it(caplog: pytest.LogCaptureFixture) -> None:
     llm, engine = make()
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PromptError("not a prompt")
 
     engine.submit_many = refuse  # type: ignore[method-assign]

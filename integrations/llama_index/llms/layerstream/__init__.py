@@ -1,5 +1,34 @@
-"""LayerStream for LlamaIndex."""
+"""LayerStream for LlamaIndex: models that do not fit, contexts that are computed once.
+
+>>> from llama_index.core.llms import ChatMessage
+>>> from llama_index.llms.layerstream import LayerStreamLLM
+>>> llm = LayerStreamLLM(model="demo", max_new_tokens=16)
+>>> question = "Context:\\nBrenvik is led by Sluba Merkast.\\n\\nQuestion: Who leads Brenvik?"
+>>> llm.chat([ChatMessage(role="user", content=question)]).message.content.strip()
+'Sluba Merkast'
+"""
+
+from layerstream.errors import MissingExtra
+
+try:
+    import llama_index.core  # noqa: F401
+except ImportError as error:
+    raise MissingExtra("llama-index-core", "llama-index") from error
 
 from llama_index.llms.layerstream.base import LayerStreamLLM
+from llama_index.llms.layerstream.prefixes import (
+    CONTEXT_FIRST_REFINE,
+    StablePrefixOrder,
+    WarmPrefixes,
+    context_first_prompts,
+    stable_prompt_helper,
+)
 
-__all__ = ["LayerStreamLLM"]
+__all__ = [
+    "CONTEXT_FIRST_REFINE",
+    "LayerStreamLLM",
+    "StablePrefixOrder",
+    "WarmPrefixes",
+    "context_first_prompts",
+    "stable_prompt_helper",
+]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -19,46 +18,100 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr, field_validator
+from llama_index.core.instrumentation import get_dispatcher  # pyright: ignore[reportPrivateImportUsage]
+from llama_index.core.instrumentation.events.llm import (
+    LLMStructuredPredictEndEvent,
+    LLMStructuredPredictInProgressEvent,
+    LLMStructuredPredictStartEvent,
+)
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.program.utils import process_streaming_objects
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.types import PydanticProgramMode
+from llama_index.llms.layerstream.messages import as_blocks, as_chat, selections
 
+from layerstream.chat.reader import Piece, ReplyReader, gather
 from layerstream.completion import Completion, Delta
-from layerstream.handle import EngineHandle, default_model
-from layerstream.params import SamplingParams
+from layerstream.handle import EngineHandle, check_call, check_fields, default_model
+from layerstream.params import SamplingParams, join_stops
 
 if TYPE_CHECKING:
+    from llama_index.core.tools.types import BaseTool
+
     from layerstream.engine import LayerStream
     from layerstream.request import Request
+    from layerstream.text.prompt import Prompt
 
 logger = logging.getLogger(__name__)
+dispatcher = get_dispatcher(__name__)
 
-_SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+Model = TypeVar("Model", bound=BaseModel)
+Reader = ReplyReader | None
+
+_SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+)  # fmt: skip
+_CALL_OPTIONS = frozenset(
+    {"max_new_tokens", "tools", "tool_choice", "parallel_tool_calls", "explain_schema", "chat_template_kwargs",
+     "timeout", "formatted", "stream", "image_documents"}
+)  # fmt: skip
 
 
-class LayerStreamLLM(LLM):
+class LayerStreamLLM(FunctionCallingLLM):
     """A model whose weights stream past the compute, as a LlamaIndex LLM.
 
     Without arguments it runs the model that ``LAYERSTREAM_MODEL`` names, else the bundled reader. The model is loaded
-    at first use; wrappers with the same model and ``engine_kwargs`` share one engine.
+    at first use; wrappers with the same model and ``engine_kwargs`` share one engine, which closes when the last of
+    them is gone. Every model can be given tools and schemas: a grammar sees to it that calls and JSON are well-formed.
+
+    Examples:
+        >>> from llama_index.llms.layerstream import LayerStreamLLM
+        >>> llm = LayerStreamLLM(model="demo", max_new_tokens=16)
+        >>> prompt = "Context:\\nBrenvik is led by Sluba Merkast.\\n\\nQuestion: Who leads Brenvik?"
+        >>> llm.complete(prompt).text.strip()
+        'Sluba Merkast'
     """
 
-    model: str = Field(default_factory=default_model, description="Folder, hub id, or 'demo'.")
+    model: str = Field(default_factory=default_model, description="Folder, hub id, .gguf file or 'demo'.")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of the engine, such as memory.")
     max_new_tokens: int | None = Field(default=256, description="Tokens of an answer at most.")
     temperature: float | None = Field(default=None, description="0 is greedy; None is the model's own default.")
     top_p: float | None = Field(default=None, description="Share of probability that tokens are drawn from.")
     top_k: int | None = Field(default=None, description="Number of tokens that are drawn from.")
+    min_p: float | None = Field(default=None, description="Least share of the best token's probability.")
+    repetition_penalty: float | None = Field(default=None, description="Over prompt and answer; 1 is none.")
+    presence_penalty: float | None = Field(default=None, description="For tokens that are in the answer.")
+    frequency_penalty: float | None = Field(default=None, description="For each time they are.")
     seed: int | None = Field(default=None, description="Same seed, same prompt, same text.")
     stop: list[str] = Field(default_factory=list, description="Strings that end an answer.")
-    context_window: int | None = Field(default=None, description="Tokens of context; None is the model's own.")
+    context_window: int | None = Field(default=None, description="Tokens of context; None is the engine's own.")
+    timeout: float | None = Field(default=None, description="Seconds until an unfinished answer is given up.")
+    priority: int = Field(default=0, description="Where requests wait for each other, more goes first.")
+    client: str = Field(default="", description="Whom it is for; clients share the engine fairly.")
+    explain_schema: bool = Field(default=True, description="Say the schema of a structured answer in the prompt.")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the chat template.")
 
     _handle: EngineHandle = PrivateAttr()
+    _formats_messages: bool = PrivateAttr(default=False)
+    _formats_completions: bool = PrivateAttr(default=False)
 
     def __init__(self, model: str | None = None, *, engine: LayerStream | None = None, **fields: Any) -> None:
+        check_fields(type(self).__name__, fields, type(self).model_fields)
         handle = EngineHandle(model, fields.get("engine_kwargs"), engine)
-        super().__init__(model=handle.model, **fields)  # type: ignore[call-arg]  # fields become parameters in pydantic
+        super().__init__(model=handle.model, **fields)
         self._handle = handle
+        self._formats_messages = fields.get("messages_to_prompt") is not None
+        self._formats_completions = fields.get("completion_to_prompt") is not None
+        self._sampling({})  # a value out of range is said now
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or []
 
     @classmethod
     def class_name(cls) -> str:
@@ -72,119 +125,327 @@ class LayerStreamLLM(LLM):
         return LLMMetadata(
             context_window=self.context_window or engine.context_length,
             num_output=self.max_new_tokens or 256,
-            is_chat_model=engine.has_chat_template,
+            is_chat_model=engine.has_chat_template or self._formats_messages,
+            is_function_calling_model=engine.has_chat_template,
             model_name=self.model,
         )
+
+    def tokenize(self, text: str) -> list[int]:
+        """The model's own token ids of *text*: for ``set_global_tokenizer`` and splitters."""
+        return self._handle.get().tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_for(self, messages: Sequence[ChatMessage]) -> Prompt:
+        """What the engine is given for *messages*."""
+        return self._chat_prompt(self._handle.get(), messages, {})[0]
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; the chat template is put around it unless it is *formatted* already."""
-        return _completed(self._wait(self._prompt(self._handle.get(), prompt, formatted), kwargs))
+        engine = self._handle.get()
+        request, _ = self._submit_text(engine, prompt, formatted, kwargs)
+        return _completed(_wait(request))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """As :meth:`complete`, piece by piece."""
-        return self._stream_text(self._prompt(self._handle.get(), prompt, formatted), kwargs)
+        return _stream_text(*self._submit_text(self._handle.get(), prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As :meth:`complete`, without blocking the event loop."""
-        engine = await self._engine()
-        return _completed(await self._submit(engine, self._prompt(engine, prompt, formatted), kwargs))
+        request, _ = self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs)
+        return _completed(await _await(request))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As :meth:`stream_complete`, without blocking the event loop."""
-        engine = await self._engine()
-        return self._astream_text(engine, self._prompt(engine, prompt, formatted), kwargs)
+        return _astream_text(*self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer *messages*."""
-        return _chatted(self._wait(_as_prompt(self._handle.get(), messages), kwargs))
+        request, reader = self._submit_chat(self._handle.get(), messages, kwargs)
+        return _chatted(_wait(request), reader)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """As :meth:`chat`, piece by piece."""
-        pieces = self._stream_text(_as_prompt(self._handle.get(), messages), kwargs)
-        return (_as_chat(piece) for piece in pieces)
+        return _stream_chat(*self._submit_chat(self._handle.get(), messages, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As :meth:`chat`, without blocking the event loop."""
-        engine = await self._engine()
-        return _chatted(await self._submit(engine, _as_prompt(engine, messages), kwargs))
+        request, reader = self._submit_chat(await self._handle.get_async(), messages, kwargs)
+        return _chatted(await _await(request), reader)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As :meth:`stream_chat`, without blocking the event loop."""
-        engine = await self._engine()
-        pieces = self._astream_text(engine, _as_prompt(engine, messages), kwargs)
+        return _astream_chat(*self._submit_chat(await self._handle.get_async(), messages, kwargs))
 
-        async def chats() -> ChatResponseAsyncGen:
-            async for piece in pieces:
-                yield _as_chat(piece)
-
-        return chats()
-
-    async def _engine(self) -> LayerStream:
-        """The engine, loaded on a thread so that the event loop goes on."""
-        return self._handle.get() if self._handle.is_loaded else await asyncio.to_thread(self._handle.get)
-
-    def _prompt(self, engine: LayerStream, prompt: str, formatted: bool) -> Any:
-        if formatted or not engine.has_chat_template:
-            return prompt
-        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        return [*system, {"role": "user", "content": prompt}]
-
-    def _submit(self, engine: LayerStream, prompt: Any, kwargs: dict[str, Any]) -> Request:
-        fields: dict[str, Any] = {
-            name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed", "stop")
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        if isinstance(user_msg, str):
+            user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
+        return {
+            "messages": [*(chat_history or []), *([user_msg] if user_msg is not None else [])],
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "tool_choice": tool_choice if tool_choice is not None else "any" if tool_required else "auto",
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
         }
-        fields["max_tokens"] = kwargs.pop("max_new_tokens", self.max_new_tokens)
-        fields.update({name: value for name, value in kwargs.items() if name in _SAMPLING_FIELDS})
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The calls that a response asks for.
+
+        Raises:
+            ValueError: there are none, and *error_on_no_tool_call*.
+        """
+        found = selections(response.message)
+        if not found and error_on_no_tool_call:
+            raise ValueError(
+                f"the model called no tool; it said {response.message.content!r:.200}: "
+                "tool_required=True makes it call one"
+            )
+        return found
+
+    @dispatcher.span
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,  # type: ignore[override]
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """An *output_cls*, filled in by the model within a grammar of its schema."""
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
+        return _finish_structured(output_cls, self.chat(messages, **options))
+
+    @dispatcher.span
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,  # type: ignore[override]
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """As :meth:`structured_predict`, without blocking the event loop."""
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+        messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
+        return _finish_structured(output_cls, await self.achat(messages, **options))
+
+    @dispatcher.span
+    def stream_structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,  # type: ignore[override]
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Generator[Any, None, None]:
+        """As :meth:`structured_predict`, as far as it is filled in; the last one is whole."""
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            yield from super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+            return
+        messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
+        response, partial = None, None
+        for response in self.stream_chat(messages, **options):
+            partial = _partial(response, output_cls, partial)
+            yield partial
+        if response is not None:
+            yield _finish_structured(output_cls, response)
+
+    @dispatcher.span
+    async def astream_structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: BasePromptTemplate,  # type: ignore[override]
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """As :meth:`stream_structured_predict`, without blocking the event loop."""
+        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+            return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
+
+        async def partials() -> AsyncGenerator[Any, None]:
+            messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
+            response, partial = None, None
+            async for response in await self.astream_chat(messages, **options):
+                partial = _partial(response, output_cls, partial)
+                yield partial
+            if response is not None:
+                yield _finish_structured(output_cls, response)
+
+        return partials()
+
+    def _structured(
+        self,
+        output_cls: type[BaseModel],
+        prompt: BasePromptTemplate,
+        llm_kwargs: dict[str, Any] | None,
+        prompt_args: dict[str, Any],
+    ) -> tuple[list[ChatMessage], dict[str, Any]]:
+        """Messages and options of a call that fills in *output_cls*."""
+        dispatcher.event(
+            LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
+        )
+        messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
+        wanted = {"type": "json_schema", "schema": output_cls.model_json_schema()}
+        return messages, {**(llm_kwargs or {}), "response_format": wanted}
+
+    def _submit_text(
+        self, engine: LayerStream, text: str, formatted: bool, kwargs: dict[str, Any]
+    ) -> tuple[Request, Reader]:
+        if formatted:
+            return self._submit(engine, text, self._sampling(kwargs), kwargs), None
+        if self._formats_completions:
+            return self._submit(engine, self.completion_to_prompt(text), self._sampling(kwargs), kwargs), None  # type: ignore[misc]
+        if not engine.has_chat_template:
+            prompt = f"{self.system_prompt}\n\n{text}" if self.system_prompt else text
+            return self._submit(engine, prompt, self._sampling(kwargs), kwargs), None
+        messages = self._extend_messages([ChatMessage(role=MessageRole.USER, content=text)])
+        return self._submit_chat(engine, messages, kwargs)
+
+    def _submit_chat(
+        self, engine: LayerStream, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
+    ) -> tuple[Request, Reader]:
         try:
-            return engine.submit(prompt, SamplingParams(**fields))
+            prompt, params, reader = self._chat_prompt(engine, messages, kwargs)
         except ValueError as error:  # LlamaIndex's synthesizers turn these into an empty response, without a word
             logger.error("%s", error)
             raise
+        return self._submit(engine, prompt, params, kwargs), reader
 
-    def _wait(self, prompt: Any, kwargs: dict[str, Any]) -> Completion:
-        request = self._submit(self._handle.get(), prompt, kwargs)
+    def _chat_prompt(
+        self, engine: LayerStream, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
+    ) -> tuple[Prompt, SamplingParams, Reader]:
+        params = self._sampling(kwargs)
+        if self._formats_messages or not engine.has_chat_template:
+            return self.messages_to_prompt(messages), params, None  # type: ignore[misc]
+        turn = engine.turn(
+            as_chat(messages),
+            params,
+            tools=kwargs.get("tools"),
+            tool_choice=kwargs.get("tool_choice"),
+            parallel_tool_calls=kwargs.get("parallel_tool_calls"),
+            explain_format=kwargs.get("explain_schema", self.explain_schema),
+            **{**self.chat_template_kwargs, **kwargs.get("chat_template_kwargs", {})},
+        )
+        return turn.prompt, turn.params, turn.reader()
+
+    def _submit(self, engine: LayerStream, prompt: Prompt, params: SamplingParams, kwargs: dict[str, Any]) -> Request:
         try:
-            return request.result()
-        finally:
-            request.cancel()
+            return engine.submit(
+                prompt,
+                params,
+                timeout=kwargs.get("timeout", self.timeout),
+                priority=self.priority,
+                client=self.client,
+            )
+        except ValueError as error:  # as above
+            logger.error("%s", error)
+            raise
 
-    def _stream_text(self, prompt: Any, kwargs: dict[str, Any]) -> Generator[CompletionResponse, None, None]:
-        request = self._submit(self._handle.get(), prompt, kwargs)
-        text = ""
-        try:
-            for delta in request:
-                text += delta.text
-                yield _piece(text, delta)
-        finally:
-            request.cancel()
-
-    async def _astream_text(
-        self, engine: LayerStream, prompt: Any, kwargs: dict[str, Any]
-    ) -> AsyncGenerator[CompletionResponse, None]:
-        request = self._submit(engine, prompt, kwargs)
-        text = ""
-        try:
-            async for delta in request:
-                text += delta.text
-                yield _piece(text, delta)
-        finally:
-            request.cancel()
+    def _sampling(self, kwargs: dict[str, Any]) -> SamplingParams:
+        """The instance's fields, overridden by the call's; stop strings of both."""
+        check_call(type(self).__name__, self.model, kwargs, _SAMPLING_NAMES | _CALL_OPTIONS)
+        fields = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        fields["max_tokens"] = kwargs.get("max_new_tokens", self.max_new_tokens)
+        fields.update({name: value for name, value in kwargs.items() if name in _SAMPLING_NAMES})
+        fields["stop"] = join_stops(self.stop, kwargs.get("stop"))
+        return SamplingParams(**fields)
 
 
-def _as_prompt(engine: LayerStream, messages: Sequence[ChatMessage]) -> Any:
-    """Messages for the chat template; for a model without one, their text, a line each."""
-    if engine.has_chat_template:
-        return [{"role": message.role.value, "content": message.content or ""} for message in messages]
-    lines = [f"{message.role.value}: {message.content or ''}" for message in messages]
-    return "\n".join([*lines, "assistant: "])
+def _wait(request: Request) -> Completion:
+    try:
+        return request.result()
+    finally:
+        request.cancel()
+
+
+async def _await(request: Request) -> Completion:
+    try:
+        return await request
+    finally:
+        request.cancel()
+
+
+def _stream_text(request: Request, reader: Reader) -> Generator[CompletionResponse, None, None]:
+    for response in _stream_chat(request, reader):
+        yield CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
+
+
+async def _astream_text(request: Request, reader: Reader) -> AsyncGenerator[CompletionResponse, None]:
+    async for response in _astream_chat(request, reader):
+        yield CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
+
+
+def _stream_chat(request: Request, reader: Reader) -> Generator[ChatResponse, None, None]:
+    growing = _Growing(reader)
+    try:
+        for delta in request:
+            yield growing.add(delta)
+    finally:
+        request.cancel()
+
+
+async def _astream_chat(request: Request, reader: Reader) -> AsyncGenerator[ChatResponse, None]:
+    growing = _Growing(reader)
+    try:
+        async for delta in request:
+            yield growing.add(delta)
+    finally:
+        request.cancel()
+
+
+class _Growing:
+    """An answer as far as it has come: LlamaIndex's streams repeat the whole with every piece."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._pieces: list[Piece] = []
+        self._text = ""
+
+    def add(self, delta: Delta) -> ChatResponse:
+        """The answer with *delta*."""
+        raw = None if delta.completion is None else _raw(delta.completion)
+        if self._reader is None:
+            self._text += delta.text
+            message = ChatMessage(role=MessageRole.ASSISTANT, content=self._text)
+            return ChatResponse(message=message, delta=delta.text, raw=raw)
+        before = gather(self._pieces).text
+        self._pieces += self._reader.push(delta.text)
+        if delta.completion is not None:
+            self._pieces += self._reader.finish()
+        reply = gather(self._pieces)
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(reply))
+        return ChatResponse(message=message, delta=reply.text[len(before) :], raw=raw)
+
+
+def _completed(completion: Completion) -> CompletionResponse:
+    return CompletionResponse(text=completion.text, raw=_raw(completion))
+
+
+def _chatted(completion: Completion, reader: Reader) -> ChatResponse:
+    if reader is None:
+        message = ChatMessage(role=MessageRole.ASSISTANT, content=completion.text)
+    else:
+        reply = gather([*reader.push(completion.text), *reader.finish()])
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(reply))
+    return ChatResponse(message=message, raw=_raw(completion))
 
 
 def _raw(completion: Completion) -> dict[str, Any]:
@@ -202,20 +463,25 @@ def _raw(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _completed(completion: Completion) -> CompletionResponse:
-    return CompletionResponse(text=completion.text, raw=_raw(completion))
+def _partial(response: ChatResponse, output_cls: type[BaseModel], before: Any) -> Any:
+    partial = process_streaming_objects(response, output_cls, cur_objects=None if before is None else [before])
+    dispatcher.event(LLMStructuredPredictInProgressEvent(output=partial))  # type: ignore[arg-type]
+    return partial
 
 
-def _chatted(completion: Completion) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=completion.text)
-    return ChatResponse(message=message, raw=_raw(completion))
+def _finish_structured(output_cls: type[Model], response: ChatResponse) -> Model:
+    """The answer as an *output_cls*.
 
-
-def _piece(text: str, delta: Delta) -> CompletionResponse:
-    raw = None if delta.completion is None else _raw(delta.completion)
-    return CompletionResponse(text=text, delta=delta.text, raw=raw)
-
-
-def _as_chat(piece: CompletionResponse) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=piece.text)
-    return ChatResponse(message=message, delta=piece.delta, raw=piece.raw)
+    Raises:
+        ValueError: the answer was cut off, or the class asks for what a schema cannot say.
+    """
+    try:
+        output = output_cls.model_validate_json(response.message.content or "")
+    except ValueError as error:
+        cut = isinstance(response.raw, dict) and response.raw.get("finish_reason") == "length"
+        why = "it was cut off: allow more tokens (max_new_tokens)" if cut else str(error)
+        raise ValueError(
+            f"the answer is no {output_cls.__name__}: {why}; found {response.message.content!r:.200}"
+        ) from error
+    dispatcher.event(LLMStructuredPredictEndEvent(output=output))
+    return output

@@ -1,0 +1,133 @@
+"""Retrieved nodes: in the order that shares the longest stored prefix, and computed when they enter the index.
+
+Only what stands at the very beginning of a prompt can be shared, so of several nodes in a context only the first is
+found on its own, the second only behind the same first, and so on. Hence the two halves here: :class:`WarmPrefixes`
+computes every node as the first of a context, and :class:`StablePrefixOrder` puts one that is stored first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, SerializeAsAny
+from llama_index.core.indices.prompt_helper import PromptHelper
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate, SelectorPromptTemplate
+from llama_index.core.prompts.chat_prompts import CHAT_REFINE_PROMPT
+from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
+from llama_index.core.prompts.utils import is_chat_model
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode, TransformComponent
+from llama_index.llms.layerstream.base import LayerStreamLLM
+
+from layerstream.prefix_order import prefix_order
+
+CONTEXT_FIRST_REFINE = PromptTemplate(
+    "More context is below.\n---------------------\n{context_msg}\n---------------------\n"
+    "The original query is: {query_str}\nThere is an answer already: {existing_answer}\n"
+    "With the new context, refine the answer to the query. If the context is not useful, return the original answer.\n"
+    "Refined Answer: "
+)
+"""A refine prompt for text models with the context before what changes from question to question."""
+
+
+def context_first_prompts() -> dict[str, BasePromptTemplate]:
+    """For ``query_engine.update_prompts``: prompts that begin with the context, so that its KV is found.
+
+    LlamaIndex's own do, but for the refine prompt of models without a chat template, which begins with the question.
+    """
+    refine = SelectorPromptTemplate(CONTEXT_FIRST_REFINE, conditionals=[(is_chat_model, CHAT_REFINE_PROMPT)])
+    return {"response_synthesizer:refine_template": refine}
+
+
+def stable_prompt_helper(llm: LayerStreamLLM, reserve_tokens: int | None = None) -> PromptHelper:
+    """A prompt helper that packs nodes alike for every question.
+
+    LlamaIndex fills the context to the last token, so where nodes do not fit one prompt, the length of the question
+    decides where they are cut, and the next question shares nothing. This one leaves room for the prompt and for
+    questions of up to *reserve_tokens* (by default a quarter of the context), and cuts at the same places always.
+    """
+    metadata = llm.metadata
+    reserve = metadata.context_window // 4 if reserve_tokens is None else reserve_tokens
+    limit = metadata.context_window - metadata.num_output - reserve
+    if limit < 1:
+        raise ValueError(
+            f"a context of {metadata.context_window} tokens has no room for {metadata.num_output} of the answer and "
+            f"{reserve} in reserve: lower max_new_tokens or reserve_tokens"
+        )
+    return PromptHelper.from_llm_metadata(
+        metadata, chunk_overlap_ratio=0.0, chunk_size_limit=limit, tokenizer=llm.tokenize
+    )
+
+
+class StablePrefixOrder(BaseNodePostprocessor):
+    """Puts retrieved nodes into the order that shares the longest stored prefix; the last of the postprocessors.
+
+    What the store does not know stands in an order of its own (document, position), the same for every question.
+    Without *llm* that order alone is used.
+    """
+
+    llm: SerializeAsAny[LayerStreamLLM] | None = Field(default=None, description="The model whose store is asked.")
+    text_qa_template: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The query engine's prompt.")
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name for serialisation."""
+        return "StablePrefixOrder"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        llm = self.llm
+        if llm is None:
+            return prefix_order(nodes, _canonical)
+        engine, template = llm._handle.get(), self.text_qa_template
+
+        def cached_tokens(some: Sequence[NodeWithScore]) -> int:
+            return engine.cached_tokens(_render(llm, template, _join(found.node for found in some), "?"))
+
+        return prefix_order(nodes, _canonical, cached_tokens)
+
+
+class WarmPrefixes(TransformComponent):
+    """Computes nodes as they enter the index, so that the first question about one finds its KV.
+
+    The last of an ``IngestionPipeline``'s transformations, or called with nodes; they are returned as they came. What
+    is stored already costs nothing, so it can run over everything again.
+    """
+
+    llm: SerializeAsAny[LayerStreamLLM] = Field(description="The model that will answer.")
+    text_qa_template: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The query engine's prompt.")
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """*nodes*, warmed.
+
+        Raises:
+            StorageFull: more than the store may hold; nothing was computed.
+            ConfigurationError: no store, or a prompt that puts the question first.
+        """
+        texts = [_join([node]) for node in nodes if isinstance(node, TextNode)]
+        self.llm._handle.get().warm(
+            texts, prompt=lambda context, question: _render(self.llm, self.text_qa_template, context, question)
+        )
+        return nodes
+
+
+def _join(nodes: Any) -> str:
+    """As LlamaIndex's synthesizers put nodes into one context."""
+    return "\n\n".join(node.get_content(metadata_mode=MetadataMode.LLM).strip() for node in nodes)
+
+
+def _render(llm: LayerStreamLLM, template: BasePromptTemplate, context: str, question: str) -> Any:
+    """What the engine would be given."""
+    values = {"context_str": context, "query_str": question}
+    if llm.metadata.is_chat_model:
+        return llm.prompt_for(llm._get_messages(template, **values))
+    return llm._get_prompt(template, **values)
+
+
+def _canonical(found: NodeWithScore) -> tuple[str, int, str, str]:
+    """Where a node comes from, and where it stands there."""
+    node = found.node
+    position = getattr(node, "start_char_idx", None) or 0
+    return node.ref_doc_id or "", position, node.get_content(), node.node_id
