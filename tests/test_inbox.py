@@ -71,3 +71,13 @@ def test_who_is_held_can_leave() -> None:
     assert inbox.remove(lambda item: item == "a") == ["a"]
     assert inbox.drain() == ["b"]
     assert not len(inbox)
+
+
+def test_a_gang_does_not_wait_for_who_left() -> None:
+    inbox, _ = make(moment=0.0)
+    gang = inbox.open_gang(3, seconds=9.0)
+    inbox.put([answer("a")], 1)
+    inbox.put([answer("b")], 1)
+    assert inbox.take(is_idle=True) == ([], 9.0)
+    inbox.leave_gang(gang)
+    assert inbox.take(is_idle=True) == (["a", "b"], None)

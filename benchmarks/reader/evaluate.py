@@ -21,7 +21,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.reader.facts import NOT_FOUND
-from benchmarks.reader.prompts import END, WRAPPERS, Sample, draw_sample
+from benchmarks.reader.prompts import END, FORMS, WRAPPERS, Sample, draw_sample
 from benchmarks.reader.tokenizer import encode
 
 FACT_COUNTS = (8, 20, 60)
@@ -57,7 +57,7 @@ def judge(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: S
 def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_samples: int) -> list[Verdict]:
     """Verdicts on *num_samples* contexts for each wrapper and each number of facts."""
     verdicts: list[Verdict] = []
-    for wrapper in WRAPPERS:
+    for wrapper in (*WRAPPERS, *FORMS):
         for num_facts in FACT_COUNTS:
             for index in range(num_samples):
                 rng = random.Random(f"held out, {wrapper}, {num_facts} facts, {index}")
@@ -76,12 +76,13 @@ def share_right(verdicts: Iterable[Verdict]) -> float:
 
 def summarise(verdicts: list[Verdict]) -> dict[str, dict[str, float]]:
     """Shares of right answers, by what was asked and the number of facts."""
-    rows: dict[str, list[Verdict]] = {"all": verdicts}
-    rows["first question"] = [v for v in verdicts if v.is_first]
-    rows["later questions"] = [v for v in verdicts if not v.is_first]
-    rows["in the context"] = [v for v in verdicts if not v.is_open]
-    rows["not in the context"] = [v for v in verdicts if v.is_open]
-    rows |= {wrapper: [v for v in verdicts if v.wrapper == wrapper] for wrapper in WRAPPERS}
+    asked = [v for v in verdicts if v.wrapper in WRAPPERS]
+    rows: dict[str, list[Verdict]] = {"all": asked}
+    rows["first question"] = [v for v in asked if v.is_first]
+    rows["later questions"] = [v for v in asked if not v.is_first]
+    rows["in the context"] = [v for v in asked if not v.is_open]
+    rows["not in the context"] = [v for v in asked if v.is_open]
+    rows |= {wrapper: [v for v in verdicts if v.wrapper == wrapper] for wrapper in (*WRAPPERS, *FORMS)}
     return {
         name: {f"{count} facts": share_right(v for v in chosen if v.num_facts == count) for count in FACT_COUNTS}
         | {"questions": len(chosen)}

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.reader import forms
 from benchmarks.reader.facts import draw_listing, draw_question, draw_sentences, draw_sheets, file_name, render_document
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
@@ -120,6 +121,7 @@ WRAPPERS: dict[str, Callable[[random.Random, str, Dialogue], Pieces]] = {
     "completion": completion,
 }
 _WEIGHTS = (0.35, 0.2, 0.2, 0.25)
+FORMS = ("JSON", "tools")
 
 
 def draw_context(
@@ -166,8 +168,15 @@ def draw_sample(
     unanswerable: float = 0.15,
     num_questions: int = 6,
     listings: float = 0.0,
+    forms_share: float = 0.0,
 ) -> Sample:
     """A context with its questions in one of the forms that the reader will meet."""
+    if wrapper is None and forms_share and rng.random() < forms_share:
+        wrapper = rng.choice(FORMS)
+    if wrapper == "JSON":
+        return Sample(tuple(forms.draw_json(rng, _STUFF_SYSTEM, min(num_facts, 24), min(6, num_questions))))
+    if wrapper == "tools":
+        return Sample(tuple(forms.draw_tools(rng, min(3, num_questions))))
     context, turns = draw_context(rng, num_facts, unanswerable, num_questions, listings)
     name = wrapper or rng.choices(list(WRAPPERS), _WEIGHTS)[0]
     return Sample(tuple(WRAPPERS[name](rng, context, turns)))

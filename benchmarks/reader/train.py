@@ -26,6 +26,7 @@ STEP_TOKENS = 6000
 LEARNING_RATE = 2e-3
 CONTEXT_LOSS = 0.3
 MOST_FACTS = 60
+FORMS_SHARE = 0.3  # of samples whose answers are JSON or calls of tools
 QUESTIONS = (6, 24)  # a context costs its tokens once, and every question about it teaches
 SAVE_SECONDS = 90
 
@@ -127,7 +128,9 @@ def draw_batch(
     rows: list[tuple[list[int], list[bool]]] = []
     count = 0
     while count < STEP_TOKENS:
-        sample = draw_sample(rng, num_facts, num_questions=rng.randint(*QUESTIONS), listings=listings)
+        sample = draw_sample(
+            rng, num_facts, num_questions=rng.randint(*QUESTIONS), listings=listings, forms_share=FORMS_SHARE
+        )
         rows.append(encode(sample, tokenizer))
         count += len(rows[-1][0])
     longest = max(len(ids) for ids, _ in rows)

@@ -4,7 +4,15 @@
 >>> chain = rag_prompt() | ChatLayerStream(model="demo", max_tokens=16)
 >>> chain.invoke({"context": "Brenvik is led by Sluba Merkast.", "input": "Who leads Brenvik?"}).text.strip()
 'Sluba Merkast'
+
+Importing this package takes little more than LangChain's own base classes; a name loads what it needs when it is first
+used, and the model is loaded at the first call.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from layerstream.errors import MissingExtra
 
@@ -13,10 +21,32 @@ try:
 except ImportError as error:
     raise MissingExtra("langchain-core", "langchain") from error
 
-from langchain_layerstream.chat_models import ChatLayerStream
-from langchain_layerstream.documents import StablePrefixOrder, WarmPrefixes
-from langchain_layerstream.gangs import gang
-from langchain_layerstream.llms import LayerStreamLLM
-from langchain_layerstream.prompts import rag_prompt
+if TYPE_CHECKING:
+    from langchain_layerstream.chat_models import ChatLayerStream
+    from langchain_layerstream.documents import StablePrefixOrder, WarmPrefixes
+    from langchain_layerstream.gangs import gang
+    from langchain_layerstream.llms import LayerStreamLLM
+    from langchain_layerstream.prompts import rag_prompt
 
 __all__ = ["ChatLayerStream", "LayerStreamLLM", "StablePrefixOrder", "WarmPrefixes", "gang", "rag_prompt"]
+
+_MODULES = {
+    "ChatLayerStream": "chat_models",
+    "LayerStreamLLM": "llms",
+    "StablePrefixOrder": "documents",
+    "WarmPrefixes": "documents",
+    "gang": "gangs",
+    "rag_prompt": "prompts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

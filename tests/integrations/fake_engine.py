@@ -24,7 +24,7 @@ class FakeEngine:
         batches: the prompts of each ``submit_many``, in order.
         params: the sampling parameters of each.
         cancelled: the requests that were cancelled before they were done.
-        gangs: the sizes of the gangs that were opened.
+        gangs: the sizes of the gangs that were opened; left: one of them for each member that left.
         words: what it says.
     """
 
@@ -42,6 +42,7 @@ class FakeEngine:
         self.error: Exception | None = None
         self._holds_back = holds_back
         self.gangs: list[int] = []
+        self.left: list[int] = []
         self.words = WORDS
         self.terms: list[dict[str, Any]] = []
         self._turns, self.tokenizer, _ = make_turns("hermes")
@@ -78,7 +79,7 @@ class FakeEngine:
     @contextlib.contextmanager
     def gang(self, size: int, timeout: float = 1.0) -> Iterator[Any]:
         self.gangs.append(size)
-        yield SimpleNamespace(leave=lambda: None)
+        yield SimpleNamespace(leave=lambda: self.left.append(size))
 
     def _completion(self) -> Completion:
         return Completion(
