@@ -56,6 +56,7 @@ class Plan:
     growth: float = 0.7
     seed: int = 0
     listings: float = 0.06
+    rate: float = LEARNING_RATE
     shape: Shape = SHAPES["reader"]
 
     def most_facts(self, share: float) -> int:
@@ -94,7 +95,8 @@ def make_model(shape: Shape) -> LlamaForCausalLM:
 class Optimizers:
     """Muon for the matrices of the layers, AdamW for embeddings and norms."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaForCausalLM, rate: float) -> None:
+        self._rate = rate
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -105,7 +107,7 @@ class Optimizers:
 
     def step(self, share: float) -> None:
         """One step at *share* of the run."""
-        rate = LEARNING_RATE * min(1.0, 2 * (1 - share)) * min(1.0, share * 200 + 0.02)
+        rate = self._rate * min(1.0, 2 * (1 - share)) * min(1.0, share * 200 + 0.02)
         for optimizer in self._all:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -161,7 +163,7 @@ def train(out: Path, checkpoint: Path, plan: Plan, warm: Path | None = None) -> 
     model = make_model(plan.shape)
     if warm is not None:
         transplant(model, tokenizer, warm)
-    optimizers = Optimizers(model)
+    optimizers = Optimizers(model, plan.rate)
     progress = Progress()
     if checkpoint.exists():
         progress = load_checkpoint(checkpoint, model, optimizers)
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="default: training.pt in OUT")
     parser.add_argument("--warm", type=Path, help="a reader to start from")
     parser.add_argument("--listings", type=float, default=0.06, help="share of questions that ask for everything")
+    parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="learning rate of the first half")
     parser.add_argument("--shape", choices=SHAPES, default="reader")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
@@ -251,6 +254,7 @@ def main() -> None:
         options.minutes,
         seed=options.seed,
         listings=options.listings,
+        rate=options.rate,
         shape=SHAPES[options.shape],
         **warmed,
     )

@@ -60,9 +60,7 @@ class Rotating(BaseRetriever):
 
 def reused(engine: LayerStream) -> int:
     engine._open_store().flush()
-    stats = engine.stats().kv
-    assert stats is not None
-    return stats.reused_tokens
+    return engine.stats().kv.reused_tokens
 
 
 def test_without_a_model_the_order_is_canonical() -> None:
@@ -95,7 +93,7 @@ def test_a_prompt_with_the_question_first_is_refused(engine: LayerStream) -> Non
     llm = LayerStreamLLM(engine=engine)
     template = PromptTemplate("{query_str}\n{context_str}")
     with pytest.raises(ConfigurationError, match="question before the context"):
-        WarmPrefixes(llm=llm, text_qa_template=template)([found.node for found in nodes()])
+        WarmPrefixes(llm=llm, prompt=template)([found.node for found in nodes()])
 
 
 def test_long_contexts_are_packed_alike_whatever_the_question(engine: LayerStream) -> None:
@@ -117,10 +115,10 @@ def test_refine_prompts_of_text_models_begin_with_the_context() -> None:
     shared = []
     for prompts in ({}, context_first_prompts()):
         engine = FakeEngine()
+        llm = LayerStreamLLM(engine=engine, context_window=4096)
         query_engine = RetrieverQueryEngine.from_args(
-            Rotating(), llm=LayerStreamLLM(engine=engine, context_window=4096), node_postprocessors=[StablePrefixOrder()],
-            response_mode="refine",
-        )  # fmt: skip
+            Rotating(), llm=llm, node_postprocessors=[StablePrefixOrder()], response_mode="refine"
+        )
         query_engine.update_prompts(prompts)
         for question in ("Who leads Brenvik?", "Since when has Gukrand existed?"):
             query_engine.query(question)

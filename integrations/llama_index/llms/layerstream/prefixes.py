@@ -64,11 +64,13 @@ class StablePrefixOrder(BaseNodePostprocessor):
     """Puts retrieved nodes into the order that shares the longest stored prefix; the last of the postprocessors.
 
     What the store does not know stands in an order of its own (document, position), the same for every question.
-    Without *llm* that order alone is used.
+    Without *llm* that order alone is used. *prompt* is the one that the context goes into first: ``text_qa_template``
+    for compact, refine and accumulate (the default), ``summary_template`` for tree_summarize, a
+    ``ChatPromptTemplate`` of the context template as the system's message for a ``ContextChatEngine``.
     """
 
     llm: SerializeAsAny[LayerStreamLLM] | None = Field(default=None, description="The model whose store is asked.")
-    text_qa_template: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The query engine's prompt.")
+    prompt: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The one that the context goes into.")
 
     @classmethod
     def class_name(cls) -> str:
@@ -81,7 +83,7 @@ class StablePrefixOrder(BaseNodePostprocessor):
         llm = self.llm
         if llm is None:
             return prefix_order(nodes, _canonical)
-        engine, template = llm._handle.get(), self.text_qa_template
+        engine, template = llm._handle.get(), self.prompt
 
         def cached_tokens(some: Sequence[NodeWithScore]) -> int:
             return engine.cached_tokens(_render(llm, template, _join(found.node for found in some), "?"))
@@ -97,7 +99,7 @@ class WarmPrefixes(TransformComponent):
     """
 
     llm: SerializeAsAny[LayerStreamLLM] = Field(description="The model that will answer.")
-    text_qa_template: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The query engine's prompt.")
+    prompt: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The one that the context goes into.")
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """*nodes*, warmed.
@@ -108,7 +110,7 @@ class WarmPrefixes(TransformComponent):
         """
         texts = [_join([node]) for node in nodes if isinstance(node, TextNode)]
         self.llm._handle.get().warm(
-            texts, prompt=lambda context, question: _render(self.llm, self.text_qa_template, context, question)
+            texts, prompt=lambda context, question: _render(self.llm, self.prompt, context, question)
         )
         return nodes
 
