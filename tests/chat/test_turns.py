@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream.chat.formats import FORMATS, find_format
+from layerstream.chat.messages import plain_messages
 from layerstream.chat.reader import CallPart, Reply, Text, gather
-from layerstream.chat.turn import Turn
+from layerstream.chat.turn import Turn, TurnMaker
 from layerstream.errors import PromptError, ToolError
 from layerstream.params import SamplingParams
+from layerstream.scheduling.grammar import Grammars
+from layerstream.text.prompt import PromptEncoder
 
 from tests.chat.families import FAMILIES, make_turns
+from tests.models import make_tokenizer
 
 SEARCH = {
     "type": "function",
@@ -193,6 +198,33 @@ def test_the_same_prompt_gives_its_calls_the_same_ids() -> None:
     assert first.isalnum()
 
 
+def test_ids_of_other_makers_become_ones_that_every_template_takes() -> None:
+    call = {"id": "call_0123456789", "function": {"name": "now", "arguments": {}}}
+    messages = plain_messages(
+        [
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_0123456789", "content": "noon"},
+        ]
+    )
+    assert re.fullmatch("[a-z0-9]{9}", messages[0]["tool_calls"][0]["id"])
+    assert messages[1]["tool_call_id"] == messages[0]["tool_calls"][0]["id"]
+    assert (
+        plain_messages([{"role": "tool", "tool_call_id": "abcDEF123", "content": ""}])[0]["tool_call_id"] == "abcDEF123"
+    )
+
+
+def test_several_calls_where_they_are_wanted() -> None:
+    turns = make_turns("hermes")[0]
+    for options, several in (
+        ({}, True),
+        ({"parallel_tool_calls": False}, False),
+        ({"tool_choice": "any"}, False),
+        ({"tool_choice": "any", "parallel_tool_calls": True}, True),
+    ):
+        turn = turns.make(USER, SamplingParams(), tools=[NOW], **options)
+        assert ("call)*" in turn.params.response_format["grammar"]) == several
+
+
 def test_a_template_without_tools_is_told_in_words() -> None:
     turns = make_turns("no tools")[0]
     assert not turns.knows_tools
@@ -248,3 +280,33 @@ def test_what_is_wrong_is_said(changes: dict[str, Any], error: type[Exception], 
 def test_tools_beside_another_format_are_refused() -> None:
     with pytest.raises(ToolError, match="'regex'"):
         make_turns("hermes")[0].make(USER, SamplingParams(response_format={"type": "regex", "regex": "a"}), tools=[NOW])
+
+
+def test_a_family_that_only_its_tokenizer_can_read() -> None:
+    """A form that is not in the table, with transformers' own description of it."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}{{ tools | tojson }}<|assistant|>"
+    tokenizer.response_template = {
+        "start_anchor": "<|assistant|>",
+        "fields": {
+            "content": {},
+            "tool_calls": {
+                "open": "@@",
+                "close": "@@",
+                "content": "json",
+                "repeats": True,
+                "transform": {"type": "function", "function": {"name": "{content.f}", "arguments": "{content.a}"}},
+            },
+        },
+    }
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    turns = TurnMaker(PromptEncoder(tokenizer, max_context=None), tokenizer, grammars.special_tokens)
+    assert turns.knows_tools
+    turn = turns.make(USER, SamplingParams(), tools=[NOW])
+    assert '"name": "now"' in turn.prompt
+    reply = turn.read('Let me see. @@{"f": "now", "a": {"x": 1}}@@')
+    assert [(call.name, call.arguments) for call in reply.calls] == [("now", {"x": 1})]
+    assert turn.read('@@{"f": "now", "a"').calls == (), "cut off"
+    forced = turns.make(USER, SamplingParams(), tools=[NOW], tool_choice="any")
+    assert "<tool_call>" in forced.prompt, "no grammar of that form is known, so it is asked for in ours"
+    assert forced.params.response_format["type"] == "grammar"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from layerstream.chat.formats import ToolFormat
-from layerstream.chat.tools import Selection, Tool, closed
+from layerstream.chat.tools import Selection, closed
+
+Thoughts: TypeAlias = Literal["none", "allowed", "begun"]
 
 _AS_PYTHON_WRITES_IT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANYTHING = r"/(.|\n)*/"
@@ -23,56 +25,54 @@ def answer_grammar(
     form: ToolFormat,
     tools: Selection,
     *,
-    parallel: bool | None,
-    may_think: bool,
-    is_thinking: bool,
+    thoughts: Thoughts,
     schema: Any,
     special_tokens: Mapping[str, int],
 ) -> str:
     """The grammar of an answer.
 
     Args:
-        parallel: whether there may be several calls; ``None``: where the model decides to call, yes, and where it must,
-            no.
-        may_think: thoughts may come first; is_thinking: the prompt began one.
+        thoughts: whether some may come first, or the prompt began one.
         schema: what the answer must be where it is no call; ``None``: text.
         special_tokens: the tokenizer's, with their ids.
     """
     marks = _Marks(special_tokens)
     rules = ["%llguidance {}"]
-    several = parallel if parallel is not None else not tools.must_call
     kinds = []
     if tools.callable:
         behind_text = form.trigger and not (form.answer_open or tools.must_call or schema is not None)
         kinds.append("text_calls" if behind_text else "calls")
-        rules += _call_rules(form, tools.callable, several, marks)
+        rules += _call_rules(form, tools, marks)
     if not tools.must_call:
         kinds.append("answer")
         rules += _answer_rules(form, tools, schema, marks)
-    thought = "thoughts " if is_thinking else "(thought)* " if may_think else ""
-    if thought:
-        ends, begins = marks.write(form.thought_close), marks.write(form.thought_open)
-        if marks.is_special(form.thought_close):
-            rules += [f"thoughts: ANYTHING {ends} BLANK", f"thought: {begins} thoughts"]
-        else:
-            rules += [f"thoughts: thinking BLANK\nthinking[lazy]: {_ANYTHING} {ends}", f"thought: {begins} thoughts"]
-        rules.append(r"BLANK: /\n*/")
-    rules.insert(1, f"start: {thought}({' | '.join(kinds)})")
+    if thoughts != "none":
+        rules += _thought_rules(form, marks)
+    first = {"none": "", "allowed": "(thought)* ", "begun": "thoughts "}[thoughts]
+    rules.insert(1, f"start: {first}({' | '.join(kinds)})")
     rules.append(f"ANYTHING: {_ANYTHING}")
     return "\n".join(rules) + "\n"
 
 
-def _call_rules(form: ToolFormat, tools: tuple[Tool, ...], several: bool, marks: _Marks) -> list[str]:
+def _thought_rules(form: ToolFormat, marks: _Marks) -> list[str]:
+    begins, ends = marks.write(form.thought_open), marks.write(form.thought_close)
+    rules = [f"thought: {begins} thoughts", r"BLANK: /\n*/"]
+    if marks.is_special(form.thought_close):
+        return [*rules, f"thoughts: ANYTHING {ends} BLANK"]
+    return [*rules, "thoughts: thinking BLANK", f"thinking[lazy]: {_ANYTHING} {ends}"]
+
+
+def _call_rules(form: ToolFormat, tools: Selection, marks: _Marks) -> list[str]:
     trigger, section = marks.write(form.trigger), bool(form.section_open)
-    more = f" ({marks.write(form.separator)} call)*" if several else ""
+    more = f" ({marks.write(form.separator)} call)*" if tools.several else ""
     rest = f"call_rest{more} {marks.write(form.section_close)}"  # of all calls, behind the first trigger
     rules = [f"calls: {trigger} {rest}", f"call: {'' if section else trigger} call_rest"]
     if marks.is_special(form.trigger):
         rules.append(f"text_calls: ANYTHING {trigger} {rest}")
     elif form.trigger:
         rules += [f"text_calls: text_trigger {rest}", f"text_trigger[lazy]: {_ANYTHING} {trigger}"]
-    rules.append(f"call_rest: {' | '.join(f'call_{number}' for number in range(len(tools)))}")
-    for number, tool in enumerate(tools):
+    rules.append(f"call_rest: {' | '.join(f'call_{number}' for number in range(len(tools.callable)))}")
+    for number, tool in enumerate(tools.callable):
         opening = form.opening(tool.name).removeprefix("" if section else form.trigger)
         arguments = "%json " + json.dumps({"x-guidance": _AS_PYTHON_WRITES_IT, **closed(tool.parameters)})
         rules.append(f"call_{number}: {marks.write(opening)} {arguments} {marks.write(form.closing())}")

@@ -2,12 +2,14 @@
 
 The canonical form is OpenAI's: ``{"role": "system" | "user" | "assistant" | "tool", "content": str}``; an assistant's
 ``tool_calls`` are ``{"id", "type": "function", "function": {"name", "arguments": {...}}}``, a tool's message has the
-``tool_call_id`` and the ``name``.
+``tool_call_id`` and the ``name``. Ids become nine letters and digits, the only ones that every template takes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +47,8 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not isinstance(role, str):
             raise PromptError(f"a chat message has a 'role' such as 'user'; this one has none: {given!r:.80}")
         message = {**given, "role": _ROLES.get(role, role), "content": plain_text(given.get("content"))}
+        if "tool_call_id" in message:
+            message["tool_call_id"] = _plain_id(message["tool_call_id"])
         if calls := given.get("tool_calls"):
             message["tool_calls"] = [_plain_call(call) for call in calls]
         else:
@@ -127,6 +131,12 @@ def _can_join(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return first["role"] == second["role"] != "tool" and first.get("name") == second.get("name")
 
 
+def _plain_id(given: Any) -> str:
+    """Nine letters and digits, as Mistral's templates insist; the same ones for the same id."""
+    text = str(given or "")
+    return text if re.fullmatch(r"[A-Za-z0-9]{9}", text) else hashlib.sha256(text.encode()).hexdigest()[:9]
+
+
 def _plain_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -141,7 +151,7 @@ def _plain_call(call: Any) -> dict[str, Any]:
         except ValueError as error:
             raise PromptError(f"the arguments of a tool call are no JSON ({error}): {arguments!r:.80}") from error
     return {
-        "id": call.get("id") or "",
+        "id": _plain_id(call.get("id")),
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }

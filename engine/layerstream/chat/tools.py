@@ -52,11 +52,12 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which tools are offered, and what the answer must do about them."""
+    """Which tools are offered, and what the answer must do about them; ``several``: there may be several calls."""
 
     offered: tuple[Tool, ...]
     mode: Literal["auto", "any", "none"]
     callable: tuple[Tool, ...]
+    several: bool
 
     @property
     def must_call(self) -> bool:
@@ -64,8 +65,14 @@ class Selection:
         return self.mode == "any"
 
 
-def select_tools(given: Iterable[Mapping[str, Any]] | None, choice: ToolChoice) -> Selection:
+def select_tools(
+    given: Iterable[Mapping[str, Any]] | None, choice: ToolChoice, parallel: bool | None = None
+) -> Selection:
     """What *choice* means for the tools that are there.
+
+    Args:
+        parallel: whether there may be several calls; ``None``: where the model decides to call, yes, and where it must,
+            no.
 
     Raises:
         ToolError: a tool that is none, two of one name, or a choice of a tool that is not there.
@@ -82,13 +89,13 @@ def select_tools(given: Iterable[Mapping[str, Any]] | None, choice: ToolChoice) 
             raise ToolError("a tool_choice mapping is {'type': 'function', 'function': {'name': ...}}")
     match choice:
         case None | "auto":
-            return Selection(tools, "auto" if tools else "none", tools)
+            return Selection(tools, "auto" if tools else "none", tools, parallel is not False)
         case False | "none":
-            return Selection(tools, "none", ())
+            return Selection(tools, "none", (), False)
         case True | "any" | "required" if tools:
-            return Selection(tools, "any", tools)
+            return Selection(tools, "any", tools, parallel is True)
         case str() if choice in names:
-            return Selection(tools, "any", tuple(tool for tool in tools if tool.name == choice))
+            return Selection(tools, "any", tuple(tool for tool in tools if tool.name == choice), parallel is True)
         case _:
             there = ", ".join(names) or "no tools"
             raise ToolError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerstream.chat.formats import GENERIC, ToolFormat, find_format, thinks
-from layerstream.chat.grammar import answer_grammar
+from layerstream.chat.grammar import Thoughts, answer_grammar
 from layerstream.chat.messages import explain_schema, explain_tools, plain_messages, without_system
 from layerstream.chat.reader import Reply, ReplyReader, gather, response_template
 from layerstream.chat.tools import Selection, ToolChoice, closed, select_tools
@@ -91,7 +91,7 @@ class TurnMaker:
         Raises:
             ToolError, PromptError, ConfigurationError: what is wrong with them.
         """
-        selection = select_tools(tools, tool_choice)
+        selection = select_tools(tools, tool_choice, parallel_tool_calls)
         schema = self._schema(params, selection)
         plain = plain_messages(messages)
         if explain_format and schema is not None:
@@ -102,19 +102,12 @@ class TurnMaker:
         prompt = self._render(
             plain, selection, is_native=is_declared or self._known_form is not None, **template_options
         )
-        ending = prompt.rstrip()
-        is_thinking = self._thinks and ending.endswith(self.form.thought_open)
-        may_think = self._thinks and not ending.endswith(self.form.thought_close)
+        thoughts = self._thoughts(prompt)
         has_tools = bool(selection.offered) or any("tool_calls" in message for message in plain)
-        if form is not None and (selection.offered or (schema is not None and (may_think or form.answer_open))):
+        is_framed = form is not None and (thoughts != "none" or form.answer_open != "")
+        if form is not None and (selection.offered or (schema is not None and is_framed)):
             grammar = answer_grammar(
-                form,
-                selection,
-                parallel=parallel_tool_calls,
-                may_think=may_think,
-                is_thinking=is_thinking,
-                schema=schema,
-                special_tokens=self._special_tokens(),
+                form, selection, thoughts=thoughts, schema=schema, special_tokens=self._special_tokens()
             )
             params = dataclasses.replace(params, response_format={"type": "grammar", "grammar": grammar})
         elif schema is not None and params.response_format["type"] == "json_schema":
@@ -122,7 +115,7 @@ class TurnMaker:
         if self._shows_special_tokens(has_tools):
             params = dataclasses.replace(params, skip_special_tokens=False)
         template = self._declared or response_template(self.form, thinks=self._thinks, has_tools=has_tools)
-        prefix = self.form.thought_open if is_thinking else ""
+        prefix = self.form.thought_open if thoughts == "begun" else ""
         salt = hashlib.sha256(prompt.encode()).hexdigest()
 
         def new_reader() -> ReplyReader:
@@ -142,6 +135,13 @@ class TurnMaker:
             if not any(message["role"] == "system" for message in messages):
                 raise
         return self._encoder.apply_chat_template(plain_messages(without_system(messages)), tools=given, **options)
+
+    def _thoughts(self, prompt: str) -> Thoughts:
+        """Whether the answer to *prompt* may begin with thoughts."""
+        ending = prompt.rstrip()
+        if not self._thinks or ending.endswith(self.form.thought_close):
+            return "none"
+        return "begun" if ending.endswith(self.form.thought_open) else "allowed"
 
     def _schema(self, params: SamplingParams, selection: Selection) -> Any:
         """The JSON schema that the answer must follow; ``None``: something else, or nothing."""
