@@ -7,6 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+from layerstream.chat.messages import plain_messages
+from layerstream.chat.tools import select_tools
+from layerstream.chat.turn import TurnMaker
+from layerstream.checkpoint.hub import bundled_reader
+from layerstream.text.prompt import PromptEncoder
+from transformers import AutoTokenizer
 
 from benchmarks.reader.documents import UNITS, write_demo
 from benchmarks.reader.facts import (
@@ -18,14 +24,14 @@ from benchmarks.reader.facts import (
     render_document,
     write_sentences,
 )
-from benchmarks.reader.prompts import END, WRAPPERS, draw_sample
+from benchmarks.reader.prompts import END, FORMS, WRAPPERS, draw_sample
 from benchmarks.reader.relations import BY_KIND, BY_NAME, RELATIONS
 
 SEEDS = range(30)
 """Enough draws to meet every wrapper, kind and form of question."""
 
 
-@pytest.mark.parametrize("wrapper", [*WRAPPERS, None])
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, *FORMS, None])
 def test_samples_follow_from_the_seed(wrapper: str | None) -> None:
     for seed in SEEDS:
         first, second = (draw_sample(random.Random(seed), 12, wrapper) for _ in range(2))
@@ -111,3 +117,25 @@ def test_demo_documents_hold_the_answers(tmp_path: Path) -> None:
             assert entry["answer"] == NOT_FOUND
         else:
             assert entry["answer"] in pages[entry["document"]]
+
+
+def test_answers_in_json_are_json_about_the_context() -> None:
+    for seed in SEEDS:
+        context, *turns = draw_sample(random.Random(seed), 12, "JSON").pieces
+        answers = [text.removesuffix(END) for text, is_answer in turns if is_answer]
+        assert answers
+        for values in (json.loads(answer).values() for answer in answers):
+            assert all(str(value) in context[0] or value == NOT_FOUND for value in values)
+
+
+def test_lessons_with_tools_are_the_prompts_that_the_engine_writes() -> None:
+    """A chat of a lesson, rendered by the engine for the bundled reader, is the lesson's text."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_reader())
+    turns = TurnMaker(PromptEncoder(tokenizer, max_context=None), tokenizer, dict)
+    for seed in SEEDS:
+        text = draw_sample(random.Random(seed), 12, "tools").text
+        tools = [json.loads(line) for line in text.split("<tools>\n")[1].split("\n</tools>")[0].splitlines()]
+        parts = [part.split("|>", 1) for part in text.split("<|bos|>")[1].split("<|end|>") if part]
+        messages = [{"role": role.removeprefix("<|"), "content": content} for role, content in parts[1:-1]]
+        told = turns._render(plain_messages(messages), select_tools(tools, "none"), is_native=False)
+        assert text.startswith(told)

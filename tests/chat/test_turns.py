@@ -285,7 +285,8 @@ def test_tools_beside_another_format_are_refused() -> None:
 def test_a_family_that_only_its_tokenizer_can_read() -> None:
     """A form that is not in the table, with transformers' own description of it."""
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}{{ tools | tojson }}<|assistant|>"
+    loop = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    tokenizer.chat_template = loop + "{{ tools | tojson }}<|assistant|>"
     tokenizer.response_template = {
         "start_anchor": "<|assistant|>",
         "fields": {
