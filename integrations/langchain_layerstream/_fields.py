@@ -120,9 +120,13 @@ class EngineFields(BaseModel):
             "stop_strings": self.stop,  # "stop" would be overwritten by that of the call
         }
 
+    def load(self) -> LayerStream:
+        """The engine, loaded if it is not yet: its ``stats()``, ``plan`` and ``warm``."""
+        return self._handle.get()
+
     def get_token_ids(self, text: str) -> list[int]:
         """The model's own token ids of *text*."""
-        return self._handle.get().tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.load().tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _terms(self) -> dict[str, Any]:
         return {"timeout": self.timeout, "priority": self.priority, "client": self.client}

@@ -103,11 +103,11 @@ class ChatLayerStream(EngineFields, BaseChatModel):
     ) -> int:
         """Tokens of the whole prompt: messages and *tools* as the chat template writes them."""
         given = [convert_to_openai_tool(tool) for tool in tools or ()]
-        return len(self._handle.get().encode(self.prompt_for(messages, tools=given, **kwargs)))
+        return len(self.load().encode(self.prompt_for(messages, tools=given, **kwargs)))
 
     def prompt_for(self, messages: Sequence[BaseMessage], **kwargs: Any) -> str:
         """The text that the engine is given for *messages*."""
-        return self._turn(self._handle.get(), messages, None, kwargs).prompt
+        return self._turn(self.load(), messages, None, kwargs).prompt
 
     def bind_tools(
         self,
@@ -223,7 +223,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        engine = self._handle.get()
+        engine = self.load()
         turn = self._turn(engine, messages, stop, kwargs)
         request = self._submit(engine, turn, kwargs)
         try:
@@ -254,7 +254,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        engine = self._handle.get()
+        engine = self.load()
         turn = self._turn(engine, messages, stop, kwargs)
         request, reader = self._submit(engine, turn, kwargs), turn.reader()
         try:

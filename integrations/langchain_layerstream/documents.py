@@ -75,7 +75,7 @@ class StablePrefixOrder(_ContextPrompt, RunnableSerializable[list[Document], lis
     def _order(self, documents: list[Document]) -> list[Document]:
         if self.llm is None:
             return prefix_order(documents, _canonical)
-        engine = self.llm._handle.get()
+        engine = self.llm.load()
         return prefix_order(
             documents, _canonical, lambda some: engine.cached_tokens(self._render(self.llm, self._join(some), "?"))
         )
@@ -100,7 +100,7 @@ class WarmPrefixes(_ContextPrompt, BaseDocumentTransformer):
             ConfigurationError: no store, or a prompt that puts the question first.
         """
         texts = [self._join([document]) for document in documents]
-        self.llm._handle.get().warm(texts, prompt=lambda context, question: self._render(self.llm, context, question))
+        self.llm.load().warm(texts, prompt=lambda context, question: self._render(self.llm, context, question))
         return documents
 
 

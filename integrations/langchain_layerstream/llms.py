@@ -89,7 +89,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
 
     def prompt_for(self, text: str) -> Prompt:
         """What the engine is given for *text*: a user message for the chat template, or the text as it is."""
-        use = self._handle.get().has_chat_template if self.chat_template == "auto" else self.chat_template
+        use = self.load().has_chat_template if self.chat_template == "auto" else self.chat_template
         return [{"role": "user", "content": text}] if use else text
 
     def _generate(
@@ -99,7 +99,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        engine = self._handle.get()
+        engine = self.load()
         requests = self._submit(engine, prompts, stop, kwargs)
         try:
             return self._result([request.completions() for request in requests], engine)
@@ -131,7 +131,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        engine = self._handle.get()
+        engine = self.load()
         (request,) = self._submit(engine, [prompt], stop, kwargs)
         try:
             for delta in request:

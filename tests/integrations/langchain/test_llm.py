@@ -7,12 +7,15 @@ import threading
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.load import dumpd
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_layerstream import LayerStreamLLM
-from layerstream.errors import EngineClosed, InvalidSamplingParams, PromptTooLong
+from layerstream import LayerStream
+from layerstream.errors import ConfigurationError, EngineClosed, InvalidSamplingParams, PromptTooLong
+from pydantic import BaseModel, Field, ValidationError
 
 from tests.integrations.fake_engine import WORDS, FakeEngine
 
@@ -185,3 +188,105 @@ def test_with_the_bundled_reader_the_text_is_the_engines() -> None:
         with pytest.raises(PromptTooLong):
             llm.invoke("word " * 5000)
         assert llm.get_num_tokens("Brenvik") == len(engine.tokenizer("Brenvik", add_special_tokens=False)["input_ids"])
+
+
+async def test_an_abandoned_stream_is_cancelled() -> None:
+    llm, engine = make(engine=FakeEngine(holds_back=True))
+    stream = llm.astream("who?")
+
+    async def feed() -> None:
+        while not engine.requests:
+            await asyncio.sleep(0)
+        engine.release(engine.requests[0], 1)
+
+    feeder = asyncio.create_task(feed())
+    assert await anext(stream) == WORDS[0]
+    await stream.aclose()  # type: ignore[attr-defined]
+    await feeder
+    assert engine.requests[0] in engine.cancelled
+
+
+def test_a_cache_knows_answers_by_all_that_they_depend_on() -> None:
+    engine, cache = FakeEngine(), InMemoryCache()
+    for fields in ({}, {}, {"seed": 3}, {"stop": "x"}, {"chat_template": False}, {"min_p": 0.1}):
+        make(engine=engine, cache=cache, **fields)[0].invoke("who?")
+    assert len(engine.batches) == 5, "the second of the first two was known"
+
+
+def test_a_cached_prompt_is_left_out_of_its_batch() -> None:
+    llm, engine = make(cache=InMemoryCache())
+    llm.invoke("a")
+    assert llm.batch(["a", "b"]) == [TEXT] * 2
+    assert engine.batches == [["a"], ["b"]]
+
+
+def test_tracing_params_are_the_calls() -> None:
+    llm, _ = make(temperature=0.5, max_tokens=9, stop=["a"])
+    params = llm._get_ls_params(stop=["b"], temperature=0.7)
+    assert params["ls_provider"] == "layerstream"
+    assert params["ls_model_type"] == "llm"
+    assert (params["ls_temperature"], params["ls_max_tokens"], params["ls_stop"]) == (0.7, 9, ["a", "b"])
+
+
+def test_the_last_chunk_has_usage_and_says_why_it_ended() -> None:
+    llm, _ = make()
+    (run,) = llm.generate(["who?"]).generations[0]
+    chunks = list(llm._stream("who?"))
+    assert [chunk.generation_info is not None for chunk in chunks] == [False] * 3 + [True]
+    assert chunks[-1].generation_info == {**(run.generation_info or {}), "model_name": "fake"}
+
+
+def test_structured_answers_of_a_model_that_babbles() -> None:
+    class Unit(BaseModel):
+        name: str = Field(max_length=6)
+        founded: int = Field(ge=1000, le=2099)
+
+    with LayerStream("demo", kv_store=None, progress=False) as engine:
+        llm = LayerStreamLLM(engine=engine, max_tokens=60)
+        assert isinstance(llm.with_structured_output(Unit).invoke("Brenvik"), Unit)
+        assert set(llm.with_structured_output(Unit.model_json_schema()).invoke("Brenvik")) == {"name", "founded"}
+    with pytest.raises(ValueError, match="schema alone"):
+        llm.with_structured_output(Unit, method="json_mode")
+
+
+def test_a_context_that_was_there_before_is_said() -> None:
+    prompt = "Brenvik is led by Sluba Merkast. " * 40
+    with LayerStream("demo", kv_store=None, progress=False) as engine:
+        llm = LayerStreamLLM(engine=engine, max_tokens=2)
+        reads = []
+        for _ in range(2):
+            info = llm.generate([prompt]).generations[0][0].generation_info
+            assert info is not None
+            reads.append(info["usage"]["input_token_details"]["cache_read"])
+        assert reads[0] == 0
+        assert reads[1] >= 128
+
+
+def test_log_probabilities() -> None:
+    with LayerStream("demo", kv_store=None, progress=False) as engine:
+        info = LayerStreamLLM(engine=engine, max_tokens=3).generate(["x"], logprobs=2)
+    content = (info.generations[0][0].generation_info or {})["logprobs"]["content"]
+    assert len(content) == 3
+    assert len(content[0]["top_logprobs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"temprature": 0.5}, "did you mean 'temperature'"),
+        ({"memory": "3GiB"}, "engine_kwargs"),
+        ({"top_p": 7}, "top_p is 7"),
+    ],
+)
+def test_a_wrong_field_says_what_to_do(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        LayerStreamLLM(**fields)
+
+
+def test_a_wrong_option_of_a_call_says_what_to_do() -> None:
+    llm, engine = make()
+    with pytest.raises(ConfigurationError, match="did you mean 'max_tokens'"):
+        llm.invoke("who?", max_token=3)
+    with pytest.raises(InvalidSamplingParams, match="stop"):
+        llm.invoke("who?", stop=[3])
+    assert engine.batches == []

@@ -237,6 +237,17 @@ def test_ones_own_way_of_writing_prompts_is_kept() -> None:
     assert engine.batches == [["own:a"], ["own b"]]
 
 
+def test_tools_on_a_model_that_cannot() -> None:
+    for engine, fields, says in [
+        (FakeEngine(), {}, "it has none"),
+        (FakeEngine(has_chat_template=True), {"messages_to_prompt": str}, "messages_to_prompt"),
+    ]:
+        llm = LayerStreamLLM(engine=engine, **fields)
+        assert not llm.metadata.is_function_calling_model
+        with pytest.raises(ToolError, match=says):
+            llm.chat_with_tools([TOOL], user_msg="find")
+
+
 def test_one_engine_is_shared_and_its_options_kept() -> None:
     first, second = (LayerStreamLLM(model="demo", engine_kwargs={"kv_store": None}) for _ in range(2))
     assert first._handle.get() is second._handle.get()

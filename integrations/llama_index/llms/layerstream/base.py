@@ -35,6 +35,7 @@ from llama_index.llms.layerstream.messages import as_blocks, as_chat, selections
 
 from layerstream.chat.reader import Piece, ReplyReader, gather
 from layerstream.completion import Completion, Delta
+from layerstream.errors import ToolError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
 from layerstream.params import SamplingParams, join_stops
 
@@ -121,34 +122,38 @@ class LayerStreamLLM(FunctionCallingLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex sizes its prompts by; loads the model's files if they are not yet."""
-        engine = self._handle.get()
+        engine = self.load()
         return LLMMetadata(
             context_window=self.context_window or engine.context_length,
             num_output=self.max_new_tokens or 256,
             is_chat_model=engine.has_chat_template or self._formats_messages,
-            is_function_calling_model=engine.has_chat_template,
+            is_function_calling_model=engine.has_chat_template and not self._formats_messages,
             model_name=self.model,
         )
 
+    def load(self) -> LayerStream:
+        """The engine, loaded if it is not yet: its ``stats()``, ``plan`` and ``warm``."""
+        return self._handle.get()
+
     def tokenize(self, text: str) -> list[int]:
         """The model's own token ids of *text*: for ``set_global_tokenizer`` and splitters."""
-        return self._handle.get().tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.load().tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt_for(self, messages: Sequence[ChatMessage]) -> Prompt:
         """What the engine is given for *messages*."""
-        return self._chat_prompt(self._handle.get(), messages, {})[0]
+        return self._chat_prompt(self.load(), messages, {})[0]
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; the chat template is put around it unless it is *formatted* already."""
-        engine = self._handle.get()
+        engine = self.load()
         request, _ = self._submit_text(engine, prompt, formatted, kwargs)
         return _completed(_wait(request))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """As :meth:`complete`, piece by piece."""
-        return _stream_text(*self._submit_text(self._handle.get(), prompt, formatted, kwargs))
+        return _stream_text(*self._submit_text(self.load(), prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -164,13 +169,13 @@ class LayerStreamLLM(FunctionCallingLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer *messages*."""
-        request, reader = self._submit_chat(self._handle.get(), messages, kwargs)
+        request, reader = self._submit_chat(self.load(), messages, kwargs)
         return _chatted(_wait(request), reader)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """As :meth:`chat`, piece by piece."""
-        return _stream_chat(*self._submit_chat(self._handle.get(), messages, kwargs))
+        return _stream_chat(*self._submit_chat(self.load(), messages, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -334,6 +339,11 @@ class LayerStreamLLM(FunctionCallingLLM):
     ) -> tuple[Prompt, SamplingParams, Reader]:
         params = self._sampling(kwargs)
         if self._formats_messages or not engine.has_chat_template:
+            if kwargs.get("tools"):
+                raise ToolError(
+                    f"{self.model} cannot be given tools: they go through its chat template, and "
+                    + ("messages_to_prompt stands in its place" if engine.has_chat_template else "it has none")
+                )
             return self.messages_to_prompt(messages), params, None  # type: ignore[misc]
         turn = engine.turn(
             as_chat(messages),

@@ -83,7 +83,7 @@ class StablePrefixOrder(BaseNodePostprocessor):
         llm = self.llm
         if llm is None:
             return prefix_order(nodes, _canonical)
-        engine, template = llm._handle.get(), self.prompt
+        engine, template = llm.load(), self.prompt
 
         def cached_tokens(some: Sequence[NodeWithScore]) -> int:
             return engine.cached_tokens(_render(llm, template, _join(found.node for found in some), "?"))
@@ -109,9 +109,7 @@ class WarmPrefixes(TransformComponent):
             ConfigurationError: no store, or a prompt that puts the question first.
         """
         texts = [_join([node]) for node in nodes if isinstance(node, TextNode)]
-        self.llm._handle.get().warm(
-            texts, prompt=lambda context, question: _render(self.llm, self.prompt, context, question)
-        )
+        self.llm.load().warm(texts, prompt=lambda context, question: _render(self.llm, self.prompt, context, question))
         return nodes
 
 
