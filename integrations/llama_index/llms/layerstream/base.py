@@ -31,10 +31,10 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
-from llama_index.llms.layerstream.messages import as_blocks, as_chat, selections
+from llama_index.llms.layerstream import responses
+from llama_index.llms.layerstream.messages import as_chat, selections
+from llama_index.llms.layerstream.responses import Reader
 
-from layerstream.chat.reader import Piece, ReplyReader, gather
-from layerstream.completion import Completion, Delta
 from layerstream.errors import ToolError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
 from layerstream.params import SamplingParams, join_stops
@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
-Reader = ReplyReader | None
 
 _SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _SAMPLING_FIELDS = (
@@ -148,45 +147,45 @@ class LayerStreamLLM(FunctionCallingLLM):
         """Complete a prompt; the chat template is put around it unless it is *formatted* already."""
         engine = self.load()
         request, _ = self._submit_text(engine, prompt, formatted, kwargs)
-        return _completed(_wait(request))
+        return responses.completed(responses.wait(request))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """As :meth:`complete`, piece by piece."""
-        return _stream_text(*self._submit_text(self.load(), prompt, formatted, kwargs))
+        return responses.stream_text(*self._submit_text(self.load(), prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As :meth:`complete`, without blocking the event loop."""
         request, _ = self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs)
-        return _completed(await _await(request))
+        return responses.completed(await responses.wait_async(request))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As :meth:`stream_complete`, without blocking the event loop."""
-        return _astream_text(*self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
+        return responses.astream_text(*self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer *messages*."""
         request, reader = self._submit_chat(self.load(), messages, kwargs)
-        return _chatted(_wait(request), reader)
+        return responses.chatted(responses.wait(request), reader)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """As :meth:`chat`, piece by piece."""
-        return _stream_chat(*self._submit_chat(self.load(), messages, kwargs))
+        return responses.stream_chat(*self._submit_chat(self.load(), messages, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As :meth:`chat`, without blocking the event loop."""
         request, reader = self._submit_chat(await self._handle.get_async(), messages, kwargs)
-        return _chatted(await _await(request), reader)
+        return responses.chatted(await responses.wait_async(request), reader)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As :meth:`stream_chat`, without blocking the event loop."""
-        return _astream_chat(*self._submit_chat(await self._handle.get_async(), messages, kwargs))
+        return responses.astream_chat(*self._submit_chat(await self._handle.get_async(), messages, kwargs))
 
     def _prepare_chat_with_tools(
         self,
@@ -377,100 +376,6 @@ class LayerStreamLLM(FunctionCallingLLM):
         fields.update({name: value for name, value in kwargs.items() if name in _SAMPLING_NAMES})
         fields["stop"] = join_stops(self.stop, kwargs.get("stop"))
         return SamplingParams(**fields)
-
-
-def _wait(request: Request) -> Completion:
-    try:
-        return request.result()
-    finally:
-        request.cancel()
-
-
-async def _await(request: Request) -> Completion:
-    try:
-        return await request
-    finally:
-        request.cancel()
-
-
-def _stream_text(request: Request, reader: Reader) -> Generator[CompletionResponse, None, None]:
-    for response in _stream_chat(request, reader):
-        yield CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
-
-
-async def _astream_text(request: Request, reader: Reader) -> AsyncGenerator[CompletionResponse, None]:
-    async for response in _astream_chat(request, reader):
-        yield CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
-
-
-def _stream_chat(request: Request, reader: Reader) -> Generator[ChatResponse, None, None]:
-    growing = _Growing(reader)
-    try:
-        for delta in request:
-            yield growing.add(delta)
-    finally:
-        request.cancel()
-
-
-async def _astream_chat(request: Request, reader: Reader) -> AsyncGenerator[ChatResponse, None]:
-    growing = _Growing(reader)
-    try:
-        async for delta in request:
-            yield growing.add(delta)
-    finally:
-        request.cancel()
-
-
-class _Growing:
-    """An answer as far as it has come: LlamaIndex's streams repeat the whole with every piece."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._pieces: list[Piece] = []
-        self._text = ""
-
-    def add(self, delta: Delta) -> ChatResponse:
-        """The answer with *delta*."""
-        raw = None if delta.completion is None else _raw(delta.completion)
-        if self._reader is None:
-            self._text += delta.text
-            message = ChatMessage(role=MessageRole.ASSISTANT, content=self._text)
-            return ChatResponse(message=message, delta=delta.text, raw=raw)
-        before = gather(self._pieces).text
-        self._pieces += self._reader.push(delta.text)
-        if delta.completion is not None:
-            self._pieces += self._reader.finish()
-        reply = gather(self._pieces)
-        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(reply))
-        return ChatResponse(message=message, delta=reply.text[len(before) :], raw=raw)
-
-
-def _completed(completion: Completion) -> CompletionResponse:
-    return CompletionResponse(text=completion.text, raw=_raw(completion))
-
-
-def _chatted(completion: Completion, reader: Reader) -> ChatResponse:
-    if reader is None:
-        message = ChatMessage(role=MessageRole.ASSISTANT, content=completion.text)
-    else:
-        reply = gather([*reader.push(completion.text), *reader.finish()])
-        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(reply))
-    return ChatResponse(message=message, raw=_raw(completion))
-
-
-def _raw(completion: Completion) -> dict[str, Any]:
-    """Usage where LlamaIndex's token counter looks for it."""
-    usage = completion.usage
-    return {
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-            "cached_tokens": usage.cached_tokens,
-        },
-        "finish_reason": completion.finish_reason,
-        "metrics": dataclasses.asdict(completion.metrics),
-    }
 
 
 def _partial(response: ChatResponse, output_cls: type[BaseModel], before: Any) -> Any:
