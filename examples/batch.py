@@ -2,7 +2,7 @@
 
 from layerstream import LayerStream, SamplingParams
 
-CONTEXT = """Brenvik was founded in 1921. Brenvik is led by Sluba Merkast.
+CONTEXT = """Brenvik is led by Sluba Merkast. Brenvik is located in Tredry.
 Gukrand is located in Thaskin. Gukrand was founded in 1952.
 Krane Lukofy works in room A-411."""
 QUESTIONS = ["Who leads Brenvik?", "In which town is Gukrand?", "Since when has Gukrand existed?"]

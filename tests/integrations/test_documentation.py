@@ -5,11 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integrations.environments import ROOT
+from tests.integrations.environments import ROOT, run_python
 
 PAGES = ["integrations/langchain.md", "integrations/llama_index.md"]
 MODULES = [
@@ -26,8 +27,10 @@ def test_the_programs_of_a_page_run_one_after_the_other(page: str, tmp_path: Pat
     text = (ROOT / page).read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.S))
     assert code.count("import") > 5
-    code = code.replace("engine_kwargs={}", f"engine_kwargs={{'kv_store': {str(tmp_path)!r}, 'progress': False}}")
-    exec(compile(code, page, "exec"), {"__name__": "page"})
+    code = code.replace("engine_kwargs={}", f"engine_kwargs={{'kv_store': {str(tmp_path / "kv")!r}, 'progress': False}}")
+    program = tmp_path / "page.py"  # a process of its own, as some of it is said to the whole framework
+    program.write_text(code)
+    run_python(Path(sys.executable), str(program))
 
 
 @pytest.mark.parametrize("page", [*PAGES, "engine/settings.md", "README.md"])
