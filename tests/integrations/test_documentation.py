@@ -27,7 +27,8 @@ def test_the_programs_of_a_page_run_one_after_the_other(page: str, tmp_path: Pat
     text = (ROOT / page).read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.S))
     assert code.count("import") > 5
-    code = code.replace("engine_kwargs={}", f"engine_kwargs={{'kv_store': {str(tmp_path / "kv")!r}, 'progress': False}}")
+    options = {"kv_store": str(tmp_path / "kv"), "progress": False}
+    code = code.replace("engine_kwargs={}", f"engine_kwargs={options}")
     program = tmp_path / "page.py"  # a process of its own, as some of it is said to the whole framework
     program.write_text(code)
     run_python(Path(sys.executable), str(program))
