@@ -11,6 +11,7 @@ from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from layerstream import __version__
 from layerstream.completion import Completion
+from layerstream.errors import ConfigurationError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
 from layerstream.params import SamplingParams, join_stops
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -156,6 +157,16 @@ class EngineFields(BaseModel):
         if params.stop:
             tracing["ls_stop"] = list(params.stop)
         return tracing
+
+
+def check_stream(params: SamplingParams) -> None:
+    """Refuse to stream several answers as one.
+
+    Raises:
+        ConfigurationError: ``n`` is more than 1.
+    """
+    if params.n > 1:
+        raise ConfigurationError(f"n is {params.n}; a stream has one answer: ask for several with generate()")
 
 
 def usage_of(completion: Completion, num_prompts: int = 1) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from layerstream.errors import ConfigurationError
 from layerstream.handle import peek_context_length
 from pydantic import Field
 
-from langchain_layerstream._fields import EngineFields, logprobs_of, parser_of, usage_of
+from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, parser_of, usage_of
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 from langchain_layerstream.messages import as_chat, as_chunk, as_message
 
@@ -256,6 +256,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         engine = self.load()
         turn = self._turn(engine, messages, stop, kwargs)
+        check_stream(turn.params)
         request, reader = self._submit(engine, turn, kwargs), turn.reader()
         try:
             for delta in request:
@@ -276,6 +277,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         engine = await self._handle.get_async()
         turn = self._turn(engine, messages, stop, kwargs)
+        check_stream(turn.params)
         request, reader = self._submit(engine, turn, kwargs), turn.reader()
         try:
             async for delta in request:

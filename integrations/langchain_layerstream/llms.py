@@ -13,7 +13,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_json_schema
 from layerstream.completion import Completion, Delta
 
-from langchain_layerstream._fields import EngineFields, logprobs_of, parser_of, usage_of
+from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, parser_of, usage_of
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         engine = self.load()
+        check_stream(self._sampling(stop, kwargs))
         (request,) = self._submit(engine, [prompt], stop, kwargs)
         try:
             for delta in request:
@@ -150,6 +151,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         engine = await self._handle.get_async()
+        check_stream(self._sampling(stop, kwargs))
         (request,) = self._submit(engine, [prompt], stop, kwargs)
         try:
             async for delta in request:

@@ -302,6 +302,7 @@ def test_a_wrong_call_says_what_to_do() -> None:
         (lambda: llm.with_structured_output(Unit, method="xml"), ValueError, "'function_calling'"),  # type: ignore[arg-type]
         (lambda: llm.with_structured_output(Unit, tools=[]), ValueError, "no option tools"),
         (lambda: llm.with_structured_output(None), ValueError, "needs a schema"),
+        (lambda: list(llm.stream("x", n=2)), ConfigurationError, "generate"),
     ]:
         with pytest.raises(error, match=says):
             call()

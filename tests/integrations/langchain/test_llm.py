@@ -287,6 +287,8 @@ def test_a_wrong_option_of_a_call_says_what_to_do() -> None:
     llm, engine = make()
     with pytest.raises(ConfigurationError, match="did you mean 'max_tokens'"):
         llm.invoke("who?", max_token=3)
+    with pytest.raises(ConfigurationError, match="generate"):
+        list(llm.stream("who?", n=2))
     with pytest.raises(InvalidSamplingParams, match="stop"):
         llm.invoke("who?", stop=[3])
     assert engine.batches == []
