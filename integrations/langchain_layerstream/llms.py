@@ -11,6 +11,7 @@ from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageMod
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_json_schema
+from layerstream.chat.tools import closed
 from layerstream.completion import Completion, Delta
 
 from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, parser_of, usage_of
@@ -84,7 +85,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         """
         if kwargs:
             raise ValueError(f"with_structured_output of a text model takes a schema alone, not {sorted(kwargs)}")
-        wanted = {"type": "json_schema", "schema": convert_to_json_schema(schema)}
+        wanted = {"type": "json_schema", "schema": closed(convert_to_json_schema(schema))}
         return self.bind(response_format=wanted) | parser_of(schema)
 
     def prompt_for(self, text: str) -> Prompt:

@@ -37,7 +37,11 @@ SAYS = {
         "When can I visit Pelvast Library? 8:45 to 17:00",
         " sweeps; ",
     ],
-    "agent.py": ["  search({'query': 'Tolmar Archive'}) brought", "Tolmar Archive? Flyngrythik Brothers"],
+    "langchain_agent.py": [
+        "  search({'query': 'Tolmar Archive'})\n  brought ",
+        "Who supplies Tolmar Archive? Flyngrythik Brothers",
+    ],
+    "llama_index_agent.py": ["  search({'query': 'Tolmar Archive'}) brought", "Tolmar Archive? Flyngrythik Brothers"],
     "extraction.py": ["Unit(name='Brenvik', leader='Tolmund Varek', location='Thavosdwer')", "Unit(name='Vanorth'"],
     "fastapi_server.py": [],  # below
 }

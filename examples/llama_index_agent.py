@@ -1,6 +1,6 @@
 """LlamaIndex: an agent that looks things up before it answers. Every model can be given tools.
 
-python examples/agent.py [question] [--model FOLDER --memory 3GiB]
+python examples/llama_index_agent.py [question] [--model FOLDER --memory 3GiB]
 """
 
 import argparse
