@@ -142,6 +142,19 @@ class SamplingParams:
             raise InvalidSamplingParams(field, value, expected)
 
 
+SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+
+
+def merge_params(own: Mapping[str, Any], call: Mapping[str, Any]) -> SamplingParams:
+    """What a wrapper was made with, overridden by a call's options; stop strings of both.
+
+    Options of a call that are no sampling parameters are somebody else's and left out.
+    """
+    fields = {name: value for name, value in own.items() if value is not None}
+    fields.update({name: value for name, value in call.items() if name in SAMPLING_NAMES})
+    return SamplingParams(**{**fields, "stop": join_stops(own.get("stop"), call.get("stop"))})
+
+
 def join_stops(*stops: str | Iterable[str] | None) -> tuple[str, ...]:
     """The stop strings of several places, each once.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,20 +12,17 @@ from layerstream import __version__
 from layerstream.completion import Completion
 from layerstream.errors import ConfigurationError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
-from layerstream.params import SamplingParams, join_stops
+from layerstream.params import SAMPLING_NAMES, SamplingParams, merge_params
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
 
-SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "max_tokens",
 )  # fmt: skip
-_IGNORED_IN_CALLS = frozenset(
-    {"stream", "stream_usage", "strict", "ls_structured_output_format", "model", "model_name"}
-)
+_IGNORED_IN_CALLS = frozenset({"stream", "stream_usage", "strict", "ls_structured_output_format"})
 
 
 class EngineFields(BaseModel):
@@ -134,10 +130,8 @@ class EngineFields(BaseModel):
 
     def _sampling(self, stop: Iterable[str] | None, kwargs: Mapping[str, Any]) -> SamplingParams:
         """The instance's fields, overridden by the call's; stop strings of both."""
-        fields = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        fields.update({name: value for name, value in kwargs.items() if name in SAMPLING_NAMES})
-        fields["stop"] = join_stops(self.stop, stop)
-        return SamplingParams(**fields)
+        own = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, "stop")}
+        return merge_params(own, {**kwargs, "stop": stop})
 
     def _check_call(self, kwargs: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
         """Refuse what a call was given and nobody here knows."""

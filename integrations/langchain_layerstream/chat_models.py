@@ -311,8 +311,9 @@ class ChatLayerStream(EngineFields, BaseChatModel):
     def _with_logprobs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """OpenAI's two options as the engine's one."""
         wanted, top = kwargs.get("logprobs", self.logprobs), kwargs.get("top_logprobs", self.top_logprobs)
-        count = (top or 0) if wanted is True or top is not None else None if wanted is False else wanted
-        return {**kwargs, "logprobs": count}
+        if isinstance(wanted, bool):
+            wanted = 0 if wanted else None
+        return {**kwargs, "logprobs": wanted if top is None else top}
 
     def _submit(self, engine: LayerStream, turn: Turn, kwargs: dict[str, Any]) -> Request:
         join_gang(engine)

@@ -19,6 +19,7 @@ from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
+    from layerstream.params import SamplingParams
     from layerstream.request import Request
     from layerstream.text.prompt import Prompt
 
@@ -101,7 +102,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         engine = self.load()
-        requests = self._submit(engine, prompts, stop, kwargs)
+        requests = self._submit(engine, prompts, self._params(stop, kwargs))
         try:
             return self._result([request.completions() for request in requests], engine)
         finally:
@@ -116,7 +117,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         engine = await self._handle.get_async()
-        requests = self._submit(engine, prompts, stop, kwargs)
+        requests = self._submit(engine, prompts, self._params(stop, kwargs))
         try:
             for request in requests:
                 await request
@@ -133,8 +134,9 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         engine = self.load()
-        check_stream(self._sampling(stop, kwargs))
-        (request,) = self._submit(engine, [prompt], stop, kwargs)
+        params = self._params(stop, kwargs)
+        check_stream(params)
+        (request,) = self._submit(engine, [prompt], params)
         try:
             for delta in request:
                 chunk = self._chunk(delta, engine)
@@ -152,8 +154,9 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         engine = await self._handle.get_async()
-        check_stream(self._sampling(stop, kwargs))
-        (request,) = self._submit(engine, [prompt], stop, kwargs)
+        params = self._params(stop, kwargs)
+        check_stream(params)
+        (request,) = self._submit(engine, [prompt], params)
         try:
             async for delta in request:
                 chunk = self._chunk(delta, engine)
@@ -163,11 +166,11 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         finally:
             request.cancel()
 
-    def _submit(
-        self, engine: LayerStream, prompts: Sequence[str], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> list[Request]:
+    def _params(self, stop: list[str] | None, kwargs: dict[str, Any]) -> SamplingParams:
         self._check_call(kwargs)
-        params = self._sampling(stop, kwargs)
+        return self._sampling(stop, kwargs)
+
+    def _submit(self, engine: LayerStream, prompts: Sequence[str], params: SamplingParams) -> list[Request]:
         join_gang(engine)
         return engine.submit_many([self.prompt_for(prompt) for prompt in prompts], params, **self._terms())
 

@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeAlias
 
 from layerstream.chat.formats import ToolFormat
 from layerstream.chat.tools import Selection, closed
+from layerstream.scheduling.grammar import JSON_STYLE
 
 Thoughts: TypeAlias = Literal["none", "allowed", "begun"]
 
-_AS_PYTHON_WRITES_IT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANYTHING = r"/(.|\n)*/"
 
 
@@ -74,7 +74,7 @@ def _call_rules(form: ToolFormat, tools: Selection, marks: _Marks) -> list[str]:
     rules.append(f"call_rest: {' | '.join(f'call_{number}' for number in range(len(tools.callable)))}")
     for number, tool in enumerate(tools.callable):
         opening = form.opening(tool.name).removeprefix("" if section else form.trigger)
-        arguments = "%json " + json.dumps({"x-guidance": _AS_PYTHON_WRITES_IT, **closed(tool.parameters)})
+        arguments = "%json " + json.dumps({"x-guidance": JSON_STYLE, **closed(tool.parameters)})
         rules.append(f"call_{number}: {marks.write(opening)} {arguments} {marks.write(form.closing())}")
     return rules
 
@@ -82,7 +82,7 @@ def _call_rules(form: ToolFormat, tools: Selection, marks: _Marks) -> list[str]:
 def _answer_rules(form: ToolFormat, tools: Selection, schema: Any, marks: _Marks) -> list[str]:
     opening = marks.write(form.answer_open)
     if schema is not None:
-        guided = {"x-guidance": _AS_PYTHON_WRITES_IT, **schema} if isinstance(schema, Mapping) else schema
+        guided = {"x-guidance": JSON_STYLE, **schema} if isinstance(schema, Mapping) else schema
         return [f"answer: {opening} %json {json.dumps(guided)}"]
     if not tools.offered or marks.is_special(form.trigger) or form.answer_open:
         return [f"answer: {opening} ANYTHING"]

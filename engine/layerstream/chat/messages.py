@@ -17,7 +17,14 @@ from layerstream.chat.tools import Tool
 from layerstream.errors import PromptError
 from layerstream.text.prompt import Message
 
-_ROLES = {"developer": "system", "human": "user", "ai": "assistant", "function": "tool"}
+_ROLES = {
+    "developer": "system",
+    "human": "user",
+    "ai": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+}
 
 TOOLS_PROMPT = """You may call functions to help with the user's request. The functions are:
 <tools>

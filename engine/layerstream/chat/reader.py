@@ -119,7 +119,7 @@ class ReplyReader:
 
     def push(self, text: str) -> list[Piece]:
         """What *text* adds."""
-        return _joined(self._pieces(self._parser.feed(text)))
+        return join_pieces(self._pieces(self._parser.feed(text)))
 
     def finish(self) -> list[Piece]:
         """What was held back."""
@@ -127,7 +127,7 @@ class ReplyReader:
             _, events = self._parser.finalize()
         except ValueError:  # a template's own JSON, cut off
             return []
-        return _joined(self._pieces(events))
+        return join_pieces(self._pieces(events))
 
     def _pieces(self, events: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         for event in events:
@@ -217,7 +217,7 @@ class _JsonValue:
         return text, ""
 
 
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+def join_pieces(pieces: Iterable[Piece]) -> list[Piece]:
     """*pieces*, neighbours that belong together as one."""
     result: list[Piece] = []
     for piece in pieces:

@@ -17,6 +17,7 @@ import numpy as np
 from layerstream.errors import GrammarError, MissingExtra
 
 MOST_COMPILED = 64
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as most models write it
 
 
 class Grammars:
@@ -146,12 +147,11 @@ class GrammarConstraint:
 def _grammar(response_format: Mapping[str, Any]) -> str:
     from llguidance import LLMatcher, grammar_from
 
-    spaced = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as most models write it
     match response_format["type"]:
         case "json_object":
-            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=spaced)  # pyright: ignore[reportArgumentType]
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_STYLE)  # pyright: ignore[reportArgumentType]
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(response_format["schema"], defaults=spaced)  # pyright: ignore[reportArgumentType]
+            return LLMatcher.grammar_from_json_schema(response_format["schema"], defaults=JSON_STYLE)  # pyright: ignore[reportArgumentType]
         case "regex":
             return LLMatcher.grammar_from_regex(response_format["regex"])
         case "choice":

@@ -137,6 +137,13 @@ def test_thoughts_are_a_block() -> None:
     assert "".join(r.delta for r in llm.stream_chat([ChatMessage(content="who?")])) == "yes"  # type: ignore[misc]
 
 
+async def test_a_completion_is_what_its_stream_adds_up_to() -> None:
+    llm, engine = make(["<think>", "hm", "m</think>", "\n\nyes"])
+    engine._turns = make_turns("qwen 3")[0]
+    streamed = "".join(piece.delta or "" for piece in llm.stream_complete("who?"))
+    assert llm.complete("who?").text == (await llm.acomplete("who?")).text == streamed == "yes"
+
+
 async def test_a_function_agent_calls_its_tool_and_answers() -> None:
     said = iter([CALL, ["It is", " abab."]])
 

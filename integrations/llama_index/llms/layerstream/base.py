@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,7 +36,7 @@ from llama_index.llms.layerstream.responses import Reader
 
 from layerstream.errors import ToolError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
-from layerstream.params import SamplingParams, join_stops
+from layerstream.params import SAMPLING_NAMES, SamplingParams, merge_params
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -51,7 +50,6 @@ dispatcher = get_dispatcher(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
 
-_SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
 )  # fmt: skip
@@ -146,8 +144,8 @@ class LayerStreamLLM(FunctionCallingLLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; the chat template is put around it unless it is *formatted* already."""
         engine = self.load()
-        request, _ = self._submit_text(engine, prompt, formatted, kwargs)
-        return responses.completed(responses.wait(request))
+        request, reader = self._submit_text(engine, prompt, formatted, kwargs)
+        return responses.completed(responses.wait(request), reader)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -157,8 +155,8 @@ class LayerStreamLLM(FunctionCallingLLM):
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As :meth:`complete`, without blocking the event loop."""
-        request, _ = self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs)
-        return responses.completed(await responses.wait_async(request))
+        request, reader = self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs)
+        return responses.completed(await responses.wait_async(request), reader)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
@@ -370,12 +368,10 @@ class LayerStreamLLM(FunctionCallingLLM):
 
     def _sampling(self, kwargs: dict[str, Any]) -> SamplingParams:
         """The instance's fields, overridden by the call's; stop strings of both."""
-        check_call(type(self).__name__, self.model, kwargs, _SAMPLING_NAMES | _CALL_OPTIONS)
-        fields = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        fields["max_tokens"] = kwargs.get("max_new_tokens", self.max_new_tokens)
-        fields.update({name: value for name, value in kwargs.items() if name in _SAMPLING_NAMES})
-        fields["stop"] = join_stops(self.stop, kwargs.get("stop"))
-        return SamplingParams(**fields)
+        check_call(type(self).__name__, self.model, kwargs, SAMPLING_NAMES | _CALL_OPTIONS)
+        own = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, "stop")}
+        own["max_tokens"] = kwargs.get("max_new_tokens", self.max_new_tokens)
+        return merge_params(own, kwargs)
 
 
 def _partial(response: ChatResponse, output_cls: type[BaseModel], before: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ContentBlock,
-    MessageRole,
     TextBlock,
     ThinkingBlock,
     ToolCallBlock,
@@ -16,13 +15,6 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.llms.llm import ToolSelection
 
 from layerstream.chat.reader import Reply, ToolCall
-
-_ROLES = {
-    MessageRole.DEVELOPER: "system",
-    MessageRole.FUNCTION: "tool",
-    MessageRole.CHATBOT: "assistant",
-    MessageRole.MODEL: "assistant",
-}
 
 
 def as_chat(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -58,7 +50,7 @@ def _kwargs(call: ToolCall) -> dict[str, Any] | str:
 
 def _as_message(message: ChatMessage) -> dict[str, Any]:
     more = message.additional_kwargs
-    result: dict[str, Any] = {"role": _ROLES.get(message.role, message.role.value)}
+    result: dict[str, Any] = {"role": message.role.value}
     calls = [
         {
             "id": block.tool_call_id,

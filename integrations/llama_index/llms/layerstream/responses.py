@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
 from llama_index.llms.layerstream.messages import as_blocks
 
-from layerstream.chat.reader import Piece, ReplyReader, gather
+from layerstream.chat.reader import Piece, ReplyReader, gather, join_pieces
 from layerstream.completion import Completion, Delta
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ async def wait_async(request: Request) -> Completion:
 def stream_text(request: Request, reader: Reader) -> Generator[CompletionResponse, None, None]:
     """The text as it grows."""
     for response in stream_chat(request, reader):
-        yield CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
+        yield _as_text(response)
 
 
 async def astream_text(request: Request, reader: Reader) -> AsyncGenerator[CompletionResponse, None]:
     """As :func:`stream_text`."""
     async for response in astream_chat(request, reader):
-        yield CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
+        yield _as_text(response)
 
 
 def stream_chat(request: Request, reader: Reader) -> Generator[ChatResponse, None, None]:
@@ -82,18 +82,17 @@ class _Growing:
             self._text += delta.text
             message = ChatMessage(role=MessageRole.ASSISTANT, content=self._text)
             return ChatResponse(message=message, delta=delta.text, raw=raw)
-        before = gather(self._pieces).text
-        self._pieces += self._reader.push(delta.text)
+        fresh = self._reader.push(delta.text)
         if delta.completion is not None:
-            self._pieces += self._reader.finish()
-        reply = gather(self._pieces)
-        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(reply))
-        return ChatResponse(message=message, delta=reply.text[len(before) :], raw=raw)
+            fresh += self._reader.finish()
+        self._pieces = join_pieces([*self._pieces, *fresh])
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(gather(self._pieces)))
+        return ChatResponse(message=message, delta=gather(fresh).text, raw=raw)
 
 
-def completed(completion: Completion) -> CompletionResponse:
-    """A whole text."""
-    return CompletionResponse(text=completion.text, raw=_raw(completion))
+def completed(completion: Completion, reader: Reader) -> CompletionResponse:
+    """A whole text, as its stream adds up to."""
+    return _as_text(chatted(completion, reader))
 
 
 def chatted(completion: Completion, reader: Reader) -> ChatResponse:
@@ -104,6 +103,10 @@ def chatted(completion: Completion, reader: Reader) -> ChatResponse:
         reply = gather([*reader.push(completion.text), *reader.finish()])
         message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(reply))
     return ChatResponse(message=message, raw=_raw(completion))
+
+
+def _as_text(response: ChatResponse) -> CompletionResponse:
+    return CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
 
 
 def _raw(completion: Completion) -> dict[str, Any]:
