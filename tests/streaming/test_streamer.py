@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,20 @@ from layerstream.checkpoint.header import read_header
 from layerstream.checkpoint.names import ParameterSource
 from layerstream.checkpoint.pieces import PiecedTensor, concatenate, stack
 from layerstream.errors import EngineClosed, ReadError, TruncatedFile
-from layerstream.streaming.loader import load_unit
+from layerstream.streaming.copies import CopyFeed
+from layerstream.streaming.feed import ReadFeed
+from layerstream.streaming.loader import load_image, load_unit
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import PAGE
 from layerstream.streaming.streamer import ScheduleMismatch, Streamer
 from layerstream.streaming.unit import Part, UnitLayout, lay_out
 from safetensors.torch import save_file
+
+from tests.pretend import PretendDevice
+from tests.streaming.units import lay_out_units
+
+Pipe = Callable[..., Streamer]
+RESIDENT = 2
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "buffered"])
@@ -33,17 +42,27 @@ def tensors() -> dict[str, torch.Tensor]:
     return {f"unit{i}.w": torch.randn(37 + 100 * i, 61, generator=generator) for i in range(5)}
 
 
-def sources(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, ParameterSource]:
-    save_file(tensors, folder / "model.safetensors")
-    entries = read_header(folder / "model.safetensors")
-    return {
-        name: ParameterSource(name, torch.float32, entry.shape, PiecedTensor.of(entry, 4).pieces)
-        for name, entry in entries.items()
-    }
+@pytest.fixture(params=["to the host", "to a device"])
+def pipe(request: pytest.FixtureRequest):
+    """Makes streamers: from disk to the host, or on to a device, with one unit that stays on the host."""
+    opened: list[CopyFeed | PretendDevice] = []
 
+    def make(units: list[UnitLayout], reader: DirectReader, num_cycle: int = 5) -> Streamer:
+        ring_bytes = 2 * max(unit.num_bytes for unit in units)
+        if request.param == "to the host":
+            return Streamer(ReadFeed(units, ring_bytes, reader), num_cycle)
+        device = PretendDevice(late_compute=False)
+        staged = [index for index in range(5) if index != RESIDENT]
+        stage = ReadFeed([units[index] for index in staged], ring_bytes, reader)
+        residents = {RESIDENT: load_image(units[RESIDENT], reader).tensor[: units[RESIDENT].num_bytes]}
+        places = {unit: place for place, unit in enumerate(staged)}
+        feed = CopyFeed(units, ring_bytes, device, residents, stage, places)
+        opened.extend([feed, device])
+        return Streamer(feed, num_cycle)
 
-def layouts(folder: Path, tensors: dict[str, torch.Tensor]) -> list[UnitLayout]:
-    return [lay_out(name, [Part.whole(name, source)]) for name, source in sorted(sources(folder, tensors).items())]
+    yield make
+    for thing in opened:
+        thing.close()
 
 
 def _pass(streamer: Streamer) -> None:
@@ -53,10 +72,10 @@ def _pass(streamer: Streamer) -> None:
 
 
 def test_units_arrive_in_place_sweep_after_sweep(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
+    pipe: Pipe, tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
 ) -> None:
-    units = layouts(tmp_path, tensors)
-    streamer = Streamer(units, 4, 2 * max(unit.num_bytes for unit in units), reader)
+    units = lay_out_units(tmp_path, tensors)
+    streamer = pipe(units, reader, num_cycle=4)
     for with_tail in (True, False, True):
         streamer.begin(with_tail=with_tail)
         for index in range(5 if with_tail else 4):
@@ -72,13 +91,12 @@ def test_units_arrive_in_place_sweep_after_sweep(
 
 
 def test_the_first_sweep_begins_before_it_is_asked_for(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
+    pipe: Pipe, tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
 ) -> None:
-    units = layouts(tmp_path, tensors)
-    streamer = Streamer(units, 5, 2 * max(unit.num_bytes for unit in units), reader)
-    streamer.populate()
+    units = lay_out_units(tmp_path, tensors)
+    streamer = pipe(units, reader)
     streamer.read_ahead()
-    assert len(streamer._slots) >= 2
+    assert streamer.feed.present[:2] == [0, 1]
     for _ in range(2):
         streamer.begin(with_tail=False)
         streamer.check_integrity()
@@ -92,25 +110,27 @@ def test_the_first_sweep_begins_before_it_is_asked_for(
     streamer.check_integrity()
 
 
-def test_the_next_sweep_begins_before_it_is_asked_for(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    units = layouts(tmp_path, tensors)
+def test_the_next_sweep_begins_before_it_is_asked_for(
+    pipe: Pipe, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    units = lay_out_units(tmp_path, tensors)
     reader = DirectReader()
-    streamer = Streamer(units, 5, 2 * max(unit.num_bytes for unit in units), reader)
+    streamer = pipe(units, reader)
     streamer.begin(with_tail=False)
     for index in range(5):
         streamer.acquire(index)
         streamer.release(index)
     streamer.end()
-    assert streamer._ahead[0] == 0
+    assert streamer.feed.present[0] == 0
     streamer.abort()
     reader.close()
 
 
 def test_another_order_is_learned_once_and_then_kept(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
+    pipe: Pipe, tmp_path: Path, tensors: dict[str, torch.Tensor], reader: DirectReader
 ) -> None:
-    units = layouts(tmp_path, tensors)
-    streamer = Streamer(units, 5, 2 * max(unit.num_bytes for unit in units), reader)
+    units = lay_out_units(tmp_path, tensors)
+    streamer = pipe(units, reader)
     order = [1, 0, 2, 4, 3]
     for _ in range(3):
         streamer.begin(with_tail=False)
@@ -124,12 +144,14 @@ def test_another_order_is_learned_once_and_then_kept(
     streamer.abort()
 
 
-def test_a_file_cut_short_fails_the_sweep_and_not_the_next(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    units = layouts(tmp_path, tensors)
+def test_a_file_cut_short_fails_the_sweep_and_not_the_next(
+    pipe: Pipe, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    units = lay_out_units(tmp_path, tensors)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
     reader = DirectReader()
-    streamer = Streamer(units, 5, 2 * max(unit.num_bytes for unit in units), reader)
+    streamer = pipe(units, reader)
     os.truncate(path, len(whole) // 3)
     streamer.begin(with_tail=False)
     with pytest.raises(TruncatedFile, match="fetch it again"):
@@ -147,10 +169,10 @@ def test_a_file_cut_short_fails_the_sweep_and_not_the_next(tmp_path: Path, tenso
     reader.close()
 
 
-def test_an_interrupt_ends_the_wait(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    units = layouts(tmp_path, tensors)
+def test_an_interrupt_ends_the_wait(pipe: Pipe, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    units = lay_out_units(tmp_path, tensors)
     reader = DirectReader()
-    streamer = Streamer(units, 5, 2 * max(unit.num_bytes for unit in units), reader)
+    streamer = pipe(units, reader)
     streamer.begin(with_tail=False)
     streamer.interrupt(EngineClosed("over"))
     with pytest.raises(EngineClosed):
@@ -160,7 +182,7 @@ def test_an_interrupt_ends_the_wait(tmp_path: Path, tensors: dict[str, torch.Ten
 
 
 def test_reading_a_file_that_is_gone_names_it(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    (unit, *_) = layouts(tmp_path, tensors)
+    (unit, *_) = lay_out_units(tmp_path, tensors)
     (tmp_path / "model.safetensors").unlink()
     reader = DirectReader()
     with pytest.raises(ReadError, match=r"model.safetensors"):
@@ -174,7 +196,7 @@ def test_closing_leaves_no_thread_and_fails_what_is_queued(tmp_path: Path, tenso
     reader.close()
     reader.close()
     assert threading.active_count() == before
-    (unit, *_) = layouts(tmp_path, tensors)
+    (unit, *_) = lay_out_units(tmp_path, tensors)
     with pytest.raises(EngineClosed):
         load_unit(unit, reader)
 
@@ -205,7 +227,7 @@ def test_a_tensor_misaligned_for_its_dtype_is_copied_into_place(tmp_path: Path, 
 
 
 def test_direct_reads_are_whole_pages(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    for unit in layouts(tmp_path, tensors):
+    for unit in lay_out_units(tmp_path, tensors):
         for request in unit.requests:
             assert request.offset % PAGE == 0
             assert request.num_bytes % PAGE == 0

@@ -17,6 +17,7 @@ from layerstream.model import hooks
 from layerstream.model.linear import JoinedLinears, LinearSlice, PlainMatrix, SlicedLinear
 from layerstream.model.matrices import Matrices, Weights, packed_parts
 from layerstream.model.skeleton import Skeleton
+from layerstream.streaming.feed import ReadFeed
 from layerstream.streaming.loader import load_unit
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import PlannedUnit, UnitPlan
@@ -65,8 +66,9 @@ class ModelWeights:
             layouts = [self._layouts[index] for index in streamed]
             num_cycle = sum(index < len(plan.body) for index in streamed)
             largest = max(layout.num_bytes for layout in layouts)  # a unit strewn over a file has more page ends
-            self.streamer = Streamer(layouts, num_cycle, max(plan.ring_bytes, largest), reader)
-            self.streamer.populate()
+            feed = ReadFeed(layouts, max(plan.ring_bytes, largest), reader)
+            feed.populate()
+            self.streamer = Streamer(feed, num_cycle)
         self._joined = self._find_joined()
         for index in sorted(plan.residents):
             self._load(index, reader, on_load)

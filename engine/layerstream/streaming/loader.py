@@ -45,12 +45,17 @@ def load_unit(
     Raises:
         ReadError, TruncatedFile: as the reader does.
     """
+    return views(layout, load_image(layout, reader, on_read).tensor)
+
+
+def load_image(layout: UnitLayout, reader: DirectReader, on_read: Callable[[int], None] | None = None) -> Arena:
+    """The memory of one unit as it would be in a ring."""
     arena = Arena(layout.num_bytes)
     countdown = Countdown(len(layout.requests))
     for request in layout.requests:
         reader.submit(request, arena.view, 0, _told(countdown, on_read, request.needed_bytes))
     countdown.wait()
-    return views(layout, arena.tensor, 0)
+    return arena
 
 
 def _told(countdown: Countdown, on_read: Callable[[int], None] | None, num_bytes: int) -> Callable[..., None]:

@@ -1,0 +1,198 @@
+"""From the host to the device: the second ring of the pipeline.
+
+    disk ──reads──▶ host ring ──┐
+                                ├──inward lane──▶ device ring ──compute lane──▶
+    host residents ─────────────┘
+
+A thread of its own, the copier, takes units in the order in which they are wanted, waits for those that come from disk,
+and queues their copies. Invariants:
+
+* a copy into a place of the device ring comes after all compute that was queued before that place was released;
+* compute on a unit comes after its copy: ``take`` makes the compute lane wait, never the host;
+* a unit's place in the host ring is released when its copy is over, not when it is queued; while the copier has nothing
+  else to do it waits for that, so that the disk never waits for a copy that is over;
+* after ``abort`` the copier holds no place in the host ring.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from layerstream.errors import EngineClosed, LayerStreamError
+from layerstream.streaming.device import Device, Mark
+from layerstream.streaming.feed import Feed, ReadFeed, Slot
+from layerstream.streaming.unit import UnitLayout
+
+
+class CopyFeed(Feed):
+    """From host memory into a ring on *device*.
+
+    Args:
+        residents: units that stay in host memory, each ``(num_bytes,)`` uint8, pinned.
+        stage: brings the others from disk, under their places among its own layouts in *staged*.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[UnitLayout],
+        ring_bytes: int,
+        device: Device,
+        residents: Mapping[int, torch.Tensor],
+        stage: ReadFeed | None,
+        staged: Mapping[int, int],
+    ) -> None:
+        super().__init__(layouts, ring_bytes)
+        self._device = device
+        self._residents = residents
+        self._stage = stage
+        self._staged = staged
+        with device.use():
+            self._ring_memory = device.allocate(self._ring.capacity)
+            self._released = device.compute.mark()  # all compute on places that are free comes before it
+        self._jobs: deque[tuple[int, Slot]] = deque()
+        self._copied: dict[int, Mark] = {}
+        self._retiring: deque[tuple[Mark, int]] = deque()
+        self._is_closed = False
+        self.copied_bytes = 0
+        self._copier = threading.Thread(target=self._work, name="layerstream-copier", daemon=True)
+        self._copier.start()
+
+    @property
+    def staged_wait_seconds(self) -> float:
+        """How long copies have waited for the disk so far."""
+        return 0.0 if self._stage is None else self._stage.wait_seconds
+
+    def populate(self) -> None:
+        """The host ring."""
+        if self._stage is not None:
+            self._stage.populate()
+
+    def want(self, units: Iterable[int]) -> None:
+        """As they are wanted from the host, those that come from disk are wanted there."""
+        units = list(units)
+        if self._stage is not None:
+            self._stage.want(self._staged[unit] for unit in units if unit in self._staged)
+        super().want(units)
+
+    def take(self, unit: int) -> torch.Tensor:
+        """Once its copy is queued: compute that is queued from here on finds it there."""
+        memory = super().take(unit)
+        self._device.compute.after(self._copied[unit])
+        return memory
+
+    def release(self, unit: int) -> None:
+        """Compute that was queued up to here may still look at it; the next copy waits for that, not the host."""
+        self._released = self._device.compute.mark()
+        super().release(unit)
+
+    def drop(self, keep: int) -> None:
+        """All of it: what is half on its way is easier brought again."""
+        del keep
+        self._empty()
+
+    def abort(self) -> None:
+        """As every feed, and no copy is under way after it."""
+        self._empty()
+        with self._changed:
+            self._interrupt = None
+
+    def interrupt(self, error: Exception) -> None:
+        """Wakes the copier, too, where it waits for the disk."""
+        super().interrupt(error)
+        if self._stage is not None:
+            self._stage.interrupt(error)
+
+    def close(self) -> None:
+        """End the copier. Idempotent."""
+        self.interrupt(EngineClosed("the engine was closed while it copied weights"))
+        self._empty()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._copier.join()
+
+    def _empty(self) -> None:
+        with self._changed:
+            self._queue.clear()
+            for slot in self._slots.values():
+                slot.error = slot.error or LayerStreamError("not needed")
+        if self._stage is not None:
+            self._stage.interrupt(LayerStreamError("not needed"))
+        with self._changed:
+            while self._jobs or self._retiring or any(slot.pending for slot in self._slots.values()):
+                self._changed.wait()
+            for slot in self._slots.values():
+                self._ring.release(slot.offset)
+            self._slots.clear()
+            self._copied.clear()
+        if self._stage is not None:
+            self._stage.abort()
+        with self._device.use():
+            self._released = self._device.compute.mark()
+
+    def _memory(self, offset: int, num_bytes: int) -> torch.Tensor:
+        return self._ring_memory[offset : offset + num_bytes]
+
+    def _fill(self, unit: int, slot: Slot) -> None:
+        slot.pending = 1
+        self._copied.pop(unit, None)
+        self._jobs.append((unit, slot))
+        self._changed.notify_all()
+
+    def _work(self) -> None:
+        with self._device.use():
+            while (job := self._next()) is not None:
+                unit, slot = job
+                error: Exception | None = None
+                try:
+                    if slot.error is None:
+                        self._copy(unit, slot)
+                except Exception as reason:  # noqa: BLE001  # whoever waits for the unit must hear of it
+                    error = reason
+                with self._changed:
+                    self._jobs.popleft()
+                self._finish(slot, error)
+
+    def _next(self) -> tuple[int, Slot] | None:
+        """The unit to copy next; while there is none, copies that are over are let go of."""
+        while True:
+            with self._changed:
+                while not self._jobs and not self._retiring and not self._is_closed:
+                    self._changed.wait()
+                if self._jobs:
+                    return self._jobs[0]
+                if not self._retiring:
+                    return None
+            self._retire_one()
+
+    def _copy(self, unit: int, slot: Slot) -> None:
+        source = self._residents.get(unit)
+        inward = self._device.inward
+        staged = self._staged.get(unit)
+        if source is None:
+            assert self._stage is not None and staged is not None, "a unit is resident on the host or comes from disk"
+            while self._retiring and (self._retiring[0][0].is_reached() or not self._stage.is_there(staged)):
+                self._retire_one()
+            source = self._stage.take(staged)
+        inward.after(self._released)
+        inward.copy(self._memory(slot.offset, len(source)), source)
+        mark = inward.mark()
+        with self._changed:
+            self._copied[unit] = mark
+            self.copied_bytes += self.layouts[unit].weight_bytes
+            if staged is not None:
+                self._retiring.append((mark, staged))
+
+    def _retire_one(self) -> None:
+        """Wait for the oldest copy from the host ring, and let its place there be used again."""
+        mark, staged = self._retiring[0]
+        mark.wait()
+        assert self._stage is not None
+        self._stage.release(staged)
+        with self._changed:
+            self._retiring.popleft()
+            self._changed.notify_all()

@@ -1,0 +1,278 @@
+"""An accelerator where there is none: memory of its own, lanes that are late at random, and no mixing with the host.
+
+``PretendDevice`` implements the engine's device out of threads. Its lanes do their work later, each after a random
+pause, so that an order that nobody asked for shows as wrong bytes. ``PretendCuda`` does the same and hands out tensors
+that say ``cuda`` and refuse to be computed with beside tensors of the host, or of another pretended device, so that
+whatever the engine and transformers do on the device is checked operation by operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from layerstream.errors import ConfigurationError
+from layerstream.streaming.ring import Arena
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class PretendMark:
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self.time = 0.0
+
+    def reach(self) -> None:
+        self.time = time.perf_counter()
+        self._reached.set()
+
+    def wait(self) -> None:
+        assert self._reached.wait(20), "a mark that nobody reaches"
+
+    def is_reached(self) -> bool:
+        return self._reached.is_set()
+
+    def seconds_since(self, earlier: PretendMark) -> float:
+        return self.time - earlier.time
+
+
+class LateLane:
+    """Work in order, on a thread, each piece after a pause."""
+
+    def __init__(self, name: str, pause: float, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._pause = pause
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], None]) -> None:
+        self._queue.put(work)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target, source = _inner(target), _inner(source)
+        assert target.numel() == source.numel()
+
+        def work() -> None:
+            time.sleep(self._random.random() * self._pause)
+            target.copy_(source)
+
+        self.run(work)
+
+    def mark(self, *, timed: bool = False) -> PretendMark:
+        mark = PretendMark()
+        self.run(mark.reach)
+        return mark
+
+    def after(self, mark: PretendMark) -> None:
+        self.run(mark.wait)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001  # the test looks at it
+                self.error = error
+
+
+class PromptLane:
+    """The compute: done by the time that a call returns."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        _inner(target).copy_(_inner(source))
+
+    def mark(self, *, timed: bool = False) -> PretendMark:
+        mark = PretendMark()
+        mark.reach()
+        return mark
+
+    def after(self, mark: PretendMark) -> None:
+        mark.wait()
+
+
+class PretendDevice:
+    """Tensors of the host, and three lanes. *pinned_bytes* is the most that may be pinned."""
+
+    def __init__(self, *, late_compute: bool, pause: float = 0.002, seed: int = 0, pinned_bytes: int = 2**40) -> None:
+        self.torch_device = torch.device("cpu")
+        self.inward = LateLane("inward", pause, seed)
+        self.outward = LateLane("outward", pause, seed + 1)
+        self.compute = LateLane("compute", pause, seed + 2) if late_compute else PromptLane()
+        self.allocated: list[int] = []
+        self.pinned: dict[int, int] = {}
+        self.ceiling: int | None = None
+        self._pinned_bytes = pinned_bytes
+
+    def use(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        self.allocated.append(num_bytes)
+        return torch.full((num_bytes,), 0xA5, dtype=torch.uint8, device=self.torch_device)
+
+    def pin(self, arena: Arena) -> None:
+        if sum(self.pinned.values()) + arena.num_bytes > self._pinned_bytes:
+            raise ConfigurationError("the system does not let so much memory be pinned: pass a smaller host_memory")
+        self.pinned[id(arena)] = arena.num_bytes
+
+    def unpin(self, arena: Arena) -> None:
+        del self.pinned[id(arena)]
+
+    def limit(self, num_bytes: int) -> None:
+        self.ceiling = num_bytes
+
+    def peak_bytes(self) -> int:
+        return sum(self.allocated)
+
+    def is_lost(self, error: BaseException) -> bool:
+        return "device lost" in str(error)
+
+    def close(self) -> None:
+        for lane in (self.inward, self.outward, self.compute):
+            if isinstance(lane, LateLane):
+                lane.close()
+
+
+class PretendCuda(PretendDevice):
+    """``cuda:index``; threads that use it can make tensors there."""
+
+    def __init__(self, index: int = 0, **options: Any) -> None:
+        super().__init__(late_compute=False, **options)
+        self.torch_device = torch.device("cuda", index)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        if getattr(_PRETENDING, "depth", 0):
+            yield
+            return
+        _PRETENDING.depth = 1
+        try:
+            with _Pretence():
+                yield
+        finally:
+            _PRETENDING.depth = 0
+
+
+_PRETENDING = threading.local()
+
+
+class _OnDevice(torch.Tensor):
+    """A tensor of the host that says it is on *device*."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, device: torch.device) -> _OnDevice:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} reached a pretended tensor from below")
+
+
+class _Pretence(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+_MOVES = {"to", "cuda", "cpu"}
+_CROSSES = {"copy_"}  # between host and device, as torch allows it
+_READS = {"__repr__", "size", "dim", "stride", "numel", "is_contiguous", "storage_offset"}
+
+
+def _inner(tensor: Any) -> Any:
+    return tensor.inner if isinstance(tensor, _OnDevice) else tensor
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(func.__self__, "__name__", "")
+        if name in {"device", "is_cuda", "shape", "dtype", "ndim", "requires_grad", "layout", "is_meta"}:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+    if name in _READS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if name in _MOVES and args and isinstance(args[0], torch.Tensor):
+        return _move(name, args[0], args[1:], kwargs)
+    wanted = kwargs.get("device")
+    if wanted is not None:
+        wanted = torch.device(wanted)
+        if wanted.type != "cuda":
+            wanted = None
+        else:
+            kwargs = {**kwargs, "device": "cpu"}
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    there = [tensor for tensor in tensors if isinstance(tensor, _OnDevice)]
+    if there and name not in _CROSSES:
+        _check_one_device(name, tensors, there)
+    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    device = wanted or (there[0].device if there else None)
+    if device is None or (name in _CROSSES and not isinstance(args[0], _OnDevice)):
+        return found
+    known = {id(tensor.inner): tensor for tensor in there}
+
+    def wrap(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        same = known.get(id(value))
+        return _OnDevice(value, device) if same is None else same
+
+    return tree_map(wrap, found)
+
+
+def _check_one_device(name: str, tensors: list[torch.Tensor], there: list[_OnDevice]) -> None:
+    if name in {"__getitem__", "__setitem__"} and isinstance(tensors[0], _OnDevice):
+        tensors = [t for t in tensors if isinstance(t, _OnDevice) or t.dtype.is_floating_point]  # indices may be here
+    places = {tensor.device for tensor in tensors if isinstance(tensor, _OnDevice) or tensor.dim()}
+    places |= {tensor.device for tensor in there}
+    assert len(places) == 1, f"{name} with tensors on {sorted(map(str, places))}"
+
+
+def _move(name: str, tensor: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor:
+    device = torch.device("cpu") if name == "cpu" else tensor.device
+    rest = []
+    for value in (*args, kwargs.get("device")):
+        if isinstance(value, str | torch.device):
+            device = torch.device(value)
+        elif isinstance(value, torch.Tensor):
+            device = value.device
+            rest.append(value.dtype)
+        elif value is not None:
+            rest.append(value)
+    others = {key: value for key, value in kwargs.items() if key not in {"device", "non_blocking"}}
+    inner = _inner(tensor)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    found = inner.to(*rest, **others) if rest or others else inner
+    if device == tensor.device:
+        if found is inner:
+            return tensor
+        return _OnDevice(found, device) if isinstance(tensor, _OnDevice) else found
+    found = found.clone() if found is inner else found
+    return _OnDevice(found, device) if device.type == "cuda" else found

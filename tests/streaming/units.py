@@ -1,0 +1,30 @@
+"""Units of random bytes, in a file of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from layerstream.checkpoint.header import read_header
+from layerstream.checkpoint.names import ParameterSource
+from layerstream.checkpoint.pieces import PiecedTensor
+from layerstream.streaming.unit import Part, UnitLayout, lay_out
+from safetensors.torch import save_file
+
+
+def write_units(folder: Path, count: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], list[UnitLayout]]:
+    """Tensors ``unit<i>.w`` of different sizes, and a unit for each."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"unit{i}.w": torch.randn(37 + 100 * (i % 5), 61, generator=generator) for i in range(count)}
+    return tensors, lay_out_units(folder, tensors)
+
+
+def lay_out_units(folder: Path, tensors: dict[str, torch.Tensor]) -> list[UnitLayout]:
+    """Write *tensors* and make a unit of each."""
+    save_file(tensors, folder / "model.safetensors")
+    entries = read_header(folder / "model.safetensors")
+    sources = {
+        name: ParameterSource(name, torch.float32, entry.shape, PiecedTensor.of(entry, 4).pieces)
+        for name, entry in entries.items()
+    }
+    return [lay_out(name, [Part.whole(name, source)]) for name, source in sorted(sources.items())]
