@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layerstream import planner
-from layerstream.assembly import EngineConfig, assemble, model_facts
+from layerstream import sizing
+from layerstream.assembly import assemble
+from layerstream.config import EngineConfig
 from layerstream.model.skeleton import build_skeleton
+from layerstream.planner import facts as assumed
+from layerstream.planner import spending
 from layerstream.self_check import step_greedily
+from layerstream.sizing import model_facts
 from layerstream.streaming import residency
 
 from tests.models import VOCAB_SIZE
 
 NEW_TOKENS = 6
+STREAMING = {"layers", "cut", "device-host", "device-disk", "device-cut"}
+"""Modes in which weights stream."""
 
 
 def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut and stream models of a few hundred kilobytes as if they were large."""
     monkeypatch.setattr(residency, "PIN_BELOW", 0)
     monkeypatch.setattr(residency, "UNIT_OVERHEAD", 4 * residency.PAGE)
-    monkeypatch.setattr(planner, "FINEST_UNIT_BYTES", 12 * 1024)
-    monkeypatch.setattr(planner, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr(planner, "STREAMING_CHUNK_TOKENS", 32)
-    monkeypatch.setattr(planner, "PROMPT_ROWS", 64)
-    monkeypatch.setattr(planner, "MIN_KV_TOKENS", 512)
-    monkeypatch.setattr(planner, "MAX_SWEEP_TOKENS", 96)
+    monkeypatch.setattr(spending, "FINEST_UNIT_BYTES", 12 * 1024)
+    monkeypatch.setattr(assumed, "CHUNK_TOKENS", 32)
+    monkeypatch.setattr(assumed, "STREAMING_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(assumed, "PROMPT_ROWS", 64)
+    monkeypatch.setattr(spending, "MIN_KV_TOKENS", 512)
+    monkeypatch.setattr(assumed, "MAX_SWEEP_TOKENS", 96)
 
 
 def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
     """A budget under which the model is resident with all it could wish for, just resident (``"tight"``), streams by
     layers, or is cut as fine as it gets."""
     facts = model_facts(build_skeleton(folder, dtype=dtype), 1024)
-    least = planner._floor_bytes(facts) + planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS)
+    least = spending._floor_bytes(facts) + spending._activation_bytes(facts, assumed.MAX_SWEEP_TOKENS)
     if mode == "resident":
-        return planner.comfortable_bytes(facts)
+        return spending.comfortable_bytes(facts)
     if mode == "cut":
         return least + 2048
-    kv_bytes = planner.MIN_KV_TOKENS * facts.kv_token_bytes
-    rest = planner._activation_bytes(facts, planner.MAX_SWEEP_TOKENS) + facts.decode_bytes + kv_bytes
+    kv_bytes = spending.MIN_KV_TOKENS * facts.kv_token_bytes
+    rest = spending._activation_bytes(facts, assumed.MAX_SWEEP_TOKENS) + facts.decode_bytes + kv_bytes
     if mode == "tight":
         return rest + facts.compute_bytes
     weights = facts.compute_bytes - facts.embedding_bytes  # its rows may come from disk
@@ -70,13 +76,20 @@ class Run:
     streams: bool
 
 
-def run_greedily(folder: Path, budget: int, prompts: list[list[int]], dtype: str = "float32") -> Run:
+def config_for(folder: Path, mode: str, dtype: str = "float32") -> EngineConfig:
+    """An engine on the host, see :func:`budget_for`, or, in modes that begin with ``device-``, on a device."""
+    if mode.startswith("device-"):
+        return device_config(folder, mode.removeprefix("device-"), dtype)
+    return EngineConfig(str(folder), device="cpu", memory_bytes=budget_for(folder, mode, dtype), dtype=dtype)
+
+
+def run_greedily(config: EngineConfig, prompts: list[list[int]]) -> Run:
     """Answer *prompts* together with :data:`NEW_TOKENS` tokens each."""
-    parts = assemble(EngineConfig(str(folder), memory_bytes=budget, dtype=dtype), None)
+    parts = assemble(config, None)
     try:
         return Run(*step_greedily(parts, prompts, NEW_TOKENS), parts.plan.streams)
     finally:
-        parts.reader.close()
+        parts.close()
 
 
 def assert_equals(run: Run, reference: Any, prompts: list[list[int]], tolerance: float) -> None:
@@ -87,3 +100,23 @@ def assert_equals(run: Run, reference: Any, prompts: list[list[int]], tolerance:
         difference = (logits - expected).abs().max() / expected.abs().max()
         assert difference <= tolerance, f"logits differ by {difference:.2e}"
         assert tokens == expected.argmax(-1).tolist()
+
+
+def device_config(folder: Path, mode: str, dtype: str = "float32", **options: Any) -> EngineConfig:
+    """An engine whose weights are all on the device (``"resident"``), cross the link from host memory (``"host"``),
+    come from disk by way of it, but for some (``"disk"``), or do so cut as fine as it gets (``"cut"``)."""
+    facts = model_facts(build_skeleton(folder, dtype=dtype), 1024, is_on_device=True)
+    config = EngineConfig(str(folder), device="cuda", dtype=dtype, **options)
+    if mode == "resident":
+        return replace(config, memory_bytes=spending.comfortable_bytes(facts), host_memory_bytes=2**30)
+    riding = replace(facts, kv_rides=True)
+    least = spending._floor_bytes(riding) + spending._activation_bytes(riding, assumed.DEVICE_SWEEP_TOKENS)
+    weights = facts.compute_bytes - facts.embedding_bytes
+    memory = least + 2048 if mode == "cut" else least + weights // 3
+    config = replace(config, memory_bytes=memory, host_memory_bytes=2**30)
+    if mode == "host":
+        return config
+    plan = sizing.plan_model(config)[0]
+    assert plan.host is not None
+    largest = max(unit.ring_bytes for unit in plan.weights.units)
+    return replace(config, host_memory_bytes=plan.host.kv_bytes + 2 * largest + plan.host.resident_bytes // 3)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from layerstream import ConfigurationError, InvalidSamplingParams, LayerStream, SamplingParams, planner
+from layerstream import ConfigurationError, InvalidSamplingParams, LayerStream, SamplingParams
+from layerstream.planner import spending
 
 from tests.harness import budget_for, draw_prompt, shrink_units
 
@@ -100,8 +101,8 @@ def test_beams_take_the_memory_of_others_and_searches_wait_for_each_other(
 ) -> None:
     shrink_units(monkeypatch)
     for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
-        monkeypatch.setattr(planner, name, 384)
-    monkeypatch.setattr(planner, "MORE_KV_SHARE", 0.0)
+        monkeypatch.setattr(spending, name, 384)
+    monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)
     greedy = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     beams = SamplingParams(max_tokens=30, beam_width=3, n=3, ignore_eos=True)
     with LayerStream(

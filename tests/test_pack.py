@@ -25,7 +25,7 @@ from layerstream.pack import pack
 from typer.testing import CliRunner
 
 from benchmarks.accuracy import decoded
-from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -58,7 +58,7 @@ def test_the_engine_runs_what_was_packed(kind: str, keep_head: bool, source: Pat
             reference.get_parameter(name).copy_(matrix)
     prompt = draw_prompt(40)
     for mode in ("resident", "layers"):
-        run = run_greedily(tmp_path / "out", budget_for(tmp_path / "out", mode), [prompt])
+        run = run_greedily(config_for(tmp_path / "out", mode), [prompt])
         tokens = run.tokens[0]
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 from layerstream import LayerStream, SamplingParams
-from layerstream.assembly import EngineConfig
+from layerstream.config import EngineConfig
 from layerstream.errors import UnsupportedModel
 from layerstream.self_check import check_untested
 

@@ -5,37 +5,34 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layerstream import planner
-from layerstream.checkpoint.codecs.encode import KINDS
-from layerstream.checkpoint.hub import locate
+from layerstream.config import EngineConfig
 from layerstream.draft_model import ModelDrafter
 from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
-from layerstream.kernels import fused_rows
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
+from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.pages import PagePool
 from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.store import PrefixStore
 from layerstream.kv.swap import PageSwap
 from layerstream.loop import LoopCounters
 from layerstream.machine import available_memory_bytes
-from layerstream.model.attention import has_bf16_products
 from layerstream.model.embedding import EmbeddingRows
-from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, kv_values_per_token, usable_context
+from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
 from layerstream.model.runner import SweepRunner
-from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import ModelWeights
 from layerstream.pack import ensure_packed
 from layerstream.persistence import describe, open_store, weight_paths
-from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
+from layerstream.planner import Plan, comfortable_bytes
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
@@ -43,71 +40,21 @@ from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sizes import format_size
+from layerstream.sizing import locate_model, plan_model
 from layerstream.step import SweepStep
+from layerstream.streaming.device import Device, free_bytes, open_device, resolve_device
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 from layerstream.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-CHUNK_CHOICES = (32, 64, 128, 256, 512)
-SPARE_SHARE = 0.8  # of the free memory, when no budget was given
 DRAFT_MODEL_SHARE = 0.4  # of the memory, at most, for a draft model and its KV
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What the caller chose. ``reserved_bytes`` of the memory are a draft model's; ``packed`` is the model in the
-    ``quantization`` that was asked for."""
-
-    model: str
-    device: str = "auto"
-    memory_bytes: int | None = None
-    dtype: str = "auto"
-    max_context: int | None = None
-    chunk_tokens: int | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
-    token: str | None = None
-    allow_untested: bool = False
-    kv_store: KVStoreConfig | None = None
-    kv_store_is_default: bool = False
-    speculation: str = "auto"
-    draft_model: str | None = None
-    reserved_bytes: int = 0
-    quantization: str | None = None
-    packed: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.device not in {"auto", "cpu"}:
-            raise ConfigurationError(
-                f"device is {self.device!r}; this version computes on the CPU: pass 'auto' or 'cpu'"
-            )
-        if self.max_context is not None and self.max_context < 1:
-            raise ConfigurationError(f"max_context is {self.max_context}; expected a number of tokens >= 1")
-        if self.speculation not in {"auto", "off"}:
-            raise ConfigurationError(f"speculation is {self.speculation!r}; expected 'auto' or 'off'")
-        if self.draft_model is not None and self.speculation == "off":
-            raise ConfigurationError("draft_model is set and speculation is 'off': leave out one of the two")
-        if self.quantization not in {None, *KINDS}:
-            raise ConfigurationError(
-                f"quantization is {self.quantization!r}; expected None, {', '.join(map(repr, KINDS))}"
-            )
-        if self.chunk_tokens is not None and self.chunk_tokens not in CHUNK_CHOICES:
-            raise ConfigurationError(f"chunk_tokens is {self.chunk_tokens!r}; expected one of {CHUNK_CHOICES}")
-
-    @staticmethod
-    def check_not_yet(host_memory: object) -> None:
-        """Refuse options whose capability this version does not have, rather than ignore them."""
-        if host_memory is not None:
-            raise ConfigurationError(
-                f"host_memory is {host_memory!r}, which this version does not have yet: leave host_memory at None"
-            )
-
-
-@dataclass(frozen=True, slots=True)
 class Assembly:
-    """An engine's parts, before its thread starts."""
+    """An engine's parts, before its thread starts. ``device`` computes; ``None``: the processor."""
 
     config: EngineConfig
     tokenizer: Any
@@ -123,6 +70,8 @@ class Assembly:
     store: PrefixStore | None
     swap: PageSwap
     draft: Assembly | None
+    device: Device | None
+    page_memory: PageMemory
 
     def close(self) -> None:
         """Write what is to be stored, let go of all files. Idempotent."""
@@ -131,6 +80,8 @@ class Assembly:
         if self.store is not None:
             self.store.close()
         self.swap.close()
+        self.weights.close()
+        self.page_memory.close()
         self.reader.close()
 
     def seconds_per_sweep(self, counters: LoopCounters) -> float:
@@ -148,18 +99,38 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
     reader = DirectReader()
     try:
         if draft is not None:
-            config = dataclasses.replace(config, reserved_bytes=draft.plan.planned_bytes)
+            host = draft.plan.host
+            config = dataclasses.replace(
+                config,
+                reserved_bytes=draft.plan.planned_bytes,
+                reserved_host_bytes=0 if host is None else host.planned_bytes,
+            )
+        device = open_device(resolve_device(config.device))
         plan, skeleton, folder = plan_model(config)
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
         if draft is not None:
             _check_same_tokens(config, tokenizer, draft.tokenizer)
         logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
-        return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener, draft)
+        with nullcontext() if device is None else device.use():
+            if device is not None:
+                _check_host(config)
+                device.limit(plan.budget_bytes + config.reserved_bytes)
+            return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener, draft, device)
     except BaseException:
         reader.close()
         if draft is not None:
             draft.close()
         raise
+
+
+def _check_host(config: EngineConfig) -> None:
+    """Pinned memory cannot be swapped out: more than is free would take the machine down."""
+    wanted, free = config.host_memory_bytes, available_memory_bytes()
+    if wanted is not None and wanted > free:
+        raise ConfigurationError(
+            f"host_memory is {format_size(wanted)}, and {format_size(free)} of host memory are free: pass less, or "
+            "leave it out and the plan takes what there is"
+        )
 
 
 def _pack(config: EngineConfig, kind: str, listener: Listener | None) -> Path:
@@ -172,13 +143,6 @@ def _pack(config: EngineConfig, kind: str, listener: Listener | None) -> Path:
     return ensure_packed(locate_model(config), kind, trust_remote_code=config.trust_remote_code, on_shard=on_shard)
 
 
-def locate_model(config: EngineConfig) -> Path:
-    """Where the files of the model that was asked for lie; they are fetched if they are not here."""
-    return locate(
-        config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
-    )
-
-
 def _assemble_draft(config: EngineConfig) -> Assembly:
     """The draft model's parts.
 
@@ -189,6 +153,7 @@ def _assemble_draft(config: EngineConfig) -> Assembly:
     own = EngineConfig(
         config.draft_model,
         device=config.device,
+        attention=config.attention,
         dtype=config.dtype,
         max_context=config.max_context,
         trust_remote_code=config.trust_remote_code,
@@ -196,7 +161,9 @@ def _assemble_draft(config: EngineConfig) -> Assembly:
         allow_untested=config.allow_untested,
         speculation="off",
     )
-    available = available_memory_bytes() if config.memory_bytes is None else config.memory_bytes
+    device = resolve_device(config.device)
+    free = available_memory_bytes() if device.type == "cpu" else free_bytes(device)
+    available = free if config.memory_bytes is None else config.memory_bytes
     share = int(DRAFT_MODEL_SHARE * available)
     try:
         plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
@@ -222,54 +189,6 @@ def _check_same_tokens(config: EngineConfig, tokenizer: Any, draft_tokenizer: An
         )
 
 
-def model_facts(
-    skeleton: Skeleton, context_length: int, chunk_tokens: int | None = None, *, can_spill: bool = False
-) -> ModelFacts:
-    """What a plan depends on, read off the skeleton."""
-    config = skeleton.config
-    embedding = skeleton.sources[skeleton.embedding_key]
-    embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
-    widest = max(module.out_features for module in _linears(skeleton))
-    fused = fused_rows(skeleton.kernels)
-    if skeleton.decodes(fused):
-        streaming_rows = planner.DECODING_STREAMING_ROWS
-    else:
-        is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
-        streaming_rows = planner.FAST_STREAMING_ROWS if is_fast else planner.STREAMING_ROWS
-    return ModelFacts(
-        body=skeleton.body,
-        head=skeleton.head,
-        embedding_bytes=0 if skeleton.is_tied else embedding_bytes,
-        kv_token_bytes=kv_values_per_token(config) * skeleton.dtype.itemsize,
-        hidden_size=config.hidden_size,
-        intermediate_size=widest,
-        vocab_size=skeleton.head.num_rows,
-        itemsize=skeleton.dtype.itemsize,
-        context_length=context_length,
-        chunk_tokens=chunk_tokens or planner.CHUNK_TOKENS,
-        streaming_chunk_tokens=chunk_tokens or planner.STREAMING_CHUNK_TOKENS,
-        streaming_rows=streaming_rows,
-        fused_rows=fused,
-        num_values=skeleton.num_values,
-        num_layers=config.num_hidden_layers,
-        can_spill=can_spill,
-    )
-
-
-def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
-    """The plan for *config*, the skeleton and the folder it comes from, without reading a weight."""
-    folder = config.packed or locate_model(config)
-    skeleton = build_skeleton(
-        folder,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        allow_untested=config.allow_untested,
-    )
-    context_length = min(usable_context(skeleton.config), config.max_context or 2**62)
-    facts = model_facts(skeleton, context_length, config.chunk_tokens, can_spill=config.kv_store is not None)
-    return make_plan(facts, _budget(config, facts)), skeleton, folder
-
-
 def identify(config: EngineConfig, store: KVStoreConfig, memory: DigestMemory) -> tuple[str, dict[str, Any]]:
     """Namespace and description of the KV that *config* would compute, without loading its weights.
 
@@ -293,8 +212,9 @@ def _assemble(
     reader: DirectReader,
     listener: Listener | None,
     draft: Assembly | None,
+    device: Device | None,
 ) -> Assembly:
-    memory = PageMemory(plan.kv_bytes)
+    memory = PageMemory(plan.kv_bytes if plan.host is None else plan.host.kv_bytes, device)
     transit = Transit(plan.num_transit, plan.page_tokens)
     states = [
         LayerState(plan.num_pages, plan.page_tokens, memory, layer, transit)
@@ -316,7 +236,7 @@ def _assemble(
         if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         on_load = _LoadCounter(plan.resident_bytes, listener).add
-        weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows)
+        weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows, device)
         embedding = _embedding(skeleton, plan, weights, reader)
         reader.restart_rate()
         if weights.streamer is not None:
@@ -324,7 +244,10 @@ def _assemble(
         swap = PageSwap(states)
         scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader
-        runner = SweepRunner(skeleton, weights, embedding, states, plan.head_rows, loader)
+        device_kv = None
+        if device is not None:
+            device_kv = DeviceKV(device, states, plan.num_pages, plan.page_tokens, rides=plan.facts.kv_rides)
+        runner = SweepRunner(skeleton, weights, embedding, states, plan.head_rows, loader, device, device_kv)
         return Assembly(
             config=config,
             tokenizer=tokenizer,
@@ -340,10 +263,13 @@ def _assemble(
             store=store,
             swap=swap,
             draft=draft,
+            device=device,
+            page_memory=memory,
         )
     except BaseException:
         if store is not None:
             store.close()
+        memory.close()
         raise
 
 
@@ -382,22 +308,6 @@ def _embedding(skeleton: Skeleton, plan: Plan, weights: ModelWeights, reader: Di
     elif plan.embedding_resident:
         resident = weights.load_matrix(skeleton.embedding_key, reader)
     return EmbeddingRows(source, skeleton.dtype, reader, max_rows=plan.max_sweep_rows, resident=resident)
-
-
-def _budget(config: EngineConfig, facts: ModelFacts) -> int:
-    """The caller's budget, or what the model wants within what the machine has free."""
-    available = available_memory_bytes()
-    if config.memory_bytes is None:
-        return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE) - config.reserved_bytes))
-    if config.memory_bytes > available:
-        logger.warning(
-            "the memory budget of %d bytes is more than the %d bytes that are free", config.memory_bytes, available
-        )
-    return max(1, config.memory_bytes - config.reserved_bytes)
-
-
-def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:
-    return [module for module in skeleton.decoder.modules() if isinstance(module, torch.nn.Linear)]
 
 
 class _LoadCounter:

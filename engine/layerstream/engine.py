@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from layerstream.assembly import Assembly, EngineConfig, assemble
+from layerstream.assembly import Assembly, assemble
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
 from layerstream.completion import Completion, Delta
+from layerstream.config import EngineConfig
 from layerstream.errors import ConfigurationError, EngineClosed
 from layerstream.events import Listener
 from layerstream.intake import Intake, Terms
@@ -41,10 +42,13 @@ class LayerStream:
 
     Args:
         model: a folder, a hub id, or ``"demo"`` for the bundled reader.
-        device: ``"auto"`` or ``"cpu"``.
-        memory: ceiling for all that the engine allocates (``"3GiB"`` or bytes); ``None``: what the model wants, within
-            what the machine has free.
+        device: ``"auto"`` (a CUDA device where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        memory: ceiling for all that the engine allocates where it computes (``"3GiB"`` or bytes); ``None``: what the
+            model wants, within what the machine, or the device, has free.
+        host_memory: on an accelerator, ceiling for weights and KV in host memory, which is pinned; what fits neither
+            here nor there is read from disk for every sweep. ``None``: what has a use, within what is free.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+        attention: ``"auto"``, ``"sdpa"`` (torch's), or ``"flash_attn"`` (that package's, on an accelerator).
         quantization: ``"nf4"``, ``"int8"`` or ``"int4"``: convert the model once, into the user's cache folder, and
             stream that: a quarter, a half, a quarter of the bytes. (What comes quantised needs nothing of the kind.)
         speculation: ``"auto"``: guesses at what comes next are verified in the sweeps, which changes no answer and
@@ -71,6 +75,7 @@ class LayerStream:
         memory: int | str | None = None,
         host_memory: int | str | None = None,
         dtype: str = "auto",
+        attention: str = "auto",
         quantization: str | None = None,
         kv_store: str | Path | KVStoreConfig | None = "auto",
         speculation: str = "auto",
@@ -83,12 +88,13 @@ class LayerStream:
         allow_untested: bool = False,
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
-        EngineConfig.check_not_yet(host_memory)
         config = EngineConfig(
             model=str(model),
             device=device,
             memory_bytes=None if memory is None else parse_size(memory),
+            host_memory_bytes=None if host_memory is None else parse_size(host_memory),
             dtype=dtype,
+            attention=attention,
             max_context=max_context,
             chunk_tokens=chunk_tokens,
             trust_remote_code=trust_remote_code,

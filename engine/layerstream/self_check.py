@@ -20,13 +20,15 @@ from typing import Any
 import torch
 import transformers
 
-from layerstream.assembly import Assembly, EngineConfig, assemble, locate_model, plan_model
+from layerstream.assembly import Assembly, assemble
+from layerstream.config import EngineConfig
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
 from layerstream.model.families import TESTED, check_supported
 from layerstream.params import SamplingParams
 from layerstream.scheduling.scheduler import Drafting
 from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
+from layerstream.sizing import locate_model, plan_model
 from layerstream.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)

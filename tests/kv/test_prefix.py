@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream import LayerStream, SamplingParams
-from layerstream.assembly import EngineConfig, assemble
+from layerstream.assembly import assemble
+from layerstream.config import EngineConfig
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable
 from layerstream.scheduling.packing import SweepLimits

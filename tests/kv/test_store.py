@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream import KVStoreConfig, KVStoreUnusable, LayerStream, SamplingParams, planner
-from layerstream.assembly import Assembly, EngineConfig, assemble
+from layerstream import KVStoreConfig, KVStoreUnusable, LayerStream, SamplingParams
+from layerstream.assembly import Assembly, assemble
+from layerstream.config import EngineConfig
 from layerstream.kv.choice import Rates
 from layerstream.kv.migrations import STEPS
+from layerstream.planner import spending
 from layerstream.self_check import step_greedily
 from layerstream.streaming.residency import PAGE
 
@@ -197,8 +199,8 @@ def test_whatever_kv_depends_on_separates_it(
     elif change == "salt":
         second = replace(first, kv_store=replace(store, salt="another tenant"))
     elif change == "cuts":
-        monkeypatch.setattr(planner, "FINEST_UNIT_BYTES", 4096)
-        monkeypatch.setattr(planner, "RING_SHARE", 0.1)  # matrices are cut by rows
+        monkeypatch.setattr(spending, "FINEST_UNIT_BYTES", 4096)
+        monkeypatch.setattr(spending, "RING_SHARE", 0.1)  # matrices are cut by rows
         second = config(model, store, "cut")
     try:
         if change == "threads":

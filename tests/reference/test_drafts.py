@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from layerstream.assembly import EngineConfig, assemble
+from layerstream.assembly import assemble
 from layerstream.draft import ROOT, DraftTree
 from layerstream.self_check import step_greedily
 from layerstream.sequence import Sequence as TokenSequence
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt
+from tests.harness import add_tokenizer, config_for, draw_prompt
 from tests.models import VOCAB_SIZE, make_model
 
 NUM_TOKENS = 14
@@ -65,14 +66,14 @@ class Guesser:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["resident", "layers"])
+@pytest.mark.parametrize("mode", ["resident", "layers", "device-resident", "device-host"])
 @pytest.mark.parametrize(
     "family", ["llama", "mistral-window", "gemma2", "llama4-text", "qwen3-moe", "gpt-oss", "deepseek-v3"]
 )
 def test_bits_with_and_without(family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
-    config = EngineConfig(str(tmp_path), memory_bytes=budget_for(tmp_path, mode), dtype=dtype)
+    config = replace(config_for(tmp_path, mode), dtype=dtype)
     prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
     parts = assemble(config, None)
     try:

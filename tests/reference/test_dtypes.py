@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream.assembly import EngineConfig, plan_model
+from layerstream.config import EngineConfig
 from layerstream.errors import ConfigurationError
+from layerstream.sizing import plan_model
 
-from tests.harness import budget_for, draw_prompt, run_greedily
+from tests.harness import config_for, draw_prompt, run_greedily
 from tests.models import make_model
 
 
@@ -17,8 +18,8 @@ from tests.models import make_model
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_near_single_precision(dtype: str, mode: str, folder: Path) -> None:
     prompts = [draw_prompt(length) for length in (70, 5)]
-    exact = run_greedily(folder, budget_for(folder, "resident"), prompts)
-    half = run_greedily(folder, budget_for(folder, mode, dtype), prompts, dtype)
+    exact = run_greedily(config_for(folder, "resident"), prompts)
+    half = run_greedily(config_for(folder, mode, dtype), prompts)
     assert half.streams == (mode == "layers")
     for own, other in zip(half.logits, exact.logits, strict=True):
         assert own.dtype == getattr(torch, dtype)

@@ -12,14 +12,14 @@ import pytest
 import transformers
 from layerstream.model.families import TESTED
 
-from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
+from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import FAMILIES, make_model
 
 PROMPT_LENGTHS = (150, 5, 67)
 TOLERANCE = 1e-4  # of the largest logit
 
 
-@pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "layers", "cut", "device-host"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_plain_transformers(family: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     if mode == "cut" and family in {"llama4-text", "deepseek-v3"}:
@@ -27,8 +27,8 @@ def test_equals_plain_transformers(family: str, mode: str, tmp_path: Path, token
     reference = make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
     prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
-    run = run_greedily(tmp_path, budget_for(tmp_path, mode), prompts)
-    assert run.streams == (mode != "resident")
+    run = run_greedily(config_for(tmp_path, mode), prompts)
+    assert run.streams == (mode in STREAMING)
     assert_equals(run, reference, prompts, TOLERANCE)
 
 

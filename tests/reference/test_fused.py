@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream import LayerStream, SamplingParams, assembly
-from layerstream.assembly import EngineConfig, plan_model
+from layerstream import LayerStream, SamplingParams, assembly, sizing
+from layerstream.config import EngineConfig
 from layerstream.kv.config import KVStoreConfig
 from layerstream.model.weights import SAME_INPUT
 from layerstream.pack import pack
 from layerstream.self_check import step_greedily
+from layerstream.sizing import plan_model
 
 from tests.checkpoint.test_tiled import needs_kernel
 from tests.gguf_files import Kind, write_gguf
-from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, budget_for, config_for, draw_prompt, run_greedily
 from tests.models import make_model, make_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -29,7 +30,7 @@ pytestmark = needs_kernel
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where they are faster."""
-    monkeypatch.setattr(assembly, "fused_rows", lambda names: {name: FUSED[name] for name in names})
+    monkeypatch.setattr(sizing, "fused_rows", lambda names: {name: FUSED[name] for name in names})
 
 
 @pytest.fixture(scope="module", params=["int4", "int8", "Q4_0", "Q4_1"])
@@ -51,11 +52,11 @@ def quantised(
 
 @pytest.mark.parametrize("mode", ["tight", "layers"])
 def test_bits_do_not_depend_on_neighbours(mode: str, quantised: Path) -> None:
-    budget = budget_for(quantised, mode, "bfloat16")
+    config = config_for(quantised, mode, "bfloat16")
     prompt = draw_prompt(45)
     others = [draw_prompt(length) for length in (80, 3, 21)]
-    alone = run_greedily(quantised, budget, [prompt], "bfloat16")
-    among = run_greedily(quantised, budget, [others[0], prompt, *others[1:]], "bfloat16")
+    alone = run_greedily(config, [prompt])
+    among = run_greedily(config, [others[0], prompt, *others[1:]])
     assert torch.equal(alone.logits[0], among.logits[1])
     assert alone.tokens[0] == among.tokens[1]
 
@@ -63,11 +64,11 @@ def test_bits_do_not_depend_on_neighbours(mode: str, quantised: Path) -> None:
 @pytest.mark.parametrize("mode", ["tight", "layers"])
 def test_near_the_decoded_weights(mode: str, quantised: Path) -> None:
     """Narrow row blocks and wide ones, resident and streaming."""
-    budget = budget_for(quantised, mode, "bfloat16")
+    config = config_for(quantised, mode, "bfloat16")
     prompts = [draw_prompt(length) for length in (70, 200, 5)]
-    fused = run_greedily(quantised, budget, prompts, "bfloat16")
+    fused = run_greedily(config, prompts)
     assert fused.streams == (mode == "layers")
-    exact = run_greedily(quantised, budget_for(quantised, "resident"), prompts, "float32")
+    exact = run_greedily(config_for(quantised, "resident"), prompts)
     for own, other in zip(fused.logits, exact.logits, strict=True):
         assert (own[0].float() - other[0]).abs().max() <= TOLERANCE * other[0].abs().max()
 

@@ -14,7 +14,7 @@ from layerstream.checkpoint.gguf import open_gguf
 from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedFormat, UnsupportedModel
 
 from tests.gguf_files import Kind, draw_blocks, write_gguf
-from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
+from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model, make_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -54,7 +54,7 @@ def test_blocks_are_what_the_gguf_package_says(name: str) -> None:
     assert torch.equal(arranged, codec.arranged(out)), "the same values, in an order of its own"
 
 
-@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut", "device-host"])
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q8_0", "Q5_1"])
 def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path) -> None:
     _compare(tmp_path, "llama", kind, mode)
@@ -70,8 +70,8 @@ def _compare(folder: Path, family: str, kind: str, mode: str) -> None:
     path = folder / "model.gguf"
     write_gguf(path, reference, ARCHITECTURES[family], Kind[kind], make_tokenizer())
     prompts = [draw_prompt(length) for length in (70, 5)]
-    run = run_greedily(path, budget_for(path, mode), prompts)
-    assert run.streams == (mode in {"layers", "cut"})
+    run = run_greedily(config_for(path, mode), prompts)
+    assert run.streams == (mode in STREAMING)
     assert_equals(run, reference, prompts, TOLERANCE)
 
 

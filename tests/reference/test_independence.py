@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from layerstream import planner
-from layerstream.assembly import EngineConfig, assemble
+from layerstream.assembly import assemble
+from layerstream.config import EngineConfig
+from layerstream.planner import spending
 from layerstream.self_check import step_greedily
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, budget_for, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["resident", "layers"])
+@pytest.mark.parametrize("mode", ["resident", "layers", "device-host"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3"])
 def test_alone_equals_among_others(family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
-    budget = budget_for(tmp_path, mode)
+    config = replace(config_for(tmp_path, mode), dtype=dtype)
     prompt = draw_prompt(45)
     others = [draw_prompt(length) for length in (80, 3, 21)]
-    alone = run_greedily(tmp_path, budget, [prompt], dtype)
-    among = run_greedily(tmp_path, budget, [others[0], prompt, *others[1:]], dtype)
+    alone = run_greedily(config, [prompt])
+    among = run_greedily(config, [others[0], prompt, *others[1:]])
     assert torch.equal(alone.logits[0], among.logits[1])
     assert alone.tokens[0] == among.tokens[1]
 
@@ -35,8 +37,8 @@ def test_suspended_and_resumed(
 ) -> None:
     """Where memory for KV runs out, the last one admitted waits on disk; its bits are those of one that never did."""
     for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
-        monkeypatch.setattr(planner, name, 256)
-    monkeypatch.setattr(planner, "MORE_KV_SHARE", 0.0)
+        monkeypatch.setattr(spending, name, 256)
+    monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)
     make_model("llama", tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
     config = EngineConfig(str(tmp_path), memory_bytes=budget_for(tmp_path, "layers"), dtype=dtype, max_context=250)

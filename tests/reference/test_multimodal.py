@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, config_for, draw_prompt, run_greedily
 
 _TEXT = {
     "vocab_size": 320,
@@ -57,7 +57,7 @@ def test_language_model_runs_alone(family: str, original_format: bool, tmp_path:
     model.save_pretrained(tmp_path, save_original_format=original_format)
     add_tokenizer(tmp_path, tokenizer_folder)
     prompt = draw_prompt(70)
-    run = run_greedily(tmp_path, budget_for(tmp_path, "layers"), [prompt])
+    run = run_greedily(config_for(tmp_path, "layers"), [prompt])
     with torch.inference_mode():
         expected = model(torch.tensor([prompt + run.tokens[0]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     assert (run.logits[0] - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
+from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 from tests.quantised import PACKERS, write_bitsandbytes, write_quantised
 
@@ -43,12 +43,12 @@ BITSANDBYTES: dict[str, dict[str, Any]] = {
 def _compare(folder: Path, reference: Any, mode: str, tokenizer_folder: Path) -> None:
     add_tokenizer(folder, tokenizer_folder)
     prompts = [draw_prompt(length) for length in (70, 5)]
-    run = run_greedily(folder, budget_for(folder, mode), prompts)
-    assert run.streams == (mode in {"layers", "cut"})
+    run = run_greedily(config_for(folder, mode), prompts)
+    assert run.streams == (mode in STREAMING)
     assert_equals(run, reference, prompts, TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut", "device-resident", "device-disk"])
 @pytest.mark.parametrize("kind", PACKERS)
 def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     reference = make_model("llama", tmp_path)
@@ -57,7 +57,7 @@ def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path, tokeni
     _compare(tmp_path, reference, mode, tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut", "device-resident", "device-disk"])
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_equals_transformers_with_bitsandbytes(kind: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """Its weights are those that transformers loads; its kernel for the CPU then rounds its inputs to bfloat16."""
@@ -78,7 +78,7 @@ def test_equals_transformers_with_bitsandbytes(kind: str, mode: str, tmp_path: P
     _compare(tmp_path / "packed", reference, mode, tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut", "device-resident", "device-disk"])
 def test_int8_is_computed_weight_only(mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """LLM.int8 picks outliers over all rows of a batch, so that a neighbour would change the bits."""
     reference = make_model("llama", tmp_path / "plain")
@@ -103,7 +103,7 @@ def test_families_with_quantised_linears(tmp_path: Path, tokenizer_folder: Path)
         _compare(folder, reference, "layers", tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["tight", "layers", "cut"])
+@pytest.mark.parametrize("mode", ["tight", "layers", "cut", "device-host"])
 @pytest.mark.parametrize("family", ["deepseek-v3", "llama4-text"])
 def test_families_that_take_one_sequence_per_row_block(
     family: str, mode: str, tmp_path: Path, tokenizer_folder: Path
@@ -114,5 +114,5 @@ def test_families_that_take_one_sequence_per_row_block(
     write_quantised(tmp_path, reference, pack, quantisation, leave="nothing")
     add_tokenizer(tmp_path, tokenizer_folder)
     prompts = [draw_prompt(length) for length in (70, 5)]
-    run = run_greedily(tmp_path, budget_for(tmp_path, mode), prompts)
+    run = run_greedily(config_for(tmp_path, mode), prompts)
     assert_equals(run, reference, prompts, TOLERANCE)

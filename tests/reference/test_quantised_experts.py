@@ -9,27 +9,28 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from layerstream.assembly import EngineConfig, plan_model
+from layerstream.config import EngineConfig
 from layerstream.errors import InvalidHeader, UnsupportedFormat
 from layerstream.pack import pack
+from layerstream.sizing import plan_model
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from benchmarks.accuracy import decoded
-from tests.harness import add_tokenizer, assert_equals, budget_for, draw_prompt, run_greedily
+from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 from tests.quantised import PACKERS, Packer
 
 TOLERANCE = 1e-4  # of the largest logit
-MODES = ["resident", "tight", "layers"]
+MODES = ["resident", "tight", "layers", "device-host"]
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
 
 
 def _compare(folder: Path, reference: Any, mode: str, tokenizer_folder: Path) -> None:
     add_tokenizer(folder, tokenizer_folder)
     prompts = [draw_prompt(length) for length in (70, 5)]
-    run = run_greedily(folder, budget_for(folder, mode), prompts)
-    assert run.streams == (mode == "layers")
+    run = run_greedily(config_for(folder, mode), prompts)
+    assert run.streams == (mode in STREAMING)
     assert_equals(run, reference, prompts, TOLERANCE)
 
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream import KVStoreConfig, LayerStream, PromptTooLong, SamplingParams, StorageFull, planner
-from layerstream.assembly import EngineConfig, assemble
+from layerstream import KVStoreConfig, LayerStream, PromptTooLong, SamplingParams, StorageFull
+from layerstream.assembly import assemble
+from layerstream.config import EngineConfig
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Published, Stored, page_keys
+from layerstream.planner import facts as assumed
+from layerstream.planner import spending
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.self_check import step_greedily
@@ -211,12 +214,12 @@ def test_what_fits_stays_in_memory() -> None:
 @pytest.fixture
 def model(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shrink_units(monkeypatch)
-    monkeypatch.setattr(planner, "PROMPT_ROWS", 32)
-    monkeypatch.setattr(planner, "DRAFT_SHARE", 0.0)
-    monkeypatch.setattr(planner, "MIN_KV_TOKENS", 256)
-    monkeypatch.setattr(planner, "WANTED_KV_TOKENS", 256)
-    monkeypatch.setattr(planner, "MORE_KV_SHARE", 0.0)
-    monkeypatch.setattr(planner, "TRANSIT_SHARE", 0.9)
+    monkeypatch.setattr(assumed, "PROMPT_ROWS", 32)
+    monkeypatch.setattr(spending, "DRAFT_SHARE", 0.0)
+    monkeypatch.setattr(spending, "MIN_KV_TOKENS", 256)
+    monkeypatch.setattr(spending, "WANTED_KV_TOKENS", 256)
+    monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)
+    monkeypatch.setattr(spending, "TRANSIT_SHARE", 0.9)
     folder = tmp_path / "model"
     make_model("llama", folder)
     add_tokenizer(folder, tokenizer_folder)

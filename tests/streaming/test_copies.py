@@ -13,11 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layerstream.errors import EngineClosed, TruncatedFile
 from layerstream.streaming.copies import CopyFeed
-from layerstream.streaming.feed import ReadFeed
-from layerstream.streaming.loader import load_image
+from layerstream.streaming.host import HostSource
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.streamer import Streamer
-from layerstream.streaming.unit import UnitLayout
 
 from tests.pretend import PretendDevice
 from tests.streaming.units import write_units
@@ -31,19 +29,11 @@ class Pipeline:
         self.reader = DirectReader(num_threads=2)
         self.device = PretendDevice(late_compute=True, seed=seed, pause=0.001)
         largest = max(layout.num_bytes for layout in self.layouts)
-        staged = [index for index in range(num_units) if index not in residents]
-        images = {index: self._image(self.layouts[index]) for index in sorted(residents)}
-        self.stage = None
-        if staged:
-            self.stage = ReadFeed([self.layouts[index] for index in staged], int(rings[0] * largest), self.reader)
-        places = {unit: place for place, unit in enumerate(staged)}
-        self.feed = CopyFeed(self.layouts, int(rings[1] * largest), self.device, images, self.stage, places)
+        self.source = HostSource(self.device, self.layouts, residents, int(rings[0] * largest), self.reader)
+        self.feed = CopyFeed(self.layouts, int(rings[1] * largest), self.device, self.source)
         self.streamer = Streamer(self.feed, num_cycle=num_units - 1)
         self.wrong: list[str] = []
         self._random = random.Random(seed)
-
-    def _image(self, layout: UnitLayout) -> torch.Tensor:
-        return load_image(layout, self.reader).tensor[: layout.num_bytes]
 
     def sweep(self, *, with_tail: bool, stop_at: int | None = None) -> None:
         self.streamer.begin(with_tail=with_tail)
@@ -63,14 +53,14 @@ class Pipeline:
     def finish(self) -> None:
         self.streamer.abort()
         self.streamer.check_integrity()
-        if self.stage is not None:
-            assert not self.stage.present, "the copier still holds places in the host ring"
+        assert self.source._ring is None or not self.source._ring.present, "the copier still holds places there"
         self.device.compute.mark().wait()
         assert self.wrong == []
         self.close()
 
     def close(self) -> None:
         self.feed.close()
+        assert not self.device.pinned
         self.reader.close()
         self.device.close()
 
@@ -141,14 +131,14 @@ def test_a_read_error_reaches_the_compute_and_the_next_sweep_is_whole(tmp_path: 
 
 def test_an_interrupt_wakes_the_compute_while_the_copier_waits_for_the_disk(tmp_path: Path) -> None:
     pipeline = Pipeline(tmp_path, set(), (1, 1), 6)
-    assert pipeline.stage is not None
-    pipeline.stage._reader = _DeadReader()  # type: ignore[assignment]
+    assert pipeline.source._ring is not None
+    pipeline.source._ring._reader = dead = _DeadReader()  # type: ignore[assignment]
     pipeline.streamer.begin(with_tail=False)
     timer = threading.Timer(0.1, pipeline.streamer.interrupt, [EngineClosed("over")])
     timer.start()
     with pytest.raises(EngineClosed):
         pipeline.streamer.acquire(0)
-    pipeline.stage._reader.answer()  # type: ignore[attr-defined]
+    dead.answer()
     pipeline.streamer.abort()
     pipeline.close()
 

@@ -15,7 +15,8 @@ from layerstream.checkpoint.pieces import PiecedTensor, concatenate, stack
 from layerstream.errors import EngineClosed, ReadError, TruncatedFile
 from layerstream.streaming.copies import CopyFeed
 from layerstream.streaming.feed import ReadFeed
-from layerstream.streaming.loader import load_image, load_unit
+from layerstream.streaming.host import HostSource
+from layerstream.streaming.loader import load_unit
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import PAGE
 from layerstream.streaming.streamer import ScheduleMismatch, Streamer
@@ -52,11 +53,7 @@ def pipe(request: pytest.FixtureRequest):
         if request.param == "to the host":
             return Streamer(ReadFeed(units, ring_bytes, reader), num_cycle)
         device = PretendDevice(late_compute=False)
-        staged = [index for index in range(5) if index != RESIDENT]
-        stage = ReadFeed([units[index] for index in staged], ring_bytes, reader)
-        residents = {RESIDENT: load_image(units[RESIDENT], reader).tensor[: units[RESIDENT].num_bytes]}
-        places = {unit: place for place, unit in enumerate(staged)}
-        feed = CopyFeed(units, ring_bytes, device, residents, stage, places)
+        feed = CopyFeed(units, ring_bytes, device, HostSource(device, units, {RESIDENT}, ring_bytes, reader))
         opened.extend([feed, device])
         return Streamer(feed, num_cycle)
 

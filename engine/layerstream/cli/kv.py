@@ -132,7 +132,8 @@ def import_(
     store: Store = None,
 ) -> None:
     """Take over what another machine has computed, if this one would compute exactly the same."""
-    from layerstream.assembly import EngineConfig, identify
+    from layerstream.assembly import identify
+    from layerstream.config import EngineConfig
     from layerstream.kv.maintenance import import_ as import_file
     from layerstream.kv.tiers.folder import Bounds
 

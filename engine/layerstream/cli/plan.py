@@ -16,7 +16,8 @@ def plan(
     dtype: Annotated[str, typer.Option(help="What to compute in: auto, bfloat16, float16, float32.")] = "auto",
 ) -> None:
     """Show how a memory budget would be spent on a model."""
-    from layerstream.assembly import EngineConfig, plan_model
+    from layerstream.config import EngineConfig
+    from layerstream.sizing import plan_model
 
     budget = None if memory is None else parse_size(memory)
     config = EngineConfig(model, memory_bytes=budget, dtype=dtype, kv_store=store_config("auto"))

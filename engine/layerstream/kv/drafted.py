@@ -58,8 +58,17 @@ class DraftedRows:
         return path
 
     def accept(self, states: Sequence[LayerState], sequence: TokenSequence, nodes: Sequence[int], start: int) -> None:
-        """Write the guesses *nodes* of *sequence*, a path, to its pages from position *start* on."""
-        for layer, state in enumerate(states):
-            if (layer, sequence) in self._rows:
-                keys, values = self._rows[layer, sequence]
-                state.append(sequence.pages, start, keys[nodes].transpose(0, 1), values[nodes].transpose(0, 1))
+        """Write the guesses *nodes* of *sequence*, a path, to its pages in host memory from position *start* on."""
+        kept = [layer for layer in range(len(states)) if (layer, sequence) in self._rows]
+        rows = _to_host([tensor[nodes] for layer in kept for tensor in self._rows[layer, sequence]])
+        for layer, keys, values in zip(kept, rows[::2], rows[1::2], strict=True):
+            states[layer].append(sequence.pages, start, keys.transpose(0, 1), values.transpose(0, 1))
+
+
+def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """From a device in one copy: hundreds of small ones would take longer."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return tensors
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -7,13 +7,15 @@ per KV head; for MLA the latents (one head). Memory is reserved when a layer is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 
 import torch
 
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.segment import PageShape
+from layerstream.streaming.device import Device
 from layerstream.streaming.residency import PAGE
 from layerstream.streaming.ring import Arena
 
@@ -22,12 +24,15 @@ class PageMemory:
     """The memory that the pages of all layers lie in: *num_bytes* in one piece, handed out once.
 
     Touching a page for the first time costs more than filling it, so :meth:`populate` does it ahead, while the engine
-    reads its weights and the processor is idle.
+    reads its weights and the processor is idle. Where a *device* copies from and to it, it is pinned.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, device: Device | None = None) -> None:
         self._arena = Arena(num_bytes)
         self._used = 0
+        self._device = device
+        if device is not None:
+            device.pin(self._arena)
 
     def take(self, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
         """Memory for a tensor, page-aligned; from elsewhere if there is not enough left."""
@@ -41,6 +46,12 @@ class PageMemory:
     def populate(self) -> None:
         """Touch all of it."""
         self._arena.populate()
+
+    def close(self) -> None:
+        """Unpin it. Idempotent."""
+        device, self._device = self._device, None
+        if device is not None:
+            device.unpin(self._arena)
 
 
 class Transit:
@@ -69,8 +80,73 @@ class Transit:
         return keys, values.view(self._num_rows, shape.value_heads, shape.value_width)
 
 
-class LayerState:
-    """Keys and values of one layer for all pages; pages from *num_pages* on are slots of *transit*."""
+class PagedRows(ABC):
+    """Keys and values of one layer, as the compute writes and reads them: rows of pages."""
+
+    def __init__(self, page_tokens: int, border: int) -> None:
+        self._page_tokens = page_tokens
+        self._border = border  # pages from here on lie elsewhere
+        self._has_room = False
+
+    def append(self, pages: list[int], start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write tokens ``[start, start + T)`` of the sequence that owns *pages*.
+
+        Args:
+            keys: ``(heads, T, width)``.
+            values: ``(heads, T, width of values)``.
+        """
+        if not self._has_room:
+            self.reserve(shape_of(keys, values))
+        for page, within, source in self._pieces(pages, start, start + keys.shape[1]):
+            rows, (all_keys, all_values) = self._locate(page, 1)
+            rows = slice(rows.start + within.start, rows.start + within.stop)
+            all_keys[rows] = keys[:, source].transpose(0, 1)
+            all_values[rows] = values[:, source].transpose(0, 1)
+
+    def read(self, pages: list[int], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of tokens ``[start, stop)``, each ``(heads, stop - start, width)``.
+
+        A view where the pages are neighbours, a gathered copy otherwise.
+        """
+        first, last = start // self._page_tokens, (stop - 1) // self._page_tokens
+        within = slice(start - first * self._page_tokens, stop - first * self._page_tokens)
+        keys, values = self._gather(pages[first : last + 1])
+        return keys[within].transpose(0, 1), values[within].transpose(0, 1)
+
+    @abstractmethod
+    def reserve(self, shape: PageShape) -> None:
+        """Make room for tokens of *shape*, unless there is."""
+
+    @abstractmethod
+    def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
+        """Where *count* neighbouring pages from *first* on are: rows, and keys and values that they are rows of."""
+
+    def _pieces(self, pages: list[int], start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+        """Tokens ``[start, stop)`` page by page: the page, the rows within it, and which of the tokens they are."""
+        at = start
+        while at < stop:  # rows of one page are neighbours
+            page, within = divmod(at, self._page_tokens)
+            count = min(stop - at, self._page_tokens - within)
+            yield pages[page], slice(within, within + count), slice(at - start, at - start + count)
+            at += count
+
+    def _gather(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of pages *ids*: a view where they are neighbours."""
+        pieces = []
+        for first, count in runs(ids, self._border):
+            rows, (keys, values) = self._locate(first, count)
+            pieces.append((keys[rows], values[rows]))
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat([keys for keys, _ in pieces]), torch.cat([values for _, values in pieces])
+
+
+class LayerState(PagedRows):
+    """Keys and values of one layer for all pages; pages from *num_pages* on are slots of *transit*.
+
+    Attributes:
+        on_change: told of every page that is about to be written to, or may be.
+    """
 
     def __init__(
         self,
@@ -80,12 +156,12 @@ class LayerState:
         layer: int = 0,
         transit: Transit | None = None,
     ) -> None:
+        super().__init__(page_tokens, num_pages)
+        self.on_change: Callable[[int], None] | None = None
         self._memory = memory
         self._layer = layer
         self._transit = transit
-        self._num_pages = num_pages
         self._num_rows = num_pages * page_tokens
-        self._page_tokens = page_tokens
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
@@ -94,9 +170,7 @@ class LayerState:
         """What one token takes; ``None`` before anything was written."""
         if self._keys is None or self._values is None:
             return None
-        _, key_heads, key_width = self._keys.shape
-        _, value_heads, value_width = self._values.shape
-        return PageShape(key_heads, key_width, value_heads, value_width, str(self._keys.dtype).removeprefix("torch."))
+        return shape_of(self._keys.transpose(0, 1), self._values.transpose(0, 1))
 
     def reserve(self, shape: PageShape) -> None:
         """Make room for tokens of *shape*, unless there is.
@@ -108,44 +182,26 @@ class LayerState:
             dtype = getattr(torch, shape.dtype)
             self._keys = self._memory.take((self._num_rows, shape.key_heads, shape.key_width), dtype)
             self._values = self._memory.take((self._num_rows, shape.value_heads, shape.value_width), dtype)
+            self._has_room = True
         elif shape != self.shape:
             raise ValueError(f"pages of {shape} do not fit among those of {self.shape}")
 
     def append(self, pages: list[int], start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write tokens ``[start, start + T)`` of the sequence that owns *pages*.
-
-        Args:
-            keys: ``(heads, T, width)``.
-            values: ``(heads, T, width of values)``.
-        """
-        if self._keys is None or self._values is None:
-            self._keys = self._memory.take((self._num_rows, keys.shape[0], keys.shape[2]), keys.dtype)
-            self._values = self._memory.take((self._num_rows, values.shape[0], values.shape[2]), values.dtype)
-        at, stop = start, start + keys.shape[1]
-        while at < stop:  # page by page: rows of one page are neighbours
-            page, within = divmod(at, self._page_tokens)
-            count = min(stop - at, self._page_tokens - within)
-            row = pages[page] * self._page_tokens + within
-            source = slice(at - start, at - start + count)
-            self._keys[row : row + count] = keys[:, source].transpose(0, 1)
-            self._values[row : row + count] = values[:, source].transpose(0, 1)
-            at += count
-
-    def read(self, pages: list[int], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of tokens ``[start, stop)``, each ``(heads, stop - start, width)``.
-
-        A view where the pages are neighbours, a gathered copy otherwise.
-        """
-        assert self._keys is not None and self._values is not None, "read before the first append"
-        first, last = start // self._page_tokens, (stop - 1) // self._page_tokens
-        within = slice(start - first * self._page_tokens, stop - first * self._page_tokens)
-        ids = pages[first : last + 1]
-        keys, values = self._gather(ids)
-        return keys[within].transpose(0, 1), values[within].transpose(0, 1)
+        """As every :class:`PagedRows`."""
+        if self.on_change is not None:
+            for page, _, _ in self._pieces(pages, start, start + keys.shape[1]):
+                self.on_change(page)
+        super().append(pages, start, keys, values)
 
     def page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``(page_tokens, heads, width)`` and values of one page, as views to read or to fill."""
-        rows, (keys, values) = self._locate(page, 1)
+        if self.on_change is not None:
+            self.on_change(page)
+        return self.rows(page, 1)
+
+    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of *count* neighbouring pages, to be left as they are."""
+        rows, (keys, values) = self._locate(first, count)
         return keys[rows], values[rows]
 
     def copy_page(self, source: int, target: int) -> None:
@@ -154,30 +210,30 @@ class LayerState:
             copied.copy_(found)
 
     def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
-        """Where *count* neighbouring pages from *first* on are: rows, and keys and values that they are rows of."""
         assert self._keys is not None and self._values is not None, "no page was written yet"
         tensors = self._keys, self._values
-        if first >= self._num_pages:
+        if first >= self._border:
             assert self._transit is not None and self.shape is not None
             tensors = self._transit.tensors(self._layer, self.shape)
-            first -= self._num_pages
+            first -= self._border
         return slice(first * self._page_tokens, (first + count) * self._page_tokens), tensors
 
-    def _gather(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of pages *ids*: a view where they are neighbours."""
-        pieces = []
-        for first, count in _runs(ids, self._num_pages):
-            rows, (keys, values) = self._locate(first, count)
-            pieces.append((keys[rows], values[rows]))
-        if len(pieces) == 1:
-            return pieces[0]
-        return torch.cat([keys for keys, _ in pieces]), torch.cat([values for _, values in pieces])
+
+def shape_of(keys: torch.Tensor, values: torch.Tensor) -> PageShape:
+    """What a token of ``(heads, T, width)`` *keys* and *values* takes."""
+    dtype = str(keys.dtype).removeprefix("torch.")
+    return PageShape(keys.shape[0], keys.shape[2], values.shape[0], values.shape[2], dtype)
 
 
-def _runs(ids: list[int], border: int) -> Iterator[tuple[int, int]]:
+def runs(ids: Iterable[int], border: int) -> Iterator[tuple[int, int]]:
     """Neighbours among *ids*, as first and count; none reaches across *border*."""
-    start = 0
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or ids[at] != ids[at - 1] + 1 or ids[at] == border:
-            yield ids[start], at - start
-            start = at
+    first, count = -1, 0
+    for page in ids:
+        if count and page == first + count and page != border:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = page, 1
+    if count:
+        yield first, count

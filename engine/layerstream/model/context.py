@@ -8,7 +8,8 @@ passes packed rows along, exactly one inside a row block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,8 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from layerstream.kv.drafted import DraftedRows
-from layerstream.kv.loader import PageLoader
-from layerstream.kv.state import LayerState
+from layerstream.kv.state import PagedRows
 from layerstream.sweep import RowBlock, Span, Sweep
 
 
@@ -40,16 +40,16 @@ class SweepContext:
     """The sweep under way.
 
     Attributes:
-        states: the KV of each layer.
-        loader: brings the stored pages that the sweep needs; ``None`` if it needs none.
+        states: the KV of each layer, where it is computed with.
+        reach: returns when the KV of a layer that the sweep reads is there; ``None``: all of it is.
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
         drafted: keys and values of the sweep's guesses.
     """
 
     sweep: Sweep
-    states: list[LayerState]
-    loader: PageLoader | None = None
+    states: Seq[PagedRows]
+    reach: Callable[[int], None] | None = None
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
     drafted: DraftedRows = field(init=False)
@@ -61,10 +61,10 @@ class SweepContext:
             self.active.append((row, block))
             row += block.num_rows
 
-    def state(self, layer: int) -> LayerState:
-        """The KV of *layer*, with the stored pages of this sweep in it."""
-        if self.loader is not None:
-            self.loader.wait(layer)
+    def state(self, layer: int) -> PagedRows:
+        """The KV of *layer*, with what this sweep reads in it."""
+        if self.reach is not None:
+            self.reach(layer)
         return self.states[layer]
 
     @property

@@ -56,7 +56,7 @@ class EmbeddingRows:
         index_of = {token: index for index, token in enumerate(distinct)}
         indices = torch.tensor([index_of[token] for token in token_ids])
         if self._resident is not None:
-            return self._resident[torch.tensor(distinct)], indices
+            return self._resident[torch.tensor(distinct, device=self._resident.device)], indices
         stored = self._read(distinct)
         if not isinstance(self._source, PackedSource):
             return stored.view(self._source.dtype).view(len(distinct), -1).to(self._dtype), indices

@@ -21,6 +21,7 @@ from layerstream.checkpoint.names import PackedSource
 from layerstream.model.context import Rows, current
 
 TILE_VALUES = 2**20  # decoded at a time: they stay in the processor's cache until they have been multiplied by
+DEVICE_TILE_VALUES = 2**23  # on an accelerator: enough to keep it busy
 
 
 class Matrix(Protocol):
@@ -100,16 +101,16 @@ class PackedMatrix:
         return self.codec.product(self.planes, inputs)[:, : self.last - self.first]
 
 
-def tile_rows(codec: Codec, rows: int, columns: int) -> int:
+def tile_rows(codec: Codec, rows: int, columns: int, tile_values: int = TILE_VALUES) -> int:
     """Of *rows* of a matrix, those that are decoded at a time."""
     step = codec.row_step
-    return min(rows, max(step, TILE_VALUES // columns // step * step)) if step else rows
+    return min(rows, max(step, tile_values // columns // step * step)) if step else rows
 
 
-def decode_bytes(source: PackedSource, dtype: torch.dtype) -> int:
+def decode_bytes(source: PackedSource, dtype: torch.dtype, tile_values: int = TILE_VALUES) -> int:
     """What decoding takes: a tile in *dtype*, and what a codec computes it from: codes as integers, values in fp32."""
     rows, columns = source.shape
-    return tile_rows(source.codec, rows, columns) * columns * (dtype.itemsize + 12)
+    return tile_rows(source.codec, rows, columns, tile_values) * columns * (dtype.itemsize + 12)
 
 
 SliceWeights: TypeAlias = Callable[[], AbstractContextManager[tuple[Matrix, torch.Tensor | None]]]

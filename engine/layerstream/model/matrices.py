@@ -28,10 +28,12 @@ class Matrices:
 
     Args:
         fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
+        device: what computes with them.
     """
 
-    def __init__(self, skeleton: Skeleton, fused_rows: Mapping[str, int]) -> None:
+    def __init__(self, skeleton: Skeleton, fused_rows: Mapping[str, int], device: torch.device | None = None) -> None:
         self._skeleton = skeleton
+        self._device = device or torch.device("cpu")
         self._fused_rows = fused_rows
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         self._experts: dict[tuple[str, int, int, torch.dtype], torch.Tensor] = {}
@@ -55,7 +57,7 @@ class Matrices:
             (unit,) = units
             return self._staying_as_it_is(unit, load(unit))
         columns, sizes = self._source(units[0]).shape[1], [self._num_rows(unit) for unit in units]
-        planes = _allocate(staying_shapes(target, sum(sizes), columns))
+        planes = self._allocate(staying_shapes(target, sum(sizes), columns))
         biases: list[torch.Tensor | None] = []
         row = 0
         for unit, num_rows in zip(units, sizes, strict=True):
@@ -94,7 +96,7 @@ class Matrices:
         matrix, bias = self.passing(unit, tensors)
         assert isinstance(matrix, PackedMatrix)
         shape = self._num_rows(unit), self._source(unit).shape[1]
-        values = _allocate({"weight": (self._skeleton.dtypes[_weight(unit)], shape)})["weight"]
+        values = self._allocate({"weight": (self._skeleton.dtypes[_weight(unit)], shape)})["weight"]
         for start, stop, tile in matrix.tiles(in_order=True):
             values[start:stop] = tile
         return PlainMatrix(values), bias
@@ -126,8 +128,21 @@ class Matrices:
                 if planes and len(source.shape) == 3:
                     found[key] = PackedExperts(source, planes, self._expert_for(key, source))
                 elif planes:
-                    found[key] = values = torch.empty(source.shape, dtype=self._skeleton.dtypes[key])
+                    values = torch.empty(source.shape, dtype=self._skeleton.dtypes[key], device=self._device)
+                    found[key] = values
                     source.codec.decode(planes, 0, values.view(source.matrix_shape))
+        return found
+
+    def _allocate(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+        """Memory for tensors that stay; on the host outside of the heap, where others' would leave holes."""
+        if self._device.type != "cpu":
+            return {n: torch.empty(shape, dtype=dtype, device=self._device) for n, (dtype, shape) in shapes.items()}
+        sizes = {name: -(-prod(shape) * dtype.itemsize // PAGE) * PAGE for name, (dtype, shape) in shapes.items()}
+        arena, found, start = Arena(sum(sizes.values())), {}, 0
+        for name, (dtype, shape) in shapes.items():
+            num_bytes = prod(shape) * dtype.itemsize
+            found[name] = arena.tensor[start : start + num_bytes].view(dtype).view(shape)
+            start += sizes[name]
         return found
 
     def _source(self, unit: PlannedUnit) -> Source:
@@ -147,7 +162,7 @@ class Matrices:
             return tensors[key].to(self._skeleton.dtypes[key])
         first, last = self.rows(unit)
         planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
-        bias = torch.empty((last - first, 1), dtype=self._skeleton.dtypes[key])
+        bias = torch.empty((last - first, 1), dtype=self._skeleton.dtypes[key], device=self._device)
         source.codec.decode(planes, first, bias)
         return bias.view(-1)
 
@@ -156,7 +171,7 @@ class Matrices:
         rows, columns = source.matrix_shape
         place = key.rpartition(".")[2], rows // source.shape[0], columns, self._skeleton.dtypes[key]
         if place not in self._experts:
-            self._experts[place] = torch.empty(place[1:3], dtype=place[3])
+            self._experts[place] = torch.empty(place[1:3], dtype=place[3], device=self._device)
         return self._experts[place]
 
     def _scratch_for(self, weight: str) -> torch.Tensor:
@@ -166,21 +181,10 @@ class Matrices:
             sources = self._skeleton.sources.values()
             packed = [source for source in sources if isinstance(source, PackedSource) and len(source.shape) == 2]
             codecs = [(codec, source.shape) for source in packed for codec in _codecs(source)]
-            self._scratch[dtype] = torch.empty(
-                max(tile_rows(codec, *shape) * shape[1] for codec, shape in codecs), dtype=dtype
-            )
+            most = self._skeleton.tile_values
+            size = max(tile_rows(codec, rows, columns, most) * columns for codec, (rows, columns) in codecs)
+            self._scratch[dtype] = torch.empty(size, dtype=dtype, device=self._device)
         return self._scratch[dtype]
-
-
-def _allocate(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-    """Memory for tensors that stay, outside of the heap, which what is allocated beside them would leave in pieces."""
-    sizes = {name: -(-prod(shape) * dtype.itemsize // PAGE) * PAGE for name, (dtype, shape) in shapes.items()}
-    arena, found, start = Arena(sum(sizes.values())), {}, 0
-    for name, (dtype, shape) in shapes.items():
-        num_bytes = prod(shape) * dtype.itemsize
-        found[name] = arena.tensor[start : start + num_bytes].view(dtype).view(shape)
-        start += sizes[name]
-    return found
 
 
 def packed_parts(source: PackedSource, rows: tuple[int, int] | None) -> Iterator[Part]:

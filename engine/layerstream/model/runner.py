@@ -8,7 +8,9 @@ that what it does to logits (scaling, soft caps) is done by it, in one shape.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.loader import PageLoader
+from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.state import LayerState
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
@@ -26,6 +29,7 @@ from layerstream.model.linear import padded_blocks
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import ModelWeights
 from layerstream.sequence import Sequence
+from layerstream.streaming.device import Device
 from layerstream.sweep import Sweep
 
 
@@ -33,9 +37,11 @@ class SweepRunner:
     """Computes sweeps, one at a time, on the thread that calls.
 
     Args:
-        states: the KV of each layer.
+        states: the KV of each layer, in host memory.
         head_rows: rows per row block of the head.
         loader: brings stored pages; ``None`` without a store.
+        device: what computes; ``None``: the processor.
+        device_kv: the KV on it.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class SweepRunner:
         states: list[LayerState],
         head_rows: int,
         loader: PageLoader | None = None,
+        device: Device | None = None,
+        device_kv: DeviceKV | None = None,
     ) -> None:
         self._model = skeleton.model
         self._dtype = skeleton.dtype
@@ -54,6 +62,9 @@ class SweepRunner:
         self._states = states
         self._head_rows = head_rows
         self._loader = loader
+        self._device = device
+        self._device_kv = device_kv
+        self._torch_device = torch.device("cpu") if device is None else device.torch_device
         self._drafted = DraftedRows({})
         self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
         self._decode = skeleton.decoder.forward
@@ -69,40 +80,54 @@ class SweepRunner:
         Raises:
             PagesLost: a stored page is damaged or gone. ReadError, EngineClosed: weights could not be read.
         """
-        streamer = self._weights.streamer
+        streamer, device_kv = self._weights.streamer, self._device_kv
         loader = self._loader if sweep.loads else None
-        try:
-            if loader is not None:
-                loader.begin(sweep.loads)
-            with torch.inference_mode(), sweeping(SweepContext(sweep, self._states, loader)) as context:
-                self._drafted = context.drafted
-                if streamer is not None:
-                    streamer.begin(with_tail=bool(sweep.sampled))
-                hidden = self._decode(**self._inputs(sweep)).last_hidden_state
-                logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
-                if streamer is not None:
-                    streamer.end()
+        with self._computing():
+            try:
                 if loader is not None:
-                    loader.end()
-                return logits
-        except BaseException:
-            if loader is not None:
-                loader.abort()
-            if streamer is not None:
-                streamer.abort()
-            raise
+                    loader.begin(sweep.loads)
+                if device_kv is not None:
+                    device_kv.begin(sweep, loader)
+                with sweeping(self._context(sweep, loader)) as context:
+                    self._drafted = context.drafted
+                    if streamer is not None:
+                        streamer.begin(with_tail=bool(sweep.sampled))
+                    hidden = self._decode(**self._inputs(sweep)).last_hidden_state
+                    logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
+                    if streamer is not None:
+                        streamer.end()
+                    if device_kv is not None:
+                        device_kv.end()
+                    if loader is not None:
+                        loader.end()
+                    return logits.cpu()
+            except BaseException:
+                for part in (loader, streamer, device_kv):
+                    if part is not None:
+                        part.abort()
+                raise
 
     def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
         """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages."""
-        with torch.inference_mode():
+        with self._computing():
             self._drafted.accept(self._states, sequence, nodes, sequence.num_computed)
 
     def copy_page(self, source: int, target: int) -> None:
         """Make page *target* a copy of *source*, in all layers."""
-        with torch.inference_mode():
+        with self._computing():
             for state in self._states:
                 if state.shape is not None:
                     state.copy_page(source, target)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.inference_mode(), nullcontext() if self._device is None else self._device.use():
+            yield
+
+    def _context(self, sweep: Sweep, loader: PageLoader | None) -> SweepContext:
+        if self._device_kv is not None:
+            return SweepContext(sweep, self._device_kv.layers, self._device_kv.reach)
+        return SweepContext(sweep, self._states, None if loader is None else loader.wait)
 
     def _inputs(self, sweep: Sweep) -> dict[str, Any]:
         token_ids: list[int] = []
@@ -113,12 +138,12 @@ class SweepRunner:
             rows.extend(range(row, row + len(span)))
             positions[0, row : row + len(span)] = torch.arange(span.start, span.stop)
         distinct, indices = self._embedding.gather(token_ids)
-        embedded = self._stubs.embed(distinct, indices)
+        embedded = self._stubs.embed(distinct.to(self._torch_device), indices.to(self._torch_device))
         packed = embedded.new_zeros((1, sweep.num_rows, embedded.shape[-1]))
         packed[0, rows] = embedded
         return {
             "inputs_embeds": packed,
-            "position_ids": positions,
+            "position_ids": positions.to(self._torch_device),
             "past_key_values": self._cache,
             "use_cache": True,
         }

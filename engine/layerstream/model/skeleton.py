@@ -23,7 +23,7 @@ from layerstream.checkpoint.names import PackedSource, Source, language_model_na
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, experts
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, check_supported
-from layerstream.model.linear import decode_bytes
+from layerstream.model.linear import TILE_VALUES, decode_bytes
 from layerstream.streaming.residency import WeightNode, linears
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Skeleton:
         body: sizes of what every sweep passes, in module order: decoder layers, then the final norm.
         head: sizes of the output projection.
         model_bytes: bytes of all distinct weights on disk.
+        tile_values: of a quantised matrix, decoded at a time.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class Skeleton:
     body: tuple[WeightNode, ...]
     head: WeightNode
     model_bytes: int
+    tile_values: int = TILE_VALUES
 
     @property
     def decoder(self) -> Any:
@@ -105,7 +107,12 @@ class Skeleton:
 
 
 def build_skeleton(
-    folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False, allow_untested: bool = False
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    allow_untested: bool = False,
+    tile_values: int = TILE_VALUES,
 ) -> Skeleton:
     """Build the model of *folder* without reading a weight.
 
@@ -147,7 +154,7 @@ def build_skeleton(
     body = tuple(
         node
         for child in _body_modules(decoder, embedding)
-        if (node := _weigh(child, names[id(child)], sources, dtypes)).total_bytes
+        if (node := _weigh(child, names[id(child)], sources, dtypes, tile_values)).total_bytes
     )
     return Skeleton(
         model=model,
@@ -156,8 +163,9 @@ def build_skeleton(
         sources=sources,
         dtypes=dtypes,
         body=body,
-        head=_weigh(head, names[id(head)], sources, dtypes),
+        head=_weigh(head, names[id(head)], sources, dtypes, tile_values),
         model_bytes=sum({id(source): source.num_bytes for source in sources.values()}.values()),
+        tile_values=tile_values,
     )
 
 
@@ -241,14 +249,20 @@ def _body_modules(decoder: Any, embedding: torch.nn.Module) -> list[torch.nn.Mod
 
 
 def _weigh(
-    module: torch.nn.Module, path: str, sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]
+    module: torch.nn.Module,
+    path: str,
+    sources: Mapping[str, Source],
+    dtypes: Mapping[str, torch.dtype],
+    tile_values: int,
 ) -> WeightNode:
     """The sizes of *module* and of what is below it.
 
     A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a gate's
     sigmoid) has to see the rows of one row block at a time. So does quantised attention over latents.
     """
-    children = tuple(_weigh(child, f"{path}.{name}", sources, dtypes) for name, child in module.named_children())
+    children = tuple(
+        _weigh(child, f"{path}.{name}", sources, dtypes, tile_values) for name, child in module.named_children()
+    )
     if any(_is_fused_experts(child) for child in module.children()) or _has_to_see_whole_rows(module, path, sources):
         keys = [key for key in sources if key.startswith(f"{path}.")]
         num_bytes = sum(sources[key].num_bytes for key in keys)
@@ -269,7 +283,7 @@ def _weigh(
     return dataclasses.replace(
         node,
         row_step=matrix.codec.row_step,
-        decode_bytes=decode_bytes(matrix, dtype),
+        decode_bytes=decode_bytes(matrix, dtype, tile_values),
         value_bytes=prod(matrix.shape) * dtype.itemsize,
         kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
     )

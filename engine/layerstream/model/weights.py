@@ -17,12 +17,15 @@ from layerstream.model import hooks
 from layerstream.model.linear import JoinedLinears, LinearSlice, PlainMatrix, SlicedLinear
 from layerstream.model.matrices import Matrices, Weights, packed_parts
 from layerstream.model.skeleton import Skeleton
-from layerstream.streaming.feed import ReadFeed
+from layerstream.streaming.copies import CopyFeed
+from layerstream.streaming.device import Device
+from layerstream.streaming.feed import Feed, ReadFeed
+from layerstream.streaming.host import HostSource
 from layerstream.streaming.loader import load_unit
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import PlannedUnit, UnitPlan
 from layerstream.streaming.streamer import Streamer
-from layerstream.streaming.unit import Part, lay_out
+from layerstream.streaming.unit import Part, UnitLayout, lay_out
 
 OnBytes = Callable[[int], None]
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -34,6 +37,7 @@ class ModelWeights:
 
     Args:
         fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
+        device: what computes; ``None``: the processor, where the weights are then.
 
     Attributes:
         plan: which units there are, and which of them stay.
@@ -50,9 +54,11 @@ class ModelWeights:
         reader: DirectReader,
         on_load: OnBytes,
         fused_rows: Mapping[str, int] | None = None,
+        device: Device | None = None,
     ) -> None:
         self._skeleton = skeleton
-        self._matrices = Matrices(skeleton, fused_rows or {})
+        self._device = device
+        self._matrices = Matrices(skeleton, fused_rows or {}, None if device is None else device.torch_device)
         self._staying: dict[int, Weights] = {}
         self.plan = plan
         self._layouts = [lay_out(unit.name, self._parts(unit)) for unit in plan.units]
@@ -63,15 +69,14 @@ class ModelWeights:
         self._stream_index = {index: position for position, index in enumerate(streamed)}
         self.streamer: Streamer | None = None
         if streamed:
-            layouts = [self._layouts[index] for index in streamed]
-            num_cycle = sum(index < len(plan.body) for index in streamed)
-            largest = max(layout.num_bytes for layout in layouts)  # a unit strewn over a file has more page ends
-            feed = ReadFeed(layouts, max(plan.ring_bytes, largest), reader)
+            feed = self._feed(streamed, reader, on_load)
             feed.populate()
-            self.streamer = Streamer(feed, num_cycle)
+            self.streamer = Streamer(feed, num_cycle=sum(index < len(plan.body) for index in streamed))
         self._joined = self._find_joined()
         for index in sorted(plan.residents):
             self._load(index, reader, on_load)
+        if device is not None:
+            _move_buffers(skeleton.model, device.torch_device)
         self._install()
         self.head = SlicedLinear([self._slice(index) for index in range(len(plan.body), len(plan.units))])
 
@@ -86,10 +91,35 @@ class ModelWeights:
         """Load one more tensor to stay, in its compute dtype."""
         source = self._skeleton.sources[key]
         parts = list(packed_parts(source, None)) if isinstance(source, PackedSource) else [Part.whole(key, source)]
-        stored = load_unit(lay_out(key, parts), reader)
+        stored = self._loaded(lay_out(key, parts), reader)
         found = self._matrices.decoded(key.rpartition(".")[0], self._matrices.converted(stored))[key]
         assert isinstance(found, torch.Tensor)
         return found
+
+    def close(self) -> None:
+        """Let go of what streams; nothing is under way. Idempotent."""
+        if self.streamer is not None:
+            self.streamer.close()
+
+    def _feed(self, streamed: list[int], reader: DirectReader, on_load: OnBytes) -> Feed:
+        """Brings the units *streamed* to where they are computed with."""
+        layouts = [self._layouts[index] for index in streamed]
+        largest = max(layout.num_bytes for layout in layouts)  # a unit strewn over a file has more page ends
+        ring_bytes = max(self.plan.ring_bytes, largest)
+        if self._device is None:
+            return ReadFeed(layouts, ring_bytes, reader)
+        stays = {position for position, index in enumerate(streamed) if index in self.plan.host_residents}
+        source = HostSource(self._device, layouts, stays, self.plan.host_ring_bytes, reader, on_load)
+        return CopyFeed(layouts, ring_bytes, self._device, source)
+
+    def _loaded(
+        self, layout: UnitLayout, reader: DirectReader, on_load: OnBytes | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of one unit, in memory of their own, where they are computed with."""
+        tensors = load_unit(layout, reader, on_load)
+        if self._device is None:
+            return tensors
+        return {key: tensor.to(self._device.torch_device) for key, tensor in tensors.items()}
 
     def _parts(self, unit: PlannedUnit) -> list[Part]:
         sources = self._skeleton.sources
@@ -108,14 +138,14 @@ class ModelWeights:
         unit = self.plan.units[index]
         self.resident_bytes += unit.compute_bytes
         if index < len(self.plan.body) and not self._is_sliced(unit):
-            self._resident[index] = self._matrices.converted(load_unit(self._layouts[index], reader, on_load))
+            self._resident[index] = self._matrices.converted(self._loaded(self._layouts[index], reader, on_load))
             return
         group = self._joined.get(index, [index])
         if index == group[0]:
             units = {self.plan.units[member].name: member for member in group}
             self._staying[index] = self._matrices.staying(
                 [self.plan.units[member] for member in group],
-                lambda unit: load_unit(self._layouts[units[unit.name]], reader, on_load),
+                lambda unit: self._loaded(self._layouts[units[unit.name]], reader, on_load),
             )
 
     def _find_joined(self) -> dict[int, list[int]]:
@@ -228,6 +258,15 @@ class ModelWeights:
     def _slice_weights(self, index: int) -> Iterator[Weights]:
         with self._stored(index) as stored:
             yield self._matrices.passing(self.plan.units[index], stored)
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """What is no weight and is real already (frequencies of rotary embeddings)."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 class _Staying:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from layerstream.errors import EngineClosed, LayerStreamError
 from layerstream.streaming.device import Device, Mark
-from layerstream.streaming.feed import Feed, ReadFeed, Slot
+from layerstream.streaming.feed import Feed, Slot
+from layerstream.streaming.host import HostSource
 from layerstream.streaming.unit import UnitLayout
 
 
@@ -32,24 +33,13 @@ class CopyFeed(Feed):
     """From host memory into a ring on *device*.
 
     Args:
-        residents: units that stay in host memory, each ``(num_bytes,)`` uint8, pinned.
-        stage: brings the others from disk, under their places among its own layouts in *staged*.
+        source: where they come from.
     """
 
-    def __init__(
-        self,
-        layouts: Sequence[UnitLayout],
-        ring_bytes: int,
-        device: Device,
-        residents: Mapping[int, torch.Tensor],
-        stage: ReadFeed | None,
-        staged: Mapping[int, int],
-    ) -> None:
+    def __init__(self, layouts: Sequence[UnitLayout], ring_bytes: int, device: Device, source: HostSource) -> None:
         super().__init__(layouts, ring_bytes)
         self._device = device
-        self._residents = residents
-        self._stage = stage
-        self._staged = staged
+        self._source = source
         with device.use():
             self._ring_memory = device.allocate(self._ring.capacity)
             self._released = device.compute.mark()  # all compute on places that are free comes before it
@@ -64,18 +54,16 @@ class CopyFeed(Feed):
     @property
     def staged_wait_seconds(self) -> float:
         """How long copies have waited for the disk so far."""
-        return 0.0 if self._stage is None else self._stage.wait_seconds
+        return self._source.wait_seconds
 
     def populate(self) -> None:
-        """The host ring."""
-        if self._stage is not None:
-            self._stage.populate()
+        """The host's."""
+        self._source.populate()
 
     def want(self, units: Iterable[int]) -> None:
-        """As they are wanted from the host, those that come from disk are wanted there."""
+        """They are wanted from the host as well."""
         units = list(units)
-        if self._stage is not None:
-            self._stage.want(self._staged[unit] for unit in units if unit in self._staged)
+        self._source.want(units)
         super().want(units)
 
     def take(self, unit: int) -> torch.Tensor:
@@ -103,8 +91,7 @@ class CopyFeed(Feed):
     def interrupt(self, error: Exception) -> None:
         """Wakes the copier, too, where it waits for the disk."""
         super().interrupt(error)
-        if self._stage is not None:
-            self._stage.interrupt(error)
+        self._source.interrupt(error)
 
     def close(self) -> None:
         """End the copier. Idempotent."""
@@ -114,14 +101,14 @@ class CopyFeed(Feed):
             self._is_closed = True
             self._changed.notify_all()
         self._copier.join()
+        self._source.close()
 
     def _empty(self) -> None:
         with self._changed:
             self._queue.clear()
             for slot in self._slots.values():
                 slot.error = slot.error or LayerStreamError("not needed")
-        if self._stage is not None:
-            self._stage.interrupt(LayerStreamError("not needed"))
+        self._source.interrupt(LayerStreamError("not needed"))
         with self._changed:
             while self._jobs or self._retiring or any(slot.pending for slot in self._slots.values()):
                 self._changed.wait()
@@ -129,8 +116,7 @@ class CopyFeed(Feed):
                 self._ring.release(slot.offset)
             self._slots.clear()
             self._copied.clear()
-        if self._stage is not None:
-            self._stage.abort()
+        self._source.abort()
         with self._device.use():
             self._released = self._device.compute.mark()
 
@@ -170,29 +156,24 @@ class CopyFeed(Feed):
             self._retire_one()
 
     def _copy(self, unit: int, slot: Slot) -> None:
-        source = self._residents.get(unit)
-        inward = self._device.inward
-        staged = self._staged.get(unit)
-        if source is None:
-            assert self._stage is not None and staged is not None, "a unit is resident on the host or comes from disk"
-            while self._retiring and (self._retiring[0][0].is_reached() or not self._stage.is_there(staged)):
-                self._retire_one()
-            source = self._stage.take(staged)
+        source, inward = self._source, self._device.inward
+        while self._retiring and (self._retiring[0][0].is_reached() or not source.is_there(unit)):
+            self._retire_one()
+        memory = source.take(unit)
         inward.after(self._released)
-        inward.copy(self._memory(slot.offset, len(source)), source)
+        inward.copy(self._memory(slot.offset, len(memory)), memory)
         mark = inward.mark()
         with self._changed:
             self._copied[unit] = mark
             self.copied_bytes += self.layouts[unit].weight_bytes
-            if staged is not None:
-                self._retiring.append((mark, staged))
+            if not source.stays(unit):
+                self._retiring.append((mark, unit))
 
     def _retire_one(self) -> None:
         """Wait for the oldest copy from the host ring, and let its place there be used again."""
-        mark, staged = self._retiring[0]
+        mark, unit = self._retiring[0]
         mark.wait()
-        assert self._stage is not None
-        self._stage.release(staged)
+        self._source.release(unit)
         with self._changed:
             self._retiring.popleft()
             self._changed.notify_all()

@@ -56,7 +56,7 @@ class Lane(Protocol):
         """The place that the queue has come to by now."""
         ...
 
-    def after(self, mark: Mark) -> None:
+    def after(self, mark: Any) -> None:
         """What is queued from here on waits for *mark*, of another lane."""
         ...
 
@@ -213,6 +213,38 @@ class CudaDevice:
         if isinstance(error, torch.OutOfMemoryError):
             return False
         return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def resolve_device(name: str) -> torch.device:
+    """What *name* means; ``"auto"``: a CUDA device where there is one, else the processor."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of *device* that nobody uses.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    _check_cuda(device)
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def open_device(device: torch.device) -> Device | None:
+    """The accelerator *device*; ``None``: the processor computes.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    if device.type == "cpu":
+        return None
+    if device.type == "mps":
+        raise ConfigurationError("device is 'mps', which this version cannot stream to yet: pass device='cpu'")
+    return CudaDevice(device)
 
 
 def _check_cuda(device: torch.device) -> None:

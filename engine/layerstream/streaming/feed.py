@@ -141,6 +141,10 @@ class Feed(ABC):
             self._interrupt = error
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """Nothing is wanted any more. Idempotent."""
+        self.abort()
+
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where ring and slots contradict each other."""
         with self._changed:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -45,17 +46,31 @@ def load_unit(
     Raises:
         ReadError, TruncatedFile: as the reader does.
     """
-    return views(layout, load_image(layout, reader, on_read).tensor)
+    _, (image,) = load_images([layout], reader, on_read)
+    return views(layout, image)
 
 
-def load_image(layout: UnitLayout, reader: DirectReader, on_read: Callable[[int], None] | None = None) -> Arena:
-    """The memory of one unit as it would be in a ring."""
-    arena = Arena(layout.num_bytes)
-    countdown = Countdown(len(layout.requests))
-    for request in layout.requests:
-        reader.submit(request, arena.view, 0, _told(countdown, on_read, request.needed_bytes))
+def load_images(
+    layouts: Sequence[UnitLayout],
+    reader: DirectReader,
+    on_read: Callable[[int], None] | None = None,
+    prepare: Callable[[Arena], None] = lambda arena: None,
+) -> tuple[Arena, list[torch.Tensor]]:
+    """Units one after the other in one piece of memory, each ``(num_bytes,)`` uint8 as it would be in a ring.
+
+    Args:
+        prepare: called with the memory before anything is read.
+    """
+    starts = list(accumulate((layout.num_bytes for layout in layouts), initial=0))
+    arena = Arena(starts[-1])
+    prepare(arena)
+    countdown = Countdown(sum(len(layout.requests) for layout in layouts))
+    for layout, start in zip(layouts, starts, strict=False):
+        for request in layout.requests:
+            reader.submit(request, arena.view, start, _told(countdown, on_read, request.needed_bytes))
     countdown.wait()
-    return arena
+    images = [arena.tensor[start : start + layout.num_bytes] for layout, start in zip(layouts, starts, strict=False)]
+    return arena, images
 
 
 def _told(countdown: Countdown, on_read: Callable[[int], None] | None, num_bytes: int) -> Callable[..., None]:

@@ -108,12 +108,16 @@ class UnitPlan:
         body, head: planned units.
         residents: indices into ``units`` of those that never leave.
         ring_bytes: capacity of the ring; 0 if nothing streams.
+        host_residents: for an accelerator, indices of those that never leave host memory.
+        host_ring_bytes: capacity of the ring that the others pass through on their way from disk to it.
     """
 
     body: tuple[PlannedUnit, ...]
     head: tuple[PlannedUnit, ...]
     residents: frozenset[int]
     ring_bytes: int
+    host_residents: frozenset[int] = frozenset()
+    host_ring_bytes: int = 0
 
     @property
     def units(self) -> tuple[PlannedUnit, ...]:
@@ -132,8 +136,14 @@ class UnitPlan:
 
     @property
     def streamed_bytes(self) -> int:
-        """Weights that one sampling sweep reads."""
+        """Weights that one sampling sweep moves to where they are computed with."""
         return sum(unit.num_bytes for index, unit in enumerate(self.units) if index not in self.residents)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Weights that one sampling sweep reads from disk."""
+        staying = self.residents | self.host_residents
+        return sum(unit.num_bytes for index, unit in enumerate(self.units) if index not in staying)
 
 
 def cut_units(node: WeightNode, limit: int) -> list[PlannedUnit]:

@@ -120,6 +120,10 @@ class Streamer:
         """Make the consumer's present or next ``acquire`` raise *error* (from any thread), until ``abort``."""
         self._feed.interrupt(error)
 
+    def close(self) -> None:
+        """Forget everything and let go of memory that others lent. Idempotent."""
+        self._feed.close()
+
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where ring and slots contradict each other."""
         self._feed.check_integrity()

@@ -161,7 +161,7 @@ def _codes(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tenso
     """Codes ``(blocks, values)`` of those kinds, in uint8; worked on eight at a time."""
     start, width = _NIBBLES[kind]
     words = blocks[:, start:].contiguous().view(torch.int64).unflatten(1, (-1, width // 8))
-    codes = torch.empty((*words.shape[:2], 2, width // 8), dtype=torch.int64)
+    codes = torch.empty((*words.shape[:2], 2, width // 8), dtype=torch.int64, device=words.device)
     torch.bitwise_and(words, _LOW, out=codes[:, :, 0])
     torch.bitwise_and(words >> 4, _LOW, out=codes[:, :, 1])
     return codes.view(torch.uint8).view(len(blocks), -1)

@@ -53,7 +53,7 @@ class TiledInt4(Codec):
         codes, stored = planes["weight"], planes["scale"]
         tiles, columns, half = codes.shape
         grouped = codes.view(tiles, columns // self.group, self.group, half)
-        values = torch.empty((*grouped.shape[:-1], 2, half))
+        values = torch.empty((*grouped.shape[:-1], 2, half), device=codes.device)
         values[..., 0, :] = torch.bitwise_and(grouped, 15)
         values[..., 1, :] = torch.bitwise_right_shift(grouped, 4)
         by_tile = stored if stored.dim() == 4 else stored.unflatten(1, (tiles, TILE)).transpose(0, 1)

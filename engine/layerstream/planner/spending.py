@@ -6,33 +6,23 @@ pages, the ring, and with all that is left a fixed set of resident units. If eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from layerstream.errors import BudgetTooSmall
-from layerstream.kv.pages import LAYERS_IN_HAND
+from layerstream.planner.facts import CHUNK_TOKENS, STREAMING_ROWS, ModelFacts
+from layerstream.planner.plan import Plan
 from layerstream.sizes import format_size
 from layerstream.streaming.residency import (
     PlannedUnit,
     UnitPlan,
-    WeightNode,
     choose_residents,
     cut_units,
     largest_unit,
-    linears,
     slice_rows,
 )
 
-CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident
-STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more
-STREAMING_ROWS = 32  # decode rows per row block, and of the head, where weights stream: compute is idle anyway
-FAST_STREAMING_ROWS = 64  # where the processor multiplies in the compute dtype: 64 rows take half longer than 32
-DECODING_STREAMING_ROWS = 16  # where weights are decoded as they pass: then it is the compute that is waited for
-PROMPT_ROWS = 128  # rows per row block of prompts where weights stream; more, if a chunk has more
-RESIDENT_ROWS = 8  # eight rows take a tenth longer than one; guesses fill them
 MAX_DRAFT_ROWS = 128  # guesses in one sweep
 DRAFT_SHARE = 0.05  # of the budget, for their logits and KV
-MAX_SWEEP_TOKENS = 512
 ACTIVATION_SHARE = 0.2  # of the budget; past it, a sweep carries fewer tokens
 MIN_KV_TOKENS = 2 * CHUNK_TOKENS
 WANTED_KV_TOKENS = 4096 + 512  # a retrieved context; question and answer
@@ -45,179 +35,6 @@ RING_UNITS = 2.25  # one computing, one arriving, and the beginning of the next
 RING_SHARE = 0.6  # of what weights may take; past it, units are cut finer
 HEAD_SLICE_BYTES = 64 * 2**20
 FINEST_UNIT_BYTES = 128 * 2**10
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What the plan depends on.
-
-    Attributes:
-        body: sizes of what every sweep passes, in module order.
-        head: sizes of the output projection.
-        embedding_bytes: the embedding matrix in the compute dtype; 0 if it is the head's.
-        kv_token_bytes: KV of one token over all layers.
-        hidden_size, intermediate_size, vocab_size: widths that activations have.
-        itemsize: bytes of one value in the compute dtype.
-        context_length: tokens a sequence may have.
-        num_layers: layers that keep KV.
-        can_spill: whether there is a store that KV of long prompts can stream from.
-        chunk_tokens: prompt tokens that attend together; a page holds as many.
-        streaming_chunk_tokens: as many where weights stream.
-        streaming_rows: decode rows per row block where weights stream.
-        fused_rows: for each kernel that multiplies by quantised weights as they are, the most rows that it does it for.
-        num_values: weights that a sweep passes, as numbers.
-    """
-
-    body: tuple[WeightNode, ...]
-    head: WeightNode
-    embedding_bytes: int
-    kv_token_bytes: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    itemsize: int
-    context_length: int
-    chunk_tokens: int = CHUNK_TOKENS
-    streaming_chunk_tokens: int = STREAMING_CHUNK_TOKENS
-    streaming_rows: int = STREAMING_ROWS
-    fused_rows: Mapping[str, int] = field(default_factory=dict)
-    num_values: int = 0
-    num_layers: int = 1
-    can_spill: bool = False
-
-    @property
-    def decode_bytes(self) -> int:
-        """What decoding a quantised matrix takes at most."""
-        return max(node.most_decode_bytes for node in (*self.body, self.head))
-
-    @property
-    def stored_bytes(self) -> int:
-        """Weights that a sweep passes, on disk."""
-        return sum(node.total_bytes for node in (*self.body, self.head))
-
-    @property
-    def without_kernel(self) -> dict[str, WeightNode]:
-        """Quantised Linears that nothing multiplies by undecoded, by name."""
-        nodes = [node for root in (*self.body, self.head) for node in linears(root)]
-        return {node.name: node for node in nodes if not self.fused_rows.get(node.kernel)}
-
-    @property
-    def compute_bytes(self) -> int:
-        """All weights as they are when they are resident: in the compute dtype, or quantised."""
-        return sum(node.total_compute_bytes for node in (*self.body, self.head)) + self.embedding_bytes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where everything goes; ``print(plan)`` shows it.
-
-    Attributes:
-        weights: the units, and which of them are resident.
-        embedding_resident: whether embedding rows come from memory.
-        num_pages, page_tokens: KV pages; a page holds one chunk of a prompt.
-        num_transit: pages that may stream from the store for sequences that do not fit those.
-        activation_bytes: what a sweep computes with, at most.
-        max_draft_rows: guesses that a sweep may verify.
-    """
-
-    budget_bytes: int
-    facts: ModelFacts
-    weights: UnitPlan
-    embedding_resident: bool
-    num_pages: int
-    page_tokens: int
-    activation_bytes: int
-    max_sweep_tokens: int
-    max_draft_rows: int
-    num_transit: int = 0
-
-    @property
-    def streams(self) -> bool:
-        """Whether any weight streams."""
-        return self.weights.num_streamed > 0
-
-    @property
-    def decode_rows(self) -> int:
-        """Rows per row block of decoding sequences; no more than a kernel for quantised weights is fast for."""
-        return min([self.facts.streaming_rows if self.streams else RESIDENT_ROWS, *self.facts.fused_rows.values()])
-
-    @property
-    def head_rows(self) -> int:
-        """Rows per row block of the head."""
-        return min(STREAMING_ROWS, self.decode_rows)
-
-    @property
-    def prompt_rows(self) -> int:
-        """Rows per row block of prompts; 0 where every chunk is a row block of its own size."""
-        return max(PROMPT_ROWS, self.page_tokens) if self.streams else 0
-
-    @property
-    def max_sweep_rows(self) -> int:
-        """Rows of one sweep at most: the last chunk may reach past the token budget, and guesses come on top."""
-        return self.max_sweep_tokens + self.page_tokens + self.max_draft_rows
-
-    @property
-    def resident_bytes(self) -> int:
-        """Weights that stay, in the compute dtype."""
-        return self.weights.resident_bytes + (self.facts.embedding_bytes if self.embedding_resident else 0)
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Weights that one sampling sweep reads."""
-        return self.weights.streamed_bytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of what a sweep passes, on disk, scales and norms included; 0.0 if it is not known how many there are."""
-        return 8 * self.facts.stored_bytes / self.facts.num_values if self.facts.num_values else 0.0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Room for KV pages."""
-        return self.num_pages * self.page_tokens * self.facts.kv_token_bytes
-
-    @property
-    def transit_bytes(self) -> int:
-        """Room for KV that streams past."""
-        return self.num_transit * _slot_bytes(self.facts)
-
-    @property
-    def planned_bytes(self) -> int:
-        """What all parts take together, at most ``budget_bytes``."""
-        return (
-            self.resident_bytes + self.weights.ring_bytes + self.kv_bytes + self.transit_bytes + self.activation_bytes
-        )
-
-    def __str__(self) -> str:
-        weights = self.weights
-        rows = [
-            ("budget", self.budget_bytes, ""),
-            (
-                "resident weights",
-                self.resident_bytes,
-                f"{len(weights.residents)} of {len(weights.units)} units, read once",
-            ),
-            ("ring", weights.ring_bytes, f"{weights.num_streamed} units pass through it"),
-            ("KV pages", self.kv_bytes, f"{self.num_pages * self.page_tokens:,} tokens"),
-            (
-                "KV in transit",
-                self.transit_bytes,
-                f"{self.num_transit * self.page_tokens:,} tokens more, from the store",
-            ),
-            (
-                "activations",
-                self.activation_bytes,
-                f"{self.max_sweep_tokens} tokens and {self.max_draft_rows} guesses in a sweep",
-            ),
-            ("left over", self.budget_bytes - self.planned_bytes, ""),
-            (
-                "weights on disk",
-                self.facts.stored_bytes,
-                f"{self.bits_per_weight:.3g} bits each, without the embedding",
-            ),
-            ("streamed per sweep", self.streamed_bytes, "read from disk for every sweep"),
-        ]
-        return "\n".join(f"{name:<20}{format_size(num_bytes):>11}  {note}".rstrip() for name, num_bytes, note in rows)
 
 
 def make_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
@@ -233,9 +50,9 @@ def make_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
 
 def comfortable_bytes(facts: ModelFacts) -> int:
     """The budget from which on nothing streams and KV has all the room that it may take."""
-    fixed = facts.compute_bytes + _activation_bytes(facts, MAX_SWEEP_TOKENS) + facts.decode_bytes
+    fixed = facts.compute_bytes + _activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
     fixed += sum(node.value_bytes - node.own_bytes for node in facts.without_kernel.values())
-    return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_token_bytes
+    return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_place_bytes
 
 
 def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool) -> Plan | None:
@@ -247,7 +64,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
     least_kv = _least_kv_bytes(facts)
     if not with_embedding:
         least_kv = max(least_kv, _first_kv_bytes(facts, budget_bytes))
-    activations = _activation_bytes(facts, MAX_SWEEP_TOKENS) + facts.decode_bytes
+    activations = _activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
     left = budget_bytes - activations - facts.compute_bytes
     if left < least_kv:
         return None
@@ -258,13 +75,13 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = left - _least_kv_bytes(facts)
         num_transit = _num_transit(facts, min(int(RESIDENT_TRANSIT_SHARE * left), spare), num_pages)
-        num_pages = _num_pages(facts, left - num_transit * _slot_bytes(facts))
+        num_pages = _num_pages(facts, left - num_transit * facts.slot_bytes)
     body = tuple(unit for node in facts.body for unit in cut_units(node, node.total_bytes))
     head = (PlannedUnit(facts.head.name, facts.head.total_bytes, facts.head.total_compute_bytes),)
-    spare = left - num_transit * _slot_bytes(facts) - _first_kv_bytes(facts, budget_bytes)
+    spare = left - num_transit * facts.slot_bytes - _first_kv_bytes(facts, budget_bytes)
     body, head, taken = _decode_some(facts, body, head, spare)
     if taken:
-        num_pages = _num_pages(facts, left - num_transit * _slot_bytes(facts) - taken)
+        num_pages = _num_pages(facts, left - num_transit * facts.slot_bytes - taken)
     return Plan(
         budget_bytes=budget_bytes,
         facts=facts,
@@ -273,7 +90,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         num_pages=num_pages,
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations,
-        max_sweep_tokens=MAX_SWEEP_TOKENS,
+        max_sweep_tokens=facts.sweep_tokens,
         max_draft_rows=draft_rows,
         num_transit=num_transit,
     )
@@ -314,7 +131,7 @@ def _decode_some(
 
 
 def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
-    facts = replace(facts, chunk_tokens=facts.streaming_chunk_tokens)
+    facts = replace(facts, chunk_tokens=facts.streaming_chunk_tokens, kv_rides=facts.is_on_device)
     floor = _floor_bytes(facts)
     sweep_tokens = _sweep_tokens(facts, budget_bytes, floor)
     activations = _activation_bytes(facts, sweep_tokens)
@@ -326,12 +143,12 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least += draft_rows * _draft_row_bytes(facts)
     least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
-    for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_token_bytes
+    for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_place_bytes
     num_transit = 0
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = for_weights - (floor - least_kv)
         num_transit = _num_transit(facts, min(int(TRANSIT_SHARE * budget_bytes), spare), num_pages)
-        for_weights -= num_transit * _slot_bytes(facts)
+        for_weights -= num_transit * facts.slot_bytes
     limit = _unit_limit(facts, for_weights)
     body, head = _cut_all(facts, limit)
     everything = body + head
@@ -360,8 +177,8 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
 def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
     """The token budget of a sweep: the largest whose activations keep to their share, one row block at the least."""
     most = min(ACTIVATION_SHARE * budget_bytes, budget_bytes - floor)
-    tokens = MAX_SWEEP_TOKENS
-    least = max(facts.chunk_tokens, PROMPT_ROWS)
+    tokens = facts.sweep_tokens
+    least = max(facts.chunk_tokens, facts.prompt_rows)
     while tokens > least and _activation_bytes(facts, tokens) > most:
         tokens = max(least, tokens // 2)
     return tokens
@@ -369,7 +186,7 @@ def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
 
 def _first_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
     """KV that comes before anything else that would be faster in memory."""
-    wanted = min(WANTED_KV_TOKENS, facts.context_length) * facts.kv_token_bytes
+    wanted = min(WANTED_KV_TOKENS, facts.context_length) * facts.kv_place_bytes
     return int(min(wanted, WANTED_KV_SHARE * budget_bytes))
 
 
@@ -415,8 +232,9 @@ def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:
 
 
 def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
-    page_bytes = facts.chunk_tokens * facts.kv_token_bytes
+    page_bytes = facts.chunk_tokens * facts.kv_place_bytes
     most = -(-facts.context_length // facts.chunk_tokens) * MAX_KV_SEQUENCES
+    most = min(most, facts.kv_tokens // facts.chunk_tokens)
     return max(_least_kv_bytes(facts) // page_bytes, min(most, kv_bytes // page_bytes))
 
 
@@ -424,19 +242,14 @@ def _num_transit(facts: ModelFacts, num_bytes: int, num_pages: int) -> int:
     """Pages that *num_bytes* let stream, at most those of a whole context; none if *num_pages* hold longer prompts."""
     if not facts.can_spill:
         return 0
-    fitting = min(-(-facts.context_length // facts.chunk_tokens), num_bytes // _slot_bytes(facts))
+    fitting = min(-(-facts.context_length // facts.chunk_tokens), num_bytes // facts.slot_bytes)
     return fitting if fitting >= num_pages else 0
-
-
-def _slot_bytes(facts: ModelFacts) -> int:
-    """Room for a page of the layers in hand."""
-    return LAYERS_IN_HAND * facts.chunk_tokens * -(-facts.kv_token_bytes // facts.num_layers)
 
 
 def _least_kv_bytes(facts: ModelFacts) -> int:
     """KV of two chunks at the least."""
     size = facts.chunk_tokens
-    return max(2, MIN_KV_TOKENS // size) * size * facts.kv_token_bytes
+    return max(2, MIN_KV_TOKENS // size) * size * facts.kv_place_bytes
 
 
 def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
@@ -445,11 +258,11 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     Packed rows are there three times (in, out, embedding rows); one row block has its MLP's gate, up and product and
     its attention's projections; logits of one row block are there twice, and of one row twice in fp32 and once in fp64.
     """
-    block_rows = max(facts.chunk_tokens, PROMPT_ROWS)
+    block_rows = max(facts.chunk_tokens, facts.prompt_rows)
     packed = 3 * (sweep_tokens + block_rows + facts.streaming_rows) * facts.hidden_size * facts.itemsize
     block = block_rows * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
     logits = facts.vocab_size * (2 * STREAMING_ROWS * facts.itemsize + 4 + 4 + 8)
-    return packed + block + logits
+    return packed + block + logits + facts.workspace_bytes
 
 
 def _draft_row_bytes(facts: ModelFacts) -> int:

@@ -1,0 +1,211 @@
+"""KV on an accelerator: pages have their place in host memory, and what is being computed with is on the device, too.
+
+Where weights stream, the device holds the pages of the layers in hand, which take turns; where they do not, those of
+all layers stay. Host memory always has everything: the store, suspended sequences and accepted guesses know nothing of
+the device.
+
+A sweep, layer by layer (``inward``, ``compute`` and ``outward`` are lanes of the device):
+
+| when | what is queued |
+|---|---|
+| ``begin`` | pages of layer 0 that the sweep reads: inward |
+| ``reach(i)`` | new rows of layer i - 1: outward; compute waits for layer i's pages; pages of layer i + 1: inward |
+| ``end`` | new rows of the last layer: outward; the host waits for all of it |
+
+Invariants:
+
+* pages of layer i come in after compute and outward copies of the layer that had their place before;
+* rows go out after the compute that made them, and the host reads none before ``end`` returned;
+* a page on the device is used without being copied only if it was copied or computed there since the host's last
+  change of it;
+* layers are reached in order, one sweep at a time, on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from layerstream.kv.loader import PageLoader
+from layerstream.kv.pages import LAYERS_IN_HAND
+from layerstream.kv.segment import PageShape
+from layerstream.kv.state import LayerState, PagedRows, runs
+from layerstream.streaming.device import Device, Mark
+from layerstream.sweep import Span, Sweep
+
+
+class DeviceKV:
+    """The pages of *states* on *device*.
+
+    Args:
+        states: the layers' KV in host memory, pinned.
+        num_pages: how many pages there are.
+        rides: keep the layers in hand only.
+    """
+
+    def __init__(
+        self, device: Device, states: Sequence[LayerState], num_pages: int, page_tokens: int, *, rides: bool
+    ) -> None:
+        self._device = device
+        self._page_tokens = page_tokens
+        self._num_places = LAYERS_IN_HAND if rides else len(states)
+        self._memory: dict[int, torch.Tensor] = {}
+        self.layers = [DeviceLayer(self, layer, state, num_pages, page_tokens) for layer, state in enumerate(states)]
+        self._free: dict[int, Mark] = {}  # by place: nothing queued before touches it
+        self._loader: PageLoader | None = None
+        self._pages: list[int] = []
+        self._spans: list[Span] = []
+        self._arrived: dict[int, Mark] = {}
+        self._reached = -1
+        self.copied_bytes = 0
+
+    def begin(self, sweep: Sweep, loader: PageLoader | None) -> None:
+        """Start a sweep, whose stored pages *loader* brings to the host.
+
+        Raises:
+            PagesLost: as the loader does.
+        """
+        self._loader = loader
+        self._spans = [span for _, span in sweep.known_spans()]
+        self._pages = sorted(_past_pages(self._spans, self._page_tokens))
+        self._arrived.clear()
+        self._reached = -1
+        self._bring(0)
+
+    def reach(self, layer: int) -> None:
+        """The compute has come to *layer*.
+
+        Raises:
+            PagesLost: as the loader does.
+        """
+        if layer <= self._reached:
+            return
+        if self._reached >= 0:
+            self._send(self._reached)
+        for skipped in range(self._reached + 1, layer + 1):  # layers that keep nothing of their own
+            if skipped not in self._arrived:
+                self._bring(skipped)
+        self._reached = layer
+        self._device.compute.after(self._arrived[layer])
+        if layer + 1 < len(self.layers):
+            self._bring(layer + 1)
+
+    def end(self) -> None:
+        """The sweep is over, and all that it computed is on the host when this returns."""
+        if self._reached >= 0:
+            self._send(self._reached)
+        self._settle()
+
+    def abort(self) -> None:
+        """The sweep died: what it wrote is past what anybody reads, and nothing is under way any more."""
+        self._settle()
+        for layer in self.layers:
+            layer.valid.clear()
+
+    def place(self, layer: int, num_bytes: int) -> torch.Tensor:
+        """Memory for *num_bytes* of *layer*, shared with the layers that take turns with it."""
+        place = layer % self._num_places
+        memory = self._memory.get(place)
+        if memory is None or len(memory) < num_bytes:
+            if memory is not None:
+                self._settle()
+            self._memory.pop(place, None)
+            memory = self._memory[place] = self._device.allocate(num_bytes)
+            self._device.inward.after(self._device.compute.mark())  # what was computed there before it was freed
+        return memory
+
+    def _settle(self) -> None:
+        for lane in (self._device.inward, self._device.compute, self._device.outward):
+            lane.mark().wait()
+        self._reached = -1
+        self._loader = None
+
+    def _bring(self, layer: int) -> None:
+        """Queue the pages of *layer* that the sweep reads and the device does not have."""
+        if self._loader is not None:
+            self._loader.wait(layer)
+        target, inward = self.layers[layer], self._device.inward
+        place = layer % self._num_places
+        if place in self._free:
+            inward.after(self._free[place])
+        if self._num_places < len(self.layers):
+            target.valid.clear()
+        state = target.host
+        if state.shape is not None and self._pages:
+            target.reserve(state.shape)
+            missing = [page for page in self._pages if page not in target.valid]
+            for first, count in runs(missing, -1):
+                for there, here in zip(target.rows(first, count), state.rows(first, count), strict=True):
+                    inward.copy(there, here)
+                    self.copied_bytes += here.nbytes
+            target.valid.update(missing)
+        self._arrived[layer] = inward.mark()
+
+    def _send(self, layer: int) -> None:
+        """Queue the rows of *layer* that the sweep made."""
+        source, outward = self.layers[layer], self._device.outward
+        state = source.host
+        outward.after(self._device.compute.mark())
+        if state.shape is not None:
+            for span in self._spans:
+                for page, rows, _ in source.pieces(span):
+                    for there, here in zip(source.rows(page, 1), state.rows(page, 1), strict=True):
+                        outward.copy(here[rows], there[rows])
+                    source.valid.add(page)
+        self._free[layer % self._num_places] = outward.mark()
+
+
+class DeviceLayer(PagedRows):
+    """Keys and values of one layer on the device.
+
+    Attributes:
+        host: the same in host memory.
+        valid: pages that are the same there and here.
+    """
+
+    def __init__(self, owner: DeviceKV, layer: int, host: LayerState, num_pages: int, page_tokens: int) -> None:
+        super().__init__(page_tokens, num_pages)
+        self.host = host
+        self.valid: set[int] = set()
+        host.on_change = self.valid.discard
+        self._owner = owner
+        self._layer = layer
+        self._num_rows = num_pages * page_tokens
+        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def reserve(self, shape: PageShape) -> None:
+        """Make room here and on the host."""
+        self.host.reserve(shape)
+        key_bytes, value_bytes = self._num_rows * shape.key_bytes, self._num_rows * shape.value_bytes
+        memory = self._owner.place(self._layer, key_bytes + value_bytes)
+        dtype = getattr(torch, shape.dtype)
+        keys, values = memory[:key_bytes], memory[key_bytes : key_bytes + value_bytes]
+        self._tensors = (
+            keys.view(dtype).view(self._num_rows, shape.key_heads, shape.key_width),
+            values.view(dtype).view(self._num_rows, shape.value_heads, shape.value_width),
+        )
+        self._has_room = True
+
+    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of *count* neighbouring pages."""
+        rows, (keys, values) = self._locate(first, count)
+        return keys[rows], values[rows]
+
+    def pieces(self, span: Span) -> Iterable[tuple[int, slice, slice]]:
+        """The pages of *span*'s tokens, and their rows in each."""
+        return self._pieces(span.sequence.pages, span.start, span.stop)
+
+    def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
+        assert self._tensors is not None, "no page was written yet"
+        return slice(first * self._page_tokens, (first + count) * self._page_tokens), self._tensors
+
+
+def _past_pages(spans: Iterable[Span], page_tokens: int) -> set[int]:
+    """Pages with tokens before the first of their sequence in *spans*."""
+    first: dict[int, Span] = {}
+    for span in spans:
+        known = first.get(id(span.sequence))
+        if known is None or span.start < known.start:
+            first[id(span.sequence)] = span
+    return {page for span in first.values() for page in span.sequence.pages[: -(-span.start // page_tokens)]}

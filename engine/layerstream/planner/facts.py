@@ -1,0 +1,106 @@
+"""What a plan depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from layerstream.kv.pages import LAYERS_IN_HAND
+from layerstream.streaming.residency import WeightNode, linears
+
+CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident; on an accelerator, always
+STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more
+STREAMING_ROWS = 32  # decode rows per row block, and of the head, where weights stream: compute is idle anyway
+FAST_STREAMING_ROWS = 64  # where the processor multiplies in the compute dtype: 64 rows take half longer than 32
+DECODING_STREAMING_ROWS = 16  # where weights are decoded as they pass: then it is the compute that is waited for
+PROMPT_ROWS = 128  # rows per row block of prompts where weights stream; more, if a chunk has more
+DEVICE_PROMPT_ROWS = 512  # on an accelerator, which wants large products
+MAX_SWEEP_TOKENS = 512
+DEVICE_SWEEP_TOKENS = 4096  # an accelerator computes as many while a layer crosses the link
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A model, and how it would be computed with.
+
+    Attributes:
+        body: sizes of what every sweep passes, in module order.
+        head: sizes of the output projection.
+        embedding_bytes: the embedding matrix in the compute dtype; 0 if it is the head's.
+        kv_token_bytes: KV of one token over all layers.
+        hidden_size, intermediate_size, vocab_size: widths that activations have.
+        itemsize: bytes of one value in the compute dtype.
+        context_length: tokens a sequence may have.
+        num_layers: layers that keep KV.
+        can_spill: whether there is a store that KV of long prompts can stream from.
+        chunk_tokens: prompt tokens that attend together; a page holds as many.
+        streaming_chunk_tokens: as many where weights stream.
+        streaming_rows: decode rows per row block where weights stream.
+        prompt_rows: rows per row block of prompts where weights stream.
+        sweep_tokens: known tokens in a sweep at most.
+        fused_rows: for each kernel that multiplies by quantised weights as they are, the most rows that it does it for.
+        num_values: weights that a sweep passes, as numbers.
+        is_on_device: computed by an accelerator with memory of its own. KV then has its place on the host.
+        kv_rides: on the device there is the KV of the layers in hand only; else all of it as well.
+        kv_tokens: tokens that there is room for KV of, wherever it has its place, at most.
+        workspace_bytes: what the libraries that compute take.
+    """
+
+    body: tuple[WeightNode, ...]
+    head: WeightNode
+    embedding_bytes: int
+    kv_token_bytes: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    itemsize: int
+    context_length: int
+    chunk_tokens: int = CHUNK_TOKENS
+    streaming_chunk_tokens: int = STREAMING_CHUNK_TOKENS
+    streaming_rows: int = STREAMING_ROWS
+    prompt_rows: int = PROMPT_ROWS
+    sweep_tokens: int = MAX_SWEEP_TOKENS
+    fused_rows: Mapping[str, int] = field(default_factory=dict)
+    num_values: int = 0
+    num_layers: int = 1
+    can_spill: bool = False
+    is_on_device: bool = False
+    kv_rides: bool = False
+    kv_tokens: int = 2**62
+    workspace_bytes: int = 0
+
+    @property
+    def decode_bytes(self) -> int:
+        """What decoding a quantised matrix takes at most."""
+        return max(node.most_decode_bytes for node in (*self.body, self.head))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Weights that a sweep passes, on disk."""
+        return sum(node.total_bytes for node in (*self.body, self.head))
+
+    @property
+    def without_kernel(self) -> dict[str, WeightNode]:
+        """Quantised Linears that nothing multiplies by undecoded, by name."""
+        nodes = [node for root in (*self.body, self.head) for node in linears(root)]
+        return {node.name: node for node in nodes if not self.fused_rows.get(node.kernel)}
+
+    @property
+    def compute_bytes(self) -> int:
+        """All weights as they are when they are resident: in the compute dtype, or quantised."""
+        return sum(node.total_compute_bytes for node in (*self.body, self.head)) + self.embedding_bytes
+
+    @property
+    def layer_kv_bytes(self) -> int:
+        """KV of one token in one layer."""
+        return -(-self.kv_token_bytes // self.num_layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """KV of a page of the layers in hand."""
+        return LAYERS_IN_HAND * self.chunk_tokens * self.layer_kv_bytes
+
+    @property
+    def kv_place_bytes(self) -> int:
+        """What KV of one token takes where it is computed with."""
+        return LAYERS_IN_HAND * self.layer_kv_bytes if self.kv_rides else self.kv_token_bytes

@@ -1,0 +1,156 @@
+"""Where everything goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from layerstream.planner.facts import STREAMING_ROWS, ModelFacts
+from layerstream.sizes import format_size
+from layerstream.streaming.residency import UnitPlan
+
+RESIDENT_ROWS = 8  # eight rows take a tenth longer than one; guesses fill them
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """How host memory is spent for an accelerator.
+
+    Attributes:
+        resident_bytes: units that stay there and are copied for every sweep.
+        ring_bytes: of the ring between disk and device; 0 if nothing comes from disk.
+        kv_bytes: KV pages.
+        workspace_bytes: what reading takes.
+    """
+
+    budget_bytes: int
+    resident_bytes: int
+    ring_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def planned_bytes(self) -> int:
+        """What all parts take together, at most ``budget_bytes``."""
+        return self.resident_bytes + self.ring_bytes + self.kv_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything goes; ``print(plan)`` shows it.
+
+    Attributes:
+        weights: the units, and which of them are resident.
+        embedding_resident: whether embedding rows come from memory.
+        num_pages, page_tokens: KV pages; a page holds one chunk of a prompt.
+        num_transit: pages that may stream from the store for sequences that do not fit those.
+        activation_bytes: what a sweep computes with, at most.
+        max_draft_rows: guesses that a sweep may verify.
+        host: what is in host memory, where an accelerator computes.
+    """
+
+    budget_bytes: int
+    facts: ModelFacts
+    weights: UnitPlan
+    embedding_resident: bool
+    num_pages: int
+    page_tokens: int
+    activation_bytes: int
+    max_sweep_tokens: int
+    max_draft_rows: int
+    num_transit: int = 0
+    host: HostPlan | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether any weight streams."""
+        return self.weights.num_streamed > 0
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows per row block of decoding sequences; no more than a kernel for quantised weights is fast for."""
+        return min([self.facts.streaming_rows if self.streams else RESIDENT_ROWS, *self.facts.fused_rows.values()])
+
+    @property
+    def head_rows(self) -> int:
+        """Rows per row block of the head."""
+        return min(STREAMING_ROWS, self.decode_rows)
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows per row block of prompts; 0 where every chunk is a row block of its own size."""
+        return max(self.facts.prompt_rows, self.page_tokens) if self.streams else 0
+
+    @property
+    def max_sweep_rows(self) -> int:
+        """Rows of one sweep at most: the last chunk may reach past the token budget, and guesses come on top."""
+        return self.max_sweep_tokens + self.page_tokens + self.max_draft_rows
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that stay, in the compute dtype."""
+        return self.weights.resident_bytes + (self.facts.embedding_bytes if self.embedding_resident else 0)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that one sampling sweep moves to where they are computed with: from disk, or to a device."""
+        return self.weights.streamed_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Weights that one sampling sweep reads from disk."""
+        return self.weights.disk_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of what a sweep passes, on disk, scales and norms included; 0.0 if it is not known how many there are."""
+        return 8 * self.facts.stored_bytes / self.facts.num_values if self.facts.num_values else 0.0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Room for KV pages."""
+        return self.num_pages * self.page_tokens * self.facts.kv_place_bytes
+
+    @property
+    def transit_bytes(self) -> int:
+        """Room for KV that streams past."""
+        return self.num_transit * self.facts.slot_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """What all parts take together, at most ``budget_bytes``."""
+        return (
+            self.resident_bytes + self.weights.ring_bytes + self.kv_bytes + self.transit_bytes + self.activation_bytes
+        )
+
+    def __str__(self) -> str:
+        rows = (f"{name:<20}{format_size(num_bytes):>11}  {note}" for name, num_bytes, note in self._rows())
+        return "\n".join(row.rstrip() for row in rows)
+
+    def _rows(self) -> Iterator[tuple[str, int, str]]:
+        weights, host = self.weights, self.host
+        tokens = f"{self.num_pages * self.page_tokens:,} tokens"
+        yield "memory" if host else "budget", self.budget_bytes, "of the device" if host else ""
+        yield "resident weights", self.resident_bytes, f"{len(weights.residents)} of {len(weights.units)} units"
+        yield "ring", weights.ring_bytes, f"{weights.num_streamed} units pass through it"
+        yield "KV pages", self.kv_bytes, f"{tokens}, of the layers in hand" if self.facts.kv_rides else tokens
+        if self.num_transit:
+            extra = f"{self.num_transit * self.page_tokens:,} tokens more, from the store"
+            yield "KV in transit", self.transit_bytes, extra
+        rows = f"{self.max_sweep_tokens} tokens and {self.max_draft_rows} guesses in a sweep"
+        yield "activations", self.activation_bytes, rows
+        yield "left over", self.budget_bytes - self.planned_bytes, ""
+        if host is not None:
+            yield "host memory", host.budget_bytes, ""
+            yield (
+                "resident weights",
+                host.resident_bytes,
+                f"{len(weights.host_residents)} units, copied for every sweep",
+            )
+            yield "ring", host.ring_bytes, "between disk and device"
+            yield "KV pages", host.kv_bytes, tokens
+        bits = f"{self.bits_per_weight:.3g} bits each, without the embedding"
+        yield "weights on disk", self.facts.stored_bytes, bits
+        if host is not None:
+            yield "copied per sweep", self.streamed_bytes, "from host to device"
+        yield "read per sweep", self.disk_bytes, "from disk"

@@ -1,0 +1,137 @@
+"""From a configuration to a plan: what is known of the model and of the machine before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from math import prod
+from pathlib import Path
+
+import torch
+
+from layerstream.checkpoint.hub import locate
+from layerstream.config import EngineConfig
+from layerstream.kernels import fused_rows
+from layerstream.machine import available_memory_bytes
+from layerstream.model.attention import has_bf16_products
+from layerstream.model.families import kv_values_per_token, usable_context
+from layerstream.model.linear import DEVICE_TILE_VALUES, TILE_VALUES
+from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
+from layerstream.planner import facts as assumed
+from layerstream.planner.on_device import make_device_plan
+from layerstream.streaming.device import free_bytes, resolve_device
+
+logger = logging.getLogger(__name__)
+
+SPARE_SHARE = 0.8  # of the free memory, when no budget was given
+DEVICE_WORKSPACE_BYTES = 128 * 2**20  # matrix libraries' buffers, and what an allocator cannot hand out
+
+
+def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
+    """The plan for *config*, the skeleton and the folder it comes from, without reading a weight.
+
+    An accelerator need not be there where ``memory`` is given.
+
+    Raises:
+        BudgetTooSmall: names the minimum.
+    """
+    folder = config.packed or locate_model(config)
+    is_on_device = resolve_device(config.device).type != "cpu"
+    skeleton = build_skeleton(
+        folder,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        allow_untested=config.allow_untested,
+        tile_values=DEVICE_TILE_VALUES if is_on_device else TILE_VALUES,
+    )
+    context_length = min(usable_context(skeleton.config), config.max_context or 2**62)
+    facts = model_facts(
+        skeleton,
+        context_length,
+        config.chunk_tokens,
+        can_spill=config.kv_store is not None,
+        is_on_device=is_on_device,
+    )
+    if not is_on_device:
+        return make_plan(facts, _budget(config, facts, available_memory_bytes())), skeleton, folder
+    return _device_plan(config, facts), skeleton, folder
+
+
+def _device_plan(config: EngineConfig, facts: ModelFacts) -> Plan:
+    free = config.memory_bytes or free_bytes(resolve_device(config.device))
+    host_bytes = config.host_memory_bytes or int(available_memory_bytes() * SPARE_SHARE)
+    host_bytes -= config.reserved_host_bytes
+    plan = make_device_plan(facts, _budget(config, facts, free), host_bytes)
+    assert plan.host is not None
+    if config.host_memory_bytes is None:  # it was not asked for, so no more of it is taken than has a use
+        plan = dataclasses.replace(plan, host=dataclasses.replace(plan.host, budget_bytes=plan.host.planned_bytes))
+    return plan
+
+
+def model_facts(
+    skeleton: Skeleton,
+    context_length: int,
+    chunk_tokens: int | None = None,
+    *,
+    can_spill: bool = False,
+    is_on_device: bool = False,
+) -> ModelFacts:
+    """What a plan depends on, read off the skeleton."""
+    config = skeleton.config
+    embedding = skeleton.sources[skeleton.embedding_key]
+    embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
+    widest = max(module.out_features for module in _linears(skeleton))
+    fused = {} if is_on_device else fused_rows(skeleton.kernels)
+    if is_on_device:
+        streaming_rows = assumed.STREAMING_ROWS
+    elif skeleton.decodes(fused):
+        streaming_rows = assumed.DECODING_STREAMING_ROWS
+    else:
+        is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
+        streaming_rows = assumed.FAST_STREAMING_ROWS if is_fast else assumed.STREAMING_ROWS
+    streaming_chunk_tokens = assumed.CHUNK_TOKENS if is_on_device else assumed.STREAMING_CHUNK_TOKENS
+    return ModelFacts(
+        body=skeleton.body,
+        head=skeleton.head,
+        embedding_bytes=0 if skeleton.is_tied else embedding_bytes,
+        kv_token_bytes=kv_values_per_token(config) * skeleton.dtype.itemsize,
+        hidden_size=config.hidden_size,
+        intermediate_size=widest,
+        vocab_size=skeleton.head.num_rows,
+        itemsize=skeleton.dtype.itemsize,
+        context_length=context_length,
+        chunk_tokens=chunk_tokens or assumed.CHUNK_TOKENS,
+        streaming_chunk_tokens=chunk_tokens or streaming_chunk_tokens,
+        streaming_rows=streaming_rows,
+        prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
+        sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
+        fused_rows=fused,
+        num_values=skeleton.num_values,
+        num_layers=config.num_hidden_layers,
+        can_spill=can_spill and not is_on_device,
+        is_on_device=is_on_device,
+        workspace_bytes=DEVICE_WORKSPACE_BYTES if is_on_device else 0,
+    )
+
+
+def locate_model(config: EngineConfig) -> Path:
+    """Where the files of the model that was asked for lie; they are fetched if they are not here."""
+    return locate(
+        config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
+    )
+
+
+def _budget(config: EngineConfig, facts: ModelFacts, available: int) -> int:
+    """The caller's budget, or what the model wants within what the machine, or its accelerator, has free."""
+    if config.memory_bytes is None:
+        return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE) - config.reserved_bytes))
+    if config.memory_bytes > available:
+        logger.warning(
+            "the memory budget of %d bytes is more than the %d bytes that are free", config.memory_bytes, available
+        )
+    return max(1, config.memory_bytes - config.reserved_bytes)
+
+
+def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:
+    return [module for module in skeleton.decoder.modules() if isinstance(module, torch.nn.Linear)]
