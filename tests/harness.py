@@ -12,9 +12,10 @@ import torch
 from layerstream import sizing
 from layerstream.assembly import assemble
 from layerstream.config import EngineConfig
+from layerstream.errors import BudgetTooSmall
 from layerstream.model.skeleton import build_skeleton
+from layerstream.planner import ModelFacts, spending
 from layerstream.planner import facts as assumed
-from layerstream.planner import spending
 from layerstream.self_check import step_greedily
 from layerstream.sizing import model_facts
 from layerstream.streaming import residency
@@ -42,17 +43,28 @@ def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
     """A budget under which the model is resident with all it could wish for, just resident (``"tight"``), streams by
     layers, or is cut as fine as it gets."""
     facts = model_facts(build_skeleton(folder, dtype=dtype), 1024)
-    least = spending._floor_bytes(facts) + spending._activation_bytes(facts, assumed.MAX_SWEEP_TOKENS)
+    least = _least_bytes(facts)
     if mode == "resident":
         return spending.comfortable_bytes(facts)
     if mode == "cut":
         return least + 2048
-    kv_bytes = spending.MIN_KV_TOKENS * facts.kv_token_bytes
-    rest = spending._activation_bytes(facts, assumed.MAX_SWEEP_TOKENS) + facts.decode_bytes + kv_bytes
+    resident = _resident_bytes(facts)
     if mode == "tight":
-        return rest + facts.compute_bytes
-    weights = facts.compute_bytes - facts.embedding_bytes  # its rows may come from disk
-    return min(least + weights // 2, rest + weights - 1)
+        return resident + facts.embedding_bytes
+    return min(least + facts.compute_bytes // 2, resident - 1)
+
+
+def _least_bytes(facts: ModelFacts) -> int:
+    """What streaming takes at the least."""
+    with pytest.raises(BudgetTooSmall) as error:
+        spending._streaming_plan(facts, 1)
+    return error.value.required_bytes
+
+
+def _resident_bytes(facts: ModelFacts) -> int:
+    """From there on all weights may stay, the embedding's rows coming from disk."""
+    fixed = spending._activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
+    return fixed + facts.compute_bytes - facts.embedding_bytes + spending.MIN_KV_TOKENS * facts.kv_token_bytes
 
 
 def add_tokenizer(folder: Path, tokenizer_folder: Path) -> None:
@@ -109,10 +121,8 @@ def device_config(folder: Path, mode: str, dtype: str = "float32", **options: An
     config = EngineConfig(str(folder), device="cuda", dtype=dtype, **options)
     if mode == "resident":
         return replace(config, memory_bytes=spending.comfortable_bytes(facts), host_memory_bytes=2**30)
-    riding = replace(facts, kv_rides=True)
-    least = spending._floor_bytes(riding) + spending._activation_bytes(riding, assumed.DEVICE_SWEEP_TOKENS)
-    weights = facts.compute_bytes - facts.embedding_bytes
-    memory = least + 2048 if mode == "cut" else least + weights // 3
+    least = _least_bytes(facts)
+    memory = least + 2048 if mode == "cut" else min(least + facts.compute_bytes // 3, _resident_bytes(facts) - 1)
     config = replace(config, memory_bytes=memory, host_memory_bytes=2**30)
     if mode == "host":
         return config

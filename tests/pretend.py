@@ -13,6 +13,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,6 +136,9 @@ class PretendDevice:
     def peak_bytes(self) -> int:
         return sum(self.allocated)
 
+    def free_unused(self) -> None:
+        pass
+
     def is_lost(self, error: BaseException) -> bool:
         return "device lost" in str(error)
 
@@ -145,11 +149,29 @@ class PretendDevice:
 
 
 class PretendCuda(PretendDevice):
-    """``cuda:index``; threads that use it can make tensors there."""
+    """``cuda:index``; threads that use it can make tensors there. Past the ceiling it is out of memory.
+
+    Attributes:
+        live_bytes, most_bytes: of storages that tensors there have.
+    """
 
     def __init__(self, index: int = 0, **options: Any) -> None:
         super().__init__(late_compute=False, **options)
         self.torch_device = torch.device("cuda", index)
+        self.live_bytes = self.most_bytes = 0
+        _DEVICES[self.torch_device] = self
+
+    def peak_bytes(self) -> int:
+        return self.most_bytes
+
+    def took(self, num_bytes: int) -> None:
+        """A storage was made."""
+        self.live_bytes += num_bytes
+        self.most_bytes = max(self.most_bytes, self.live_bytes)
+        if self.ceiling is not None and self.live_bytes > self.ceiling and self.is_strict:
+            raise torch.OutOfMemoryError(f"pretended: {self.live_bytes} bytes of {self.ceiling}")
+
+    is_strict = False
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -165,6 +187,27 @@ class PretendCuda(PretendDevice):
 
 
 _PRETENDING = threading.local()
+_DEVICES: dict[torch.device, PretendCuda] = {}
+_STORAGES: dict[tuple[torch.device, int], int] = {}  # tensors on each
+
+
+def _count(tensor: torch.Tensor, inner: torch.Tensor, device: torch.device) -> None:
+    """The device holds the storage of *inner* as long as a tensor like *tensor* has it."""
+    holder, storage = _DEVICES.get(device), inner.untyped_storage()
+    if holder is None:
+        return
+    key, num_bytes = (device, storage._cdata), storage.nbytes()
+    _STORAGES[key] = _STORAGES.get(key, 0) + 1
+    weakref.finalize(tensor, _let_go, key, num_bytes, holder)
+    if _STORAGES[key] == 1:
+        holder.took(num_bytes)
+
+
+def _let_go(key: tuple[torch.device, int], num_bytes: int, holder: PretendCuda) -> None:
+    _STORAGES[key] -= 1
+    if not _STORAGES[key]:
+        del _STORAGES[key]
+        holder.live_bytes -= num_bytes
 
 
 class _OnDevice(torch.Tensor):
@@ -183,6 +226,7 @@ class _OnDevice(torch.Tensor):
             device=device,
         )
         made.inner = inner
+        _count(made, inner, device)
         return made
 
     @classmethod

@@ -25,6 +25,7 @@ from layerstream.kv.store import PrefixStore
 from layerstream.kv.swap import PageSwap
 from layerstream.loop import LoopCounters
 from layerstream.machine import available_memory_bytes
+from layerstream.model.device_attention import resolve_attention
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
 from layerstream.model.runner import SweepRunner
@@ -244,10 +245,13 @@ def _assemble(
         swap = PageSwap(states)
         scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader
-        device_kv = None
+        device_kv, prefers_flash = None, False
         if device is not None:
+            prefers_flash = resolve_attention(config.attention, device.torch_device)
             device_kv = DeviceKV(device, states, plan.num_pages, plan.page_tokens, rides=plan.facts.kv_rides)
-        runner = SweepRunner(skeleton, weights, embedding, states, plan.head_rows, loader, device, device_kv)
+        runner = SweepRunner(
+            skeleton, weights, embedding, states, plan.head_rows, loader, device, device_kv, prefers_flash
+        )
         return Assembly(
             config=config,
             tokenizer=tokenizer,
@@ -258,7 +262,7 @@ def _assemble(
             reader=reader,
             weights=weights,
             scheduler=scheduler,
-            step=SweepStep(scheduler, runner, weights, store),
+            step=SweepStep(scheduler, runner, weights, store, device),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
             swap=swap,

@@ -110,7 +110,9 @@ class LayerStream:
         self._progress = make_listener(progress)
         self._parts: Assembly = run_apart(lambda: _build(config, self._progress), Assembly.close)
         parts = self._parts
-        self._loop = EngineLoop(parts.scheduler, parts.step, parts.drafting, parts.weights, self._progress)
+        self._loop = EngineLoop(
+            parts.scheduler, parts.step, parts.drafting, parts.weights, self._progress, parts.device
+        )
         self._close = weakref.finalize(self, _shut, self._loop, self._parts)
         loop = self._loop
         self._intake = Intake(parts, loop.cancel, lambda: parts.seconds_per_sweep(loop.counters))

@@ -26,6 +26,8 @@
     ├── StorageFull (OSError)                no room on the disk; what is there already is kept
     ├── ReadError (OSError)                  the disk failed in the middle of a sweep
     ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
+    ├── OutOfMemory (MemoryError)            not even a small sweep fits; says what would help
+    ├── DeviceLost (RuntimeError)            the accelerator will not compute again in this process
     ├── RequestTimeout (TimeoutError)
     └── EngineClosed (RuntimeError)
 
@@ -145,6 +147,14 @@ class ReadError(LayerStreamError, OSError):
 
 class InvalidLogits(LayerStreamError, ArithmeticError):
     """The model's logits for a sequence are unusable; that request fails, its neighbours go on."""
+
+
+class OutOfMemory(LayerStreamError, MemoryError):
+    """A sweep did not fit the memory, and there was nothing left to make smaller; its requests fail, others go on."""
+
+
+class DeviceLost(LayerStreamError, RuntimeError):
+    """The accelerator failed for good; requests fail, the process goes on, and a new process can use it again."""
 
 
 class RequestTimeout(LayerStreamError, TimeoutError):

@@ -62,11 +62,8 @@ def fused_rows(kernels: Iterable[str]) -> dict[str, int]:
 
 def measure(kernel: str) -> int:
     """The most rows for which *kernel* is no slower than decoding; 0: it is slower, wrong or absent."""
-    codec, planes = _MATRICES[kernel]()
-    columns = SIZE
-    scratch = torch.empty(tile_rows(codec, SIZE, columns) * columns, dtype=torch.bfloat16)
-    matrix = PackedMatrix(codec, planes, 0, SIZE, columns, scratch)
-    inputs = torch.randn((ROWS[-1], columns), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    matrix = sample_matrix(kernel)
+    inputs = torch.randn((ROWS[-1], SIZE), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     try:
         if not _agrees(matrix, inputs[:2]):
             return 0
@@ -80,6 +77,13 @@ def measure(kernel: str) -> int:
         return 0
     logger.info("the kernel %s is used for up to %d rows", kernel, best)
     return best
+
+
+def sample_matrix(kernel: str) -> PackedMatrix:
+    """A random matrix ``(SIZE, SIZE)`` that *kernel* multiplies by."""
+    codec, planes = _MATRICES[kernel]()
+    scratch = torch.empty(tile_rows(codec, SIZE, SIZE) * SIZE, dtype=torch.bfloat16)
+    return PackedMatrix(codec, planes, 0, SIZE, SIZE, scratch)
 
 
 def _agrees(matrix: PackedMatrix, inputs: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch
 from layerstream.answer import Answer
 from layerstream.beams import BeamAnswer
 from layerstream.draft import DraftTree
-from layerstream.errors import EngineClosed, GrammarError
+from layerstream.errors import DeviceLost, EngineClosed, GrammarError
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
 from layerstream.inbox import Inbox
 from layerstream.model.weights import ModelWeights
@@ -32,6 +32,7 @@ from layerstream.scheduling.scheduler import Scheduler
 from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
 from layerstream.step import SweepStep
+from layerstream.streaming.device import Device
 from layerstream.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class EngineLoop:
         drafting: TreeDrafting,
         weights: ModelWeights,
         listener: Listener | None,
+        device: Device | None = None,
     ) -> None:
         self.counters = LoopCounters()
         self._scheduler = scheduler
@@ -80,6 +82,8 @@ class EngineLoop:
         self._drafting = drafting
         self._weights = weights
         self._listener = listener
+        self._device = device
+        self._lost: DeviceLost | None = None
         self._changed = threading.Condition()
         self._inbox = Inbox(self._moment)
         self._cancelled: set[Request] = set()
@@ -95,7 +99,7 @@ class EngineLoop:
         """Let *answers* join at the next sweep, all of them at the same one."""
         with self._changed:
             if self._is_closing:
-                raise EngineClosed("the engine is closed; make a new LayerStream")
+                raise self._lost or EngineClosed("the engine is closed; make a new LayerStream")
             self._inbox.put(answers, len({answer.request for answer in answers}))
             self._changed.notify_all()
 
@@ -161,7 +165,10 @@ class EngineLoop:
             logits = self._sweep_step.run(sweep)
         except EngineClosed:
             raise
-        except Exception as error:  # noqa: BLE001  # whatever a sweep dies of, only its own requests die with it
+        except Exception as error:  # whatever a sweep dies of, only its own requests die with it
+            if self._device is not None and self._device.is_lost(error):
+                self._lost = _lost(error)
+                raise EngineClosed("the device is lost") from error
             self._fail(sweep, error)
             return
         if logits is None:
@@ -333,9 +340,10 @@ class EngineLoop:
             left = [*self._all_answers(), *self._inbox.drain()]
             self._answers.clear()
         if self._weights.streamer is not None:
-            self._weights.streamer.abort()
+            with contextlib.suppress(*([Exception] if self._lost else [])):
+                self._weights.streamer.abort()
         for answer in left:
-            answer.request.fail(_closed())
+            answer.request.fail(self._lost or _closed())
 
     def _unit_done(self, num_bytes: int) -> None:
         if self._is_closing:
@@ -350,6 +358,15 @@ class EngineLoop:
     def _emit(self, event: Event) -> None:
         if self._listener is not None:
             self._listener(event)
+
+
+def _lost(error: Exception) -> DeviceLost:
+    lost = DeviceLost(
+        f"the accelerator failed and will not compute again in this process: {error}; what the KV store has is kept: "
+        "start a new process, and look at the driver's log (dmesg, nvidia-smi) if it happens again"
+    )
+    lost.__cause__ = error
+    return lost
 
 
 def _closed() -> EngineClosed:

@@ -36,6 +36,23 @@ def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
     Raises:
         BudgetTooSmall: names the minimum.
     """
+    facts, skeleton, folder = plan_facts(config)
+    return spend(config, facts), skeleton, folder
+
+
+def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
+    """The plan for a model of *facts*.
+
+    Raises:
+        BudgetTooSmall: names the minimum.
+    """
+    if facts.is_on_device:
+        return _device_plan(config, facts)
+    return make_plan(facts, _budget(config, facts, available_memory_bytes()))
+
+
+def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
+    """What the plan for *config* depends on, the skeleton and the folder it comes from."""
     folder = config.packed or locate_model(config)
     is_on_device = resolve_device(config.device).type != "cpu"
     skeleton = build_skeleton(
@@ -53,9 +70,7 @@ def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
         can_spill=config.kv_store is not None,
         is_on_device=is_on_device,
     )
-    if not is_on_device:
-        return make_plan(facts, _budget(config, facts, available_memory_bytes())), skeleton, folder
-    return _device_plan(config, facts), skeleton, folder
+    return facts, skeleton, folder
 
 
 def _device_plan(config: EngineConfig, facts: ModelFacts) -> Plan:

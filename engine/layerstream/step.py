@@ -8,12 +8,14 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from layerstream.errors import OutOfMemory
 from layerstream.kv.loader import PagesLost
 from layerstream.kv.store import PrefixStore
 from layerstream.model.runner import SweepRunner
 from layerstream.model.weights import ModelWeights
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sequence import Sequence
+from layerstream.streaming.device import Device, is_out_of_memory
 from layerstream.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -28,12 +30,18 @@ class SweepStep:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: SweepRunner, weights: ModelWeights, store: PrefixStore | None
+        self,
+        scheduler: Scheduler,
+        runner: SweepRunner,
+        weights: ModelWeights,
+        store: PrefixStore | None,
+        device: Device | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._weights = weights
         self._store = store
+        self._device = device
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
@@ -42,9 +50,11 @@ class SweepStep:
         """Logits of the sampled rows; the pages are committed, and those of prompts on their way to the store.
 
         Returns:
-            ``None`` if a stored page turned out damaged or gone: nothing happened, and the next sweep computes it.
+            ``None`` if a stored page turned out damaged or gone, or memory ran out: nothing happened, and the next
+            sweep computes that page, or carries less.
 
         Raises:
+            OutOfMemory: and sweeps cannot carry less.
             Whatever the sweep died of; nothing was committed then.
         """
         started, waited = time.perf_counter(), self._waited_seconds()
@@ -55,6 +65,11 @@ class SweepStep:
             assert self._store is not None
             self._store.lose(lost.key)
             self._scheduler.lose(lost.key)
+            return None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shrink(error)
             return None
         computed = time.perf_counter() - started - (self._waited_seconds() - waited)
         self._scheduler.budget.observe(sweep.num_decode_blocks, sweep.num_prompt_rows, computed)
@@ -69,6 +84,23 @@ class SweepStep:
                 num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
                 self._store.publish(published, computed * num_tokens / sweep.num_tokens)
         return logits
+
+    def _shrink(self, error: Exception) -> None:
+        device = self._device
+        if device is not None:
+            device.free_unused()
+        if not self._scheduler.shrink():
+            raise OutOfMemory(
+                f"memory ran out in the smallest sweep there is ({error}): close other programs that use it, ask for "
+                "fewer answers at once, or give the engine less of the memory, so that weights leave more room"
+            ) from error
+        limits = self._scheduler.limits
+        logger.warning(
+            "memory ran out; from now on a sweep carries at most %d tokens of prompts and %d guesses: %s",
+            limits.max_tokens,
+            limits.max_draft_rows,
+            error,
+        )
 
     def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
         """The guesses *nodes*, a path from the root of *sequence*'s draft in the last sweep, were right."""

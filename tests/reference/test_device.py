@@ -1,11 +1,13 @@
-"""On a pretended device, wherever the weights are: every operation has its tensors in one place, every copy is late, and
-tokens and logits are those of plain transformers. (All families and formats run on it in the tests of those.)"""
+"""On a pretended device, wherever the weights are: every operation has its tensors in one place, every copy is late,
+and tokens and logits are those of plain transformers. (All families and formats run on it in the tests of those.)"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from layerstream.planner import facts as assumed
+from layerstream.planner import spending
 from layerstream.sizing import plan_model
 
 from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
@@ -35,3 +37,27 @@ def test_wherever_the_weights_are(
     assert pretended_cuda.peak_bytes() <= config.memory_bytes
     assert not pretended_cuda.pinned, "host memory was left pinned"
     assert pretended_cuda.ceiling == config.memory_bytes
+
+
+@pytest.mark.parametrize("wide", [1, 8], ids=["narrow", "wide"])
+@pytest.mark.parametrize("mode", ["device-resident", "device-host", "device-cut"])
+@pytest.mark.parametrize("lengths", [[1000], [300, 40, 7, 90] * 8], ids=["one long", "many"])
+def test_the_ceiling_holds(
+    lengths: list[int],
+    mode: str,
+    wide: int,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pretended_cuda: PretendCuda,
+) -> None:
+    """Every tensor that the device holds is counted, those of an instant as well."""
+    monkeypatch.setattr(assumed, "DEVICE_SWEEP_TOKENS", 2048)
+    monkeypatch.setattr(assumed, "DEVICE_PROMPT_ROWS", 256)
+    monkeypatch.setattr(spending, "MIN_KV_TOKENS", 1088)
+    make_model("llama", tmp_path, sizes={"intermediate_size": 96 * wide})
+    add_tokenizer(tmp_path, tokenizer_folder)
+    config = config_for(tmp_path, mode)
+    run_greedily(config, [draw_prompt(length, seed) for seed, length in enumerate(lengths)])
+    assert config.memory_bytes is not None
+    assert 0 < pretended_cuda.most_bytes <= config.memory_bytes

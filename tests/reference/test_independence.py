@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream.assembly import assemble
-from layerstream.config import EngineConfig
 from layerstream.planner import spending
 from layerstream.self_check import step_greedily
 
-from tests.harness import add_tokenizer, budget_for, config_for, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 
 
@@ -41,7 +40,7 @@ def test_suspended_and_resumed(
     monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)
     make_model("llama", tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
-    config = EngineConfig(str(tmp_path), memory_bytes=budget_for(tmp_path, "layers"), dtype=dtype, max_context=250)
+    config = replace(config_for(tmp_path, "layers", dtype), max_context=250)
     prompts = [draw_prompt(length, seed) for seed in (1, 2) for length in (70, 40, 90, 50)]
     parts = assemble(config, None)
     try:

@@ -1,24 +1,125 @@
-"""``layerstream plan``: what would fit where, before a weight is read."""
+"""``layerstream plan``: what would fit where, and how fast it would be, before a weight is read."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerstream.cli.report import format_seconds, format_streamed
+from layerstream.errors import BudgetTooSmall
 from layerstream.kv.config import store_config
-from layerstream.sizes import parse_size
+from layerstream.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from layerstream.config import EngineConfig
+    from layerstream.model.skeleton import Skeleton
+    from layerstream.planner import ModelFacts, Plan
+    from layerstream.planner.forecast import Forecast
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, or 'demo'.")],
+    model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo'.")],
     memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Host memory behind an accelerator.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    context: Annotated[int, typer.Option(help="Tokens of a prompt, for the time to the first token.")] = 1000,
+    quantization: Annotated[str | None, typer.Option(help="As if packed: nf4, int8, int4.")] = None,
     dtype: Annotated[str, typer.Option(help="What to compute in: auto, bfloat16, float16, float32.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Draw a sweep, predicted and measured, as a PNG.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine again.")] = False,
 ) -> None:
-    """Show how a memory budget would be spent on a model."""
+    """Show how a memory budget would be spent on a model, and how fast it would be."""
     from layerstream.config import EngineConfig
-    from layerstream.sizing import plan_model
+    from layerstream.sizing import spend
 
-    budget = None if memory is None else parse_size(memory)
-    config = EngineConfig(model, memory_bytes=budget, dtype=dtype, kv_store=store_config("auto"))
-    typer.echo(plan_model(config)[0])
+    config = EngineConfig(
+        model,
+        device=device,
+        memory_bytes=None if memory is None else parse_size(memory),
+        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+        dtype=dtype,
+        kv_store=store_config("auto"),
+    )
+    facts, skeleton = _facts(config, quantization)
+    made = spend(config, facts)
+    typer.echo(made)
+    forecast = _forecast(config, made, skeleton, context, again=probe)
+    typer.echo()
+    for name, value, note in _rows(config, facts, forecast):
+        typer.echo(f"{name:<20}{value:>11}  {note}".rstrip())
+    from layerstream.kernels import fused_rows
+    from layerstream.planner.advice import advise
+
+    best = advise(facts, forecast, fused_rows)
+    typer.echo(
+        f"\nwhat would help most: {best[0]}" if best else "\nnothing that is known here would make it much faster"
+    )
+    if plot is not None:
+        from layerstream.plot import draw
+
+        typer.echo(f"drawn to {draw(config, forecast, plot)}")
+
+
+def _facts(config: EngineConfig, quantization: str | None) -> tuple[ModelFacts, Skeleton]:
+    """Of the model, as it is or as it would be packed."""
+    from layerstream.kernels import fused_rows
+    from layerstream.planner.advice import quantised
+    from layerstream.sizing import plan_facts
+
+    facts, skeleton, _ = plan_facts(config)
+    if quantization is None:
+        return facts, skeleton
+    dataclasses.replace(config, quantization=quantization)  # checks the name
+    return quantised(facts, quantization, fused_rows) or facts, skeleton
+
+
+def _forecast(config: EngineConfig, made: Plan, skeleton: Skeleton, context: int, *, again: bool) -> Forecast:
+    from layerstream.planner.forecast import Forecast
+    from layerstream.probe import rates_for
+    from layerstream.streaming.device import resolve_device
+
+    rates = rates_for(skeleton, resolve_device(config.device), again=again)
+    return Forecast(made, rates, str(skeleton.dtype).removeprefix("torch."), context)
+
+
+def _rows(config: EngineConfig, facts: ModelFacts, forecast: Forecast) -> Iterator[tuple[str, str, str]]:
+    plan, rates = forecast.plan, forecast.rates
+    yield "minimum budget", format_size(_minimum(config, facts)), "below it nothing runs"
+    yield "whole process", format_size(forecast.process_bytes), "with Python and the libraries"
+    if forecast.device_bytes is not None:
+        yield "whole process", format_size(forecast.device_bytes), "on the device, with its libraries"
+    yield "disk", f"{format_streamed(int(rates.disk))}/s", _disk_note(rates.disk, forecast)
+    if rates.link:
+        yield "link", f"{format_streamed(int(rates.link))}/s", "host memory to device"
+    yield "sweep", format_seconds(forecast.sweep_seconds), f"one token; the {forecast.bound_by} takes longest"
+    if plan.streams:
+        yield "N*", f"{forecast.free_tokens:,}", "tokens of a prompt that a sweep computes meanwhile"
+    tokens = f"{forecast.context_tokens:,} tokens"
+    yield "first token, cold", format_seconds(forecast.cold_seconds), f"prompt of {tokens}"
+    yield "first token, warm", format_seconds(forecast.warm_seconds), "its KV stored"
+    yield "tokens per second", f"{forecast.tokens_per_second:.2f}", "one answer, guesses included"
+    yield "KV", format_size(forecast.kv_bytes_per_thousand), "per 1,000 tokens, in memory and in the store"
+    yield "weights on disk", format_size(plan.facts.stored_bytes), "nothing is written, unless packed"
+
+
+def _minimum(config: EngineConfig, facts: ModelFacts) -> int:
+    from layerstream.sizing import spend
+
+    try:
+        spend(dataclasses.replace(config, memory_bytes=1), facts)
+    except BudgetTooSmall as error:
+        return error.required_bytes
+    return 1
+
+
+def _disk_note(rate: float, forecast: Forecast) -> str:
+    from layerstream.planner.rates import SLOW_DISK
+
+    if rate < SLOW_DISK and forecast.plan.disk_bytes:
+        return f"slow: every sweep waits {format_seconds(forecast.read_seconds)} for it; move the model"
+    return "direct reads of the model's files"

@@ -19,6 +19,15 @@ def describe_work(before: EngineStats, after: EngineStats) -> str:
     )
 
 
+def format_seconds(seconds: float) -> str:
+    """``"12 ms"``, ``"3.4 s"``, ``"2 min 5 s"``."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
 def format_streamed(num_bytes: int) -> str:
     """Decimal, as disks are sold: ``"31 MB"``, ``"5.1 GB"``."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

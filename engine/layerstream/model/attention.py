@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from layerstream.model.context import SweepContext, current
+from layerstream.model.device_attention import Sight, attend_on_device
 from layerstream.sequence import Sequence
 from layerstream.sweep import Span
 
@@ -75,7 +76,13 @@ def attend(
             keys, values = key[0, :, first : span.stop], value[0, :, first : span.stop]
         else:
             keys, values = past.read(span, first)
-        mask = _mask(context, span, first, window, chunk, query.shape[1] // keys.shape[0], query.device)
+        if query.device.type != "cpu":
+            sees = Sight(span.start, span.stop, first, window, chunk)
+            out[rows] = attend_on_device(
+                query[0, :, rows], keys, values, sees, scale, softcap, s_aux, prefers_flash=context.prefers_flash
+            )
+            continue
+        mask = _mask(context, span, first, window, chunk, query.shape[1] // keys.shape[0])
         grouped = query[0, :, rows].reshape(keys.shape[0], -1, query.shape[3])  # (kv heads, group · T, width)
         if softcap is None and s_aux is None and not _prefers_products(query, len(span)):
             result = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask, scale=scale)[0]
@@ -143,7 +150,6 @@ def _mask(
     window: int | None,
     chunk: int | None,
     groups: int,
-    device: torch.device,
 ) -> torch.Tensor | None:
     """``(groups · T, visible)`` booleans, or ``None`` where a single row sees all that was read."""
     if len(span) == 1:
@@ -151,13 +157,7 @@ def _mask(
     key = (span.start, span.stop, first, window, chunk, groups)
     mask = context.masks.get(key)
     if mask is None:
-        rows = torch.arange(span.start, span.stop, device=device)[:, None]
-        columns = torch.arange(first, span.stop, device=device)[None, :]
-        mask = columns <= rows
-        if window is not None:
-            mask &= columns > rows - window
-        if chunk is not None:
-            mask &= columns // chunk == rows // chunk
+        mask = Sight(span.start, span.stop, first, window, chunk).mask(torch.device("cpu"))
         mask = context.masks[key] = mask.repeat(groups, 1)
     return mask
 

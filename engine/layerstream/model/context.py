@@ -45,11 +45,13 @@ class SweepContext:
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
         drafted: keys and values of the sweep's guesses.
+        prefers_flash: on an accelerator, attend with the flash-attn package where it can.
     """
 
     sweep: Sweep
     states: Seq[PagedRows]
     reach: Callable[[int], None] | None = None
+    prefers_flash: bool = False
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
     drafted: DraftedRows = field(init=False)

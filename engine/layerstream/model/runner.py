@@ -42,6 +42,7 @@ class SweepRunner:
         loader: brings stored pages; ``None`` without a store.
         device: what computes; ``None``: the processor.
         device_kv: the KV on it.
+        prefers_flash: attend there with the flash-attn package.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class SweepRunner:
         loader: PageLoader | None = None,
         device: Device | None = None,
         device_kv: DeviceKV | None = None,
+        prefers_flash: bool = False,
     ) -> None:
         self._model = skeleton.model
         self._dtype = skeleton.dtype
@@ -64,6 +66,7 @@ class SweepRunner:
         self._loader = loader
         self._device = device
         self._device_kv = device_kv
+        self._prefers_flash = prefers_flash
         self._torch_device = torch.device("cpu") if device is None else device.torch_device
         self._drafted = DraftedRows({})
         self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
@@ -126,7 +129,7 @@ class SweepRunner:
 
     def _context(self, sweep: Sweep, loader: PageLoader | None) -> SweepContext:
         if self._device_kv is not None:
-            return SweepContext(sweep, self._device_kv.layers, self._device_kv.reach)
+            return SweepContext(sweep, self._device_kv.layers, self._device_kv.reach, self._prefers_flash)
         return SweepContext(sweep, self._states, None if loader is None else loader.wait)
 
     def _inputs(self, sweep: Sweep) -> dict[str, Any]:

@@ -285,6 +285,7 @@ def _weigh(
         row_step=matrix.codec.row_step,
         decode_bytes=decode_bytes(matrix, dtype, tile_values),
         value_bytes=prod(matrix.shape) * dtype.itemsize,
+        codec=matrix.codec.name,
         kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
     )
 

@@ -6,6 +6,7 @@ module runs and unbound right after.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
@@ -18,13 +19,14 @@ from layerstream.model.linear import JoinedLinears, LinearSlice, PlainMatrix, Sl
 from layerstream.model.matrices import Matrices, Weights, packed_parts
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.copies import CopyFeed
-from layerstream.streaming.device import Device
+from layerstream.streaming.device import Device, Mark
 from layerstream.streaming.feed import Feed, ReadFeed
 from layerstream.streaming.host import HostSource
 from layerstream.streaming.loader import load_unit
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import PlannedUnit, UnitPlan
 from layerstream.streaming.streamer import Streamer
+from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import Part, UnitLayout, lay_out
 
 OnBytes = Callable[[int], None]
@@ -65,6 +67,7 @@ class ModelWeights:
         self._resident: dict[int, dict[str, torch.Tensor]] = {}
         self.resident_bytes = 0
         self.on_unit: OnBytes = lambda num_bytes: None
+        self._timeline: Timeline | None = None
         streamed = [index for index in range(len(plan.units)) if index not in plan.residents]
         self._stream_index = {index: position for position, index in enumerate(streamed)}
         self.streamer: Streamer | None = None
@@ -221,10 +224,37 @@ class ModelWeights:
             if is_leaf and not inside and module is not embedding:
                 hooks.wrap(module)
 
+    def record(self, timeline: Timeline | None) -> None:
+        """Have *timeline* told of waits, copies and compute; ``None``: no more."""
+        self._timeline = timeline
+        if self.streamer is not None:
+            self.streamer.record(timeline)
+
+    def _begin(self) -> Mark | float:
+        """Compute with a unit begins; for :meth:`_finish`."""
+        if self._timeline is None or self._device is None:
+            return time.perf_counter()
+        mark = self._device.compute.mark(timed=True)
+        self._timeline.set_base(mark)
+        return mark
+
+    def _finish(self, index: int, began: Mark | float) -> None:
+        """A unit was computed."""
+        layout = self._layouts[index]
+        self.on_unit(layout.weight_bytes)
+        if self._timeline is None:
+            return
+        if isinstance(began, float | int):
+            self._timeline.add("compute", layout.name, began, time.perf_counter(), layout.weight_bytes)
+        elif self._device is not None:
+            stop = self._device.compute.mark(timed=True)
+            self._timeline.add_marks("compute", layout.name, began, stop, layout.weight_bytes)
+
     @contextmanager
     def _present(self, index: int) -> Iterator[None]:
+        began = self._begin()
         yield
-        self.on_unit(self._layouts[index].weight_bytes)
+        self._finish(index, began)
 
     @contextmanager
     def _passing(self, index: int, binding: hooks.Binding) -> Iterator[None]:
@@ -239,14 +269,17 @@ class ModelWeights:
     def _stored(self, index: int) -> Iterator[dict[str, torch.Tensor]]:
         """The tensors of a unit, resident or streamed, as they are stored."""
         if index in self._resident:
+            began = self._begin()
             yield self._resident[index]
-            self.on_unit(self._layouts[index].weight_bytes)
+            self._finish(index, began)
             return
         assert self.streamer is not None
         position = self._stream_index[index]
-        yield self.streamer.acquire(position)
+        tensors = self.streamer.acquire(position)
+        began = self._begin()
+        yield tensors
         self.streamer.release(position)  # not after an error: the sweep is aborted as a whole
-        self.on_unit(self._layouts[index].weight_bytes)
+        self._finish(index, began)
 
     def _slice(self, index: int) -> LinearSlice:
         rows = self._matrices.rows(self.plan.units[index])
@@ -275,15 +308,17 @@ class _Staying:
     def __init__(self, owner: ModelWeights, weights: Weights, units: list[int]) -> None:
         self._owner = owner
         self._weights = weights
-        self._sizes = [owner._layouts[index].weight_bytes for index in units]
+        self._units = units
+        self._began: Mark | float = 0.0
 
     def __call__(self) -> _Staying:
         return self
 
     def __enter__(self) -> Weights:
+        self._began = self._owner._begin()
         return self._weights
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            for num_bytes in self._sizes:
-                self._owner.on_unit(num_bytes)
+            for index in self._units:
+                self._owner._finish(index, self._began)

@@ -44,6 +44,8 @@ class ModelFacts:
         kv_rides: on the device there is the KV of the layers in hand only; else all of it as well.
         kv_tokens: tokens that there is room for KV of, wherever it has its place, at most.
         workspace_bytes: what the libraries that compute take.
+        is_cut: single Linears stream, so that what they give is there for all rows of a sweep; else row blocks pass
+            attention and MLP one by one.
     """
 
     body: tuple[WeightNode, ...]
@@ -68,6 +70,7 @@ class ModelFacts:
     kv_rides: bool = False
     kv_tokens: int = 2**62
     workspace_bytes: int = 0
+    is_cut: bool = False
 
     @property
     def decode_bytes(self) -> int:

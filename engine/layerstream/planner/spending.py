@@ -6,6 +6,7 @@ pages, the ring, and with all that is left a fixed set of resident units. If eve
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from layerstream.errors import BudgetTooSmall
@@ -132,6 +133,20 @@ def _decode_some(
 
 def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     facts = replace(facts, chunk_tokens=facts.streaming_chunk_tokens, kv_rides=facts.is_on_device)
+    with contextlib.suppress(BudgetTooSmall):
+        plan = _cut_plan(facts, budget_bytes)
+        if not _cuts_linears(plan):
+            return plan
+    return _cut_plan(replace(facts, is_cut=True), budget_bytes)
+
+
+def _cuts_linears(plan: Plan) -> bool:
+    whole = {node.name for node in plan.facts.body}
+    inner = {child.name for node in plan.facts.body for child in node.children if not child.num_rows}
+    return any(unit.module not in whole | inner for unit in plan.weights.body if not unit.pinned)
+
+
+def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     floor = _floor_bytes(facts)
     sweep_tokens = _sweep_tokens(facts, budget_bytes, floor)
     activations = _activation_bytes(facts, sweep_tokens)
@@ -255,12 +270,16 @@ def _least_kv_bytes(facts: ModelFacts) -> int:
 def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     """What a sweep of *sweep_tokens* computes with, at most.
 
-    Packed rows are there three times (in, out, embedding rows); one row block has its MLP's gate, up and product and
-    its attention's projections; logits of one row block are there twice, and of one row twice in fp32 and once in fp64.
+    Packed rows are there three times (in, out, embedding rows); one row block, or all of them where Linears stream one
+    by one, has its MLP's gate, up and product or its attention's projections; logits of one row block are there twice,
+    and of one row twice in fp32 and once in fp64.
     """
     block_rows = max(facts.chunk_tokens, facts.prompt_rows)
-    packed = 3 * (sweep_tokens + block_rows + facts.streaming_rows) * facts.hidden_size * facts.itemsize
+    rows = sweep_tokens + block_rows + facts.streaming_rows
+    packed = 3 * rows * facts.hidden_size * facts.itemsize
     block = block_rows * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
+    if facts.is_cut:
+        block = max(block, rows * max(3 * facts.intermediate_size, 8 * facts.hidden_size) * facts.itemsize)
     logits = facts.vocab_size * (2 * STREAMING_ROWS * facts.itemsize + 4 + 4 + 8)
     return packed + block + logits + facts.workspace_bytes
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Protocol
 
 from layerstream.draft import DraftTree
@@ -193,6 +194,17 @@ class Scheduler:
         self.prefixes.lose(key, self._running)
         for sequence in [s for s in self._running if s.is_long and key in s.prefix_keys]:
             self._restart(sequence)
+
+    def shrink(self) -> bool:
+        """A sweep did not fit the memory: from now on they carry half as much. False: they cannot carry less."""
+        limits = self.limits
+        least = max(limits.chunk_tokens, limits.prompt_rows)
+        if limits.max_tokens <= least and not limits.max_draft_rows:
+            return False
+        max_tokens, max_draft_rows = max(least, limits.max_tokens // 2), limits.max_draft_rows // 2
+        self.limits = replace(limits, max_tokens=max_tokens, max_draft_rows=max_draft_rows)
+        self.budget.max_draft_rows = max_draft_rows
+        return True
 
     def take_failed(self) -> list[tuple[Sequence, StorageFull]]:
         """Sequences that cannot go on, and why; they are still to be removed."""

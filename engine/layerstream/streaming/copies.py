@@ -16,6 +16,7 @@ and queues their copies. Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -96,7 +97,8 @@ class CopyFeed(Feed):
     def close(self) -> None:
         """End the copier. Idempotent."""
         self.interrupt(EngineClosed("the engine was closed while it copied weights"))
-        self._empty()
+        with contextlib.suppress(Exception):  # of a device that is lost
+            self._empty()
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -161,8 +163,12 @@ class CopyFeed(Feed):
             self._retire_one()
         memory = source.take(unit)
         inward.after(self._released)
+        is_timed = self.timeline is not None
+        started = inward.mark(timed=True) if is_timed else None
         inward.copy(self._memory(slot.offset, len(memory)), memory)
-        mark = inward.mark()
+        mark = inward.mark(timed=is_timed)
+        if self.timeline is not None and started is not None:
+            self.timeline.add_marks("copy", self.layouts[unit].name, started, mark, len(memory))
         with self._changed:
             self._copied[unit] = mark
             self.copied_bytes += self.layouts[unit].weight_bytes
@@ -172,7 +178,10 @@ class CopyFeed(Feed):
     def _retire_one(self) -> None:
         """Wait for the oldest copy from the host ring, and let its place there be used again."""
         mark, unit = self._retiring[0]
-        mark.wait()
+        try:
+            mark.wait()
+        except Exception as error:  # noqa: BLE001  # the device is lost; whoever waits for a unit must hear of it
+            super().interrupt(error)
         self._source.release(unit)
         with self._changed:
             self._retiring.popleft()

@@ -112,6 +112,10 @@ class Device(Protocol):
         """Most that was reserved of the device's memory at a time, by this process's allocator."""
         ...
 
+    def free_unused(self) -> None:
+        """Give back what the allocator holds in reserve."""
+        ...
+
     def is_lost(self, error: BaseException) -> bool:
         """Whether *error* means that the device will not compute again in this process."""
         ...
@@ -208,11 +212,20 @@ class CudaDevice:
         """Reserved, with what the allocator holds in reserve."""
         return self._module.max_memory_reserved(self.torch_device)
 
+    def free_unused(self) -> None:
+        """The allocator's cache."""
+        self._module.empty_cache()
+
     def is_lost(self, error: BaseException) -> bool:
         """Errors of the driver stay with the process; running out of memory is none."""
         if isinstance(error, torch.OutOfMemoryError):
             return False
         return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether *error* says that memory ran out, of a device or of the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -29,6 +29,7 @@ import torch
 from layerstream.errors import LayerStreamError
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.ring import Arena, RingAllocator
+from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import UnitLayout
 
 
@@ -50,6 +51,7 @@ class Feed(ABC):
             raise ValueError(f"a ring of {ring_bytes} bytes cannot hold the largest unit of {largest}")
         self.layouts = layouts
         self.wait_seconds = 0.0
+        self.timeline: Timeline | None = None
         self._ring = RingAllocator(ring_bytes)
         self._changed = threading.Condition()
         self._slots: dict[int, Slot] = {}

@@ -35,6 +35,7 @@ from layerstream.errors import EngineClosed, ReadError, TruncatedFile
 from layerstream.sizes import format_size
 from layerstream.streaming.residency import PAGE
 from layerstream.streaming.ring import Arena
+from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest
 
 Mode: TypeAlias = Literal["direct", "uncached", "buffered"]
@@ -63,6 +64,7 @@ class DirectReader:
 
     def __init__(self, num_threads: int = 4, *, direct: bool = True) -> None:
         self.stats = ReaderStats()
+        self.timeline: Timeline | None = None
         self._direct = direct
         self._files: dict[Path, _OpenFile] = {}
         self._heap: list[tuple[int, int, _Job]] = []
@@ -132,8 +134,10 @@ class DirectReader:
                 if job.request.destination is None and (bounce is None or bounce.num_bytes < job.request.num_bytes):
                     bounce = Arena(max(REQUEST_BYTES + PAGE, job.request.num_bytes))
                 self._count(1)
+                started = time.perf_counter()
                 try:
                     self._read(job, bounce)
+                    self._note(job.request, started)
                 except OSError as reason:
                     error = _read_error(job.request, reason)
                 except Exception as reason:  # noqa: BLE001  # whoever waits must hear of it, whatever it is
@@ -200,6 +204,12 @@ class DirectReader:
         with self._changed:
             self.stats.num_requests += 1
             self.stats.read_bytes += got
+
+    def _note(self, request: ReadRequest, started: float) -> None:
+        if self.timeline is not None:
+            track = threading.current_thread().name.removeprefix("layerstream-")
+            name = f"{request.path.name} at {format_size(request.offset)}"
+            self.timeline.add(track, name, started, time.perf_counter(), request.num_bytes)
 
     def _open(self, path: Path) -> _OpenFile:
         file = self._files.get(path)

@@ -33,6 +33,7 @@ class WeightNode:
         decode_bytes: what decoding takes if the module is a quantised Linear; its weights stay quantised. Such a Linear
             is a unit of its own.
         value_bytes: of such a Linear, decoded in the compute dtype.
+        codec: how such a Linear is stored.
         kernel: that could multiply by it undecoded; ``""``: none.
         children: modules below, in module order.
     """
@@ -44,6 +45,7 @@ class WeightNode:
     row_step: int = 1
     decode_bytes: int = 0
     value_bytes: int = 0
+    codec: str = ""
     kernel: str = ""
     children: tuple[WeightNode, ...] = ()
 

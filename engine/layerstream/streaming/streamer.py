@@ -12,6 +12,7 @@ The order is the schedule; a :class:`Feed` brings units into its ring ahead of i
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ import torch
 
 from layerstream.errors import LayerStreamError
 from layerstream.streaming.feed import Feed
+from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import UnitLayout
 
 
@@ -46,6 +48,7 @@ class Streamer:
         self._expected: deque[int] = deque()
         self._asked: list[int] = []
         self.streamed_bytes = 0
+        self._timeline: Timeline | None = None
 
     @property
     def layouts(self) -> Sequence[UnitLayout]:
@@ -101,8 +104,11 @@ class Streamer:
             raise ScheduleMismatch(f"the model asked for {found}; the schedule says {expected}")
         else:
             self._fetch_on_demand(unit)
+        started = time.perf_counter()
         memory = self._feed.take(unit)
         layout = self.layouts[unit]
+        if self._timeline is not None:
+            self._timeline.add("wait", layout.name, started, time.perf_counter())
         self.streamed_bytes += layout.weight_bytes
         return views(layout, memory)
 
@@ -115,6 +121,10 @@ class Streamer:
         self._expected.clear()
         self._is_ahead = False
         self._feed.abort()
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Have *timeline* told of waits and copies; ``None``: no more."""
+        self._timeline = self._feed.timeline = timeline
 
     def interrupt(self, error: Exception) -> None:
         """Make the consumer's present or next ``acquire`` raise *error* (from any thread), until ``abort``."""

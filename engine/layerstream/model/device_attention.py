@@ -1,0 +1,180 @@
+"""Attention of one span on an accelerator: fused kernels, and matrix products where those lack an argument.
+
+| what attends | kernel |
+|---|---|
+| flash-attn is installed and wanted; fp16 or bf16, no sinks, no attention chunks across the span | flash-attn |
+| a soft cap (Gemma 2), sinks (gpt-oss), or shapes that no fused kernel takes | products, some rows at a time |
+| everything else | torch's SDPA, never its back end that writes all scores out |
+
+Nothing here has the size of prompt times prompt: a span is one chunk of a prompt, or one token, and products are cut
+to :data:`SCORES_AT_ONCE`. A span's kernels are called with its own shape alone, so neighbours change no bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from layerstream.errors import MissingExtra
+
+SCORES_AT_ONCE = 2**23  # 32 MiB in fp32
+FLASH_WIDTH = 256  # of a head, at most
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What rows ``[start, stop)`` of a sequence see of its positions ``[first, stop)``."""
+
+    start: int
+    stop: int
+    first: int
+    window: int | None
+    chunk: int | None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether it is one row, which sees all that is there."""
+        return self.stop - self.start == 1
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether rows see all positions up to their own, or a window of them."""
+        return self.chunk is None or self.start // self.chunk == (self.stop - 1) // self.chunk
+
+    def mask(self, device: torch.device, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """``(rows, visible)`` booleans, of rows ``[start, stop)`` if only some are wanted."""
+        rows = torch.arange(start or self.start, stop or self.stop, device=device)[:, None]
+        columns = torch.arange(self.first, self.stop, device=device)[None, :]
+        mask = columns <= rows
+        if self.window is not None:
+            mask &= columns > rows - self.window
+        if self.chunk is not None:
+            mask &= columns // self.chunk == rows // self.chunk
+        return mask
+
+
+def attend_on_device(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sees: Sight,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    *,
+    prefers_flash: bool = False,
+) -> torch.Tensor:
+    """``(T, heads, width of values)`` for query ``(heads, T, width)``, keys and values ``(kv heads, L, width)``."""
+    if prefers_flash and sinks is None and sees.is_causal and _suits_flash(query, values):
+        return _flash(query, keys, values, sees, scale, softcap)
+    shape = query.dtype, query.shape[-1], values.shape[-1]
+    if softcap is None and sinks is None and shape not in _NOT_FUSED:
+        try:
+            return _fused(query, keys, values, sees, scale)
+        except RuntimeError as error:
+            if "o available kernel" not in str(error):
+                raise
+            _NOT_FUSED.add(shape)
+    return _products(query, keys, values, sees, scale, softcap, sinks)
+
+
+def resolve_attention(name: str, device: torch.device) -> bool:
+    """Whether to prefer flash-attn, where *name* is ``"auto"``, ``"sdpa"`` or ``"flash_attn"``.
+
+    Raises:
+        MissingExtra: it was asked for and is not installed.
+    """
+    is_there = importlib.util.find_spec("flash_attn") is not None
+    if name == "flash_attn" and not is_there:
+        raise MissingExtra("flash_attn", "flash")
+    return name != "sdpa" and is_there and device.type == "cuda"
+
+
+_NOT_FUSED: set[tuple[torch.dtype, int, int]] = set()
+
+
+def _fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: Sight, scale: float) -> torch.Tensor:
+    """By SDPA. KV heads stand where batches do, query heads that share one where heads do: nothing is copied."""
+    kv_heads, num_rows = keys.shape[0], query.shape[1]
+    if sees.is_everything:  # the heads of a group are its rows
+        grouped = query.reshape(1, kv_heads, -1, query.shape[2])
+        with sdpa_kernel(_FUSED):
+            found = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scale)
+        return found.reshape(query.shape[0], 1, -1).transpose(0, 1)
+    grouped = query.unflatten(0, (kv_heads, -1))
+    of_group = [part[:, None].expand(-1, grouped.shape[1], -1, -1) for part in (keys, values)]
+    with sdpa_kernel(_FUSED):
+        found = F.scaled_dot_product_attention(grouped, *of_group, attn_mask=sees.mask(query.device), scale=scale)
+    return found.reshape(query.shape[0], num_rows, -1).transpose(0, 1)
+
+
+def _products(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sees: Sight,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """As transformers' eager attention: scores in the compute dtype, their softmax in fp32."""
+    kv_heads, num_rows, width = keys.shape[0], query.shape[1], values.shape[2]
+    grouped = query.unflatten(0, (kv_heads, -1))  # (kv heads, group, T, width)
+    out = query.new_empty((num_rows, query.shape[0], width))
+    step = max(1, SCORES_AT_ONCE // (query.shape[0] * keys.shape[1]))
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        scores = torch.matmul(grouped[:, :, rows], keys[:, None].transpose(2, 3)).float().mul_(scale)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if not sees.is_everything:
+            hidden = ~sees.mask(query.device, sees.start + rows.start, sees.start + rows.stop)
+            scores.masked_fill_(hidden, float("-inf"))
+        if sinks is not None:
+            column = sinks.float().view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, column], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : keys.shape[1]].to(values.dtype)
+        found = torch.matmul(weights, values[:, None])  # (kv heads, group, rows, width)
+        out[rows] = found.flatten(0, 1).transpose(0, 1)
+    return out
+
+
+def _flash(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sees: Sight,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """By flash-attn, whose causal mask ends with the last position of both."""
+    window = (-1, -1) if sees.window is None else (sees.window - 1, 0)
+    found = _flash_attn()(
+        query.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        softmax_scale=scale,
+        causal=True,
+        window_size=window,
+        softcap=softcap or 0.0,
+    )
+    return found[0]
+
+
+def _suits_flash(query: torch.Tensor, values: torch.Tensor) -> bool:
+    is_half = query.dtype in {torch.float16, torch.bfloat16}
+    return is_half and query.shape[-1] == values.shape[-1] <= FLASH_WIDTH
+
+
+@functools.cache
+def _flash_attn() -> Any:
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    return flash_attn_func

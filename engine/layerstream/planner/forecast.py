@@ -1,0 +1,147 @@
+"""How fast a plan will be: pure arithmetic over rates.
+
+A sweep takes the longest of what it reads from disk, what crosses the link to the device, and what it computes; all
+three go on at once (design: "the economics"). A row block computes with every weight; quantised weights that no kernel
+multiplies by are decoded once for all row blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from layerstream.planner.facts import STREAMING_ROWS
+from layerstream.planner.plan import Plan
+from layerstream.planner.rates import Rates
+from layerstream.streaming.residency import PlannedUnit, WeightNode, linears
+
+TOKENS_PER_SWEEP = 2.7  # accepted, guesses from the context alone: measured on held-out questions (benchmarks/drafting)
+ANSWER_TOKENS = 64
+CONTEXT_TOKENS = 1000
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What *plan* takes on a machine with *rates*.
+
+    Attributes:
+        context_tokens: of the prompt whose first token is waited for.
+        dtype: that is computed in.
+    """
+
+    plan: Plan
+    rates: Rates
+    dtype: str
+    context_tokens: int = CONTEXT_TOKENS
+
+    @property
+    def read_seconds(self) -> float:
+        """What a sweep reads from disk."""
+        return self.plan.disk_bytes / self.rates.disk
+
+    @property
+    def copy_seconds(self) -> float:
+        """What crosses the link in a sweep."""
+        return self.plan.streamed_bytes / self.rates.link if self.rates.link else 0.0
+
+    @cached_property
+    def decode_seconds(self) -> float:
+        """Computing one row block of decode rows."""
+        return self.compute_seconds([self.plan.decode_rows], 1)
+
+    @cached_property
+    def sweep_seconds(self) -> float:
+        """A sweep that decodes one sequence."""
+        return self._longest(self.decode_seconds)
+
+    @property
+    def bound_by(self) -> str:
+        """What a sweep waits for: ``"disk"``, ``"link"`` or ``"compute"``."""
+        taken = {"disk": self.read_seconds, "link": self.copy_seconds, "compute": self.decode_seconds}
+        return max(taken, key=lambda name: taken[name])
+
+    @cached_property
+    def free_tokens(self) -> int:
+        """N*: prompt tokens whose compute hides behind the bytes of a sweep; 0 where nothing streams."""
+        moved = max(self.read_seconds, self.copy_seconds)
+        rows = max(self.plan.prompt_rows, self.plan.page_tokens)
+        block = self.compute_seconds([rows], 0)
+        return int(rows * moved / block) if block else 0
+
+    @cached_property
+    def cold_seconds(self) -> float:
+        """From the question to the first token, nothing stored."""
+        left, seconds = self.context_tokens, 0.0
+        while left > 0:
+            tokens = min(left, self.plan.max_sweep_tokens)
+            left -= tokens
+            seconds += self._longest(self.compute_seconds(self._prompt_blocks(tokens), 1 if left <= 0 else 0))
+        return seconds
+
+    @cached_property
+    def warm_seconds(self) -> float:
+        """The same with the context's KV stored; the question is a chunk of its own."""
+        stored = self.context_tokens * self.plan.facts.kv_token_bytes / self.rates.disk
+        compute = self.compute_seconds(self._prompt_blocks(self.plan.page_tokens), 1)
+        return max(self._longest(compute), self.read_seconds + stored)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one answer."""
+        return TOKENS_PER_SWEEP / self.sweep_seconds
+
+    @property
+    def answer_seconds(self) -> float:
+        """A question about a stored context, answered."""
+        return self.warm_seconds + (ANSWER_TOKENS - 1) / self.tokens_per_second
+
+    @property
+    def kv_bytes_per_thousand(self) -> int:
+        """KV of 1,000 tokens, in memory and in the store."""
+        return 1000 * self.plan.facts.kv_token_bytes
+
+    @property
+    def process_bytes(self) -> int:
+        """What the whole process takes of the host's memory."""
+        host = self.plan.host
+        return self.rates.process_bytes + (self.plan.planned_bytes if host is None else host.planned_bytes)
+
+    @property
+    def device_bytes(self) -> int | None:
+        """What the whole process takes of the device's memory; ``None``: the processor computes."""
+        return None if self.plan.host is None else self.rates.device_bytes + self.plan.planned_bytes
+
+    def compute_seconds(self, row_blocks: Sequence[int], num_sampled: int) -> float:
+        """Computing a sweep of *row_blocks*, of which *num_sampled* rows go through the head."""
+        plan = self.plan
+        nodes = {node.name: node for root in (*plan.facts.body, plan.facts.head) for node in linears(root)}
+        head_rows = min(STREAMING_ROWS, plan.head_rows)
+        head_blocks = [head_rows] * -(-num_sampled // head_rows)
+        seconds = sum(self._unit_seconds(unit, nodes.get(unit.module), row_blocks) for unit in plan.weights.body)
+        seconds += sum(self._unit_seconds(unit, nodes.get(unit.module), head_blocks) for unit in plan.weights.head)
+        return seconds + self.rates.layer_seconds * plan.facts.num_layers * len(row_blocks)
+
+    def _unit_seconds(self, unit: PlannedUnit, node: WeightNode | None, row_blocks: Sequence[int]) -> float:
+        if not row_blocks:
+            return 0.0
+        rates, facts = self.rates, self.plan.facts
+        if node is None or unit.stays_decoded:
+            num_values = unit.compute_bytes / facts.itemsize
+            return num_values * sum(rates.product_seconds(self.dtype, rows) for rows in row_blocks)
+        first, last = unit.rows or (0, node.num_rows)
+        num_values = node.value_bytes / facts.itemsize * (last - first) / node.num_rows
+        most = facts.fused_rows.get(node.kernel, 0)
+        fused = sum(rates.product_seconds(node.kernel, rows) for rows in row_blocks if rows <= most)
+        decoded = [rows for rows in row_blocks if rows > most]
+        if decoded:
+            fused += rates.decode_seconds(node.codec)
+            fused += sum(rates.product_seconds(self.dtype, rows, cached=True) for rows in decoded)
+        return num_values * fused
+
+    def _prompt_blocks(self, num_tokens: int) -> list[int]:
+        rows = self.plan.prompt_rows or self.plan.page_tokens
+        return [rows] * -(-num_tokens // rows)
+
+    def _longest(self, compute: float) -> float:
+        return max(self.read_seconds, self.copy_seconds, compute)

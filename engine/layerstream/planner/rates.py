@@ -1,0 +1,74 @@
+"""What a machine does per second, as far as forecasts need it. Pure; measured by :mod:`layerstream.probe`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+ASSUMED_DECODE = 1e-9  # seconds per value, of a format that was not measured
+SLOW_DISK = 100e6  # bytes per second
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A machine, and perhaps its accelerator.
+
+    Attributes:
+        disk: bytes per second of direct reads, several at a time.
+        link: bytes per second from pinned host memory to the device; ``None``: the processor computes.
+        products: for a dtype, or a kernel for quantised weights, seconds per weight that a row block of so many rows
+            takes, the weights out of memory.
+        cached: the same for a dtype where the weights were just decoded.
+        decode: for a format, seconds per weight.
+        layer_seconds: what a layer takes beside its products, per row block.
+        process_bytes: what the process takes beside the engine.
+        device_bytes: what the device's libraries take there beside the engine.
+    """
+
+    disk: float
+    link: float | None = None
+    products: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    cached: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    decode: Mapping[str, float] = field(default_factory=dict)
+    layer_seconds: float = 0.0
+    process_bytes: int = 0
+    device_bytes: int = 0
+
+    def product_seconds(self, kind: str, rows: int, *, cached: bool = False) -> float:
+        """Per weight, of a row block of *rows*; between those that were measured a straight line."""
+        tables = self.cached if cached else self.products
+        table = tables.get(kind) or self.products.get(kind) or next(iter(self.products.values()), {1: 0.0})
+        return _interpolated(table, rows)
+
+    def decode_seconds(self, codec: str) -> float:
+        """Per weight."""
+        return self.decode.get(codec, ASSUMED_DECODE)
+
+    def as_json(self) -> dict[str, Any]:
+        """Values that JSON has."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Rates:
+        """What :meth:`as_json` gave.
+
+        Raises:
+            TypeError, ValueError, AttributeError: it is something else.
+        """
+        tables = {
+            name: {kind: {int(rows): float(s) for rows, s in table.items()} for kind, table in values[name].items()}
+            for name in ("products", "cached")
+        }
+        return cls(**{**values, **tables})
+
+
+def _interpolated(table: Mapping[int, float], rows: int) -> float:
+    known = sorted(table)
+    if rows <= known[0]:
+        return table[known[0]]
+    for low, high in pairwise(known):
+        if rows <= high:
+            return table[low] + (table[high] - table[low]) * (rows - low) / (high - low)
+    return table[known[-1]] * rows / known[-1]

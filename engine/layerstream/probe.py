@@ -1,0 +1,292 @@
+"""Measures what forecasts need: a few seconds, once per machine; disks and formats when they are first met.
+
+What was measured is kept in the user's cache folder and holds until torch, the number of threads or the processor
+changes. A disk is known by its device number, so models on two disks have two rates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock
+from torch.nn import functional as F
+
+from layerstream.assembly import assemble
+from layerstream.checkpoint.names import PackedSource
+from layerstream.config import EngineConfig
+from layerstream.kernels import sample_matrix
+from layerstream.machine import cache_folder, processor
+from layerstream.model.linear import TILE_VALUES, PackedMatrix, tile_rows
+from layerstream.model.matrices import packed_parts
+from layerstream.model.skeleton import Skeleton
+from layerstream.planner.rates import Rates
+from layerstream.self_check import step_greedily
+from layerstream.streaming.device import open_device
+from layerstream.streaming.loader import Countdown, load_unit
+from layerstream.streaming.reader import DirectReader
+from layerstream.streaming.ring import Arena
+from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest, lay_out
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
+SIZE = 4096  # of the matrices that are multiplied by
+NUM_MATRICES = 6  # too many for any cache
+DISK_SECONDS = 1.5
+DISK_FILE_BYTES = 512 * 2**20
+LINK_BYTES = 256 * 2**20
+REPEATS = 3
+
+
+def rates_for(skeleton: Skeleton, device: torch.device, *, again: bool = False) -> Rates:
+    """What the machine does with the model of *skeleton*; measured now where it is not known, or *again*."""
+    known = _Memory(cache_folder() / "machine.json")
+    name, dtype = _machine(device), str(skeleton.dtype).removeprefix("torch.")
+    rates = None if again else known.rates(name)
+    if rates is None or dtype not in rates.products:
+        rates = _merged(rates, measure(device, skeleton.dtype))
+    folder = weights_folder(skeleton)
+    disk = f"disk {folder.stat().st_dev}"
+    rate = None if again else known.disk(disk)
+    if rate is None:
+        rate = measure_disk([path for path in sorted(folder.iterdir()) if path.is_file()])
+    missing = [source for codec, source in _formats(skeleton).items() if again or codec not in rates.decode]
+    decode = {source.codec.name: measure_decode(source, skeleton.dtype) for source in missing}
+    rates = dataclasses.replace(rates, disk=rate, decode={**rates.decode, **decode})
+    known.write(name, rates, disk)
+    return rates
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What does not depend on the model."""
+    opened = open_device(device)
+    if opened is not None:
+        with opened.use():
+            return _measure(device, dtype)
+    return _measure(device, dtype)
+
+
+def measure_disk(files: list[Path]) -> float:
+    """Bytes per second of direct reads from *files*, the largest of them; from a file of our own if they are small."""
+    file = max(files, key=lambda path: path.stat().st_size, default=None)
+    if file is not None and file.stat().st_size >= 16 * REQUEST_BYTES:
+        return _read_rate(file)
+    with tempfile.NamedTemporaryFile(dir=file.parent if file is not None else None, prefix="layerstream-") as made:
+        for _ in range(DISK_FILE_BYTES // REQUEST_BYTES):
+            made.write(bytes(REQUEST_BYTES))
+        made.flush()
+        return _read_rate(Path(made.name))
+
+
+def measure_decode(source: PackedSource, dtype: torch.dtype) -> float:
+    """Seconds per weight of decoding matrices that are stored like *source*."""
+    reader = DirectReader(1)
+    try:
+        tensors = load_unit(lay_out(source.name, list(packed_parts(source, None))), reader)
+    finally:
+        reader.close()
+    planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
+    rows, columns = source.shape
+    scratch = torch.empty(tile_rows(source.codec, rows, columns) * columns, dtype=dtype)
+    matrix = PackedMatrix(source.codec, planes, 0, rows, columns, scratch)
+    return _median(lambda: [None for _ in matrix.tiles()]) / (rows * columns)
+
+
+def weights_folder(skeleton: Skeleton) -> Path:
+    """Where most of the model's bytes lie, links followed."""
+    piece = max(skeleton.sources.values(), key=lambda source: source.num_bytes).pieces[0]
+    return piece.entry.extent.path.resolve().parent
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    process_bytes = psutil.Process().memory_info().rss
+    name = str(dtype).removeprefix("torch.")
+    products: dict[str, dict[int, float]] = {name: dict(_products(device, dtype))}
+    if device.type == "cpu":
+        for kernel in ("int4", "int8"):
+            with suppress(RuntimeError, NotImplementedError, AttributeError):
+                products[kernel] = dict(_kernel_products(kernel))
+    return Rates(
+        disk=0.0,
+        link=None if device.type == "cpu" else _link_rate(device),
+        products=products,
+        cached={name: dict(_cached_products(device, dtype))},
+        layer_seconds=_layer_seconds(device),
+        process_bytes=process_bytes,
+        device_bytes=_device_bytes(device),
+    )
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, float]]:
+    weights = [torch.ones((SIZE, SIZE), dtype=dtype, device=device) for _ in range(NUM_MATRICES)]
+    for rows in ROWS:
+        inputs = torch.ones((rows, SIZE), dtype=dtype, device=device)
+        yield rows, _median(lambda x=inputs: [F.linear(x, weight) for weight in weights], device) / _values(weights)
+
+
+def _cached_products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, float]]:
+    tile = torch.ones((TILE_VALUES // SIZE, SIZE), dtype=dtype, device=device)
+    for rows in ROWS:
+        inputs = torch.ones((rows, SIZE), dtype=dtype, device=device)
+        yield rows, _median(lambda x=inputs: [F.linear(x, tile) for _ in range(8)], device) / (8 * tile.numel())
+
+
+def _kernel_products(kernel: str) -> Iterator[tuple[int, float]]:
+    matrices = [sample_matrix(kernel) for _ in range(NUM_MATRICES)]
+    rows_of, columns = matrices[0].last, matrices[0].columns
+    for rows in ROWS[:5]:
+        inputs = torch.ones((rows, columns), dtype=torch.bfloat16)
+        seconds = _median(lambda x=inputs: [matrix.product(x) for matrix in matrices])
+        yield rows, seconds / (NUM_MATRICES * rows_of * columns)
+
+
+def _layer_seconds(device: torch.device) -> float:
+    """From the bundled reader, whose products are next to nothing."""
+    config = EngineConfig("demo", device=str(device), memory_bytes=2**30, kv_store=None, speculation="off")
+    parts = assemble(config, None)
+    try:
+        prompt = [[5, 6, 7]]
+        step_greedily(parts, prompt, 4)
+        before, started = parts.step.num_sweeps, time.perf_counter()
+        step_greedily(parts, prompt, 12)
+        seconds = (time.perf_counter() - started) / (parts.step.num_sweeps - before)
+        return seconds / parts.plan.facts.num_layers
+    finally:
+        parts.close()
+
+
+def _read_rate(file: Path) -> float:
+    num_bytes = file.stat().st_size // REQUEST_BYTES * REQUEST_BYTES
+    arena, reader = Arena(16 * REQUEST_BYTES), DirectReader()
+    try:
+        at = done = 0
+        started = time.perf_counter()
+        while time.perf_counter() - started < DISK_SECONDS and at < num_bytes:
+            count = min(16, (num_bytes - at) // REQUEST_BYTES)
+            countdown = Countdown(count)
+            for place in range(count):
+                start = at + place * REQUEST_BYTES
+                request = ReadRequest(file, start, REQUEST_BYTES, REQUEST_BYTES, place * REQUEST_BYTES)
+                reader.submit(request, arena.view, 0, countdown)
+            countdown.wait()
+            at += count * REQUEST_BYTES
+            if not done:  # the first round touches the memory
+                started = time.perf_counter()
+                done = -count * REQUEST_BYTES
+            done += count * REQUEST_BYTES
+        return max(done, REQUEST_BYTES) / (time.perf_counter() - started)
+    finally:
+        reader.close()
+
+
+def _link_rate(device: torch.device) -> float:
+    opened = open_device(device)
+    assert opened is not None
+    arena = Arena(LINK_BYTES)
+    opened.pin(arena)
+    try:
+        target = opened.allocate(LINK_BYTES)
+
+        def copy() -> None:
+            opened.inward.copy(target, arena.tensor)
+            opened.inward.mark().wait()
+
+        return LINK_BYTES / _median(copy)
+    finally:
+        opened.unpin(arena)
+
+
+def _device_bytes(device: torch.device) -> int:
+    """What the process has on the device beside torch's allocator: its context and libraries."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
+def _median(work: Callable[[], Any], device: torch.device | None = None) -> float:
+    seconds = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        work()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _values(weights: list[torch.Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def _formats(skeleton: Skeleton) -> dict[str, PackedSource]:
+    """A quantised matrix of each format."""
+    packed = [source for source in skeleton.sources.values() if isinstance(source, PackedSource)]
+    return {source.codec.name: source for source in packed if len(source.shape) == 2}
+
+
+def _merged(old: Rates | None, new: Rates) -> Rates:
+    if old is None:
+        return new
+    products, cached = {**old.products, **new.products}, {**old.cached, **new.cached}
+    return dataclasses.replace(new, products=products, cached=cached, decode=old.decode)
+
+
+def _machine(device: torch.device) -> str:
+    """What the rates depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts = [processor(), name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__]
+    return f"{facts[0]}, {name}, {facts[3]} threads, {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+
+
+class _Memory:
+    """A JSON file; whatever is wrong with it counts as nothing known."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self._known = {}
+
+    def rates(self, name: str) -> Rates | None:
+        """Those of the machine *name*."""
+        try:
+            return Rates.from_json(self._known["machines"][name])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+    def disk(self, name: str) -> float | None:
+        """Bytes per second of the disk *name*."""
+        try:
+            return float(self._known["disks"][name])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, name: str, rates: Rates, disk: str) -> None:
+        """Remember them."""
+        machines, disks = self._known.get("machines"), self._known.get("disks")
+        known = {
+            "machines": {**(machines if isinstance(machines, dict) else {}), name: rates.as_json()},
+            "disks": {**(disks if isinstance(disks, dict) else {}), disk: rates.disk},
+        }
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._path.with_suffix(".lock")):
+                written = self._path.with_suffix(".partial")
+                written.write_text(json.dumps(known, indent=1))
+                written.replace(self._path)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): the next forecast measures again", self._path, error)
