@@ -17,8 +17,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
+from layerstream import assembly, sizing
 from layerstream.errors import ConfigurationError
+from layerstream.planner import facts as assumed
+from layerstream.planner import on_device
 from layerstream.streaming.ring import Arena
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -320,3 +324,16 @@ def _move(name: str, tensor: torch.Tensor, args: Any, kwargs: Any) -> torch.Tens
         return _OnDevice(found, device) if isinstance(tensor, _OnDevice) else found
     found = found.clone() if found is inner else found
     return _OnDevice(found, device) if device.type == "cuda" else found
+
+
+@contextlib.contextmanager
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
+    """Engines with ``device="cuda"`` compute on a pretended one; small models stream to it as if they were large."""
+    device = PretendCuda(pause=0.0005)
+    monkeypatch.setattr(assembly, "open_device", lambda wanted: device if wanted.type == "cuda" else None)
+    monkeypatch.setattr(sizing, "DEVICE_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(on_device, "HOST_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(assumed, "DEVICE_PROMPT_ROWS", 64)
+    monkeypatch.setattr(assumed, "DEVICE_SWEEP_TOKENS", 96)
+    yield device
+    device.close()

@@ -41,9 +41,9 @@ from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sizes import format_size
-from layerstream.sizing import locate_model, plan_model
+from layerstream.sizing import available_bytes, locate_model, plan_model
 from layerstream.step import SweepStep
-from layerstream.streaming.device import Device, free_bytes, open_device, resolve_device
+from layerstream.streaming.device import Device, open_device, resolve_device
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 from layerstream.text.tokenizer import load_tokenizer
@@ -162,9 +162,7 @@ def _assemble_draft(config: EngineConfig) -> Assembly:
         allow_untested=config.allow_untested,
         speculation="off",
     )
-    device = resolve_device(config.device)
-    free = available_memory_bytes() if device.type == "cpu" else free_bytes(device)
-    available = free if config.memory_bytes is None else config.memory_bytes
+    available = config.memory_bytes or available_bytes(resolve_device(config.device))
     share = int(DRAFT_MODEL_SHARE * available)
     try:
         plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]

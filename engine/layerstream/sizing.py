@@ -48,7 +48,16 @@ def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
     """
     if facts.is_on_device:
         return _device_plan(config, facts)
-    return make_plan(facts, _budget(config, facts, available_memory_bytes()))
+    return make_plan(facts, _budget(config, facts))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free where *device* computes.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    return available_memory_bytes() if device.type == "cpu" else free_bytes(device)
 
 
 def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
@@ -74,10 +83,9 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
 
 
 def _device_plan(config: EngineConfig, facts: ModelFacts) -> Plan:
-    free = config.memory_bytes or free_bytes(resolve_device(config.device))
     host_bytes = config.host_memory_bytes or int(available_memory_bytes() * SPARE_SHARE)
     host_bytes -= config.reserved_host_bytes
-    plan = make_device_plan(facts, _budget(config, facts, free), host_bytes)
+    plan = make_device_plan(facts, _budget(config, facts), host_bytes)
     assert plan.host is not None
     if config.host_memory_bytes is None:  # it was not asked for, so no more of it is taken than has a use
         plan = dataclasses.replace(plan, host=dataclasses.replace(plan.host, budget_bytes=plan.host.planned_bytes))
@@ -137,8 +145,11 @@ def locate_model(config: EngineConfig) -> Path:
     )
 
 
-def _budget(config: EngineConfig, facts: ModelFacts, available: int) -> int:
+def _budget(config: EngineConfig, facts: ModelFacts) -> int:
     """The caller's budget, or what the model wants within what the machine, or its accelerator, has free."""
+    if facts.is_on_device and config.memory_bytes is not None:
+        return max(1, config.memory_bytes - config.reserved_bytes)  # it need not be there, to plan for it
+    available = available_bytes(resolve_device(config.device))
     if config.memory_bytes is None:
         return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE) - config.reserved_bytes))
     if config.memory_bytes > available:
