@@ -1,8 +1,8 @@
 """Writes the bundled reader's exact function into a Llama of any larger shape.
 
-    python benchmarks/grow.py SHAPE OUT [--dtype bf16|fp32] [--reader FOLDER]
+    python -m benchmarks.grow SHAPE OUT [--dtype bf16|fp32] [--quantization nf4|int8|int4] [--reader FOLDER]
 
-SHAPE is tiny, 3B, 8B, 70B or "hidden,intermediate,layers,heads,kv_heads,vocabulary". The grown model has the size and
+SHAPE is tiny, 3B, 8B, 70B, 405B or "hidden,intermediate,layers,heads,kv_heads,vocabulary". The grown model has the size and
 the cost of its shape, and gives the reader's answers. Greedy decoding only: the added vocabulary rows tie.
 
 How it stays the same function:
@@ -16,6 +16,9 @@ How it stays the same function:
 - added layers have zero ``o_proj`` and ``down_proj``; added vocabulary rows copy the pad token's.
 
 One part of a layer is in memory at a time: about 3 GB for 70B.
+
+With ``--quantization`` Linears are written quantised, part by part, so that 70B takes 40 GB and never 140. Added layers
+differ in where their random codes begin: every layer is read for itself, and quantising one of them is enough.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from layerstream.checkpoint.codecs.encode import make_encoder
+from layerstream.checkpoint.writer import ShardWriter, dtype_name
+from safetensors.torch import load_file
 
 READER = Path(__file__).resolve().parents[1] / "engine" / "layerstream" / "demo" / "reader"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,6 +72,7 @@ SHAPES = {
     "3B": Shape(3072, 8192, 28, 24, 8, 128256),
     "8B": Shape(4096, 14336, 32, 32, 8, 128256),
     "70B": Shape(8192, 28672, 80, 64, 8, 128256),
+    "405B": Shape(16384, 53248, 126, 128, 8, 128256),
 }
 
 
@@ -112,16 +118,30 @@ class Grower:
         self._random = torch.Generator().manual_seed(0)
         check_growth(self._old, new)
 
+    @property
+    def num_old_layers(self) -> int:
+        """The reader's; those after them are added."""
+        return self._old.layers
+
+    @property
+    def num_layers(self) -> int:
+        """Of the grown model."""
+        return self._new.layers
+
     def parts(self) -> Iterator[Tensors]:
         """Tensors of one file after the other, in the order of the forward pass."""
-        yield {"model.embed_tokens.weight": self._vocabulary("model.embed_tokens.weight")}
-        for layer in range(self._new.layers):
-            yield self._attention(layer)
-            yield self._mlp(layer)
-        yield {"model.norm.weight": self._norm("model.norm.weight")}
+        return (part for _, part in self.parts_by_layer(self._new.layers))
+
+    def parts_by_layer(self, num_layers: int) -> Iterator[tuple[int | None, Tensors]]:
+        """The same with the layer that they belong to; of the first *num_layers* alone."""
+        yield None, {"model.embed_tokens.weight": self._vocabulary("model.embed_tokens.weight")}
+        for layer in range(min(num_layers, self._new.layers)):
+            yield layer, self._attention(layer)
+            yield layer, self._mlp(layer)
+        yield None, {"model.norm.weight": self._norm("model.norm.weight")}
         if not self._new.tied:
             name = "lm_head.weight"
-            yield {name: self._vocabulary(name if name in self._weights else "model.embed_tokens.weight")}
+            yield None, {name: self._vocabulary(name if name in self._weights else "model.embed_tokens.weight")}
 
     def _vocabulary(self, name: str) -> torch.Tensor:
         """``(vocabulary, hidden)``; rows that the reader lacks copy the pad token's, row 0."""
@@ -196,6 +216,56 @@ class Grower:
         return torch.empty(rows, columns, dtype=self._dtype).normal_(std=NOISE, generator=self._random)
 
 
+class Packer:
+    """Quantises the Linears of what a grower makes.
+
+    Args:
+        kind: ``"nf4"``, ``"int8"`` or ``"int4"``.
+    """
+
+    def __init__(self, grower: Grower, kind: str) -> None:
+        self._grower = grower
+        self._encoder = make_encoder(kind)
+        self.config = self._encoder.config(["lm_head"])
+        self._added: list[Tensors] = []
+
+    def parts(self) -> Iterator[Tensors]:
+        """As :meth:`Grower.parts`; of the added layers one is made, and the others begin elsewhere in its codes."""
+        for layer, part in self._grower.parts_by_layer(self._grower.num_old_layers + 1):
+            packed = {}
+            for name, tensor in part.items():
+                packed |= self._packed(name, tensor)
+            if layer == self._grower.num_old_layers:
+                self._added.append(packed)
+            if layer is None and self._added and "model.norm.weight" in packed:
+                yield from self._more_layers()
+            yield packed
+
+    def _packed(self, name: str, tensor: torch.Tensor) -> Tensors:
+        is_linear = name.endswith("_proj.weight") and self._encoder.can(*tensor.shape)
+        if not is_linear:
+            return {name: tensor}
+        step = self._encoder.row_step * 16
+        rows = (tensor[at : at + step] for at in range(0, len(tensor), step))
+        shapes = {plane: shape for plane, _, shape in self._encoder.planes(name, tuple(tensor.shape), tensor.dtype)}
+        planes = self._encoder.encode(name, tuple(tensor.shape), tensor.dtype, rows)
+        return {plane: torch.cat([part.reshape(-1) for part in parts]).view(shapes[plane]) for plane, parts in planes}
+
+    def _more_layers(self) -> Iterator[Tensors]:
+        first = self._grower.num_old_layers
+        for layer in range(first + 1, self._grower.num_layers):
+            for part in self._added:
+                yield {
+                    name.replace(f"layers.{first}.", f"layers.{layer}."): self._turned(name, tensor, layer)
+                    for name, tensor in part.items()
+                }
+
+    def _turned(self, name: str, tensor: torch.Tensor, layer: int) -> torch.Tensor:
+        if not name.endswith("_proj.weight"):
+            return tensor
+        return torch.roll(tensor.reshape(-1), 4096 * layer).view(tensor.shape)
+
+
 def read_shape(config: dict) -> Shape:
     """The shape that a config.json describes."""
     return Shape(
@@ -231,29 +301,38 @@ def grow(
     dtype: str = "bf16",
     reader: Path = READER,
     report: Callable[[str], None] = lambda line: None,
+    quantization: str | None = None,
 ) -> Path:
     """Write the grown model to the folder *out* and return it.
 
     Args:
         dtype: ``"bf16"`` or ``"fp32"``.
+        quantization: of Linears: ``"nf4"``, ``"int8"``, ``"int4"``.
         reader: folder of the model to grow.
         report: called with a line for each file written.
     """
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((reader / "config.json").read_text())
     grower = Grower(load_file(reader / "model.safetensors"), config, shape, DTYPES[dtype])
+    packer = None if quantization is None else Packer(grower, quantization)
     total = 2 * shape.layers + (2 if shape.tied else 3)
     weight_map: dict[str, str] = {}
     num_bytes = 0
-    for index, tensors in enumerate(grower.parts(), start=1):
+    for index, tensors in enumerate((packer or grower).parts(), start=1):
         file = f"model-{index:05d}-of-{total:05d}.safetensors"
-        save_file(tensors, out / file, metadata={"format": "pt"})
+        shapes = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with ShardWriter(out / file, shapes) as shard:
+            for name, tensor in tensors.items():
+                shard.write(name, [tensor])
         weight_map |= dict.fromkeys(tensors, file)
         num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         report(f"{index}/{total} {file} {num_bytes / 1e9:.1f} GB")
     index_json = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1))
-    (out / "config.json").write_text(json.dumps(grow_config(config, shape, dtype), indent=2))
+    grown = grow_config(config, shape, dtype)
+    if packer is not None:
+        grown["quantization_config"] = packer.config
+    (out / "config.json").write_text(json.dumps(grown, indent=2))
     for name in _COPIED:
         if (reader / name).exists():
             shutil.copyfile(reader / name, out / name)
@@ -265,9 +344,10 @@ def main() -> None:
     parser.add_argument("shape", type=parse_shape)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--quantization", choices=("nf4", "int8", "int4"))
     parser.add_argument("--reader", type=Path, default=READER)
     options = parser.parse_args()
-    grow(options.shape, options.out, options.dtype, options.reader, print)
+    grow(options.shape, options.out, options.dtype, options.reader, print, options.quantization)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import platformdirs
 import psutil
 
+_NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "gluster", "lustre", "fuse.sshfs", "fuse.s3", "fuse.gcs", "beegfs")
 _CGROUP_V2 = Path("/sys/fs/cgroup")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 
@@ -34,6 +35,18 @@ def available_memory_bytes() -> int:
     available = psutil.virtual_memory().available
     limit = _cgroup_room() if sys.platform == "linux" else None
     return available if limit is None else max(0, min(available, limit))
+
+
+def network_file_system(path: Path) -> str | None:
+    """The kind of network file system that *path* lies on, as the system calls it; ``None``: a local one."""
+    try:
+        mounts = [line.split(" ") for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return None
+    resolved = path.resolve()
+    points = [(mount[1].replace("\\040", " "), mount[2]) for mount in mounts if len(mount) > 2]
+    kind = max(((len(point), kind) for point, kind in points if resolved.is_relative_to(point)), default=(0, ""))[1]
+    return kind if kind.startswith(_NETWORK) else None
 
 
 def _cgroup_room() -> int | None:

@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import statistics
-import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from filelock import FileLock
 from torch.nn import functional as F
 
 from layerstream.assembly import assemble
+from layerstream.checkpoint.codecs.bnb import Bnb4
 from layerstream.checkpoint.names import PackedSource
 from layerstream.config import EngineConfig
 from layerstream.kernels import sample_matrix
@@ -36,6 +38,7 @@ from layerstream.self_check import step_greedily
 from layerstream.streaming.device import open_device
 from layerstream.streaming.loader import Countdown, load_unit
 from layerstream.streaming.reader import DirectReader
+from layerstream.streaming.residency import PAGE
 from layerstream.streaming.ring import Arena
 from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest, lay_out
 
@@ -45,7 +48,8 @@ ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 SIZE = 4096  # of the matrices that are multiplied by
 NUM_MATRICES = 6  # too many for any cache
 DISK_SECONDS = 1.5
-DISK_FILE_BYTES = 512 * 2**20
+OVERLAP_SECONDS = 0.8
+IN_FLIGHT = 16  # reads
 LINK_BYTES = 256 * 2**20
 REPEATS = 3
 
@@ -57,13 +61,13 @@ def rates_for(skeleton: Skeleton, device: torch.device, *, again: bool = False) 
     rates = None if again else known.rates(name)
     if rates is None or dtype not in rates.products:
         rates = _merged(rates, measure(device, skeleton.dtype))
-    folder = weights_folder(skeleton)
-    disk = f"disk {folder.stat().st_dev}"
-    rate = None if again else known.disk(disk)
-    if rate is None:
-        rate = measure_disk([path for path in sorted(folder.iterdir()) if path.is_file()])
+    file = weights_file(skeleton)
+    disk = f"disk {file.stat().st_dev}"
+    rate = (None if again else known.disk(disk)) or measure_disk(file)
     missing = [source for codec, source in _formats(skeleton).items() if again or codec not in rates.decode]
     decode = {source.codec.name: measure_decode(source, skeleton.dtype) for source in missing}
+    if device.type == "cpu" and (again or not rates.read_cost):
+        rates = dataclasses.replace(rates, read_cost=measure_read_cost(file, skeleton.dtype))
     rates = dataclasses.replace(rates, disk=rate, decode={**rates.decode, **decode})
     known.write(name, rates, disk)
     return rates
@@ -78,16 +82,53 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     return _measure(device, dtype)
 
 
-def measure_disk(files: list[Path]) -> float:
-    """Bytes per second of direct reads from *files*, the largest of them; from a file of our own if they are small."""
-    file = max(files, key=lambda path: path.stat().st_size, default=None)
-    if file is not None and file.stat().st_size >= 16 * REQUEST_BYTES:
-        return _read_rate(file)
-    with tempfile.NamedTemporaryFile(dir=file.parent if file is not None else None, prefix="layerstream-") as made:
-        for _ in range(DISK_FILE_BYTES // REQUEST_BYTES):
-            made.write(bytes(REQUEST_BYTES))
-        made.flush()
-        return _read_rate(Path(made.name))
+def measure_disk(file: Path, num_rounds: int | None = None) -> float:
+    """Bytes per second of direct reads of *file*, over and over if it is small; *num_rounds* or for a moment."""
+    size = min(REQUEST_BYTES, file.stat().st_size // PAGE * PAGE) or PAGE
+    num_places = max(1, file.stat().st_size // size)
+    arena, reader = Arena(IN_FLIGHT * size), DirectReader()
+    rounds: deque[Countdown] = deque()
+
+    def submit(number: int) -> None:
+        rounds.append(countdown := Countdown(IN_FLIGHT))
+        for place in range(IN_FLIGHT):
+            start = (number * IN_FLIGHT + place) % num_places * size
+            reader.submit(ReadRequest(file, start, size, 0, place * size), arena.view, 0, countdown)
+
+    try:
+        submit(0)  # the first round touches the memory
+        rounds.popleft().wait()
+        submit(1)
+        started, done = time.perf_counter(), 0
+        while done < num_rounds if num_rounds else time.perf_counter() - started < DISK_SECONDS:
+            submit(done + 2)
+            rounds.popleft().wait()
+            done += 1
+        seconds = time.perf_counter() - started
+        rounds.popleft().wait()
+        return done * IN_FLIGHT * size / seconds
+    finally:
+        reader.close()
+
+
+def measure_read_cost(file: Path, dtype: torch.dtype) -> float:
+    """What reading takes from the compute beside it, as a share of the time that the read takes."""
+    weights = [torch.ones((SIZE, SIZE), dtype=dtype) for _ in range(NUM_MATRICES)]
+    inputs = torch.ones((1, SIZE), dtype=dtype)
+    one = _median(lambda: [F.linear(inputs, weight) for weight in weights])
+    times = max(1, int(OVERLAP_SECONDS / one))
+    rate = measure_disk(file)
+    num_reads = max(1, int(OVERLAP_SECONDS * rate / (IN_FLIGHT * REQUEST_BYTES)))
+    reading = threading.Thread(target=measure_disk, args=(file, num_reads))
+    started = time.perf_counter()
+    reading.start()
+    for _ in range(times):
+        for weight in weights:
+            F.linear(inputs, weight)
+    reading.join()
+    both = time.perf_counter() - started
+    read, compute = num_reads * IN_FLIGHT * REQUEST_BYTES / rate, times * one
+    return min(1.0, max(0.01, (both - compute) / read))
 
 
 def measure_decode(source: PackedSource, dtype: torch.dtype) -> float:
@@ -100,20 +141,20 @@ def measure_decode(source: PackedSource, dtype: torch.dtype) -> float:
     planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
     rows, columns = source.shape
     scratch = torch.empty(tile_rows(source.codec, rows, columns) * columns, dtype=dtype)
-    matrix = PackedMatrix(source.codec, planes, 0, rows, columns, scratch)
-    return _median(lambda: [None for _ in matrix.tiles()]) / (rows * columns)
+    return _decode_seconds(PackedMatrix(source.codec, planes, 0, rows, columns, scratch))
 
 
-def weights_folder(skeleton: Skeleton) -> Path:
-    """Where most of the model's bytes lie, links followed."""
-    piece = max(skeleton.sources.values(), key=lambda source: source.num_bytes).pieces[0]
-    return piece.entry.extent.path.resolve().parent
+def weights_file(skeleton: Skeleton) -> Path:
+    """The largest file of weights, links followed."""
+    files = {p.entry.extent.path.resolve() for source in skeleton.sources.values() for p in source.pieces}
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     process_bytes = psutil.Process().memory_info().rss
     name = str(dtype).removeprefix("torch.")
     products: dict[str, dict[int, float]] = {name: dict(_products(device, dtype))}
+    decode = {kind: _decode_seconds(matrix) for kind, matrix in _samples(dtype)}
     if device.type == "cpu":
         for kernel in ("int4", "int8"):
             with suppress(RuntimeError, NotImplementedError, AttributeError):
@@ -123,7 +164,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         link=None if device.type == "cpu" else _link_rate(device),
         products=products,
         cached={name: dict(_cached_products(device, dtype))},
+        decode=decode,
         layer_seconds=_layer_seconds(device),
+        value_seconds=_value_seconds(device, dtype),
         process_bytes=process_bytes,
         device_bytes=_device_bytes(device),
     )
@@ -167,28 +210,10 @@ def _layer_seconds(device: torch.device) -> float:
         parts.close()
 
 
-def _read_rate(file: Path) -> float:
-    num_bytes = file.stat().st_size // REQUEST_BYTES * REQUEST_BYTES
-    arena, reader = Arena(16 * REQUEST_BYTES), DirectReader()
-    try:
-        at = done = 0
-        started = time.perf_counter()
-        while time.perf_counter() - started < DISK_SECONDS and at < num_bytes:
-            count = min(16, (num_bytes - at) // REQUEST_BYTES)
-            countdown = Countdown(count)
-            for place in range(count):
-                start = at + place * REQUEST_BYTES
-                request = ReadRequest(file, start, REQUEST_BYTES, REQUEST_BYTES, place * REQUEST_BYTES)
-                reader.submit(request, arena.view, 0, countdown)
-            countdown.wait()
-            at += count * REQUEST_BYTES
-            if not done:  # the first round touches the memory
-                started = time.perf_counter()
-                done = -count * REQUEST_BYTES
-            done += count * REQUEST_BYTES
-        return max(done, REQUEST_BYTES) / (time.perf_counter() - started)
-    finally:
-        reader.close()
+def _value_seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """What an MLP does to gate and up, per value."""
+    gate, up = (torch.ones((128, 2 * SIZE), dtype=dtype, device=device) for _ in range(2))
+    return _median(lambda: [F.silu(gate) * up for _ in range(8)], device) / (8 * gate.numel())
 
 
 def _link_rate(device: torch.device) -> float:
@@ -225,6 +250,23 @@ def _median(work: Callable[[], Any], device: torch.device | None = None) -> floa
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
+
+
+def _samples(dtype: torch.dtype) -> Iterator[tuple[str, PackedMatrix]]:
+    """A matrix of each format that ``quantization=`` makes."""
+    for kernel in ("int4", "int8"):
+        matrix = sample_matrix(kernel)
+        yield kernel, dataclasses.replace(matrix, scratch=matrix.scratch.to(dtype))
+    codes = torch.randint(0, 256, (SIZE * SIZE // 2, 1), dtype=torch.uint8)
+    planes = {"weight": codes, "absmax": torch.ones(SIZE * SIZE // 64), "quant_map": torch.linspace(-1, 1, 16)}
+    codec = Bnb4("nf4", SIZE)
+    scratch = torch.empty(tile_rows(codec, SIZE, SIZE) * SIZE, dtype=dtype)
+    yield "nf4", PackedMatrix(codec, planes, 0, SIZE, SIZE, scratch)
+
+
+def _decode_seconds(matrix: PackedMatrix) -> float:
+    """Per weight."""
+    return _median(lambda: [None for _ in matrix.tiles()]) / ((matrix.last - matrix.first) * matrix.columns)
 
 
 def _values(weights: list[torch.Tensor]) -> int:

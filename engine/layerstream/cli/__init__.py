@@ -14,6 +14,7 @@ from layerstream import __version__
 from layerstream.cli.ask import ask
 from layerstream.cli.bench import app as bench
 from layerstream.cli.demo import demo
+from layerstream.cli.doctor import doctor
 from layerstream.cli.kv import app as kv
 from layerstream.cli.pack import pack
 from layerstream.cli.plan import plan
@@ -51,6 +52,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 app.command()(demo)
 app.command()(ask)
 app.command()(plan)
+app.command()(doctor)
 app.command()(pack)
 app.command()(warm)
 app.add_typer(kv, name="kv")

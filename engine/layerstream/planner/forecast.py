@@ -19,6 +19,8 @@ from layerstream.streaming.residency import PlannedUnit, WeightNode, linears
 TOKENS_PER_SWEEP = 2.7  # accepted, guesses from the context alone: measured on held-out questions (benchmarks/drafting)
 ANSWER_TOKENS = 64
 CONTEXT_TOKENS = 1000
+VALUES_OF_MLP = 1  # activations per row and layer: gate and up become their product
+VALUES_OF_HIDDEN = 8  # norms, rotations, attention, sums
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ class Forecast:
         head_blocks = [head_rows] * -(-num_sampled // head_rows)
         seconds = sum(self._unit_seconds(unit, nodes.get(unit.module), row_blocks) for unit in plan.weights.body)
         seconds += sum(self._unit_seconds(unit, nodes.get(unit.module), head_blocks) for unit in plan.weights.head)
-        return seconds + self.rates.layer_seconds * plan.facts.num_layers * len(row_blocks)
+        facts, rates = plan.facts, self.rates
+        values = sum(row_blocks) * (VALUES_OF_MLP * facts.intermediate_size + VALUES_OF_HIDDEN * facts.hidden_size)
+        return seconds + facts.num_layers * (rates.layer_seconds * len(row_blocks) + rates.value_seconds * values)
 
     def _unit_seconds(self, unit: PlannedUnit, node: WeightNode | None, row_blocks: Sequence[int]) -> float:
         if not row_blocks:
@@ -144,4 +148,4 @@ class Forecast:
         return [rows] * -(-num_tokens // rows)
 
     def _longest(self, compute: float) -> float:
-        return max(self.read_seconds, self.copy_seconds, compute)
+        return max(self.read_seconds, self.copy_seconds, compute + self.rates.read_cost * self.read_seconds)

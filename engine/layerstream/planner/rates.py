@@ -22,7 +22,9 @@ class Rates:
             takes, the weights out of memory.
         cached: the same for a dtype where the weights were just decoded.
         decode: for a format, seconds per weight.
-        layer_seconds: what a layer takes beside its products, per row block.
+        layer_seconds: what calling a layer takes, per row block.
+        value_seconds: of an activation, for each of the few things that are done to it beside products.
+        read_cost: what reading takes from the compute beside it, as a share of the time that the read takes.
         process_bytes: what the process takes beside the engine.
         device_bytes: what the device's libraries take there beside the engine.
     """
@@ -33,6 +35,8 @@ class Rates:
     cached: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     decode: Mapping[str, float] = field(default_factory=dict)
     layer_seconds: float = 0.0
+    value_seconds: float = 0.0
+    read_cost: float = 0.0
     process_bytes: int = 0
     device_bytes: int = 0
 

@@ -1,0 +1,167 @@
+"""``layerstream doctor``: whether this machine has what streaming needs, and what to do where it has not."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from layerstream import __version__
+from layerstream.cli.report import format_streamed
+from layerstream.sizes import format_size
+
+Verdict = Literal["ok", "note", "warn"]
+LITTLE_DISK = 20 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; *advice* says what to do where it is not as it should be."""
+
+    name: str
+    value: str
+    verdict: Verdict = "ok"
+    advice: str = ""
+
+
+def doctor(
+    model: Annotated[str, typer.Option(help="Look at the disk of this model as well.")] = "demo",
+    again: Annotated[bool, typer.Option("--again", help="Measure rates anew.")] = False,
+) -> None:
+    """Check drivers, memory, disks and versions, and measure what plans are made with (ten seconds, once)."""
+    worst = "ok"
+    for finding in _findings(model, again):
+        mark = {"ok": "✓", "note": "·", "warn": "!"}[finding.verdict]
+        typer.echo(f"{mark} {finding.name:<16}{finding.value}".rstrip())
+        if finding.advice:
+            typer.echo(f"  {'':<16}{finding.advice}")
+        worst = "warn" if finding.verdict == "warn" else worst
+    typer.echo("\nsomething needs a look" if worst == "warn" else "\nall is well")
+
+
+def _findings(model: str, again: bool) -> Iterator[Finding]:
+    import torch
+    import transformers
+
+    yield Finding("versions", f"layerstream {__version__}, Python {platform.python_version()}")
+    yield Finding("", f"torch {torch.__version__}, transformers {transformers.__version__}")
+    yield from _memory()
+    yield from _accelerators()
+    yield from _model(model, again)
+    yield from _folders()
+
+
+def _memory() -> Iterator[Finding]:
+    from layerstream.machine import available_memory_bytes
+
+    free = available_memory_bytes()
+    verdict: Verdict = "ok" if free >= 2 * 2**30 else "warn"
+    yield Finding("memory", f"{format_size(free)} free", verdict, "" if verdict == "ok" else "close other programs")
+
+
+def _accelerators() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        has_card = Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists()
+        built = torch.version.cuda or torch.version.hip
+        if has_card and not built:
+            advice = "there is a card: install a torch for it, see pytorch.org/get-started"
+            yield Finding("accelerator", f"torch {torch.__version__} cannot use one", "warn", advice)
+        elif built:
+            advice = "this torch wants one: look at the driver (nvidia-smi), or pass device='cpu'"
+            yield Finding("accelerator", "none found", "warn", advice)
+        else:
+            yield Finding("accelerator", "none; the processor computes", "note")
+        return
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        yield Finding(f"cuda:{index}", f"{name}, {format_size(free)} of {format_size(total)} free")
+    yield from _pinning()
+
+
+def _pinning() -> Iterator[Finding]:
+    """Whether a gigabyte of host memory can be pinned."""
+    import torch
+
+    from layerstream.errors import ConfigurationError
+    from layerstream.streaming.device import CudaDevice
+    from layerstream.streaming.ring import Arena
+
+    arena, device = Arena(2**30), CudaDevice(torch.device("cuda"))
+    try:
+        device.pin(arena)
+    except ConfigurationError as error:
+        yield Finding("pinned memory", "less than 1 GiB", "warn", str(error))
+        return
+    device.unpin(arena)
+    yield Finding("pinned memory", "1 GiB can be had")
+
+
+def _model(model: str, again: bool) -> Iterator[Finding]:
+    from layerstream.config import EngineConfig
+    from layerstream.machine import network_file_system
+    from layerstream.planner.rates import SLOW_DISK
+    from layerstream.probe import rates_for, weights_file
+    from layerstream.sizing import plan_facts
+    from layerstream.streaming.device import resolve_device
+
+    _, skeleton, _ = plan_facts(EngineConfig(model))
+    file = weights_file(skeleton)
+    yield _direct_reads(file)
+    if (kind := network_file_system(file)) is not None:
+        advice = "every sweep would cross the network: copy the model to a local disk"
+        yield Finding("model's folder", f"on {kind}", "warn", advice)
+    device = resolve_device("auto")
+    rates = rates_for(skeleton, device, again=again)
+    slow = rates.disk < SLOW_DISK
+    advice = "a model of 10 GB takes minutes a sweep: move it to an SSD, or quantise it" if slow else ""
+    yield Finding("disk", f"{format_streamed(int(rates.disk))}/s", "warn" if slow else "ok", advice)
+    if rates.link:
+        yield Finding("link", f"{format_streamed(int(rates.link))}/s to the device")
+    dtype = str(skeleton.dtype).removeprefix("torch.")
+    for kind, rows in ((dtype, 1), (dtype, 128)):
+        rate = rows * 2e-9 / rates.product_seconds(kind, rows)
+        yield Finding("products" if rows == 1 else "", f"{rate:,.0f} GFLOP/s in {kind}, {rows} row{'s' * (rows > 1)}")
+
+
+def _direct_reads(file: Path) -> Finding:
+    from layerstream.streaming.loader import Countdown
+    from layerstream.streaming.reader import DirectReader
+    from layerstream.streaming.ring import Arena
+    from layerstream.streaming.unit import ReadRequest
+
+    reader, countdown = DirectReader(1), Countdown(1)
+    try:
+        needed = min(4096, file.stat().st_size)
+        reader.submit(ReadRequest(file, 0, 4096, needed, 0), Arena(4096).view, 0, countdown)
+        countdown.wait()
+        (mode,) = reader.stats.modes
+    finally:
+        reader.close()
+    if mode == "buffered":
+        advice = "reads go through the page cache and push other programs' files out of it: use a local disk"
+        return Finding("direct reads", "not on this file system", "warn", advice)
+    return Finding("direct reads", f"yes ({mode})")
+
+
+def _folders() -> Iterator[Finding]:
+    from layerstream.kv.config import store_config
+    from layerstream.machine import cache_folder
+
+    store = store_config("auto")
+    for name, folder in (("KV store", store.path if store is not None else None), ("cache", cache_folder())):
+        if folder is None:
+            continue
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        little = free < LITTLE_DISK
+        advice = "its bounds shrink with it: free some, or pass kv_store=FOLDER on another disk" if little else ""
+        yield Finding(name, f"{folder}", "ok")
+        yield Finding("", f"{format_size(free)} free", "warn" if little else "ok", advice)
