@@ -2,8 +2,8 @@
 
     python -m benchmarks.grow SHAPE OUT [--dtype bf16|fp32] [--quantization nf4|int8|int4] [--reader FOLDER]
 
-SHAPE is tiny, 3B, 8B, 70B, 405B or "hidden,intermediate,layers,heads,kv_heads,vocabulary". The grown model has the size and
-the cost of its shape, and gives the reader's answers. Greedy decoding only: the added vocabulary rows tie.
+SHAPE is tiny, 3B, 8B, 70B, 405B or "hidden,intermediate,layers,heads,kv_heads,vocabulary". The grown model has the size
+and the cost of its shape, and gives the reader's answers. Greedy decoding only: the added vocabulary rows tie.
 
 How it stays the same function:
 

@@ -45,6 +45,7 @@ from layerstream.sizing import available_bytes, locate_model, plan_model
 from layerstream.step import SweepStep
 from layerstream.streaming.device import Device, open_device, resolve_device
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
+from layerstream.streaming.timeline import Timeline
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 from layerstream.text.tokenizer import load_tokenizer
 
@@ -84,6 +85,11 @@ class Assembly:
         self.weights.close()
         self.page_memory.close()
         self.reader.close()
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Have *timeline* told what goes on from here, between two sweeps; ``None``: no more."""
+        self.reader.timeline = timeline
+        self.weights.record(timeline)
 
     def seconds_per_sweep(self, counters: LoopCounters) -> float:
         """As measured so far, else what the disk's rate says."""

@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from layerstream.request import Request
 from layerstream.self_check import check_untested
 from layerstream.sizes import parse_size
 from layerstream.stats import EngineStats, collect_stats
+from layerstream.streaming.timeline import Timeline
 from layerstream.text.prompt import Prompt, split_prompts
 from layerstream.threads import run_apart
 from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmReport, forecast, warm
@@ -347,6 +348,21 @@ class LayerStream:
         """What computing a prompt's token took so far, reading left out; ``None`` before a prompt was computed."""
         step = self._parts.step
         return step.prefill_seconds / step.prefill_tokens if step.prefill_tokens else None
+
+    @contextmanager
+    def record(self) -> Iterator[Timeline]:
+        """Within it, the timeline is told what goes on: reads, copies, waits and compute, unit by unit::
+
+        with engine.record() as timeline:
+            engine.generate(prompt, params)
+        timeline.write_chrome("trace.json")  # for ui.perfetto.dev
+        """
+        timeline = Timeline()
+        self._parts.record(timeline)
+        try:
+            yield timeline
+        finally:
+            self._parts.record(None)
 
     def stats(self) -> EngineStats:
         """Counters since the engine started."""

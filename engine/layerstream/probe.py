@@ -1,7 +1,8 @@
 """Measures what forecasts need: a few seconds, once per machine; disks and formats when they are first met.
 
-What was measured is kept in the user's cache folder and holds until torch, the number of threads or the processor
-changes. A disk is known by its device number, so models on two disks have two rates.
+What was measured is kept in the file that ``LAYERSTREAM_RATES`` names, else in the user's cache folder, and holds until
+torch, the number of threads or the processor changes. A disk is known by its device number, so models on two disks have
+two rates.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import statistics
 import threading
 import time
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 
 from layerstream.assembly import assemble
 from layerstream.checkpoint.codecs.bnb import Bnb4
+from layerstream.checkpoint.hub import are_weights_here, bundled_reader
 from layerstream.checkpoint.names import PackedSource
 from layerstream.config import EngineConfig
 from layerstream.kernels import sample_matrix
@@ -44,6 +47,7 @@ from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest, lay_out
 
 logger = logging.getLogger(__name__)
 
+VARIABLE = "LAYERSTREAM_RATES"
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 SIZE = 4096  # of the matrices that are multiplied by
 NUM_MATRICES = 6  # too many for any cache
@@ -56,15 +60,18 @@ REPEATS = 3
 
 def rates_for(skeleton: Skeleton, device: torch.device, *, again: bool = False) -> Rates:
     """What the machine does with the model of *skeleton*; measured now where it is not known, or *again*."""
-    known = _Memory(cache_folder() / "machine.json")
+    known = _Memory(Path(os.environ.get(VARIABLE) or cache_folder() / "machine.json").expanduser())
     name, dtype = _machine(device), str(skeleton.dtype).removeprefix("torch.")
     rates = None if again else known.rates(name)
     if rates is None or dtype not in rates.products:
         rates = _merged(rates, measure(device, skeleton.dtype))
     file = weights_file(skeleton)
+    if not are_weights_here(file.parent):  # then of the disk that this package is on
+        file = bundled_reader() / "model.safetensors"
     disk = f"disk {file.stat().st_dev}"
     rate = (None if again else known.disk(disk)) or measure_disk(file)
-    missing = [source for codec, source in _formats(skeleton).items() if again or codec not in rates.decode]
+    formats = _formats(skeleton) if are_weights_here(weights_file(skeleton).parent) else {}
+    missing = [source for codec, source in formats.items() if again or codec not in rates.decode]
     decode = {source.codec.name: measure_decode(source, skeleton.dtype) for source in missing}
     if device.type == "cpu" and (again or not rates.read_cost):
         rates = dataclasses.replace(rates, read_cost=measure_read_cost(file, skeleton.dtype))

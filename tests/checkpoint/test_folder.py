@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
 from layerstream.checkpoint import hub
 from layerstream.checkpoint.folder import open_folder
 from layerstream.errors import (
@@ -169,3 +173,44 @@ def test_a_model_in_the_local_cache_needs_no_network(
         lambda *args, **options: real(*args, cache_dir=tmp_path / "hub", local_files_only=True, **options),
     )
     assert sorted(open_folder(hub.locate("owner/name")).tensors) == ["a"]
+
+
+def test_a_plan_needs_headers_alone(llama: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on the hub, configs and headers are fetched; what they say is what the files themselves say."""
+    folder, _ = llama
+    fetched: list[dict[str, Any]] = []
+    cached = tmp_path / "snapshots" / "abc123"
+    cached.mkdir(parents=True)
+
+    def download(repo: str, **options: Any) -> str:
+        fetched.append(options)
+        for path in folder.glob("*.json"):
+            shutil.copyfile(path, cached / path.name)
+        return str(cached)
+
+    files = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        header.pop("__metadata__", None)
+        tensors = {
+            name: TensorInfo(dtype=entry["dtype"], shape=entry["shape"], data_offsets=tuple(entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+        files[path.name] = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(
+        hub.HfApi, "get_safetensors_metadata", lambda *_, **__: types.SimpleNamespace(files_metadata=files)
+    )
+    found = hub.locate_headers("owner/name", revision="main")
+    assert not any("safetensors" in pattern for options in fetched for pattern in options["allow_patterns"])
+    assert not hub.are_weights_here(found)
+    assert hub.are_weights_here(folder)
+    for path in found.glob("*.safetensors"):
+        assert path.stat().st_blocks * 512 < 64 * 1024, "weights take no room"
+    entries, expected = open_folder(found).tensors, open_folder(folder).tensors
+    assert {name: (e.dtype, e.shape, e.extent.num_bytes) for name, e in entries.items()} == {
+        name: (e.dtype, e.shape, e.extent.num_bytes) for name, e in expected.items()
+    }
+    assert hub.locate_headers(str(folder)) == folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -116,8 +117,53 @@ def test_plan_says_where_the_budget_goes(model: Path) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["budget", "64.0", "MiB"]
-    assert lines[-1].startswith("streamed per sweep")
+    for name in ("minimum budget", "whole process", "sweep", "first token, cold", "tokens per second", "KV"):
+        assert any(line.startswith(name) for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+def test_plan_for_a_device_that_is_not_here(model: Path) -> None:
+    result = run("plan", model, "--device", "cuda", "--memory", "400MiB", "--host-memory", "1GiB")
+    assert result.exit_code == 0, result.stderr
+    assert "of the device" in result.stdout
+    assert "from host to device" in result.stdout
+    assert "how fast it would be: run this where there is a device 'cuda'" in result.stdout
+
+
+def test_plan_as_if_packed(model: Path) -> None:
+    plain, packed = (run("plan", model, "--memory", "64MiB", *more) for more in ([], ["--quantization", "int8"]))
+    found = [re.search(r"weights on disk +([\d.]+) ([KM])iB", result.stdout) for result in (plain, packed)]
+    assert all(found)
+    sizes = [float(match[1]) * {"K": 1, "M": 1024}[match[2]] for match in found if match]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert run("plan", model, "--quantization", "int3").exit_code == 2
+
+
+def test_plan_draws_a_sweep(model: Path, tmp_path: Path) -> None:
+    result = run("plan", model, "--memory", "64MiB", "--plot", tmp_path / "plan.png")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert run("plan", model, "--memory", "64MiB", "--plot", tmp_path / "plan.doc").exit_code == 2
+
+
+def test_doctor_looks_at_everything(model: Path) -> None:
+    result = run("doctor", "--model", model)
+    assert result.exit_code == 0
+    for name in ("versions", "memory", "accelerator", "direct reads", "disk", "products", "cache"):
+        assert any(line[2:].startswith(name) for line in result.stdout.splitlines())
+
+
+def test_bench_writes_a_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    result = run("bench", "--memory", "4MiB", "--trace", trace)
+    assert result.exit_code == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines()[:4])) <= 80
+    events = json.loads(trace.read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"compute", "wait"} < tracks
+    assert any(track.startswith("reader-") for track in tracks)
+    computed = [event for event in events if event.get("tid") and event["ph"] == "X" and "layers" in event["name"]]
+    assert all(event["dur"] >= 0 for event in computed)
 
 
 def test_usage_errors_exit_2(docs: Path) -> None:

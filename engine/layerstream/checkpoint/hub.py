@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import SafetensorsFileMetadata
 
-from layerstream.errors import CheckpointNotFound, GatedRepository, StorageFull
+from layerstream.errors import CheckpointNotFound, GatedRepository, StorageFull, UnsupportedFormat
+from layerstream.machine import cache_folder
 
 DEMO = "demo"
 _NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt")
@@ -56,12 +63,74 @@ def locate(
     return _fetch(name, revision, token, trust_remote_code)
 
 
+def locate_headers(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """A folder that has the model's config and the headers of its weights, and no weights: what a plan needs.
+
+    Of what is here already, the folder itself. Of what is only on the hub, configs and headers are fetched, a few MB at
+    most; every file of weights is as long as the real one, and empty, which takes no room on the disk.
+
+    Raises:
+        As :func:`locate`.
+    """
+    path = Path(model).expanduser()
+    if model == DEMO or path.exists() or model.count("/") != 1:
+        return locate(model)
+    with _explained(model, revision):
+        folder = Path(
+            snapshot_download(
+                model, revision=revision, token=token, allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*"]
+            )
+        )
+        names = {path.name for path in folder.glob("*.safetensors")}
+        found = HfApi(token=token).get_safetensors_metadata(model, revision=revision)
+        if names >= set(found.files_metadata):
+            return folder  # it is here as a whole
+        target = _headers() / model.replace("/", "--") / folder.name
+        target.mkdir(parents=True, exist_ok=True)
+        for side in folder.glob("*.json"):
+            shutil.copyfile(side, target / side.name)
+        for name, file in found.files_metadata.items():
+            _write_empty(target / Path(name).name, file)
+    return target
+
+
+def are_weights_here(folder: Path) -> bool:
+    """Whether *folder* is more than :func:`locate_headers` makes."""
+    return not folder.is_relative_to(_headers())
+
+
+def _headers() -> Path:
+    return cache_folder() / "headers"
+
+
+def _write_empty(path: Path, file: SafetensorsFileMetadata) -> None:
+    """A file with the header of *file*, and nothing behind it."""
+    entries = {
+        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(tensor.data_offsets)}
+        for name, tensor in file.tensors.items()
+    }
+    header = json.dumps(entries).encode()
+    end = max((tensor.data_offsets[1] for tensor in file.tensors.values()), default=0)
+    with path.open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        opened.truncate(8 + len(header) + end)
+
+
 def _fetch(repo: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
     needed: list[str] = [*_NEEDED, *(["*.py"] if trust_remote_code else [])]
-    try:
-        folder = snapshot_download(
-            repo, revision=revision, token=token, allow_patterns=needed, ignore_patterns=list(_NOT_NEEDED)
+    with _explained(repo, revision):
+        return Path(
+            snapshot_download(
+                repo, revision=revision, token=token, allow_patterns=needed, ignore_patterns=list(_NOT_NEEDED)
+            )
         )
+
+
+@contextmanager
+def _explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Errors of the hub as ours."""
+    try:
+        yield
     except GatedRepoError as error:
         raise GatedRepository(
             f"{repo} is gated: ask for access at https://huggingface.co/{repo}, then log in with "
@@ -73,6 +142,8 @@ def _fetch(repo: str, revision: str | None, token: str | None, trust_remote_code
             f"the hub has no model {repo!r}{at} that you can see, and there is no such folder here; a "
             "private one needs token= or 'hf auth login'"
         ) from error
+    except NotASafetensorsRepoError as error:
+        raise UnsupportedFormat(f"{repo} has no safetensors files at its top: {error}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StorageFull(
@@ -82,4 +153,3 @@ def _fetch(repo: str, revision: str | None, token: str | None, trust_remote_code
         raise CheckpointNotFound(
             f"{repo!r} is not in the local cache and could not be fetched: {error}; check the network or pass a folder"
         ) from error
-    return Path(folder)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from layerstream.cli.ask import submit
 from layerstream.cli.demo import FOLDER, load_questions
+from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.demo.retrieval import Retriever, load_documents
 from layerstream.errors import DocumentError
 from layerstream.params import SamplingParams
@@ -23,12 +24,51 @@ if TYPE_CHECKING:
     from layerstream.engine import LayerStream
     from layerstream.stats import EngineStats
 
-app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure a model on this machine.", invoke_without_command=True)
+SWEEPS = 8
 
 
 @app.callback()
-def _group() -> None:
-    """Measure this machine."""  # a callback, so that one command stays a subcommand
+def sweeps(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
+    ] = "demo",
+    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Host memory behind an accelerator.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    trace: Annotated[Path | None, typer.Option(help="Write what a sweep does to a file for ui.perfetto.dev.")] = None,
+) -> None:
+    """Sweeps of one token: seconds, and what they wait for. With a command: something else."""
+    if context.invoked_subcommand is not None:
+        return
+    from layerstream.engine import LayerStream
+
+    params = SamplingParams(max_tokens=SWEEPS, ignore_eos=True, temperature=0.0)
+    with LayerStream(
+        model, device=device, memory=memory, host_memory=host_memory, kv_store=None, speculation="off"
+    ) as engine:
+        prompt = engine.encode("a")[:1]
+        engine.generate([prompt], params)  # the first sweeps warm up
+        before = engine.stats()
+        engine.generate([prompt], params)
+        after = engine.stats()
+        if trace is not None:
+            with engine.record() as timeline:
+                engine.generate([prompt], SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.0))
+            timeline.write_chrome(trace)
+        count = after.sweeps - before.sweeps
+        seconds = (after.sweep_seconds - before.sweep_seconds) / count
+        waited = (after.wait_seconds - before.wait_seconds) / count
+        streamed = (after.weight_bytes_streamed - before.weight_bytes_streamed) / count
+        typer.echo(f"{engine.model_name}: {format_seconds(seconds)} per sweep of one token ({count} sweeps)")
+        typer.echo(
+            f"moved per sweep     {format_streamed(int(streamed))}, {format_streamed(int(streamed / seconds))}/s"
+        )
+        typer.echo(f"waited for it       {format_seconds(waited)}, {waited / seconds:.0%} of the sweep")
+        typer.echo(f"peak                {format_size(after.peak_memory_bytes)} of {format_size(after.budget_bytes)}")
+    if trace is not None:
+        typer.echo(f"trace               {trace}: open it in ui.perfetto.dev")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerstream.cli.report import format_seconds, format_streamed
-from layerstream.errors import BudgetTooSmall
+from layerstream.errors import BudgetTooSmall, ConfigurationError
 from layerstream.kv.config import store_config
 from layerstream.sizes import format_size, parse_size
 
@@ -34,8 +34,12 @@ def plan(
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine again.")] = False,
 ) -> None:
     """Show how a memory budget would be spent on a model, and how fast it would be."""
+    from layerstream.checkpoint.hub import are_weights_here, locate_headers
     from layerstream.config import EngineConfig
-    from layerstream.sizing import spend
+    from layerstream.kernels import fused_rows
+    from layerstream.planner.advice import advise, quantised
+    from layerstream.sizing import plan_facts, spend
+    from layerstream.streaming.device import is_there, resolve_device
 
     config = EngineConfig(
         model,
@@ -45,37 +49,29 @@ def plan(
         dtype=dtype,
         kv_store=store_config("auto"),
     )
-    facts, skeleton = _facts(config, quantization)
+    folder = locate_headers(model)
+    facts, skeleton, _ = plan_facts(dataclasses.replace(config, packed=folder))
+    if quantization is not None:
+        dataclasses.replace(config, quantization=quantization)  # checks the name
+        facts = quantised(facts, quantization, fused_rows) or facts
     made = spend(config, facts)
     typer.echo(made)
+    typer.echo(f"\n{'minimum budget':<20}{format_size(_minimum(config, facts)):>11}  below it nothing runs")
+    if not is_there(resolve_device(device)):
+        typer.echo(f"how fast it would be: run this where there is a device {device!r}")
+        return
     forecast = _forecast(config, made, skeleton, context, again=probe)
-    typer.echo()
-    for name, value, note in _rows(config, facts, forecast):
+    for name, value, note in _rows(forecast):
         typer.echo(f"{name:<20}{value:>11}  {note}".rstrip())
-    from layerstream.kernels import fused_rows
-    from layerstream.planner.advice import advise
-
     best = advise(facts, forecast, fused_rows)
-    typer.echo(
-        f"\nwhat would help most: {best[0]}" if best else "\nnothing that is known here would make it much faster"
-    )
+    helps = f"what would help most: {best[0]}" if best else "nothing that is known here would make it much faster"
+    typer.echo(f"\n{helps}")
     if plot is not None:
+        if quantization is not None or not are_weights_here(folder):
+            raise ConfigurationError("--plot runs the model: pass a folder with its weights, as they are to be run")
         from layerstream.plot import draw
 
         typer.echo(f"drawn to {draw(config, forecast, plot)}")
-
-
-def _facts(config: EngineConfig, quantization: str | None) -> tuple[ModelFacts, Skeleton]:
-    """Of the model, as it is or as it would be packed."""
-    from layerstream.kernels import fused_rows
-    from layerstream.planner.advice import quantised
-    from layerstream.sizing import plan_facts
-
-    facts, skeleton, _ = plan_facts(config)
-    if quantization is None:
-        return facts, skeleton
-    dataclasses.replace(config, quantization=quantization)  # checks the name
-    return quantised(facts, quantization, fused_rows) or facts, skeleton
 
 
 def _forecast(config: EngineConfig, made: Plan, skeleton: Skeleton, context: int, *, again: bool) -> Forecast:
@@ -87,9 +83,8 @@ def _forecast(config: EngineConfig, made: Plan, skeleton: Skeleton, context: int
     return Forecast(made, rates, str(skeleton.dtype).removeprefix("torch."), context)
 
 
-def _rows(config: EngineConfig, facts: ModelFacts, forecast: Forecast) -> Iterator[tuple[str, str, str]]:
+def _rows(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     plan, rates = forecast.plan, forecast.rates
-    yield "minimum budget", format_size(_minimum(config, facts)), "below it nothing runs"
     yield "whole process", format_size(forecast.process_bytes), "with Python and the libraries"
     if forecast.device_bytes is not None:
         yield "whole process", format_size(forecast.device_bytes), "on the device, with its libraries"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from layerstream.sizes import format_size
-from layerstream.stats import EngineStats
+
+if TYPE_CHECKING:
+    from layerstream.stats import EngineStats
 
 
 def describe_work(before: EngineStats, after: EngineStats) -> str:

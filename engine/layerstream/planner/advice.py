@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -50,31 +51,38 @@ def advise(facts: ModelFacts, forecast: Forecast, kernels: Callable[[set[str]], 
 
 
 def _others(facts: ModelFacts, plan: Plan, kernels: Callable[[set[str]], dict[str, int]]) -> Iterator[tuple[str, Plan]]:
-    host = plan.host
-    host_bytes = None if host is None else host.budget_bytes
-    for kind in BITS if not any(node.value_bytes for root in (*facts.body, facts.head) for node in _all(root)) else ():
-        packed = quantised(facts, kind, kernels)
-        if packed is not None:
-            yield f"quantization={kind!r}", _planned(packed, plan.budget_bytes, host_bytes)
+    for change, changed, memory, host in _changes(facts, plan, kernels):
+        with contextlib.suppress(BudgetTooSmall):
+            yield change, make_plan(changed, memory) if host is None else make_device_plan(changed, memory, host)
+
+
+def _changes(
+    facts: ModelFacts, plan: Plan, kernels: Callable[[set[str]], dict[str, int]]
+) -> Iterator[tuple[str, ModelFacts, int, int | None]]:
+    """What it is called, and the model, the memory and the host's memory after it."""
+    memory, host = plan.budget_bytes, None if plan.host is None else plan.host.budget_bytes
+    if not any(node.value_bytes for root in (*facts.body, facts.head) for node in _all(root)):
+        for kind in BITS:
+            packed = quantised(facts, kind, kernels)
+            if packed is not None:
+                yield f"quantization={kind!r}", packed, memory, host
     if not plan.streams:
         return
-    if host is not None:
-        missing = comfortable_host_bytes(plan) - host.budget_bytes
-        for more in (size for size in SPARE_MEMORY if plan.disk_bytes):
-            size = min(more, max(missing, GIB))
-            yield f"{format_size(size)} more host memory", _planned(facts, plan.budget_bytes, host.budget_bytes + size)
-            if size < more:
-                break
-    missing = comfortable_bytes(facts) - plan.budget_bytes
-    for more in SPARE_MEMORY:
-        size = min(more, max(missing, GIB))
-        try:
-            larger = _planned(facts, plan.budget_bytes + size, host_bytes)
-        except BudgetTooSmall:
-            continue
-        yield f"{format_size(size)} more memory" + (" on the device" if host is not None else ""), larger
-        if size < more:
-            break
+    if host is not None and plan.disk_bytes:
+        for size in _steps(comfortable_host_bytes(plan) - host):
+            yield f"{format_size(size)} more host memory", facts, memory, host + size
+    where = "" if host is None else " on the device"
+    for size in _steps(comfortable_bytes(facts) - memory):
+        yield f"{format_size(size)} more memory{where}", facts, memory + size, host
+
+
+def _steps(missing: int) -> Iterator[int]:
+    """Memory that one would add: as people buy it, up to what is missing."""
+    for size in SPARE_MEMORY:
+        if size >= missing:
+            yield -(-missing // GIB) * GIB
+            return
+        yield size
 
 
 def quantised(facts: ModelFacts, kind: str, kernels: Callable[[set[str]], dict[str, int]]) -> ModelFacts | None:
@@ -104,12 +112,6 @@ def _packed(node: WeightNode, kind: str, itemsize: int) -> WeightNode:
         codec=kind,
         kernel=KERNELS.get(kind, ""),
     )
-
-
-def _planned(facts: ModelFacts, memory_bytes: int, host_bytes: int | None) -> Plan:
-    if host_bytes is None:
-        return make_plan(facts, memory_bytes)
-    return make_device_plan(facts, memory_bytes, host_bytes)
 
 
 def _all(node: WeightNode) -> Iterator[WeightNode]:

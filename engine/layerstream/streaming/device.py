@@ -235,6 +235,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def is_there(device: torch.device) -> bool:
+    """Whether this process can compute with *device*."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return device.type == "cpu" or torch.backends.mps.is_available()
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory of *device* that nobody uses.
 

@@ -65,9 +65,9 @@ class Timeline:
                 found.append(TimeSpan(track, name, begin, end, num_bytes))
         return sorted(found, key=lambda span: span.start)
 
-    def write_chrome(self, path: Path) -> None:
+    def write_chrome(self, path: str | Path) -> None:
         """As JSON that chrome://tracing and ui.perfetto.dev show."""
-        path.write_text(json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ms"}))
+        Path(path).write_text(json.dumps({"traceEvents": list(self._events()), "displayTimeUnit": "ms"}))
 
     def _events(self) -> Iterator[dict[str, object]]:
         spans = self.spans()

@@ -1,0 +1,80 @@
+"""One sweep as a plan foresees it: what is read, copied and computed when. Pure.
+
+Units are read in order, as far ahead as the ring has room, cross the link one after the other, and are computed in
+order; a unit is there for the compute when it was read (and copied), and its room is free again when it was computed.
+The sweep that is shown is one of many: its first units were brought in while the sweep before it ended.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from layerstream.planner.forecast import Forecast
+from layerstream.streaming.residency import PlannedUnit
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """*kind* is ``"read"``, ``"copy"`` or ``"compute"``; seconds since the sweep began."""
+
+    kind: str
+    unit: str
+    start: float
+    stop: float
+
+
+def simulate(forecast: Forecast, num_sweeps: int = 2) -> list[Step]:
+    """The last of *num_sweeps* sweeps of one token, with what is read for the next one beside it."""
+    plan, rates = forecast.plan, forecast.rates
+    units = plan.weights.units
+    ring = _Ring(plan.weights.ring_bytes)
+    read_free = link_free = compute_free = began = 0.0
+    order = [(sweep, index) for sweep in range(num_sweeps + 1) for index in range(len(units))]
+    steps: list[Step] = []
+    arrived: dict[tuple[int, int], float] = {}
+    bringing = deque(key for key in order if key[1] not in plan.weights.residents)
+    for sweep, index in order:
+        if sweep == num_sweeps:
+            break
+        if index == 0:
+            began, steps = compute_free, [step for step in steps if step.stop > compute_free]
+        unit = units[index]
+        while bringing and ring.has_room(units[bringing[0][1]]):
+            key = bringing.popleft()
+            other = units[key[1]]
+            start = max(read_free, ring.free_since)
+            there = start
+            if key[1] not in plan.weights.host_residents:
+                there = read_free = start + other.num_bytes / rates.disk
+                steps.append(Step("read", other.name, start, there))
+            if rates.link:
+                start = max(there, link_free)
+                there = link_free = start + other.num_bytes / rates.link
+                steps.append(Step("copy", other.name, start, there))
+            arrived[key] = there
+            ring.take(other)
+        start = max(compute_free, arrived.get((sweep, index), 0.0))
+        compute_free = start + forecast.unit_seconds(unit)
+        steps.append(Step("compute", unit.name, start, compute_free))
+        if index not in plan.weights.residents:
+            ring.give_back(unit, compute_free)
+    return [Step(step.kind, step.unit, step.start - began, step.stop - began) for step in steps if step.stop > began]
+
+
+class _Ring:
+    """How much of it is taken, and since when it has had the room that it has."""
+
+    def __init__(self, capacity: int) -> None:
+        self._left = capacity
+        self.free_since = 0.0
+
+    def has_room(self, unit: PlannedUnit) -> bool:
+        return unit.ring_bytes <= self._left
+
+    def take(self, unit: PlannedUnit) -> None:
+        self._left -= unit.ring_bytes
+
+    def give_back(self, unit: PlannedUnit, when: float) -> None:
+        self._left += unit.ring_bytes
+        self.free_since = when
