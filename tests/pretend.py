@@ -114,6 +114,7 @@ class PretendDevice:
         self.inward = LateLane("inward", pause, seed)
         self.outward = LateLane("outward", pause, seed + 1)
         self.compute = LateLane("compute", pause, seed + 2) if late_compute else PromptLane()
+        self.name = "pretended"
         self.allocated: list[int] = []
         self.pinned: dict[int, int] = {}
         self.ceiling: int | None = None

@@ -32,7 +32,7 @@ from layerstream.model.runner import SweepRunner
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import ModelWeights
 from layerstream.pack import ensure_packed
-from layerstream.persistence import describe, open_store, weight_paths
+from layerstream.persistence import HOPED_READ_RATE, describe, open_store, weight_paths
 from layerstream.planner import Plan, comfortable_bytes
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.base import Drafter
@@ -43,7 +43,7 @@ from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sizes import format_size
 from layerstream.sizing import available_bytes, locate_model, plan_model
 from layerstream.step import SweepStep
-from layerstream.streaming.device import Device, open_device, resolve_device
+from layerstream.streaming.device import Device, device_name, open_device, resolve_device
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.streaming.timeline import Timeline
 from layerstream.text.defaults import GenerationDefaults, load_defaults
@@ -51,6 +51,7 @@ from layerstream.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+ASSUMED_LINK_RATE = 20e9  # bytes per second, of PCIe 4 with 16 lanes
 DRAFT_MODEL_SHARE = 0.4  # of the memory, at most, for a draft model and its KV
 
 
@@ -95,7 +96,7 @@ class Assembly:
         """As measured so far, else what the disk's rate says."""
         if counters.sweeps:
             return counters.sweep_seconds / counters.sweeps
-        return self.plan.streamed_bytes / (self.reader.rate() or ASSUMED_READ_RATE)
+        return _moving_seconds(self.plan, self.reader)
 
 
 def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
@@ -128,6 +129,17 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         if draft is not None:
             draft.close()
         raise
+
+
+def _computes(device: str, prefers_flash: bool) -> str:
+    """What computes, as far as its results depend on it."""
+    return f"{device}, flash-attn" if prefers_flash else device
+
+
+def _moving_seconds(plan: Plan, reader: DirectReader, assumed: float = ASSUMED_READ_RATE) -> float:
+    """What a sweep's weights take to where they are computed with: from disk, and over the link beside it."""
+    link = 0.0 if plan.host is None else plan.streamed_bytes / ASSUMED_LINK_RATE
+    return max(plan.disk_bytes / (reader.rate() or assumed), link)
 
 
 def _check_host(config: EngineConfig) -> None:
@@ -204,7 +216,9 @@ def identify(config: EngineConfig, store: KVStoreConfig, memory: DigestMemory) -
     digests = WeightFiles.of(weight_paths(skeleton)).take_digests(memory)
     if digests is None:
         raise KVStoreUnusable(f"the files of {config.model} are being changed; try again when they are whole")
-    fingerprint = describe(store, folder, skeleton, plan, digests)
+    device = resolve_device(config.device)
+    computes = _computes(device_name(device), resolve_attention(config.attention, device))
+    fingerprint = describe(store, folder, skeleton, plan, digests, computes)
     return namespace(fingerprint, store.salt), {"model": config.model, "fingerprint": fingerprint}
 
 
@@ -221,6 +235,7 @@ def _assemble(
 ) -> Assembly:
     memory = PageMemory(plan.kv_bytes if plan.host is None else plan.host.kv_bytes, device)
     transit = Transit(plan.num_transit, plan.page_tokens)
+    prefers_flash = device is not None and resolve_attention(config.attention, device.torch_device)
     states = [
         LayerState(plan.num_pages, plan.page_tokens, memory, layer, transit)
         for layer in range(skeleton.config.num_hidden_layers)
@@ -236,6 +251,8 @@ def _assemble(
             plan=plan,
             states=states,
             reader=reader,
+            computes=_computes("cpu" if device is None else device.name, prefers_flash),
+            sweep_seconds=lambda: _moving_seconds(plan, reader, HOPED_READ_RATE),
         )
     try:
         if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
@@ -249,9 +266,8 @@ def _assemble(
         swap = PageSwap(states)
         scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader
-        device_kv, prefers_flash = None, False
+        device_kv = None
         if device is not None:
-            prefers_flash = resolve_attention(config.attention, device.torch_device)
             device_kv = DeviceKV(device, states, plan.num_pages, plan.page_tokens, rides=plan.facts.kv_rides)
         runner = SweepRunner(
             skeleton, weights, embedding, states, plan.head_rows, loader, device, device_kv, prefers_flash
@@ -294,7 +310,7 @@ def _scheduler(
     )
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
-    return Scheduler(limits, pool, store, lambda: plan.streamed_bytes / (reader.rate() or ASSUMED_READ_RATE), swap)
+    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader), swap)
 
 
 def _drafters(config: EngineConfig, store: PrefixStore | None, draft: Assembly | None) -> list[Drafter]:

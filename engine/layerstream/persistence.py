@@ -45,8 +45,14 @@ def open_store(
     plan: Plan,
     states: Sequence[LayerState],
     reader: DirectReader,
+    computes: str,
+    sweep_seconds: Callable[[], float],
 ) -> PrefixStore | None:
     """The store that *config* asks for.
+
+    Args:
+        computes: what computes, and how.
+        sweep_seconds: what moving the streamed weights of a sweep takes.
 
     Returns:
         ``None`` where *is_default* and the folder cannot be used: nobody asked for it, so it is only logged.
@@ -67,7 +73,7 @@ def open_store(
     bounds = Bounds(config.bound(store_folder.total_bytes()), config.min_free)
 
     def open_tier(digests: list[str]) -> LocalTier:
-        about = describe(config, folder, skeleton, plan, digests)
+        about = describe(config, folder, skeleton, plan, digests, computes)
         name = fingerprint.namespace(about, config.salt)
         return LocalTier(store_folder, name, {"model": model, "fingerprint": about}, bounds, reader)
 
@@ -76,8 +82,7 @@ def open_store(
         return None if taken is None else open_tier(taken)
 
     def rates() -> Rates:
-        rate = reader.rate() or HOPED_READ_RATE
-        return Rates(rate, plan.streamed_bytes / rate, plan.max_sweep_tokens)
+        return Rates(reader.rate() or HOPED_READ_RATE, sweep_seconds(), plan.max_sweep_tokens)
 
     digests = None if store_folder.read_only else files.known_digests(store_folder.index)
     if digests is None and files.num_bytes <= HASHED_AT_ONCE:
@@ -96,9 +101,9 @@ def open_store(
 
 
 def describe(
-    config: KVStoreConfig, folder: Path, skeleton: Skeleton, plan: Plan, digests: Sequence[str]
+    config: KVStoreConfig, folder: Path, skeleton: Skeleton, plan: Plan, digests: Sequence[str], computes: str
 ) -> dict[str, Any]:
-    """The fingerprint of the KV that this engine computes."""
+    """The fingerprint of the KV that this engine computes, with *computes*."""
     dtype = str(skeleton.dtype).removeprefix("torch.")
     return fingerprint.describe(
         weights=[*digests, *_code_digests(folder, skeleton)],
@@ -111,7 +116,7 @@ def describe(
             "attention": IMPLEMENTATION,
             "context": plan.facts.context_length,
         },
-        arithmetic=_arithmetic(skeleton, plan) if config.exact else None,
+        arithmetic=_arithmetic(skeleton, plan, computes) if config.exact else None,
     )
 
 
@@ -127,7 +132,7 @@ def _code_digests(folder: Path, skeleton: Skeleton) -> list[str]:
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.py"))]
 
 
-def _arithmetic(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
+def _arithmetic(skeleton: Skeleton, plan: Plan, computes: str) -> dict[str, Any]:
     """What makes sums round otherwise."""
     cut = [(unit.module, *unit.rows) for unit in plan.weights.body if unit.rows is not None]
     codecs = {source.codec.name for source in skeleton.sources.values() if isinstance(source, PackedSource)}
@@ -140,7 +145,7 @@ def _arithmetic(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
     return {
         **(quantised if codecs else {}),
         "cuts": hashlib.sha256(repr(cut).encode()).hexdigest()[:16] if cut else "none",
-        "device": "cpu",
+        "device": computes,
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),

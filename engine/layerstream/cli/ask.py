@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerstream.cli.options import Device, HostMemory, Memory, Model
 from layerstream.demo.retrieval import Passage, Retriever, join_passages, load_documents
 from layerstream.errors import DocumentError
 from layerstream.params import SamplingParams
@@ -22,10 +23,10 @@ ANSWER_TOKENS = 64  # kept free for the answer where max_tokens does not say
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     docs: Annotated[Path, typer.Option(help="A folder of txt, md and pdf files, or one such file.")],
-    model: Annotated[
-        str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
-    ] = "demo",
-    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
+    model: Model = "demo",
+    memory: Memory = None,
+    host_memory: HostMemory = None,
+    device: Device = "auto",
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer; what fits the speed if not given.")] = None,
     passages: Annotated[int, typer.Option(min=1, help="Passages of the documents to read at most.")] = 4,
 ) -> None:
@@ -37,7 +38,7 @@ def ask(
     from layerstream.cli.report import describe_work
     from layerstream.engine import LayerStream
 
-    with LayerStream(model, memory=memory) as engine:
+    with LayerStream(model, device=device, memory=memory, host_memory=host_memory) as engine:
         before = engine.stats()
         request, used = submit(engine, question, found, params)
         show(request)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from layerstream.cli.ask import submit
 from layerstream.cli.demo import FOLDER, load_questions
+from layerstream.cli.options import Device, HostMemory, Memory, Model
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.demo.retrieval import Retriever, load_documents
 from layerstream.errors import DocumentError
@@ -31,12 +32,10 @@ SWEEPS = 8
 @app.callback()
 def sweeps(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
-    ] = "demo",
-    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Host memory behind an accelerator.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    model: Model = "demo",
+    memory: Memory = None,
+    host_memory: HostMemory = None,
+    device: Device = "auto",
     trace: Annotated[Path | None, typer.Option(help="Write what a sweep does to a file for ui.perfetto.dev.")] = None,
 ) -> None:
     """Sweeps of one token: seconds, and what they wait for. With a command: something else."""
@@ -73,10 +72,8 @@ def sweeps(
 
 @app.command()
 def rag(
-    model: Annotated[
-        str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
-    ] = "demo",
-    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
+    model: Model = "demo",
+    memory: Memory = None,
     docs: Annotated[Path | None, typer.Option(help="A folder of documents; the bundled ones if not given.")] = None,
     questions: Annotated[Path | None, typer.Option(help="A text file with a question per line.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,

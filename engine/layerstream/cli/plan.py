@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerstream.cli.options import Device, HostMemory, Memory
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.errors import BudgetTooSmall, ConfigurationError
 from layerstream.kv.config import store_config
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo'.")],
-    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Host memory behind an accelerator.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    memory: Memory = None,
+    host_memory: HostMemory = None,
+    device: Device = "auto",
     context: Annotated[int, typer.Option(help="Tokens of a prompt, for the time to the first token.")] = 1000,
     quantization: Annotated[str | None, typer.Option(help="As if packed: nf4, int8, int4.")] = None,
     dtype: Annotated[str, typer.Option(help="What to compute in: auto, bfloat16, float16, float32.")] = "auto",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerstream.cli.options import Device, HostMemory, Memory, Model
 from layerstream.demo.retrieval import load_documents, split_passages
 from layerstream.sizes import format_size
 
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 def warm(
     docs: Annotated[Path, typer.Option(help="A folder of txt, md and pdf files, or one such file.")],
-    model: Annotated[
-        str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
-    ] = "demo",
-    memory: Annotated[str | None, typer.Option(help="The budget, such as 3GiB; what is free if not given.")] = None,
+    model: Model = "demo",
+    memory: Memory = None,
+    host_memory: HostMemory = None,
+    device: Device = "auto",
     prompt: Annotated[
         Path | None, typer.Option(help="A file with the template that questions use: {context}, {question}.")
     ] = None,
@@ -33,7 +34,7 @@ def warm(
     template = None if prompt is None else prompt.read_text("utf-8")
     from layerstream.engine import LayerStream
 
-    with LayerStream(model, memory=memory) as engine:
+    with LayerStream(model, device=device, memory=memory, host_memory=host_memory) as engine:
         forecast = engine.forecast_warm(texts, prompt=template)
         typer.echo(_describe(forecast, "document" if whole else "passage"))
         if dry_run or not forecast.missing_tokens:

@@ -48,14 +48,19 @@ class CopyFeed(Feed):
         self._copied: dict[int, Mark] = {}
         self._retiring: deque[tuple[Mark, int]] = deque()
         self._is_closed = False
+        self._waits: deque[tuple[Mark, Mark]] = deque()
+        self._compute_waited = 0.0
         self.copied_bytes = 0
         self._copier = threading.Thread(target=self._work, name="layerstream-copier", daemon=True)
         self._copier.start()
 
     @property
-    def staged_wait_seconds(self) -> float:
-        """How long copies have waited for the disk so far."""
-        return self._source.wait_seconds
+    def wait_seconds(self) -> float:
+        """How long the compute lane has waited for copies; those that it has not come to yet are counted later."""
+        while self._waits and self._waits[0][1].is_reached():
+            before, after = self._waits.popleft()
+            self._compute_waited += after.seconds_since(before)
+        return self._compute_waited
 
     def populate(self) -> None:
         """The host's."""
@@ -69,8 +74,10 @@ class CopyFeed(Feed):
 
     def take(self, unit: int) -> torch.Tensor:
         """Once its copy is queued: compute that is queued from here on finds it there."""
-        memory = super().take(unit)
-        self._device.compute.after(self._copied[unit])
+        memory, compute = super().take(unit), self._device.compute
+        before = compute.mark(timed=True)
+        compute.after(self._copied[unit])
+        self._waits.append((before, compute.mark(timed=True)))
         return memory
 
     def release(self, unit: int) -> None:
@@ -118,6 +125,7 @@ class CopyFeed(Feed):
                 self._ring.release(slot.offset)
             self._slots.clear()
             self._copied.clear()
+            self._waits.clear()
         self._source.abort()
         with self._device.use():
             self._released = self._device.compute.mark()

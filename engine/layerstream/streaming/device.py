@@ -70,6 +70,11 @@ class Device(Protocol):
         ...
 
     @property
+    def name(self) -> str:
+        """What its arithmetic depends on."""
+        ...
+
+    @property
     def compute(self) -> Lane:
         """What torch's operators on the engine's thread queue to."""
         ...
@@ -173,6 +178,7 @@ class CudaDevice:
         _check_cuda(torch_device)
         index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
+        self.name = device_name(self.torch_device)
         with self.use():
             self.compute = _Stream(self._module, None)
             self.inward = _Stream(self._module, self._module.Stream(self.torch_device))
@@ -233,6 +239,14 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What the arithmetic of *device* depends on: the processor's is named elsewhere."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
 
 
 def is_there(device: torch.device) -> bool:

@@ -50,7 +50,7 @@ class Feed(ABC):
         if largest > ring_bytes:
             raise ValueError(f"a ring of {ring_bytes} bytes cannot hold the largest unit of {largest}")
         self.layouts = layouts
-        self.wait_seconds = 0.0
+        self._waited = 0.0
         self.timeline: Timeline | None = None
         self._ring = RingAllocator(ring_bytes)
         self._changed = threading.Condition()
@@ -62,6 +62,11 @@ class Feed(ABC):
     def ring_bytes(self) -> int:
         """Capacity of the ring."""
         return self._ring.capacity
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long what consumes the units has waited for them so far."""
+        return self._waited
 
     @property
     def present(self) -> list[int]:
@@ -93,7 +98,7 @@ class Feed(ABC):
                 if self._interrupt is not None:
                     raise self._interrupt
                 self._changed.wait()
-            self.wait_seconds += time.perf_counter() - started
+            self._waited += time.perf_counter() - started
             if self._interrupt is not None:
                 raise self._interrupt
             if slot.error is not None:

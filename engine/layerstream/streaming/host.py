@@ -51,11 +51,6 @@ class HostSource:
             self.close()
             raise
 
-    @property
-    def wait_seconds(self) -> float:
-        """How long :meth:`take` has waited for the disk so far."""
-        return 0.0 if self._ring is None else self._ring.wait_seconds
-
     def stays(self, unit: int) -> bool:
         """Whether *unit* never leaves host memory."""
         return unit in self._residents
