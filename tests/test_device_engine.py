@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream import ConfigurationError, LayerStream, SamplingParams
+from layerstream import ConfigurationError, LayerStream, SamplingParams, assembly
 from layerstream.errors import BudgetTooSmall, DeviceLost, OutOfMemory
 from layerstream.planner import facts as assumed
+from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.ring import Arena
 
 from tests.harness import add_tokenizer, device_config, draw_prompt, shrink_units
@@ -186,6 +187,18 @@ def test_a_draft_model_shares_the_ceiling(folder: Path, tmp_path: Path, device: 
     assert found.metrics.sweeps < expected.metrics.sweeps
     assert device.most_bytes <= memory
     assert not device.pinned
+
+
+@pytest.mark.parametrize("mode", ["host", "disk"])
+def test_slow_disks_and_network_folders_are_said_where_sweeps_wait_for_them(
+    mode: str, folder: Path, device: PretendCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(assembly, "network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr(DirectReader, "rate", lambda self: 30e6)
+    with caplog.at_level(logging.WARNING), open_engine(folder, mode):
+        pass
+    assert ("the disk brings 30 MB/s" in caplog.text) == (mode == "disk")
+    assert ("network folder (nfs4)" in caplog.text) == (mode == "disk")
 
 
 def test_an_arena_is_pinned_once(device: PretendCuda) -> None:

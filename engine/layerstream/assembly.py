@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.store import PrefixStore
 from layerstream.kv.swap import PageSwap
 from layerstream.loop import LoopCounters
-from layerstream.machine import available_memory_bytes
+from layerstream.machine import available_memory_bytes, network_file_system
 from layerstream.model.device_attention import resolve_attention
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
@@ -34,6 +35,7 @@ from layerstream.model.weights import ModelWeights
 from layerstream.pack import ensure_packed
 from layerstream.persistence import HOPED_READ_RATE, describe, open_store, weight_paths
 from layerstream.planner import Plan, comfortable_bytes
+from layerstream.planner.rates import SLOW_DISK
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
@@ -129,6 +131,26 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         if draft is not None:
             draft.close()
         raise
+
+
+def _look_at_source(files: Sequence[Path], plan: Plan, rate: float | None) -> None:
+    """Say so where every sweep is going to wait for a network, or for a slow disk."""
+    if not plan.disk_bytes:
+        return
+    kind = network_file_system(files[0])
+    if kind is not None:
+        logger.warning(
+            "the model lies on a network folder (%s): every sweep reads %s from it; copy the model to a local disk",
+            kind,
+            format_size(plan.disk_bytes),
+        )
+    if rate is not None and rate < SLOW_DISK:
+        logger.warning(
+            "the disk brings %.0f MB/s: every sweep takes %.0f s at least; move the model to a faster disk, give the "
+            "engine more memory, or quantise the model",
+            rate / 1e6,
+            plan.disk_bytes / rate,
+        )
 
 
 def _computes(device: str, prefers_flash: bool) -> str:
@@ -260,6 +282,7 @@ def _assemble(
         on_load = _LoadCounter(plan.resident_bytes, listener).add
         weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows, device)
         embedding = _embedding(skeleton, plan, weights, reader)
+        _look_at_source(weight_paths(skeleton), plan, reader.rate())
         reader.restart_rate()
         if weights.streamer is not None:
             weights.streamer.read_ahead()
