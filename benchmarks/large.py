@@ -70,6 +70,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         engine.generate([asked[0][0][:4]], SamplingParams(max_tokens=1))
         params = SamplingParams(max_tokens=MAX_TOKENS)
         one_by_one = _ask(engine, [[question] for question in asked[: options.questions]], params)
+        print(json.dumps(one_by_one), file=sys.stderr)
         together = _ask(engine, [asked], params)
         plan, stats = engine.plan, engine.stats()
         found: dict[str, Any] = {
