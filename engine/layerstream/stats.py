@@ -17,10 +17,12 @@ class EngineStats:
     """Counters since the engine started.
 
     Attributes:
-        weight_bytes_streamed: read from disk by sweeps; resident weights, read once, are not in it.
-        peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations.
+        weight_bytes_streamed: brought to where they are computed with by sweeps, from disk or from host memory;
+            resident weights, brought once, are not in it.
+        peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations; on an
+            accelerator what torch reserved of its memory at most.
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
-        bytes_per_sweep: weights that a sweep reads from disk; ``bits_per_weight``: of what it passes, as it is stored.
+        bytes_per_sweep: weights that a sweep brings; ``bits_per_weight``: of what it passes, as it is stored.
         kv: what the prefix cache did.
         read_modes: files per way of reading ("direct", "uncached", "buffered").
         drafted_tokens, accepted_tokens: guesses that were verified, and those that were right; ``drafters`` by whom.
@@ -53,6 +55,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
     used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes + plan.transit_bytes
     fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.activation_bytes
     streamer = parts.weights.streamer
+    planned = fixed + used_kv + (parts.draft.plan.planned_bytes if parts.draft else 0)
     return EngineStats(
         sweeps=counters.sweeps,
         tokens_in=counters.tokens_in,
@@ -60,7 +63,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         weight_bytes_streamed=streamer.streamed_bytes if streamer else 0,
         sweep_seconds=counters.sweep_seconds,
         wait_seconds=streamer.wait_seconds if streamer else 0.0,
-        peak_memory_bytes=fixed + used_kv + (parts.draft.plan.planned_bytes if parts.draft else 0),
+        peak_memory_bytes=planned if parts.device is None else parts.device.peak_bytes(),
         budget_bytes=plan.budget_bytes,
         resident_bytes=plan.resident_bytes,
         model_bytes=parts.model_bytes,

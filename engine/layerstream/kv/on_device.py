@@ -58,7 +58,6 @@ class DeviceKV:
         self._spans: list[Span] = []
         self._arrived: dict[int, Mark] = {}
         self._reached = -1
-        self.copied_bytes = 0
 
     def begin(self, sweep: Sweep, loader: PageLoader | None) -> None:
         """Start a sweep, whose stored pages *loader* brings to the host.
@@ -138,7 +137,6 @@ class DeviceKV:
             for first, count in runs(missing, -1):
                 for there, here in zip(target.rows(first, count), state.rows(first, count), strict=True):
                     inward.copy(there, here)
-                    self.copied_bytes += here.nbytes
             target.valid.update(missing)
         self._arrived[layer] = inward.mark()
 

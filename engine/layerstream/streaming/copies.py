@@ -7,7 +7,8 @@
 A thread of its own, the copier, takes units in the order in which they are wanted, waits for those that come from disk,
 and queues their copies. Invariants:
 
-* a copy into a place of the device ring comes after all compute that was queued before that place was released;
+* a copy into a place of the device ring comes after all compute that was queued before that place was released, and
+  after no other, so that it goes on beside the compute that was queued since;
 * compute on a unit comes after its copy: ``take`` makes the compute lane wait, never the host;
 * a unit's place in the host ring is released when its copy is over, not when it is queued; while the copier has nothing
   else to do it waits for that, so that the disk never waits for a copy that is over;
@@ -44,13 +45,12 @@ class CopyFeed(Feed):
         with device.use():
             self._ring_memory = device.allocate(self._ring.capacity)
             self._released = device.compute.mark()  # all compute on places that are free comes before it
-        self._jobs: deque[tuple[int, Slot]] = deque()
+        self._jobs: deque[tuple[int, Slot, Mark]] = deque()
         self._copied: dict[int, Mark] = {}
         self._retiring: deque[tuple[Mark, int]] = deque()
         self._is_closed = False
         self._waits: deque[tuple[Mark, Mark]] = deque()
         self._compute_waited = 0.0
-        self.copied_bytes = 0
         self._copier = threading.Thread(target=self._work, name="layerstream-copier", daemon=True)
         self._copier.start()
 
@@ -136,24 +136,24 @@ class CopyFeed(Feed):
     def _fill(self, unit: int, slot: Slot) -> None:
         slot.pending = 1
         self._copied.pop(unit, None)
-        self._jobs.append((unit, slot))
+        self._jobs.append((unit, slot, self._released))
         self._changed.notify_all()
 
     def _work(self) -> None:
         with self._device.use():
             while (job := self._next()) is not None:
-                unit, slot = job
+                unit, slot, free = job
                 error: Exception | None = None
                 try:
                     if slot.error is None:
-                        self._copy(unit, slot)
+                        self._copy(unit, slot, free)
                 except Exception as reason:  # noqa: BLE001  # whoever waits for the unit must hear of it
                     error = reason
                 with self._changed:
                     self._jobs.popleft()
                 self._finish(slot, error)
 
-    def _next(self) -> tuple[int, Slot] | None:
+    def _next(self) -> tuple[int, Slot, Mark] | None:
         """The unit to copy next; while there is none, copies that are over are let go of."""
         while True:
             with self._changed:
@@ -165,12 +165,13 @@ class CopyFeed(Feed):
                     return None
             self._retire_one()
 
-    def _copy(self, unit: int, slot: Slot) -> None:
+    def _copy(self, unit: int, slot: Slot, free: Mark) -> None:
+        """Queue the copy of *unit* to *slot*, which compute up to *free* may still look at."""
         source, inward = self._source, self._device.inward
         while self._retiring and (self._retiring[0][0].is_reached() or not source.is_there(unit)):
             self._retire_one()
         memory = source.take(unit)
-        inward.after(self._released)
+        inward.after(free)
         is_timed = self.timeline is not None
         started = inward.mark(timed=True) if is_timed else None
         inward.copy(self._memory(slot.offset, len(memory)), memory)
@@ -179,7 +180,6 @@ class CopyFeed(Feed):
             self.timeline.add_marks("copy", self.layouts[unit].name, started, mark, len(memory))
         with self._changed:
             self._copied[unit] = mark
-            self.copied_bytes += self.layouts[unit].weight_bytes
             if not source.stays(unit):
                 self._retiring.append((mark, unit))
 
