@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast bench clean
+.PHONY: help demo test lint types fast slow bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
@@ -27,6 +27,9 @@ types: $(VENV)/.installed ## pyright on engine and integrations
 
 fast: $(VENV)/.installed
 	$(BIN)/pytest -m "not slow"
+
+slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments with the oldest and newest frameworks
+	$(BIN)/pytest -m slow
 
 bench: $(VENV)/.installed ## Sweep speed against a raw read of the same bytes (benchmarks/README.md has the rest)
 	$(BIN)/python -m benchmarks.sweep $(or $(MODEL),$(error which model? make bench MODEL=folder; python -m benchmarks.grow 3B FOLDER writes one))

@@ -63,7 +63,7 @@ def _registry_answers() -> bool:
     return done.returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _registry_answers(), reason="needs a package registry")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _registry_answers(), reason="needs a package registry")]
 
 
 @pytest.fixture(scope="module")

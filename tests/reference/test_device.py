@@ -18,13 +18,17 @@ PROMPT_LENGTHS = (150, 5, 67)
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("mode", ["device-resident", "device-host", "device-disk", "device-cut"])
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "qwen3-moe", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *(("llama", mode) for mode in ("device-resident", "device-host", "device-disk", "device-cut")),
+        *((family, "device-resident") for family in ("gemma2", "gpt-oss", "deepseek-v3")),
+        *((family, "device-disk") for family in ("mistral-window", "qwen3-moe", "deepseek-v3")),
+    ],
+)
 def test_wherever_the_weights_are(
     family: str, mode: str, tmp_path: Path, tokenizer_folder: Path, pretended_cuda: PretendCuda
 ) -> None:
-    if mode == "device-cut" and family == "deepseek-v3":
-        pytest.skip("attention must fit the ring as a whole where only one sequence is in a row block")
     reference = make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
     prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
@@ -41,7 +45,7 @@ def test_wherever_the_weights_are(
 
 @pytest.mark.parametrize("wide", [1, 8], ids=["narrow", "wide"])
 @pytest.mark.parametrize("mode", ["device-resident", "device-host", "device-cut"])
-@pytest.mark.parametrize("lengths", [[1000], [300, 40, 7, 90] * 8], ids=["one long", "many"])
+@pytest.mark.parametrize("lengths", [[1000], [300, 40, 7, 90] * 4], ids=["one long", "many"])
 def test_the_ceiling_holds(
     lengths: list[int],
     mode: str,

@@ -74,8 +74,7 @@ def test_bits_with_and_without(family: str, mode: str, dtype: str, tmp_path: Pat
     _compare(family, mode, dtype, tmp_path, tokenizer_folder, num_trials=3)
 
 
-@pytest.mark.parametrize("mode", ["device-resident", "device-host"])
-@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+@pytest.mark.parametrize(("family", "mode"), [("llama", "device-host"), ("deepseek-v3", "device-resident")])
 def test_bits_on_a_device(family: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     _compare(family, mode, "float32", tmp_path, tokenizer_folder, num_trials=1)
 
