@@ -5,12 +5,14 @@
 Every configuration runs in a process of its own, after this machine's rates were measured anew. A sweep is that of one
 sequence that decodes, without guesses (median of several); the first token is that of a prompt of CONTEXT tokens, none
 of it stored. The process's memory is its peak of resident pages; on an accelerator, what torch reserved there as well.
-The disk's rate is measured again before every run and after it, because shared disks change theirs.
+The disk's rate is measured between the sweeps, because shared disks change theirs from one second to the next; the
+forecast is made with the median.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -22,7 +24,8 @@ from typing import Any
 
 from benchmarks import bench
 
-SWEEPS = 5
+ROUNDS = 3
+SWEEPS = 3
 CLOSE = 0.2
 
 
@@ -70,25 +73,26 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     plan, skeleton, _ = plan_model(config)
     file = weights_file(skeleton)
     rates = rates_for(skeleton, resolve_device(options.device))
-    before = measure_disk(file)
+    disk = [measure_disk(file)]
     with LayerStream(
         model, device=options.device, memory=memory, host_memory=options.host_memory, kv_store=None, speculation="off"
     ) as engine:
         prompt = [3 + token % 200 for token in range(options.context)]
         engine.generate([prompt[:3]], SamplingParams(max_tokens=2, ignore_eos=True))
-        decode = [_sweep(engine) for _ in range(SWEEPS)]
+        decode = []
+        for _ in range(ROUNDS):
+            decode.append(_sweep(engine))
+            disk.append(measure_disk(file))
         started = time.perf_counter()
         engine.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))
         first = time.perf_counter() - started
         stats = engine.stats()
-    after = measure_disk(file)
-    import dataclasses
-
-    rates = dataclasses.replace(rates, disk=(before + after) / 2)
+    disk.append(measure_disk(file))
+    rates = dataclasses.replace(rates, disk=statistics.median(disk))
     forecast = Forecast(plan, rates, str(skeleton.dtype).removeprefix("torch."), options.context)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {
-        "disk": [before, after],
+        "disk": [min(disk), statistics.median(disk), max(disk)],
         "bound_by": forecast.bound_by,
         "read_bytes": plan.disk_bytes,
         "streamed_bytes": plan.streamed_bytes,
@@ -107,7 +111,7 @@ def _sweep(engine: Any) -> float:
     from layerstream import SamplingParams
 
     before = engine.stats()
-    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=SWEEPS, ignore_eos=True))
     after = engine.stats()
     return (after.sweep_seconds - before.sweep_seconds) / (after.sweeps - before.sweeps)
 
