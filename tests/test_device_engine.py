@@ -82,7 +82,7 @@ def test_out_of_memory_makes_sweeps_smaller_and_the_answers_are_the_same(
     prompts = [draw_prompt(90 + length) for length in range(6)]
     with open_engine(folder, "resident") as engine:
         expected = [completion.token_ids for completion in engine.generate(prompts, GREEDY)]
-    with caplog.at_level(logging.WARNING), open_engine(folder, "resident") as engine:
+    with caplog.at_level(logging.WARNING, logger="layerstream"), open_engine(folder, "resident") as engine:
         runner = engine._parts.step._runner
         decode = runner._decode
 
@@ -195,7 +195,7 @@ def test_slow_disks_and_network_folders_are_said_where_sweeps_wait_for_them(
 ) -> None:
     monkeypatch.setattr(assembly, "network_file_system", lambda path: "nfs4")
     monkeypatch.setattr(DirectReader, "rate", lambda self: 30e6)
-    with caplog.at_level(logging.WARNING), open_engine(folder, mode):
+    with caplog.at_level(logging.WARNING, logger="layerstream"), open_engine(folder, mode):
         pass
     assert ("the disk brings 30 MB/s" in caplog.text) == (mode == "disk")
     assert ("network folder (nfs4)" in caplog.text) == (mode == "disk")

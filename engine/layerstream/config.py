@@ -52,10 +52,6 @@ class EngineConfig:
             raise ConfigurationError(
                 f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1' and so on, or 'mps'"
             )
-        if self.device == "cpu" and self.host_memory_bytes is not None:
-            raise ConfigurationError(
-                "host_memory is the memory behind an accelerator; the CPU computes in 'memory': leave it at None"
-            )
         if self.attention not in ATTENTIONS:
             raise ConfigurationError(
                 f"attention is {self.attention!r}; expected one of {', '.join(map(repr, ATTENTIONS))}"

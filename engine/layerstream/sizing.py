@@ -11,6 +11,7 @@ import torch
 
 from layerstream.checkpoint.hub import locate
 from layerstream.config import EngineConfig
+from layerstream.errors import ConfigurationError
 from layerstream.kernels import fused_rows
 from layerstream.machine import available_memory_bytes
 from layerstream.model.attention import has_bf16_products
@@ -45,9 +46,14 @@ def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
 
     Raises:
         BudgetTooSmall: names the minimum.
+        ConfigurationError: host memory for an accelerator, and there is none.
     """
     if facts.is_on_device:
         return _device_plan(config, facts)
+    if config.host_memory_bytes is not None:
+        raise ConfigurationError(
+            "host_memory is the memory behind an accelerator, and the CPU computes in 'memory': leave it at None"
+        )
     return make_plan(facts, _budget(config, facts))
 
 

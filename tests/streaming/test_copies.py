@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layerstream.errors import EngineClosed, TruncatedFile
 from layerstream.streaming.copies import CopyFeed
@@ -66,6 +66,7 @@ class Pipeline:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(residents={0, 1}, rings=(3.0, 3.0), tails=[True, False, False], stop=None, seed=0)  # all of it fits
 @given(
     residents=st.sets(st.integers(0, 6)),
     rings=st.tuples(st.floats(1, 3), st.floats(1, 3)),

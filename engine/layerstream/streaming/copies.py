@@ -168,7 +168,9 @@ class CopyFeed(Feed):
     def _copy(self, unit: int, slot: Slot, free: Mark) -> None:
         """Queue the copy of *unit* to *slot*, which compute up to *free* may still look at."""
         source, inward = self._source, self._device.inward
-        while self._retiring and (self._retiring[0][0].is_reached() or not source.is_there(unit)):
+        while self._retiring and (
+            self._retiring[0][0].is_reached() or not source.is_there(unit) or self._is_retiring(unit)
+        ):
             self._retire_one()
         memory = source.take(unit)
         inward.after(free)
@@ -182,6 +184,10 @@ class CopyFeed(Feed):
             self._copied[unit] = mark
             if not source.stays(unit):
                 self._retiring.append((mark, unit))
+
+    def _is_retiring(self, unit: int) -> bool:
+        """Whether *unit* is in the host ring from the sweep before: that place is about to be released."""
+        return any(other == unit for _, other in self._retiring)
 
     def _retire_one(self) -> None:
         """Wait for the oldest copy from the host ring, and let its place there be used again."""
