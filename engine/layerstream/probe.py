@@ -36,6 +36,7 @@ from layerstream.machine import cache_folder, processor
 from layerstream.model.linear import TILE_VALUES, PackedMatrix, tile_rows
 from layerstream.model.matrices import packed_parts
 from layerstream.model.skeleton import Skeleton
+from layerstream.persistence import weight_paths
 from layerstream.planner.rates import Rates
 from layerstream.self_check import step_greedily
 from layerstream.streaming.device import open_device
@@ -66,11 +67,12 @@ def rates_for(skeleton: Skeleton, device: torch.device, *, again: bool = False) 
     if rates is None or dtype not in rates.products:
         rates = _merged(rates, measure(device, skeleton.dtype))
     file = weights_file(skeleton)
-    if not are_weights_here(file.parent):  # then of the disk that this package is on
+    is_here = are_weights_here(file.parent)
+    if not is_here:  # then of the disk that this package is on
         file = bundled_reader() / "model.safetensors"
     disk = f"disk {file.stat().st_dev}"
     rate = (None if again else known.disk(disk)) or measure_disk(file)
-    formats = _formats(skeleton) if are_weights_here(weights_file(skeleton).parent) else {}
+    formats = _formats(skeleton) if is_here else {}
     missing = [source for codec, source in formats.items() if again or codec not in rates.decode]
     decode = {source.codec.name: measure_decode(source, skeleton.dtype) for source in missing}
     if device.type == "cpu" and (again or not rates.read_cost):
@@ -153,8 +155,7 @@ def measure_decode(source: PackedSource, dtype: torch.dtype) -> float:
 
 def weights_file(skeleton: Skeleton) -> Path:
     """The largest file of weights, links followed."""
-    files = {p.entry.extent.path.resolve() for source in skeleton.sources.values() for p in source.pieces}
-    return max(files, key=lambda path: path.stat().st_size)
+    return max(map(Path.resolve, weight_paths(skeleton)), key=lambda path: path.stat().st_size)
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -13,7 +13,7 @@ from layerstream.planner.on_device import comfortable_host_bytes, make_device_pl
 from layerstream.planner.plan import Plan
 from layerstream.planner.spending import comfortable_bytes, make_plan
 from layerstream.sizes import format_size
-from layerstream.streaming.residency import WeightNode
+from layerstream.streaming.residency import WeightNode, linears
 
 BITS = {"nf4": 4.13, "int4": 4.25, "int8": 8.02}  # per weight, scales included, as `pack` writes them
 KERNELS = {"int4": "int4", "int8": "int8"}
@@ -61,7 +61,7 @@ def _changes(
 ) -> Iterator[tuple[str, ModelFacts, int, int | None]]:
     """What it is called, and the model, the memory and the host's memory after it."""
     memory, host = plan.budget_bytes, None if plan.host is None else plan.host.budget_bytes
-    if not any(node.value_bytes for root in (*facts.body, facts.head) for node in _all(root)):
+    if not any(True for root in (*facts.body, facts.head) for _ in linears(root)):
         for kind in BITS:
             packed = quantised(facts, kind, kernels)
             if packed is not None:
@@ -112,9 +112,3 @@ def _packed(node: WeightNode, kind: str, itemsize: int) -> WeightNode:
         codec=kind,
         kernel=KERNELS.get(kind, ""),
     )
-
-
-def _all(node: WeightNode) -> Iterator[WeightNode]:
-    yield node
-    for child in node.children:
-        yield from _all(child)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from layerstream.planner.facts import STREAMING_ROWS
 from layerstream.planner.plan import Plan
 from layerstream.planner.rates import Rates
 from layerstream.streaming.residency import PlannedUnit, WeightNode, linears
@@ -117,32 +116,30 @@ class Forecast:
     def compute_seconds(self, row_blocks: Sequence[int], num_sampled: int) -> float:
         """Computing a sweep of *row_blocks*, of which *num_sampled* rows go through the head."""
         plan = self.plan
-        nodes = self._nodes
-        head_rows = min(STREAMING_ROWS, plan.head_rows)
-        head_blocks = [head_rows] * -(-num_sampled // head_rows)
-        seconds = sum(self._unit_seconds(unit, nodes.get(unit.module), row_blocks) for unit in plan.weights.body)
-        seconds += sum(self._unit_seconds(unit, nodes.get(unit.module), head_blocks) for unit in plan.weights.head)
+        head_blocks = [plan.head_rows] * -(-num_sampled // plan.head_rows)
+        seconds = sum(self._unit_seconds(unit, row_blocks) for unit in plan.weights.body)
+        seconds += sum(self._unit_seconds(unit, head_blocks) for unit in plan.weights.head)
         facts, rates = plan.facts, self.rates
         values = sum(row_blocks) * (VALUES_OF_MLP * facts.intermediate_size + VALUES_OF_HIDDEN * facts.hidden_size)
         return seconds + facts.num_layers * (rates.layer_seconds * len(row_blocks) + rates.value_seconds * values)
 
     def unit_seconds(self, unit: PlannedUnit) -> float:
         """Computing one decode row block with *unit*, and its share of what calling layers takes."""
-        plan, node = self.plan, self._nodes.get(unit.module)
+        plan = self.plan
         if unit in plan.weights.head:
-            return self._unit_seconds(unit, node, [min(STREAMING_ROWS, plan.head_rows)])
+            return self._unit_seconds(unit, [plan.head_rows])
         calls = self.rates.layer_seconds * plan.facts.num_layers / len(plan.weights.body)
-        return self._unit_seconds(unit, node, [plan.decode_rows]) + calls
+        return self._unit_seconds(unit, [plan.decode_rows]) + calls
 
     @cached_property
     def _nodes(self) -> dict[str, WeightNode]:
         """Quantised Linears by name."""
         return {n.name: n for root in (*self.plan.facts.body, self.plan.facts.head) for n in linears(root)}
 
-    def _unit_seconds(self, unit: PlannedUnit, node: WeightNode | None, row_blocks: Sequence[int]) -> float:
+    def _unit_seconds(self, unit: PlannedUnit, row_blocks: Sequence[int]) -> float:
         if not row_blocks:
             return 0.0
-        rates, facts = self.rates, self.plan.facts
+        rates, facts, node = self.rates, self.plan.facts, self._nodes.get(unit.module)
         if node is None or unit.stays_decoded:
             num_values = unit.compute_bytes / facts.itemsize
             return num_values * sum(rates.product_seconds(self.dtype, rows) for rows in row_blocks)

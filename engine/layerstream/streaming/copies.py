@@ -63,8 +63,7 @@ class CopyFeed(Feed):
         return self._compute_waited
 
     def populate(self) -> None:
-        """The host's."""
-        self._source.populate()
+        """Pinning has done so."""
 
     def want(self, units: Iterable[int]) -> None:
         """They are wanted from the host as well."""

@@ -55,9 +55,6 @@ class HostSource:
         """Whether *unit* never leaves host memory."""
         return unit in self._residents
 
-    def populate(self) -> None:
-        """Have the system back the ring with memory; pinning has done so."""
-
     def want(self, units: Iterable[int]) -> None:
         """Have *units* read, those that come from disk, after what is wanted already."""
         if self._ring is not None:
