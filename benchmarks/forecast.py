@@ -98,7 +98,7 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
         "streamed_bytes": plan.streamed_bytes,
         "sweep": [forecast.sweep_seconds, statistics.median(decode)],
         "first": [forecast.cold_seconds, first],
-        "process": [forecast.process_bytes, peak],
+        "process": [forecast.used_bytes, peak],
         "bits": stats.bits_per_weight,
     }
     if torch.cuda.is_available() and plan.host is not None:

@@ -29,9 +29,9 @@ from layerstream.machine import available_memory_bytes, network_file_system
 from layerstream.model.device_attention import resolve_attention
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
+from layerstream.model.placed import ModelWeights
 from layerstream.model.runner import SweepRunner
 from layerstream.model.skeleton import Skeleton
-from layerstream.model.weights import ModelWeights
 from layerstream.pack import ensure_packed
 from layerstream.persistence import HOPED_READ_RATE, describe, open_store, weight_paths
 from layerstream.planner import Plan, comfortable_bytes
@@ -43,9 +43,9 @@ from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sizes import format_size
-from layerstream.sizing import available_bytes, locate_model, plan_model
+from layerstream.sizing import available_bytes, devices_of, locate_model, plan_model
 from layerstream.step import SweepStep
-from layerstream.streaming.device import Device, device_name, open_device, resolve_device
+from layerstream.streaming.device import Device, Placement, device_name, names_of_layers, open_device
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.streaming.timeline import Timeline
 from layerstream.text.defaults import GenerationDefaults, load_defaults
@@ -59,7 +59,7 @@ DRAFT_MODEL_SHARE = 0.4  # of the memory, at most, for a draft model and its KV
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """An engine's parts, before its thread starts. ``device`` computes; ``None``: the processor."""
+    """An engine's parts, before its thread starts. ``devices`` compute; none: the processor."""
 
     config: EngineConfig
     tokenizer: Any
@@ -75,7 +75,7 @@ class Assembly:
     store: PrefixStore | None
     swap: PageSwap
     draft: Assembly | None
-    device: Device | None
+    devices: tuple[Device, ...]
     page_memory: PageMemory
 
     def close(self) -> None:
@@ -115,22 +115,37 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
                 reserved_bytes=draft.plan.planned_bytes,
                 reserved_host_bytes=0 if host is None else host.planned_bytes,
             )
-        device = open_device(resolve_device(config.device))
         plan, skeleton, folder = plan_model(config)
+        placement = _open_devices(config, plan)
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
         if draft is not None:
             _check_same_tokens(config, tokenizer, draft.tokenizer)
         logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
-        with nullcontext() if device is None else device.use():
-            if device is not None:
-                _check_host(config)
-                device.limit(plan.budget_bytes + config.reserved_bytes)
-            return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener, draft, device)
+        with nullcontext() if placement is None else placement.first.use():
+            return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener, draft, placement)
     except BaseException:
         reader.close()
         if draft is not None:
             draft.close()
         raise
+
+
+def _open_devices(config: EngineConfig, plan: Plan) -> Placement | None:
+    """The accelerators that *plan* is for, each within its ceiling; ``None``: the processor computes.
+
+    Raises:
+        ConfigurationError: one is not there, or the host has less memory than they are to have behind them.
+    """
+    devices = devices_of(config)
+    parts = list(zip(plan.devices, plan.parts, strict=True)) or [(0, plan)]
+    opened = [(open_device(devices[number]), number, part) for number, part in parts]
+    for device, number, part in opened:
+        if device is None:
+            return None
+        device.limit(part.budget_bytes + (config.reserved_bytes if number == 0 else 0))
+    _check_host(config)
+    layers = plan.layers or (0,) * plan.facts.num_layers
+    return Placement(tuple(device for device, _, _ in opened if device is not None), layers)
 
 
 def _look_at_source(files: Sequence[Path], plan: Plan, rate: float | None) -> None:
@@ -160,7 +175,7 @@ def _computes(device: str, prefers_flash: bool) -> str:
 
 def _moving_seconds(plan: Plan, reader: DirectReader, assumed: float = ASSUMED_READ_RATE) -> float:
     """What a sweep's weights take to where they are computed with: from disk, and over the link beside it."""
-    link = 0.0 if plan.host is None else plan.streamed_bytes / ASSUMED_LINK_RATE
+    link = 0.0 if plan.host is None else plan.link_bytes / ASSUMED_LINK_RATE
     return max(plan.disk_bytes / (reader.rate() or assumed), link)
 
 
@@ -193,7 +208,7 @@ def _assemble_draft(config: EngineConfig) -> Assembly:
     assert config.draft_model is not None
     own = EngineConfig(
         config.draft_model,
-        device=config.device,
+        device=config.device if config.device_map is None else "cuda:0",
         attention=config.attention,
         dtype=config.dtype,
         max_context=config.max_context,
@@ -202,7 +217,8 @@ def _assemble_draft(config: EngineConfig) -> Assembly:
         allow_untested=config.allow_untested,
         speculation="off",
     )
-    available = config.memory_bytes or available_bytes(resolve_device(config.device))
+    of_first = config.memory_each[0] if config.memory_each else config.memory_bytes
+    available = of_first or available_bytes(devices_of(config)[0])
     share = int(DRAFT_MODEL_SHARE * available)
     try:
         plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
@@ -238,8 +254,10 @@ def identify(config: EngineConfig, store: KVStoreConfig, memory: DigestMemory) -
     digests = WeightFiles.of(weight_paths(skeleton)).take_digests(memory)
     if digests is None:
         raise KVStoreUnusable(f"the files of {config.model} are being changed; try again when they are whole")
-    device = resolve_device(config.device)
-    computes = _computes(device_name(device), resolve_attention(config.attention, device))
+    devices = devices_of(config)
+    names = [device_name(devices[number]) for number in plan.devices or (0,)]
+    prefers_flash = resolve_attention(config.attention, devices[0])
+    computes = _computes(names_of_layers(names, plan.layers), prefers_flash)
     fingerprint = describe(store, folder, skeleton, plan, digests, computes)
     return namespace(fingerprint, store.salt), {"model": config.model, "fingerprint": fingerprint}
 
@@ -253,11 +271,13 @@ def _assemble(
     reader: DirectReader,
     listener: Listener | None,
     draft: Assembly | None,
-    device: Device | None,
+    placement: Placement | None,
 ) -> Assembly:
-    memory = PageMemory(plan.kv_bytes if plan.host is None else plan.host.kv_bytes, device)
+    devices = () if placement is None else placement.devices
+    kv_bytes = plan.kv_bytes if plan.host is None else plan.host.kv_bytes
+    memory = PageMemory(kv_bytes, devices[0] if devices else None)
     transit = Transit(plan.num_transit, plan.page_tokens)
-    prefers_flash = device is not None and resolve_attention(config.attention, device.torch_device)
+    prefers_flash = placement is not None and resolve_attention(config.attention, placement.first.torch_device)
     states = [
         LayerState(plan.num_pages, plan.page_tokens, memory, layer, transit)
         for layer in range(skeleton.config.num_hidden_layers)
@@ -273,14 +293,15 @@ def _assemble(
             plan=plan,
             states=states,
             reader=reader,
-            computes=_computes("cpu" if device is None else device.name, prefers_flash),
+            computes=_computes("cpu" if placement is None else placement.name, prefers_flash),
             sweep_seconds=lambda: _moving_seconds(plan, reader, HOPED_READ_RATE),
         )
     try:
         if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         on_load = _LoadCounter(plan.resident_bytes, listener).add
-        weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows, device)
+        units = [part.weights for part in plan.parts or (plan,)]
+        weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows, placement, units)
         embedding = _embedding(skeleton, plan, weights, reader)
         _look_at_source(weight_paths(skeleton), plan, reader.rate())
         reader.restart_rate()
@@ -290,10 +311,11 @@ def _assemble(
         scheduler = _scheduler(skeleton, plan, store, reader, swap)
         loader = None if store is None else store.loader
         device_kv = None
-        if device is not None:
-            device_kv = DeviceKV(device, states, plan.num_pages, plan.page_tokens, rides=plan.facts.kv_rides)
+        if placement is not None:
+            rides = [part.facts.kv_rides for part in plan.parts or (plan,)]
+            device_kv = DeviceKV(placement, states, plan.num_pages, plan.page_tokens, rides)
         runner = SweepRunner(
-            skeleton, weights, embedding, states, plan.head_rows, loader, device, device_kv, prefers_flash
+            skeleton, weights, embedding, states, plan.head_rows, loader, placement, device_kv, prefers_flash
         )
         return Assembly(
             config=config,
@@ -305,12 +327,12 @@ def _assemble(
             reader=reader,
             weights=weights,
             scheduler=scheduler,
-            step=SweepStep(scheduler, runner, weights, store, device),
+            step=SweepStep(scheduler, runner, weights, store, devices),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
             swap=swap,
             draft=draft,
-            device=device,
+            devices=devices,
             page_memory=memory,
         )
     except BaseException:

@@ -12,6 +12,7 @@ from layerstream.kv.config import KVStoreConfig
 
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
 ATTENTIONS = ("auto", "sdpa", "flash_attn")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -19,7 +20,8 @@ _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 class EngineConfig:
     """An engine that is wanted.
 
-    ``reserved_bytes`` of the memory and ``reserved_host_bytes`` are a draft model's; ``packed`` is the model in the
+    ``memory_each`` is the memory of each of several devices, where they do not have the same; ``reserved_bytes`` of the
+    memory (of the first device) and ``reserved_host_bytes`` are a draft model's; ``packed`` is the model in the
     ``quantization`` asked for.
 
     Raises:
@@ -28,7 +30,9 @@ class EngineConfig:
 
     model: str
     device: str = "auto"
+    device_map: str | None = None
     memory_bytes: int | None = None
+    memory_each: tuple[int, ...] = ()
     host_memory_bytes: int | None = None
     dtype: str = "auto"
     attention: str = "auto"
@@ -52,6 +56,7 @@ class EngineConfig:
             raise ConfigurationError(
                 f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1' and so on, or 'mps'"
             )
+        self._check_devices()
         if self.attention not in ATTENTIONS:
             raise ConfigurationError(
                 f"attention is {self.attention!r}; expected one of {', '.join(map(repr, ATTENTIONS))}"
@@ -68,3 +73,18 @@ class EngineConfig:
             )
         if self.chunk_tokens is not None and self.chunk_tokens not in CHUNK_CHOICES:
             raise ConfigurationError(f"chunk_tokens is {self.chunk_tokens!r}; expected one of {CHUNK_CHOICES}")
+
+    def _check_devices(self) -> None:
+        if self.device_map not in {None, *DEVICE_MAPS}:
+            raise ConfigurationError(
+                f"device_map is {self.device_map!r}; expected None or one of {', '.join(map(repr, DEVICE_MAPS))}"
+            )
+        if self.device_map is not None and self.device not in {"auto", "cuda"}:
+            raise ConfigurationError(
+                f"device_map spreads layers over all CUDA devices, and device is {self.device!r}: leave it out, and "
+                "choose among them with CUDA_VISIBLE_DEVICES"
+            )
+        if self.memory_each and self.device_map is None:
+            raise ConfigurationError(
+                "memory is a list, of a ceiling for each device: pass device_map='auto' with it, or one size"
+            )

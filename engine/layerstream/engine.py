@@ -43,9 +43,14 @@ class LayerStream:
 
     Args:
         model: a folder, a hub id, or ``"demo"`` for the bundled reader.
-        device: ``"auto"`` (a CUDA device where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        memory: ceiling for all that the engine allocates where it computes (``"3GiB"`` or bytes); ``None``: what the
-            model wants, within what the machine, or the device, has free.
+        device: ``"auto"`` (a CUDA device where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        device_map: spread the layers over all CUDA devices: ``"balanced"`` (a range of layers for each, in proportion
+            to its memory), ``"sequential"`` (as many as stay on the first, then the second; the last one streams what
+            is left), ``"auto"`` (balanced where everything stays; where weights stream, devices take turns, so that
+            they cross all links at once). ``None``: one device.
+        memory: ceiling for all that the engine allocates where it computes (``"3GiB"`` or bytes; with ``device_map``
+            on each device, or a list with one for each); ``None``: what the model wants, within what the machine, or
+            the device, has free.
         host_memory: on an accelerator, ceiling for weights and KV in host memory, which is pinned; what fits neither
             here nor there is read from disk for every sweep. ``None``: what has a use, within what is free.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
@@ -73,7 +78,8 @@ class LayerStream:
         model: str | Path = "demo",
         *,
         device: str = "auto",
-        memory: int | str | None = None,
+        device_map: str | None = None,
+        memory: int | str | Seq[int | str] | None = None,
         host_memory: int | str | None = None,
         dtype: str = "auto",
         attention: str = "auto",
@@ -92,7 +98,9 @@ class LayerStream:
         config = EngineConfig(
             model=str(model),
             device=device,
-            memory_bytes=None if memory is None else parse_size(memory),
+            device_map=device_map,
+            memory_bytes=parse_size(memory) if isinstance(memory, int | str) else None,
+            memory_each=() if memory is None or isinstance(memory, int | str) else tuple(map(parse_size, memory)),
             host_memory_bytes=None if host_memory is None else parse_size(host_memory),
             dtype=dtype,
             attention=attention,
@@ -112,7 +120,7 @@ class LayerStream:
         self._parts: Assembly = run_apart(lambda: _build(config, self._progress), Assembly.close)
         parts = self._parts
         self._loop = EngineLoop(
-            parts.scheduler, parts.step, parts.drafting, parts.weights, self._progress, parts.device
+            parts.scheduler, parts.step, parts.drafting, parts.weights, self._progress, parts.devices
         )
         self._close = weakref.finalize(self, _shut, self._loop, self._parts)
         loop = self._loop

@@ -24,7 +24,7 @@ from layerstream.draft import DraftTree
 from layerstream.errors import DeviceLost, EngineClosed, GrammarError
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
 from layerstream.inbox import Inbox
-from layerstream.model.weights import ModelWeights
+from layerstream.model.placed import ModelWeights
 from layerstream.request import Request
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.sampler import sample
@@ -74,7 +74,7 @@ class EngineLoop:
         drafting: TreeDrafting,
         weights: ModelWeights,
         listener: Listener | None,
-        device: Device | None = None,
+        devices: Seq[Device] = (),
     ) -> None:
         self.counters = LoopCounters()
         self._scheduler = scheduler
@@ -82,7 +82,7 @@ class EngineLoop:
         self._drafting = drafting
         self._weights = weights
         self._listener = listener
-        self._device = device
+        self._devices = devices
         self._lost: DeviceLost | None = None
         self._changed = threading.Condition()
         self._inbox = Inbox(self._moment)
@@ -91,7 +91,7 @@ class EngineLoop:
         self._is_closing = False
         self._unit = 0
         self._unit_bytes = 0
-        weights.on_unit = self._unit_done
+        weights.tell(self._unit_done)
         self._thread = threading.Thread(target=self._run, name="layerstream-engine", daemon=True)
         self._thread.start()
 
@@ -166,7 +166,7 @@ class EngineLoop:
         except EngineClosed:
             raise
         except Exception as error:  # whatever a sweep dies of, only its own requests die with it
-            if self._device is not None and self._device.is_lost(error):
+            if any(device.is_lost(error) for device in self._devices):
                 self._lost = _lost(error)
                 raise EngineClosed("the device is lost") from error
             self._fail(sweep, error)

@@ -21,7 +21,8 @@ from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.planner import facts as assumed
 from layerstream.planner.on_device import make_device_plan
-from layerstream.streaming.device import free_bytes, resolve_device
+from layerstream.planner.several import make_devices_plan
+from layerstream.streaming.device import all_devices, free_bytes, resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,17 @@ def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
     return make_plan(facts, _budget(config, facts))
 
 
+def devices_of(config: EngineConfig) -> list[torch.device]:
+    """What may compute; an accelerator need not be there where ``memory`` is given.
+
+    Raises:
+        ConfigurationError: there is none, and its memory is to be planned with.
+    """
+    if config.device_map is None:
+        return [resolve_device(config.device)]
+    return all_devices(len(config.memory_each) or None)
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that is free where *device* computes.
 
@@ -69,7 +81,7 @@ def available_bytes(device: torch.device) -> int:
 def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
     """What the plan for *config* depends on, the skeleton and the folder it comes from."""
     folder = config.packed or locate_model(config)
-    is_on_device = resolve_device(config.device).type != "cpu"
+    is_on_device = config.device_map is not None or resolve_device(config.device).type != "cpu"
     skeleton = build_skeleton(
         folder,
         dtype=config.dtype,
@@ -91,7 +103,10 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
 def _device_plan(config: EngineConfig, facts: ModelFacts) -> Plan:
     host_bytes = config.host_memory_bytes or int(available_memory_bytes() * SPARE_SHARE)
     host_bytes -= config.reserved_host_bytes
-    plan = make_device_plan(facts, _budget(config, facts), host_bytes)
+    if config.device_map is None:
+        plan = make_device_plan(facts, _budget(config, facts), host_bytes)
+    else:
+        plan = make_devices_plan(facts, config.device_map, _memories(config), host_bytes)
     assert plan.host is not None
     if config.host_memory_bytes is None:  # it was not asked for, so no more of it is taken than has a use
         plan = dataclasses.replace(plan, host=dataclasses.replace(plan.host, budget_bytes=plan.host.planned_bytes))
@@ -163,6 +178,16 @@ def _budget(config: EngineConfig, facts: ModelFacts) -> int:
             "the memory budget of %d bytes is more than the %d bytes that are free", config.memory_bytes, available
         )
     return max(1, config.memory_bytes - config.reserved_bytes)
+
+
+def _memories(config: EngineConfig) -> list[int]:
+    """The budget of each of several accelerators."""
+    found = list(config.memory_each)
+    if not found:
+        given = config.memory_bytes
+        found = [int(free_bytes(d) * SPARE_SHARE) if given is None else given for d in devices_of(config)]
+    found[0] -= config.reserved_bytes
+    return [max(1, size) for size in found]
 
 
 def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:

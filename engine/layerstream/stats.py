@@ -19,8 +19,8 @@ class EngineStats:
     Attributes:
         weight_bytes_streamed: brought to where they are computed with by sweeps, from disk or from host memory;
             resident weights, brought once, are not in it.
-        peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations; on an
-            accelerator what torch reserved of its memory at most.
+        peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations; on
+            accelerators what torch reserved of their memory at most.
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
         bytes_per_sweep: weights that a sweep brings; ``bits_per_weight``: of what it passes, as it is stored.
         kv: what the prefix cache did.
@@ -63,7 +63,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         weight_bytes_streamed=streamer.streamed_bytes if streamer else 0,
         sweep_seconds=counters.sweep_seconds,
         wait_seconds=streamer.wait_seconds if streamer else 0.0,
-        peak_memory_bytes=planned if parts.device is None else parts.device.peak_bytes(),
+        peak_memory_bytes=sum(device.peak_bytes() for device in parts.devices) if parts.devices else planned,
         budget_bytes=plan.budget_bytes,
         resident_bytes=plan.resident_bytes,
         model_bytes=parts.model_bytes,

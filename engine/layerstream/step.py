@@ -11,8 +11,8 @@ import torch
 from layerstream.errors import OutOfMemory
 from layerstream.kv.loader import PagesLost
 from layerstream.kv.store import PrefixStore
+from layerstream.model.placed import ModelWeights
 from layerstream.model.runner import SweepRunner
-from layerstream.model.weights import ModelWeights
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sequence import Sequence
 from layerstream.streaming.device import Device, is_out_of_memory
@@ -35,13 +35,13 @@ class SweepStep:
         runner: SweepRunner,
         weights: ModelWeights,
         store: PrefixStore | None,
-        device: Device | None = None,
+        devices: Seq[Device] = (),
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._weights = weights
         self._store = store
-        self._device = device
+        self._devices = devices
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
@@ -86,8 +86,7 @@ class SweepStep:
         return logits
 
     def _shrink(self, error: Exception) -> None:
-        device = self._device
-        if device is not None:
+        for device in self._devices:
             device.free_unused()
         if not self._scheduler.shrink():
             raise OutOfMemory(

@@ -86,7 +86,10 @@ def _forecast(config: EngineConfig, made: Plan, skeleton: Skeleton, context: int
 
 def _rows(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     plan, rates = forecast.plan, forecast.rates
-    yield "whole process", format_size(forecast.process_bytes), "with Python and the libraries"
+    at_once = forecast.used_bytes < forecast.process_bytes
+    yield "whole process", format_size(forecast.process_bytes), "with Python and the libraries" + ", at most" * at_once
+    if at_once:
+        yield "", format_size(forecast.used_bytes), f"with one prompt of {forecast.context_tokens:,} tokens"
     if forecast.device_bytes is not None:
         yield "whole process", format_size(forecast.device_bytes), "on the device, with its libraries"
     yield "disk", f"{format_streamed(int(rates.disk))}/s", _disk_note(rates.disk, forecast)

@@ -66,9 +66,11 @@ class DraftedRows:
 
 
 def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """From a device in one copy: hundreds of small ones would take longer."""
-    if not tensors or tensors[0].device.type == "cpu":
-        return tensors
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+    """From each device in one copy: hundreds of small ones would take longer."""
+    found = list(tensors)
+    for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
+        there = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[index].reshape(-1) for index in there]).cpu()
+        for index, piece in zip(there, flat.split([tensors[index].numel() for index in there]), strict=True):
+            found[index] = piece.view(tensors[index].shape)
+    return found

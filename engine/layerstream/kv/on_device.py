@@ -1,10 +1,10 @@
-"""KV on an accelerator: pages have their place in host memory, and what is being computed with is on the device, too.
+"""KV on accelerators: pages have their place in host memory, and what is being computed with is on the device, too.
 
-Where weights stream, the device holds the pages of the layers in hand, which take turns; where they do not, those of
-all layers stay. Host memory always has everything: the store, suspended sequences and accepted guesses know nothing of
-the device.
+Where weights stream, a device holds the pages of the layers in hand, which take turns; where they do not, those of all
+its layers stay. Host memory always has everything: the store, suspended sequences and accepted guesses know nothing of
+devices.
 
-A sweep, layer by layer (``inward``, ``compute`` and ``outward`` are lanes of the device):
+A sweep, layer by layer (``inward``, ``compute`` and ``outward`` are lanes of the layer's device):
 
 | when | what is queued |
 |---|---|
@@ -24,6 +24,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -31,28 +32,46 @@ from layerstream.kv.loader import PageLoader
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.segment import PageShape
 from layerstream.kv.state import LayerState, PagedRows, runs
-from layerstream.streaming.device import Device, Mark
+from layerstream.streaming.device import Device, Mark, Placement
 from layerstream.sweep import Span, Sweep
 
 
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Where a layer's pages are: a place on a device, its own or shared with other layers (``rides``)."""
+
+    device: Device
+    place: tuple[int, int]
+    rides: bool
+
+
 class DeviceKV:
-    """The pages of *states* on *device*.
+    """The pages of *states* on the devices that compute them.
 
     Args:
         states: the layers' KV in host memory, pinned.
         num_pages: how many pages there are.
-        rides: keep the layers in hand only.
+        rides: for each device, keep the layers in hand only.
     """
 
     def __init__(
-        self, device: Device, states: Sequence[LayerState], num_pages: int, page_tokens: int, *, rides: bool
+        self,
+        placement: Placement,
+        states: Sequence[LayerState],
+        num_pages: int,
+        page_tokens: int,
+        rides: Sequence[bool],
     ) -> None:
-        self._device = device
+        self._devices = placement.devices
         self._page_tokens = page_tokens
-        self._num_places = LAYERS_IN_HAND if rides else len(states)
-        self._memory: dict[int, torch.Tensor] = {}
+        self._homes: list[_Home] = []
+        for layer, at in enumerate(placement.layers):
+            before = placement.layers[:layer].count(at)
+            place = at, before % LAYERS_IN_HAND if rides[at] else before
+            self._homes.append(_Home(placement.devices[at], place, rides[at]))
+        self._memory: dict[tuple[int, int], torch.Tensor] = {}
         self.layers = [DeviceLayer(self, layer, state, num_pages, page_tokens) for layer, state in enumerate(states)]
-        self._free: dict[int, Mark] = {}  # by place: nothing queued before touches it
+        self._free: dict[tuple[int, int], Mark] = {}  # by place: nothing queued before touches it
         self._loader: PageLoader | None = None
         self._pages: list[int] = []
         self._spans: list[Span] = []
@@ -86,7 +105,7 @@ class DeviceKV:
             if skipped not in self._arrived:
                 self._bring(skipped)
         self._reached = layer
-        self._device.compute.after(self._arrived[layer])
+        self._homes[layer].device.compute.after(self._arrived[layer])
         if layer + 1 < len(self.layers):
             self._bring(layer + 1)
 
@@ -104,19 +123,20 @@ class DeviceKV:
 
     def place(self, layer: int, num_bytes: int) -> torch.Tensor:
         """Memory for *num_bytes* of *layer*, shared with the layers that take turns with it."""
-        place = layer % self._num_places
-        memory = self._memory.get(place)
+        home = self._homes[layer]
+        memory = self._memory.get(home.place)
         if memory is None or len(memory) < num_bytes:
             if memory is not None:
                 self._settle()
-            self._memory.pop(place, None)
-            memory = self._memory[place] = self._device.allocate(num_bytes)
-            self._device.inward.after(self._device.compute.mark())  # what was computed there before it was freed
+            self._memory.pop(home.place, None)
+            memory = self._memory[home.place] = home.device.allocate(num_bytes)
+            home.device.inward.after(home.device.compute.mark())  # what was computed there before it was freed
         return memory
 
     def _settle(self) -> None:
-        for lane in (self._device.inward, self._device.compute, self._device.outward):
-            lane.mark().wait()
+        for device in self._devices:
+            for lane in (device.inward, device.compute, device.outward):
+                lane.mark().wait()
         self._reached = -1
         self._loader = None
 
@@ -124,11 +144,11 @@ class DeviceKV:
         """Queue the pages of *layer* that the sweep reads and the device does not have."""
         if self._loader is not None:
             self._loader.wait(layer)
-        target, inward = self.layers[layer], self._device.inward
-        place = layer % self._num_places
-        if place in self._free:
-            inward.after(self._free[place])
-        if self._num_places < len(self.layers):
+        target, home = self.layers[layer], self._homes[layer]
+        inward = home.device.inward
+        if home.place in self._free:
+            inward.after(self._free[home.place])
+        if home.rides:
             target.valid.clear()
         state = target.host
         if state.shape is not None and self._pages:
@@ -142,16 +162,16 @@ class DeviceKV:
 
     def _send(self, layer: int) -> None:
         """Queue the rows of *layer* that the sweep made."""
-        source, outward = self.layers[layer], self._device.outward
-        state = source.host
-        outward.after(self._device.compute.mark())
+        source, home = self.layers[layer], self._homes[layer]
+        state, outward = source.host, home.device.outward
+        outward.after(home.device.compute.mark())
         if state.shape is not None:
             for span in self._spans:
                 for page, rows, _ in source.pieces(span):
                     for there, here in zip(source.rows(page, 1), state.rows(page, 1), strict=True):
                         outward.copy(here[rows], there[rows])
                     source.valid.add(page)
-        self._free[layer % self._num_places] = outward.mark()
+        self._free[home.place] = outward.mark()
 
 
 class DeviceLayer(PagedRows):

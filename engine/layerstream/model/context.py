@@ -44,6 +44,8 @@ class SweepContext:
         reach: returns when the KV of a layer that the sweep reads is there; ``None``: all of it is.
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
+        crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
+            original.
         drafted: keys and values of the sweep's guesses.
         prefers_flash: on an accelerator, attend with the flash-attn package where it can.
     """
@@ -54,6 +56,7 @@ class SweepContext:
     prefers_flash: bool = False
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
+    crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     drafted: DraftedRows = field(init=False)
 
     def __post_init__(self) -> None:

@@ -26,10 +26,10 @@ from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.families import latent_width
 from layerstream.model.linear import padded_blocks
+from layerstream.model.placed import ModelWeights
 from layerstream.model.skeleton import Skeleton
-from layerstream.model.weights import ModelWeights
 from layerstream.sequence import Sequence
-from layerstream.streaming.device import Device
+from layerstream.streaming.device import Placement
 from layerstream.sweep import Sweep
 
 
@@ -40,8 +40,8 @@ class SweepRunner:
         states: the KV of each layer, in host memory.
         head_rows: rows per row block of the head.
         loader: brings stored pages; ``None`` without a store.
-        device: what computes; ``None``: the processor.
-        device_kv: the KV on it.
+        placement: the devices that compute; ``None``: the processor.
+        device_kv: the KV on them.
         prefers_flash: attend there with the flash-attn package.
     """
 
@@ -53,7 +53,7 @@ class SweepRunner:
         states: list[LayerState],
         head_rows: int,
         loader: PageLoader | None = None,
-        device: Device | None = None,
+        placement: Placement | None = None,
         device_kv: DeviceKV | None = None,
         prefers_flash: bool = False,
     ) -> None:
@@ -64,10 +64,10 @@ class SweepRunner:
         self._states = states
         self._head_rows = head_rows
         self._loader = loader
-        self._device = device
+        self._placement = placement
         self._device_kv = device_kv
         self._prefers_flash = prefers_flash
-        self._torch_device = torch.device("cpu") if device is None else device.torch_device
+        self._torch_device = torch.device("cpu") if placement is None else placement.first.torch_device
         self._drafted = DraftedRows({})
         self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
         self._decode = skeleton.decoder.forward
@@ -124,7 +124,7 @@ class SweepRunner:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        with torch.inference_mode(), nullcontext() if self._device is None else self._device.use():
+        with torch.inference_mode(), nullcontext() if self._placement is None else self._placement.first.use():
             yield
 
     def _context(self, sweep: Sweep, loader: PageLoader | None) -> SweepContext:

@@ -34,17 +34,18 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of Linears in one module that take the same input; checked at every call."""
 
 
-class ModelWeights:
-    """The weights of a model under a plan.
+class DeviceWeights:
+    """The weights that one device computes with, under a plan: those of the whole model, or of some of its layers.
 
     Args:
         fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
         device: what computes; ``None``: the processor, where the weights are then.
+        computes: whether the module of a path is computed there.
 
     Attributes:
         plan: which units there are, and which of them stay.
         streamer: brings the streamed units; ``None`` if all are resident.
-        head: the output projection.
+        head: the output projection; ``None``: another device has it.
         resident_bytes: what is resident, in the compute dtype.
         on_unit: told the weight bytes of each unit that was computed; may raise to abandon the sweep.
     """
@@ -57,9 +58,11 @@ class ModelWeights:
         on_load: OnBytes,
         fused_rows: Mapping[str, int] | None = None,
         device: Device | None = None,
+        computes: Callable[[str], bool] = lambda path: True,
     ) -> None:
         self._skeleton = skeleton
         self._device = device
+        self._computes = computes
         self._matrices = Matrices(skeleton, fused_rows or {}, None if device is None else device.torch_device)
         self._staying: dict[int, Weights] = {}
         self.plan = plan
@@ -79,9 +82,10 @@ class ModelWeights:
         for index in sorted(plan.residents):
             self._load(index, reader, on_load)
         if device is not None:
-            _move_buffers(skeleton.model, device.torch_device)
+            self._move_buffers(device.torch_device)
         self._install()
-        self.head = SlicedLinear([self._slice(index) for index in range(len(plan.body), len(plan.units))])
+        head = [self._slice(index) for index in range(len(plan.body), len(plan.units))]
+        self.head = SlicedLinear(head) if head else None
 
     def resident_matrix(self, key: str) -> torch.Tensor | None:
         """The whole tensor *key* of the output projection, if it is resident in one piece."""
@@ -221,8 +225,16 @@ class ModelWeights:
         for path, module in decoder.named_modules(prefix=prefix):
             is_leaf = next(module.children(), None) is None
             inside = any(path == other or path.startswith(f"{other}.") for other in wrapped)
-            if is_leaf and not inside and module is not embedding:
+            if is_leaf and not inside and module is not embedding and self._computes(path):
                 hooks.wrap(module)
+
+    def _move_buffers(self, device: torch.device) -> None:
+        """What is no weight and is real already (frequencies of rotary embeddings)."""
+        for path, module in self._skeleton.model.named_modules():
+            for name in module._non_persistent_buffers_set if self._computes(path) else ():
+                buffer = module._buffers[name]
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
 
     def record(self, timeline: Timeline | None) -> None:
         """Have *timeline* told of waits, copies and compute; ``None``: no more."""
@@ -293,19 +305,10 @@ class ModelWeights:
             yield self._matrices.passing(self.plan.units[index], stored)
 
 
-def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """What is no weight and is real already (frequencies of rotary embeddings)."""
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-
-
 class _Staying:
     """The context of weights that never leave; *units* are counted when they were computed."""
 
-    def __init__(self, owner: ModelWeights, weights: Weights, units: list[int]) -> None:
+    def __init__(self, owner: DeviceWeights, weights: Weights, units: list[int]) -> None:
         self._owner = owner
         self._weights = weights
         self._units = units

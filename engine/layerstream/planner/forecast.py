@@ -22,6 +22,14 @@ VALUES_OF_MLP = 1  # activations per row and layer: gate and up become their pro
 VALUES_OF_HIDDEN = 8  # norms, rotations, attention, sums
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A row block; kernels for quantised weights multiply the *used* rows alone."""
+
+    rows: int
+    used: int
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What *plan* takes on a machine with *rates*.
@@ -44,12 +52,12 @@ class Forecast:
     @property
     def copy_seconds(self) -> float:
         """What crosses the link in a sweep."""
-        return self.plan.streamed_bytes / self.rates.link if self.rates.link else 0.0
+        return self.plan.link_bytes / self.rates.link if self.rates.link else 0.0
 
     @cached_property
     def decode_seconds(self) -> float:
         """Computing one row block of decode rows."""
-        return self.compute_seconds([self.plan.decode_rows], 1)
+        return self._compute_seconds([_Block(self.plan.decode_rows, 1)], 1)
 
     @cached_property
     def sweep_seconds(self) -> float:
@@ -67,7 +75,7 @@ class Forecast:
         """N*: prompt tokens whose compute hides behind the bytes of a sweep; 0 where nothing streams."""
         moved = max(self.read_seconds, self.copy_seconds)
         rows = max(self.plan.prompt_rows, self.plan.page_tokens)
-        block = self.compute_seconds([rows], 0)
+        block = self._compute_seconds([_Block(rows, rows)], 0)
         return int(rows * moved / block) if block else 0
 
     @cached_property
@@ -77,14 +85,14 @@ class Forecast:
         while left > 0:
             tokens = min(left, self.plan.max_sweep_tokens)
             left -= tokens
-            seconds += self._longest(self.compute_seconds(self._prompt_blocks(tokens), 1 if left <= 0 else 0))
+            seconds += self._longest(self._compute_seconds(self._prompt_blocks(tokens), 1 if left <= 0 else 0))
         return seconds
 
     @cached_property
     def warm_seconds(self) -> float:
         """The same with the context's KV stored; the question is a chunk of its own."""
         stored = self.context_tokens * self.plan.facts.kv_token_bytes / self.rates.disk
-        compute = self.compute_seconds(self._prompt_blocks(self.plan.page_tokens), 1)
+        compute = self._compute_seconds(self._prompt_blocks(self.plan.page_tokens), 1)
         return max(self._longest(compute), self.read_seconds + stored)
 
     @property
@@ -104,58 +112,71 @@ class Forecast:
 
     @property
     def process_bytes(self) -> int:
-        """What the whole process takes of the host's memory."""
+        """What the whole process takes of the host's memory, at most."""
         host = self.plan.host
         return self.rates.process_bytes + (self.plan.planned_bytes if host is None else host.planned_bytes)
+
+    @property
+    def used_bytes(self) -> int:
+        """What it takes of that to answer a question about the context: where nothing streams, room for KV is taken as
+        it fills; where weights do, all of it is taken at the start."""
+        plan = self.plan
+        if plan.streams:
+            return self.process_bytes
+        pages = -(-(self.context_tokens + ANSWER_TOKENS) // plan.page_tokens)
+        place_bytes = plan.facts.kv_token_bytes if plan.host is not None else plan.facts.kv_place_bytes
+        return self.process_bytes - max(0, plan.num_pages - pages) * plan.page_tokens * place_bytes
 
     @property
     def device_bytes(self) -> int | None:
         """What the whole process takes of the device's memory; ``None``: the processor computes."""
         return None if self.plan.host is None else self.rates.device_bytes + self.plan.planned_bytes
 
-    def compute_seconds(self, row_blocks: Sequence[int], num_sampled: int) -> float:
-        """Computing a sweep of *row_blocks*, of which *num_sampled* rows go through the head."""
+    def _compute_seconds(self, row_blocks: Sequence[_Block], num_sampled: int) -> float:
+        """Computing a sweep of *row_blocks*, of which *num_sampled* rows, a few, go through the head."""
         plan = self.plan
-        head_blocks = [plan.head_rows] * -(-num_sampled // plan.head_rows)
+        head_blocks = [_Block(plan.head_rows, num_sampled)] if num_sampled else []
         seconds = sum(self._unit_seconds(unit, row_blocks) for unit in plan.weights.body)
         seconds += sum(self._unit_seconds(unit, head_blocks) for unit in plan.weights.head)
         facts, rates = plan.facts, self.rates
-        values = sum(row_blocks) * (VALUES_OF_MLP * facts.intermediate_size + VALUES_OF_HIDDEN * facts.hidden_size)
+        values = sum(block.rows for block in row_blocks) * (
+            VALUES_OF_MLP * facts.intermediate_size + VALUES_OF_HIDDEN * facts.hidden_size
+        )
         return seconds + facts.num_layers * (rates.layer_seconds * len(row_blocks) + rates.value_seconds * values)
 
     def unit_seconds(self, unit: PlannedUnit) -> float:
         """Computing one decode row block with *unit*, and its share of what calling layers takes."""
         plan = self.plan
         if unit in plan.weights.head:
-            return self._unit_seconds(unit, [plan.head_rows])
+            return self._unit_seconds(unit, [_Block(plan.head_rows, 1)])
         calls = self.rates.layer_seconds * plan.facts.num_layers / len(plan.weights.body)
-        return self._unit_seconds(unit, [plan.decode_rows]) + calls
+        return self._unit_seconds(unit, [_Block(plan.decode_rows, 1)]) + calls
 
     @cached_property
     def _nodes(self) -> dict[str, WeightNode]:
         """Quantised Linears by name."""
         return {n.name: n for root in (*self.plan.facts.body, self.plan.facts.head) for n in linears(root)}
 
-    def _unit_seconds(self, unit: PlannedUnit, row_blocks: Sequence[int]) -> float:
+    def _unit_seconds(self, unit: PlannedUnit, row_blocks: Sequence[_Block]) -> float:
         if not row_blocks:
             return 0.0
         rates, facts, node = self.rates, self.plan.facts, self._nodes.get(unit.module)
         if node is None or unit.stays_decoded:
             num_values = unit.compute_bytes / facts.itemsize
-            return num_values * sum(rates.product_seconds(self.dtype, rows) for rows in row_blocks)
+            return num_values * sum(rates.product_seconds(self.dtype, block.rows) for block in row_blocks)
         first, last = unit.rows or (0, node.num_rows)
         num_values = node.value_bytes / facts.itemsize * (last - first) / node.num_rows
         most = facts.fused_rows.get(node.kernel, 0)
-        fused = sum(rates.product_seconds(node.kernel, rows) for rows in row_blocks if rows <= most)
-        decoded = [rows for rows in row_blocks if rows > most]
+        fused = sum(rates.product_seconds(node.kernel, block.used) for block in row_blocks if block.rows <= most)
+        decoded = [block.rows for block in row_blocks if block.rows > most]
         if decoded:
             fused += rates.decode_seconds(node.codec)
             fused += sum(rates.product_seconds(self.dtype, rows, cached=True) for rows in decoded)
         return num_values * fused
 
-    def _prompt_blocks(self, num_tokens: int) -> list[int]:
+    def _prompt_blocks(self, num_tokens: int) -> list[_Block]:
         rows = self.plan.prompt_rows or self.plan.page_tokens
-        return [rows] * -(-num_tokens // rows)
+        return [_Block(rows, min(rows, num_tokens - at)) for at in range(0, num_tokens, rows)]
 
     def _longest(self, compute: float) -> float:
         return max(self.read_seconds, self.copy_seconds, compute + self.rates.read_cost * self.read_seconds)

@@ -2,11 +2,12 @@
 
 Device memory is spent as on a host, but for KV: where weights stream, KV has its place on the host, and only that of
 the layers in hand is on the device. Host memory goes to KV first, then to weights that stay there; what has no room is
-read from disk for every sweep, through a ring.
+read from disk for every sweep, through a ring for each device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from layerstream.errors import BudgetTooSmall
@@ -28,27 +29,38 @@ def make_device_plan(facts: ModelFacts, memory_bytes: int, host_bytes: int) -> P
     Raises:
         BudgetTooSmall: names the minimum of the one that is short.
     """
+    return with_host(spending.make_plan(with_host_kv(facts, host_bytes), memory_bytes), host_bytes)
+
+
+def with_host_kv(facts: ModelFacts, host_bytes: int) -> ModelFacts:
+    """*facts* with as much KV as has room among *host_bytes*."""
     room = host_bytes - HOST_WORKSPACE_BYTES
     wanted = spending.WANTED_KV_TOKENS * facts.kv_token_bytes
     kv_room = max(spending.MIN_KV_TOKENS * facts.kv_token_bytes, min(room // 2, wanted), int(HOST_KV_SHARE * room))
-    plan = spending.make_plan(replace(facts, kv_tokens=kv_room // facts.kv_token_bytes), memory_bytes)
-    return _with_host(plan, host_bytes)
+    return replace(facts, kv_tokens=kv_room // facts.kv_token_bytes)
 
 
 def comfortable_host_bytes(plan: Plan) -> int:
     """Host memory from which on nothing is read from disk for a sweep."""
     assert plan.host is not None
-    streamed = [unit for index, unit in enumerate(plan.weights.units) if index not in plan.weights.residents]
-    return HOST_WORKSPACE_BYTES + plan.host.kv_bytes + sum(unit.ring_bytes for unit in streamed)
+    return HOST_WORKSPACE_BYTES + plan.host.kv_bytes + sum(unit.ring_bytes for _, unit in _streamed(plan))
 
 
-def _with_host(plan: Plan, host_bytes: int) -> Plan:
+def with_host(plan: Plan, host_bytes: int) -> Plan:
+    """*plan* with what *host_bytes* are spent on.
+
+    Raises:
+        BudgetTooSmall: names the minimum.
+    """
     kv_bytes = plan.num_pages * plan.page_tokens * plan.facts.kv_token_bytes
-    streamed = [index for index in range(len(plan.weights.units)) if index not in plan.weights.residents]
-    units = [plan.weights.units[index] for index in streamed]
+    streamed = _streamed(plan)
     room = host_bytes - HOST_WORKSPACE_BYTES - kv_bytes
-    sizes = [unit.ring_bytes for unit in units]
-    ring_bytes = 0 if sum(sizes) <= room else _ring_bytes(units, room)
+    sizes = [unit.ring_bytes for _, unit in streamed]
+    devices = [_streamed(part) for part in plan.parts] or [streamed]
+    rings = [0 for _ in devices]
+    if sum(sizes) > room:
+        rings = [_ring_bytes([unit for _, unit in units], room // len(devices)) for units in devices]
+    ring_bytes = sum(rings)
     if ring_bytes > room or room < 0:
         required = host_bytes - room + ring_bytes
         raise BudgetTooSmall(
@@ -58,17 +70,36 @@ def _with_host(plan: Plan, host_bytes: int) -> Plan:
             budget_bytes=host_bytes,
             required_bytes=required,
         )
-    chosen = choose_residents(sizes, room - ring_bytes)
-    residents = frozenset(streamed[position] for position in chosen)
-    weights = replace(plan.weights, host_residents=residents, host_ring_bytes=ring_bytes)
-    resident_bytes = sum(sizes[position] for position in chosen)
+    chosen = [streamed[position] for position in sorted(choose_residents(sizes, room - ring_bytes))]
+    residents = frozenset(index for index, _ in chosen)
+    resident_bytes = sum(unit.ring_bytes for _, unit in chosen)
     return replace(
-        plan, weights=weights, host=HostPlan(host_bytes, resident_bytes, ring_bytes, kv_bytes, HOST_WORKSPACE_BYTES)
+        plan,
+        weights=replace(plan.weights, host_residents=residents, host_ring_bytes=ring_bytes),
+        host=HostPlan(host_bytes, resident_bytes, ring_bytes, kv_bytes, HOST_WORKSPACE_BYTES),
+        parts=_parts_with_host(plan.parts, {unit.name for _, unit in chosen}, rings),
     )
 
 
-def _ring_bytes(units: list[PlannedUnit], room: int) -> int:
+def _parts_with_host(parts: Sequence[Plan], staying: set[str], rings: Sequence[int]) -> tuple[Plan, ...]:
+    """The plans of several devices, of whose units those named *staying* stay on the host."""
+    found = []
+    for part, ring_bytes in zip(parts, rings, strict=False):
+        residents = frozenset(index for index, unit in _streamed(part) if unit.name in staying)
+        weights = replace(part.weights, host_residents=residents, host_ring_bytes=ring_bytes)
+        found.append(replace(part, weights=weights))
+    return tuple(found)
+
+
+def _streamed(plan: Plan) -> list[tuple[int, PlannedUnit]]:
+    """Units that are not resident on a device, with their places."""
+    return [(index, unit) for index, unit in enumerate(plan.weights.units) if index not in plan.weights.residents]
+
+
+def _ring_bytes(units: Sequence[PlannedUnit], room: int) -> int:
     """Of the ring between disk and device: a few units, one at the least."""
+    if not units:
+        return 0
     largest = max(unit.ring_bytes for unit in units)
     wanted = max(HOST_RING_UNITS * largest, min(HOST_RING_BYTES, sum(unit.ring_bytes for unit in units)))
     return max(largest, min(wanted, room // 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from layerstream.planner.facts import STREAMING_ROWS, ModelFacts
 from layerstream.sizes import format_size
@@ -47,6 +48,9 @@ class Plan:
         activation_bytes: what a sweep computes with, at most.
         max_draft_rows: guesses that a sweep may verify.
         host: what is in host memory, where an accelerator computes.
+        parts: where several accelerators compute, a plan for each, of its own layers alone.
+        devices: then, the number of each part's device.
+        layers: and, for each of the decoder's layers, its place among *parts*.
     """
 
     budget_bytes: int
@@ -60,6 +64,9 @@ class Plan:
     max_draft_rows: int
     num_transit: int = 0
     host: HostPlan | None = None
+    parts: tuple[Plan, ...] = ()
+    devices: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def streams(self) -> bool:
@@ -97,6 +104,18 @@ class Plan:
         return self.weights.streamed_bytes
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether several devices take turns, so that all links bring weights at once, or come one after the other."""
+        return sum(a != b for a, b in pairwise(self.layers)) >= len(self.parts) > 1
+
+    @property
+    def link_bytes(self) -> int:
+        """Of ``streamed_bytes``, those that cross links to devices one after the other."""
+        if self.takes_turns:
+            return max(part.streamed_bytes for part in self.parts)
+        return self.streamed_bytes
+
+    @property
     def disk_bytes(self) -> int:
         """Weights that one sampling sweep reads from disk."""
         return self.weights.disk_bytes
@@ -109,6 +128,8 @@ class Plan:
     @property
     def kv_bytes(self) -> int:
         """Room for KV pages."""
+        if self.parts:
+            return sum(part.kv_bytes for part in self.parts)
         return self.num_pages * self.page_tokens * self.facts.kv_place_bytes
 
     @property
@@ -128,9 +149,31 @@ class Plan:
         return "\n".join(row.rstrip() for row in rows)
 
     def _rows(self) -> Iterator[tuple[str, int, str]]:
-        weights, host = self.weights, self.host
+        host = self.host
+        if self.parts:
+            for index, (device, part) in enumerate(zip(self.devices, self.parts, strict=True)):
+                count = self.layers.count(index)
+                yield f"memory of device {device}", part.budget_bytes, f"{count} of {len(self.layers)} layers"
+                yield from part._own_rows()
+        else:
+            yield "memory" if host else "budget", self.budget_bytes, "of the device" if host else ""
+            yield from self._own_rows()
+        if host is not None:
+            yield from self._host_rows(host)
+        bits = f"{self.bits_per_weight:.3g} bits each, without the embedding"
+        yield "weights on disk", self.facts.stored_bytes, bits
+        if host is not None:
+            yield (
+                "copied per sweep",
+                self.streamed_bytes,
+                "to devices, which take turns" if self.takes_turns else "from host to device",
+            )
+        yield "read per sweep", self.disk_bytes, "from disk"
+
+    def _own_rows(self) -> Iterator[tuple[str, int, str]]:
+        """How the budget is spent."""
+        weights = self.weights
         tokens = f"{self.num_pages * self.page_tokens:,} tokens"
-        yield "memory" if host else "budget", self.budget_bytes, "of the device" if host else ""
         yield "resident weights", self.resident_bytes, f"{len(weights.residents)} of {len(weights.units)} units"
         yield "ring", weights.ring_bytes, f"{weights.num_streamed} units pass through it"
         yield "KV pages", self.kv_bytes, f"{tokens}, of the layers in hand" if self.facts.kv_rides else tokens
@@ -140,17 +183,11 @@ class Plan:
         rows = f"{self.max_sweep_tokens} tokens and {self.max_draft_rows} guesses in a sweep"
         yield "activations", self.activation_bytes, rows
         yield "left over", self.budget_bytes - self.planned_bytes, ""
-        if host is not None:
-            yield "host memory", host.budget_bytes, ""
-            yield (
-                "resident weights",
-                host.resident_bytes,
-                f"{len(weights.host_residents)} units, copied for every sweep",
-            )
-            yield "ring", host.ring_bytes, "between disk and device"
-            yield "KV pages", host.kv_bytes, tokens
-        bits = f"{self.bits_per_weight:.3g} bits each, without the embedding"
-        yield "weights on disk", self.facts.stored_bytes, bits
-        if host is not None:
-            yield "copied per sweep", self.streamed_bytes, "from host to device"
-        yield "read per sweep", self.disk_bytes, "from disk"
+
+    def _host_rows(self, host: HostPlan) -> Iterator[tuple[str, int, str]]:
+        """How host memory is spent."""
+        yield "host memory", host.budget_bytes, ""
+        staying = f"{len(self.weights.host_residents)} units, copied for every sweep"
+        yield "resident weights", host.resident_bytes, staying
+        yield "ring", host.ring_bytes, "between disk and device"
+        yield "KV pages", host.kv_bytes, f"{self.num_pages * self.page_tokens:,} tokens"

@@ -78,7 +78,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         num_transit = _num_transit(facts, min(int(RESIDENT_TRANSIT_SHARE * left), spare), num_pages)
         num_pages = _num_pages(facts, left - num_transit * facts.slot_bytes)
     body = tuple(unit for node in facts.body for unit in cut_units(node, node.total_bytes))
-    head = (PlannedUnit(facts.head.name, facts.head.total_bytes, facts.head.total_compute_bytes),)
+    head = _whole_head(facts)
     spare = left - num_transit * facts.slot_bytes - _first_kv_bytes(facts, budget_bytes)
     body, head, taken = _decode_some(facts, body, head, spare)
     if taken:
@@ -86,7 +86,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
     return Plan(
         budget_bytes=budget_bytes,
         facts=facts,
-        weights=UnitPlan(body, head, residents=frozenset(range(len(body) + 1)), ring_bytes=0),
+        weights=UnitPlan(body, head, residents=frozenset(range(len(body + head))), ring_bytes=0),
         embedding_resident=with_embedding,
         num_pages=num_pages,
         page_tokens=facts.chunk_tokens,
@@ -95,6 +95,12 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         max_draft_rows=draft_rows,
         num_transit=num_transit,
     )
+
+
+def _whole_head(facts: ModelFacts) -> tuple[PlannedUnit, ...]:
+    """The head in one piece; nothing where another device has it."""
+    head = facts.head
+    return (PlannedUnit(head.name, head.total_bytes, head.total_compute_bytes),) if head.total_bytes else ()
 
 
 def _shortcomings(plan: Plan) -> tuple[int, int]:
@@ -219,6 +225,8 @@ def _unit_limit(facts: ModelFacts, for_weights: int) -> int:
 
 def _cut_all(facts: ModelFacts, limit: int) -> tuple[tuple[PlannedUnit, ...], tuple[PlannedUnit, ...]]:
     body = tuple(unit for node in facts.body for unit in cut_units(node, limit))
+    if not facts.head.total_bytes:
+        return body, ()
     return body, tuple(slice_rows(facts.head, min(limit, HEAD_SLICE_BYTES)))
 
 

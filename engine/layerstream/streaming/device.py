@@ -10,14 +10,22 @@ and the host may wait for it too. There is no other ordering, and nothing in a s
 | ``inward`` | units and KV pages, host to device | the copier's, and the engine's for pages |
 | ``outward`` | new KV rows, device to host | the engine's |
 
-The processor is no :class:`Device`: weights and pages are where it computes.
+The processor is no :class:`Device`: weights and pages are where it computes. Where several devices compute, each has
+lanes of its own; a tensor that goes from one to another is torch's business, which makes the compute lane of the one
+wait for that of the other.
+
+| device | untested because there was none |
+|---|---|
+| :class:`CudaDevice` | on a real card; under ROCm, whose calls in torch are the same |
+| :class:`MpsDevice` | on a real Mac |
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -143,15 +151,16 @@ class _Event:
 
 
 class _Stream:
-    """A CUDA stream; ``None``: whichever is torch's current one."""
+    """A CUDA stream of *device*; ``None``: whichever is torch's current one there."""
 
-    def __init__(self, module: Any, stream: Any) -> None:
+    def __init__(self, module: Any, device: torch.device, stream: Any) -> None:
         self._module = module
+        self._device = device
         self._own = stream
 
     @property
     def _stream(self) -> Any:
-        return self._own if self._own is not None else self._module.current_stream()
+        return self._own if self._own is not None else self._module.current_stream(self._device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with self._module.stream(self._stream):
@@ -164,6 +173,9 @@ class _Stream:
 
     def after(self, mark: _Event) -> None:
         self._stream.wait_event(mark.event)
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable
 
 
 class CudaDevice:
@@ -180,9 +192,10 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.name = device_name(self.torch_device)
         with self.use():
-            self.compute = _Stream(self._module, None)
-            self.inward = _Stream(self._module, self._module.Stream(self.torch_device))
-            self.outward = _Stream(self._module, self._module.Stream(self.torch_device))
+            self.compute = _Stream(self._module, self.torch_device, None)
+            self.inward, self.outward = (
+                _Stream(self._module, self.torch_device, self._module.Stream(self.torch_device)) for _ in range(2)
+            )
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -195,9 +208,9 @@ class CudaDevice:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
     def pin(self, arena: Arena) -> None:
-        """By ``cudaHostRegister``: torch's own pinned allocator rounds up to powers of two."""
+        """By ``cudaHostRegister``, for all devices: torch's own pinned allocator rounds up to powers of two."""
         with self.use():
-            code = self._module.cudart().cudaHostRegister(arena.tensor.data_ptr(), arena.num_bytes, 0)
+            code = self._module.cudart().cudaHostRegister(arena.tensor.data_ptr(), arena.num_bytes, _PORTABLE)
         if int(code):
             raise ConfigurationError(
                 f"the system does not let {format_size(arena.num_bytes)} of host memory be pinned (CUDA error "
@@ -229,9 +242,109 @@ class CudaDevice:
         return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
+class _Queue:
+    """The one queue that an Apple device has: all lanes are the same, so that whatever waits has what it waits for."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def mark(self, *, timed: bool = False) -> _Event:
+        event = torch.mps.Event(enable_timing=timed)
+        event.record()
+        return _Event(event)
+
+    def after(self, mark: _Event) -> None:
+        mark.event.wait()
+
+
+class MpsDevice:
+    """An Apple device, through Metal. Written after torch's documentation; it never ran on one.
+
+    Its memory is the host's, so nothing is pinned, and copies and compute take turns in one queue.
+
+    Raises:
+        ConfigurationError: there is none, or torch was built without it.
+    """
+
+    def __init__(self) -> None:
+        if not torch.backends.mps.is_available():
+            raise ConfigurationError("device is 'mps', and torch finds no Apple device here: pass device='cpu'")
+        self.torch_device = torch.device("mps", 0)
+        self.name = "mps"
+        self.compute = self.inward = self.outward = _Queue()
+
+    def use(self) -> contextlib.AbstractContextManager[None]:
+        """There is only one."""
+        return contextlib.nullcontext()
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """From torch's allocator."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+
+    def pin(self, arena: Arena) -> None:
+        """Nothing: the memory is one."""
+
+    def unpin(self, arena: Arena) -> None:
+        """Nothing."""
+
+    def limit(self, num_bytes: int) -> None:
+        """By torch's allocator, as a share of what Metal recommends."""
+        torch.mps.set_per_process_memory_fraction(min(2.0, num_bytes / torch.mps.recommended_max_memory()))
+
+    def peak_bytes(self) -> int:
+        """What Metal has given now: no peak is kept."""
+        return torch.mps.driver_allocated_memory()
+
+    def free_unused(self) -> None:
+        """The allocator's cache."""
+        torch.mps.empty_cache()
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Metal says so in words."""
+        return not is_out_of_memory(error) and "MPSCommandBuffer" in str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which device computes which of the decoder's layers.
+
+    Attributes:
+        devices: in the order in which a sweep first comes to them.
+        layers: for each layer its place among *devices*.
+    """
+
+    devices: tuple[Device, ...]
+    layers: tuple[int, ...]
+
+    @property
+    def first(self) -> Device:
+        """That of the first layer, and of what comes before it."""
+        return self.devices[self.layers[0]]
+
+    @property
+    def last(self) -> Device:
+        """That of the last layer, and of the head."""
+        return self.devices[self.layers[-1]]
+
+    @property
+    def name(self) -> str:
+        """What the arithmetic depends on: alike devices compute alike, whichever has which layer."""
+        return names_of_layers([device.name for device in self.devices], self.layers)
+
+    def of(self, layer: int) -> Device:
+        """That of *layer*."""
+        return self.devices[self.layers[layer]]
+
+
+def names_of_layers(names: Sequence[str], layers: Sequence[int]) -> str:
+    """The name of what computes *layers* with devices of *names*: one, where all are alike."""
+    return names[0] if len(set(names)) == 1 else ", ".join(names[place] for place in layers)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether *error* says that memory ran out, of a device or of the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in words)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -239,6 +352,18 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
+
+
+def all_devices(count: int | None = None) -> list[torch.device]:
+    """The first *count* CUDA devices, whether they are there or not; ``None``: all there are.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    if count is None:
+        _check_cuda(torch.device("cuda"))
+        count = torch.cuda.device_count()
+    return [torch.device("cuda", index) for index in range(count)]
 
 
 def device_name(device: torch.device) -> str:
@@ -263,6 +388,8 @@ def free_bytes(device: torch.device) -> int:
         ConfigurationError: there is no such device.
     """
     if device.type == "mps":
+        if not is_there(device):
+            MpsDevice()  # says what is missing
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     _check_cuda(device)
     return torch.cuda.mem_get_info(device)[0]
@@ -276,9 +403,7 @@ def open_device(device: torch.device) -> Device | None:
     """
     if device.type == "cpu":
         return None
-    if device.type == "mps":
-        raise ConfigurationError("device is 'mps', which this version cannot stream to yet: pass device='cpu'")
-    return CudaDevice(device)
+    return MpsDevice() if device.type == "mps" else CudaDevice(device)
 
 
 def _check_cuda(device: torch.device) -> None:

@@ -50,6 +50,12 @@ class WeightNode:
     children: tuple[WeightNode, ...] = ()
 
     @property
+    def layer(self) -> int | None:
+        """Its number among the decoder's layers, by its name in their list; ``None``: it is none of them."""
+        last = self.name.rpartition(".")[2]
+        return int(last) if last.isdecimal() else None
+
+    @property
     def total_bytes(self) -> int:
         """Stored bytes of the whole subtree."""
         return self.own_bytes + sum(child.total_bytes for child in self.children)

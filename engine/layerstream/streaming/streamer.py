@@ -12,6 +12,7 @@ The order is the schedule; a :class:`Feed` brings units into its ring ahead of i
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -152,6 +153,49 @@ class Streamer:
         self._cycle = [unit for unit in self._asked if unit not in tail]
         self._tail = [unit for unit in self._asked if unit in tail] or self._tail
         self._is_confirmed = True
+
+
+class Streams:
+    """The streamers of several devices, which a sweep goes through: what is said to all of them at once."""
+
+    def __init__(self, streamers: Sequence[Streamer]) -> None:
+        self._all = streamers
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that were handed out so far."""
+        return sum(streamer.streamed_bytes for streamer in self._all)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the devices have waited so far; they wait one after the other."""
+        return sum(streamer.wait_seconds for streamer in self._all)
+
+    def read_ahead(self) -> None:
+        """As :meth:`Streamer.read_ahead`."""
+        for streamer in self._all:
+            streamer.read_ahead()
+
+    def begin(self, *, with_tail: bool) -> None:
+        """As :meth:`Streamer.begin`."""
+        for streamer in self._all:
+            streamer.begin(with_tail=with_tail)
+
+    def end(self) -> None:
+        """As :meth:`Streamer.end`."""
+        for streamer in self._all:
+            streamer.end()
+
+    def abort(self) -> None:
+        """As :meth:`Streamer.abort`, for all of them even where one cannot."""
+        with contextlib.ExitStack() as stack:
+            for streamer in self._all:
+                stack.callback(streamer.abort)
+
+    def interrupt(self, error: Exception) -> None:
+        """As :meth:`Streamer.interrupt`."""
+        for streamer in self._all:
+            streamer.interrupt(error)
 
 
 def views(layout: UnitLayout, memory: torch.Tensor) -> dict[str, torch.Tensor]:

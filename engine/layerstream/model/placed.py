@@ -1,0 +1,153 @@
+"""The weights of a whole model, wherever they are computed with: on the processor, on a device, or on several.
+
+Where several devices compute, each has the weights of its own layers, with rings and residents of its own
+(:class:`DeviceWeights`), and what a layer is given crosses to its device first. Hidden states cross once for a layer;
+what all layers are given alike (rotary embeddings) crosses once for a sweep and a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from layerstream.model.context import current
+from layerstream.model.linear import SlicedLinear
+from layerstream.model.skeleton import Skeleton
+from layerstream.model.weights import DeviceWeights, OnBytes
+from layerstream.streaming.device import Device, Placement
+from layerstream.streaming.reader import DirectReader
+from layerstream.streaming.residency import UnitPlan
+from layerstream.streaming.streamer import Streamer, Streams
+from layerstream.streaming.timeline import Timeline
+
+
+class ModelWeights:
+    """The weights of *skeleton* under a plan.
+
+    Args:
+        plan: all units.
+        parts: those of each device of *placement*.
+        placement: ``None``: the processor computes.
+
+    Attributes:
+        streamer: what brings streamed units; ``None`` if all are resident.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: UnitPlan,
+        reader: DirectReader,
+        on_load: OnBytes,
+        fused_rows: Mapping[str, int],
+        placement: Placement | None = None,
+        parts: Sequence[UnitPlan] = (),
+    ) -> None:
+        self.plan = plan
+        self._parts: list[DeviceWeights] = []
+        try:
+            if placement is None:
+                self._parts.append(DeviceWeights(skeleton, plan, reader, on_load, fused_rows))
+            else:
+                for place, (device, part) in enumerate(zip(placement.devices, parts, strict=True)):
+                    computes = _computes(skeleton, placement, place)
+                    with device.use():
+                        made = DeviceWeights(skeleton, part, reader, on_load, fused_rows, device, computes)
+                    self._parts.append(made)
+        except BaseException:
+            self.close()
+            raise
+        if placement is not None and len(placement.devices) > 1:
+            _install_crossings(skeleton, placement)
+        streamers = [part.streamer for part in self._parts if part.streamer is not None]
+        self.streamer: Streamer | Streams | None = streamers[0] if streamers else None
+        if len(streamers) > 1:
+            self.streamer = Streams(streamers)
+
+    @property
+    def head(self) -> SlicedLinear:
+        """The output projection."""
+        return next(part.head for part in self._parts if part.head is not None)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is resident, in the compute dtype."""
+        return sum(part.resident_bytes for part in self._parts)
+
+    def tell(self, on_unit: OnBytes) -> None:
+        """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""
+        for part in self._parts:
+            part.on_unit = on_unit
+
+    def resident_matrix(self, key: str) -> torch.Tensor | None:
+        """The whole tensor *key* of the output projection, if it is resident in one piece."""
+        return next((found for part in self._parts if (found := part.resident_matrix(key)) is not None), None)
+
+    def load_matrix(self, key: str, reader: DirectReader) -> torch.Tensor:
+        """Load one more tensor to stay, in its compute dtype, where the first layer is computed."""
+        return self._parts[0].load_matrix(key, reader)
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Have *timeline* told of waits, copies and compute; ``None``: no more."""
+        for part in self._parts:
+            part.record(timeline)
+
+    def close(self) -> None:
+        """Let go of what streams; nothing is under way. Idempotent."""
+        for part in self._parts:
+            part.close()
+
+
+def _computes(skeleton: Skeleton, placement: Placement, place: int) -> Callable[[str], bool]:
+    """Whether the module of a path is computed at *place*: layers where they were put, what follows them with the last
+    of them, the rest with the first."""
+    first, last = placement.layers[0], placement.layers[-1]
+    places: dict[str, int] = {skeleton.head.name: last}
+    seen = False
+    for node in skeleton.body:
+        seen = seen or node.layer is not None
+        places[node.name] = placement.layers[node.layer] if node.layer is not None else last if seen else first
+
+    def computes(path: str) -> bool:
+        within = (at for name, at in places.items() if path == name or path.startswith(f"{name}."))
+        return next(within, first) == place
+
+    return computes
+
+
+def _install_crossings(skeleton: Skeleton, placement: Placement) -> None:
+    for node in skeleton.body:
+        if node.layer is not None:
+            _install_crossing(skeleton.model.get_submodule(node.name), placement.of(node.layer))
+
+
+def _install_crossing(layer: torch.nn.Module, device: Device) -> None:
+    """Have what *layer* is given cross to *device*."""
+    forward = layer.forward
+
+    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        crossed = current().crossed
+        with device.use():
+            hidden = hidden_states.to(device.torch_device, non_blocking=True)
+            args, kwargs = _cross((args, kwargs), device.torch_device, crossed)
+            return forward(hidden, *args, **kwargs)
+
+    layer.forward = run
+
+
+def _cross(value: Any, device: torch.device, crossed: dict[tuple[int, torch.device], Any]) -> Any:
+    """*value* with all its tensors on *device*; those that crossed in this sweep are known."""
+    if isinstance(value, torch.Tensor):
+        if value.device == device:
+            return value
+        known = crossed.get((id(value), device))
+        if known is None:  # kept with the original, so that no other tensor gets its id
+            known = crossed[id(value), device] = value, value.to(device, non_blocking=True)
+        return known[1]
+    if isinstance(value, tuple | list):
+        return type(value)(_cross(item, device, crossed) for item in value)
+    if isinstance(value, dict):
+        return {key: _cross(item, device, crossed) for key, item in value.items()}
+    return value
