@@ -36,7 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4-text": (
         "Llama4Text",
         {
-            "num_hidden_layers": 4, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "num_hidden_layers": 8, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2, "attention_chunk_size": 48, "no_rope_layer_interval": 4, "floor_scale": 32,
             "attn_scale": 0.1, "attn_temperature_tuning": True,
         },
@@ -65,7 +65,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {"logit_scale": 0.25, "sliding_window": 40, "num_hidden_layers": 5}),
     "granite": ("Granite", {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
     "stablelm": ("StableLm", {"use_qkv_bias": True}),
-    "gpt-neox": ("GPTNeoX", {"tie_word_embeddings": False}),
+    "gpt-neox": ("GPTNeoX", {"tie_word_embeddings": False, "num_key_value_heads": 4}),  # it has no groups
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "no_rope_layer_interval": 2}),
     "starcoder2": ("Starcoder2", {"sliding_window": 40}),
     "arcee": ("Arcee", {}),

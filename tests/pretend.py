@@ -328,13 +328,24 @@ def _move(name: str, tensor: torch.Tensor, args: Any, kwargs: Any) -> torch.Tens
 
 
 @contextlib.contextmanager
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
-    """Engines with ``device="cuda"`` compute on a pretended one; small models stream to it as if they were large."""
-    device = PretendCuda(pause=0.0005)
-    monkeypatch.setattr(assembly, "open_device", lambda wanted: device if wanted.type == "cuda" else None)
+def pretend_cudas(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[PretendCuda]]:
+    """Engines with ``device="cuda"`` or a ``device_map`` compute on *count* pretended ones; small models stream to them
+    as if they were large."""
+    devices = [PretendCuda(index, pause=0.0005, seed=index) for index in range(count)]
+    monkeypatch.setattr(
+        assembly, "open_device", lambda wanted: devices[wanted.index or 0] if wanted.type == "cuda" else None
+    )
     monkeypatch.setattr(sizing, "DEVICE_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(on_device, "HOST_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(assumed, "DEVICE_PROMPT_ROWS", 64)
     monkeypatch.setattr(assumed, "DEVICE_SWEEP_TOKENS", 96)
-    yield device
-    device.close()
+    yield devices
+    for device in devices:
+        device.close()
+
+
+@contextlib.contextmanager
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
+    """The one of :func:`pretend_cudas`."""
+    with pretend_cudas(monkeypatch, 1) as (device,):
+        yield device

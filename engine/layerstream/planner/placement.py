@@ -33,21 +33,23 @@ def in_ranges(sizes: Sequence[int], shares: Sequence[int]) -> tuple[int, ...]:
     return tuple(places)
 
 
-def in_turns(sizes: Sequence[int], rooms: Sequence[int]) -> tuple[int, ...]:
+def in_turns(sizes: Sequence[int], rooms: Sequence[int], last: int = 0) -> tuple[int, ...]:
     """For each of *sizes* a device, so that the same number of bytes streams to each of them, all along the sweep.
 
     Args:
         rooms: what may stay on each device.
+        last: the device of the last one, which has the head with it; the others are spread over what that leaves.
     """
     streamed = max(0, sum(sizes) - sum(rooms)) / len(rooms)
-    shares = [max(1.0, room + streamed) for room in rooms]
+    shares = [room + streamed for room in rooms]
+    shares[last] -= sizes[-1]
     taken = [0.0] * len(rooms)
     places = []
-    for size in sizes:
-        device = min(range(len(rooms)), key=lambda index: ((taken[index] + size) / shares[index], index))
+    for size in sizes[:-1]:
+        device = min(range(len(rooms)), key=lambda at: ((taken[at] + size) / max(1.0, shares[at]), at))
         taken[device] += size
         places.append(device)
-    return tuple(places)
+    return (*places, last)
 
 
 def in_order(num_layers: int, num_devices: int, stays: Callable[[int, range], bool]) -> tuple[int, ...]:

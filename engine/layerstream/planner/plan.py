@@ -110,10 +110,12 @@ class Plan:
 
     @property
     def link_bytes(self) -> int:
-        """Of ``streamed_bytes``, those that cross links to devices one after the other."""
-        if self.takes_turns:
-            return max(part.streamed_bytes for part in self.parts)
-        return self.streamed_bytes
+        """Of ``streamed_bytes``, those that cross links to devices one after the other. Devices that do not take turns
+        have their rings filled while others compute."""
+        busiest = max((part.streamed_bytes for part in self.parts), default=self.streamed_bytes)
+        if self.takes_turns or not self.parts:
+            return busiest
+        return max(busiest, self.streamed_bytes - sum(part.weights.ring_bytes for part in self.parts))
 
     @property
     def disk_bytes(self) -> int:

@@ -18,6 +18,8 @@ from layerstream.planner.plan import Plan
 from layerstream.planner.spending import make_plan
 from layerstream.streaming.residency import PlannedUnit, UnitPlan, WeightNode
 
+TRIES = 4  # at taking turns: what stays depends on who has which layer, and the other way round
+
 
 def make_devices_plan(facts: ModelFacts, device_map: str, memories: Sequence[int], host_bytes: int) -> Plan:
     """Spend *memories*, of a device each, and *host_bytes* behind all of them; ``device_map`` as in
@@ -32,7 +34,8 @@ def make_devices_plan(facts: ModelFacts, device_map: str, memories: Sequence[int
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """*facts* with the nodes of the body by the layer that they go with."""
+    """*facts* with the nodes of the body by the layer that they go with; chunks are the same where weights stream and
+    where they do not."""
 
     facts: ModelFacts
     nodes: tuple[tuple[WeightNode, ...], ...]
@@ -49,7 +52,7 @@ class _Layers:
         if not layers:
             layers.append([])
         layers[0][:0] = before
-        return cls(facts, tuple(map(tuple, layers)))
+        return cls(replace(facts, chunk_tokens=facts.streaming_chunk_tokens), tuple(map(tuple, layers)))
 
     @property
     def sizes(self) -> list[int]:
@@ -79,14 +82,20 @@ def _place(model: _Layers, device_map: str, memories: Sequence[int]) -> tuple[in
     ranges = in_ranges(model.sizes, memories)
     if device_map == "balanced":
         return ranges
-    rooms = [0 for _ in memories]
-    with contextlib.suppress(BudgetTooSmall):
-        balanced = _joined(model, ranges, memories)
-        if not balanced.streams:
-            return ranges
-        for device, part in zip(balanced.devices, balanced.parts, strict=True):
-            rooms[device] = part.resident_bytes
-    return in_turns(model.sizes, rooms)
+    tried: dict[tuple[int, ...], int] = {}
+    places, rooms = ranges, [0 for _ in memories]
+    for _ in range(TRIES):
+        with contextlib.suppress(BudgetTooSmall):
+            plan = _joined(model, places, memories)
+            if not plan.streams:
+                return places
+            if places != ranges:
+                tried[places] = plan.link_bytes
+            rooms = [0 for _ in memories]
+            for device, part in zip(plan.devices, plan.parts, strict=True):
+                rooms[device] = part.resident_bytes
+        places = in_turns(model.sizes, rooms, last=max(range(len(memories)), key=lambda device: memories[device]))
+    return min(tried, key=lambda places: tried[places], default=places)
 
 
 def _stays(model: _Layers, layers: Sequence[int], memory_bytes: int) -> bool:
@@ -110,8 +119,6 @@ def _joined(model: _Layers, places: Sequence[int], memories: Sequence[int]) -> P
         )
         for part in parts
     ]
-    page_tokens = {part.page_tokens for part in parts}
-    assert len(page_tokens) == 1, "devices that stream and devices that do not have the same chunks"
     return Plan(
         budget_bytes=sum(part.budget_bytes for part in parts),
         facts=replace(model.facts, chunk_tokens=parts[0].page_tokens, embedding_bytes=0),

@@ -1,0 +1,83 @@
+"""Layers on several pretended devices: no operation has tensors of two of them, every copy is late, each keeps to its
+ceiling, and tokens and logits are those of plain transformers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from layerstream.sizing import plan_model
+
+from tests.harness import STREAMING, add_tokenizer, assert_equals, devices_config, draw_prompt, run_greedily
+from tests.models import make_model
+from tests.pretend import PretendCuda, pretend_cudas
+
+PROMPT_LENGTHS = (150, 5, 67)
+TOLERANCE = 1e-4
+SIZES = {"num_hidden_layers": 8, "intermediate_size": 256, "moe_intermediate_size": 96}
+
+
+@pytest.fixture(autouse=True)
+def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PretendCuda]]:
+    """Three devices instead of one."""
+    with pretend_cudas(monkeypatch, 3) as devices:
+        yield devices
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "device_map", "count"),
+    [
+        *(("llama", mode, "auto", 2) for mode in ("resident", "host", "disk", "cut")),
+        *(("llama", mode, "balanced", 3) for mode in ("resident", "host", "disk")),
+        *(("llama", mode, "sequential", 2) for mode in ("resident", "host", "cut")),
+        ("llama", "host", "auto", 1),
+        *((family, "host", "auto", 2) for family in ("gemma3", "gpt-oss", "deepseek-v3", "llama-tied")),
+        ("llama4-text", "resident", "auto", 2),
+        *((family, "disk", "balanced", 2) for family in ("cohere2", "gpt-neox", "qwen3-moe", "smollm3", "phi")),
+    ],
+)
+def test_equals_plain_transformers(
+    family: str,
+    mode: str,
+    device_map: str,
+    count: int,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    pretended_cuda: list[PretendCuda],
+) -> None:
+    reference = make_model(family, tmp_path, sizes=SIZES)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
+    config = devices_config(tmp_path, mode, device_map, count)
+    plan = plan_model(config)[0]
+    assert plan.streams == (f"device-{mode}" in STREAMING)
+    assert (plan.disk_bytes > 0) == (mode in {"disk", "cut"})
+    assert len(plan.parts) == (1 if (mode, device_map) == ("resident", "sequential") else count)
+    assert plan.takes_turns == (device_map == "auto" and mode != "resident" and count > 1)
+    run = run_greedily(config, prompts)
+    assert_equals(run, reference, prompts, TOLERANCE)
+    for number, part in zip(plan.devices, plan.parts, strict=True):
+        device = pretended_cuda[number]
+        assert 0 < device.most_bytes <= part.budget_bytes == device.ceiling
+    assert not any(device.pinned for device in pretended_cuda), "host memory was left pinned"
+
+
+def test_devices_of_different_sizes(tmp_path: Path, tokenizer_folder: Path, pretended_cuda: list[PretendCuda]) -> None:
+    reference = make_model("llama", tmp_path, sizes=SIZES)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
+    small = devices_config(tmp_path, "cut", "auto", 3)
+    sizes = small.memory_each[0] + 300_000, small.memory_each[1], small.memory_each[2] + 150_000
+    for device_map in ("auto", "balanced", "sequential"):
+        gc.collect()  # the engine before
+        for device in pretended_cuda:
+            device.most_bytes = device.live_bytes
+        config = replace(devices_config(tmp_path, "host", device_map, 3), memory_each=sizes)
+        plan = plan_model(config)[0]
+        assert_equals(run_greedily(config, prompts), reference, prompts, TOLERANCE)
+        assert device_map == "auto" or plan.layers.count(0) >= plan.layers.count(1)
+        for device, size in zip(pretended_cuda, sizes, strict=True):
+            assert device.most_bytes <= size
