@@ -14,9 +14,9 @@ from layerstream.planner import facts as assumed
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.ring import Arena
 
-from tests.harness import add_tokenizer, device_config, draw_prompt, shrink_units
+from tests.harness import add_tokenizer, device_config, devices_config, draw_prompt, shrink_units
 from tests.models import make_model
-from tests.pretend import PretendCuda, pretend_cuda
+from tests.pretend import PretendCuda, pretend_cuda, pretend_cudas
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -206,3 +206,46 @@ def test_an_arena_is_pinned_once(device: PretendCuda) -> None:
     device.pin(arena)
     device.unpin(arena)
     assert not device.pinned
+
+
+def test_layers_on_several_devices(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses, stored KV and a device that is lost: everything that knows of devices knows of several."""
+    shrink_units(monkeypatch)
+    prompt = draw_prompt(200)
+    with LayerStream(folder, device="cpu", dtype="float32", kv_store=None) as engine:
+        expected = engine.generate([prompt], GREEDY)[0].token_ids
+    config = devices_config(folder, "host", "auto", 2)
+    options = {"device_map": "auto", "memory": list(config.memory_each), "host_memory": "1GiB", "dtype": "float32"}
+    with pretend_cudas(monkeypatch, 2) as devices:
+        for cached in (False, True):
+            with LayerStream(folder, kv_store=tmp_path / "kv", **options) as engine:
+                found = engine.generate([prompt], GREEDY)[0]
+                assert found.token_ids == expected
+                assert (found.usage.cached_tokens >= 160) == cached
+                assert engine.stats().peak_memory_bytes > 0
+        engine = LayerStream(folder, kv_store=None, **options)
+
+        def lose(*_: object) -> None:
+            raise RuntimeError("pretended: device lost")
+
+        monkeypatch.setattr(devices[1].inward, "copy", lose)
+        with pytest.raises(DeviceLost):
+            engine.generate([prompt], GREEDY)
+        engine.close()
+        assert not any(device.pinned for device in devices)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "both"}, "'auto', 'balanced', 'sequential'"),
+        ({"device_map": "auto", "device": "cpu"}, "CUDA_VISIBLE_DEVICES"),
+        ({"memory": ["1GiB", "2GiB"]}, "a ceiling for each device"),
+        ({"device": "mps", "memory": "1GiB"}, "no Apple device here"),
+    ],
+)
+def test_devices_that_cannot_be_meant(options: dict, message: str, folder: Path) -> None:
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine is a Mac")
+    with pytest.raises(ConfigurationError, match=message):
+        LayerStream(folder, **options)

@@ -61,7 +61,8 @@ def measure(config: EngineConfig) -> list[Step]:
     with LayerStream(
         config.model,
         device=config.device,
-        memory=config.memory_bytes,
+        device_map=config.device_map,
+        memory=config.memory_each or config.memory_bytes,
         host_memory=config.host_memory_bytes,
         dtype=config.dtype,
         kv_store=None,

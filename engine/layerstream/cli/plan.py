@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.options import Device, HostMemory, Memory
+from layerstream.cli.options import Device, DeviceMap, HostMemory, Memories
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.errors import BudgetTooSmall, ConfigurationError
 from layerstream.kv.config import store_config
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo'.")],
-    memory: Memory = None,
+    memory: Memories = None,
     host_memory: HostMemory = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     context: Annotated[int, typer.Option(help="Tokens of a prompt, for the time to the first token.")] = 1000,
     quantization: Annotated[str | None, typer.Option(help="As if packed: nf4, int8, int4.")] = None,
     dtype: Annotated[str, typer.Option(help="What to compute in: auto, bfloat16, float16, float32.")] = "auto",
@@ -39,13 +40,16 @@ def plan(
     from layerstream.config import EngineConfig
     from layerstream.kernels import fused_rows
     from layerstream.planner.advice import advise, quantised
-    from layerstream.sizing import plan_facts, spend
-    from layerstream.streaming.device import is_there, resolve_device
+    from layerstream.sizing import devices_of, plan_facts, spend
+    from layerstream.streaming.device import is_there
 
+    sizes = [] if memory is None else [parse_size(size) for size in memory.split(",")]
     config = EngineConfig(
         model,
         device=device,
-        memory_bytes=None if memory is None else parse_size(memory),
+        device_map=device_map,
+        memory_bytes=sizes[0] if len(sizes) == 1 else None,
+        memory_each=tuple(sizes) if len(sizes) > 1 else (),
         host_memory_bytes=None if host_memory is None else parse_size(host_memory),
         dtype=dtype,
         kv_store=store_config("auto"),
@@ -58,8 +62,9 @@ def plan(
     made = spend(config, facts)
     typer.echo(made)
     typer.echo(f"\n{'minimum budget':<20}{format_size(_minimum(config, facts)):>11}  below it nothing runs")
-    if not is_there(resolve_device(device)):
-        typer.echo(f"how fast it would be: run this where there is a device {device!r}")
+    missing = [str(wanted) for wanted in devices_of(config) if not is_there(wanted)]
+    if missing:
+        typer.echo(f"how fast it would be: run this where there is {' and '.join(missing)}")
         return
     forecast = _forecast(config, made, skeleton, context, again=probe)
     for name, value, note in _rows(forecast):
@@ -78,9 +83,9 @@ def plan(
 def _forecast(config: EngineConfig, made: Plan, skeleton: Skeleton, context: int, *, again: bool) -> Forecast:
     from layerstream.planner.forecast import Forecast
     from layerstream.probe import rates_for
-    from layerstream.streaming.device import resolve_device
+    from layerstream.sizing import devices_of
 
-    rates = rates_for(skeleton, resolve_device(config.device), again=again)
+    rates = rates_for(skeleton, devices_of(config)[0], again=again)
     return Forecast(made, rates, str(skeleton.dtype).removeprefix("torch."), context)
 
 
@@ -110,7 +115,7 @@ def _minimum(config: EngineConfig, facts: ModelFacts) -> int:
     from layerstream.sizing import spend
 
     try:
-        spend(dataclasses.replace(config, memory_bytes=1), facts)
+        spend(dataclasses.replace(config, memory_bytes=1, memory_each=(1,) * len(config.memory_each)), facts)
     except BudgetTooSmall as error:
         return error.required_bytes
     return 1

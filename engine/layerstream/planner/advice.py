@@ -11,6 +11,7 @@ from layerstream.planner.facts import ModelFacts
 from layerstream.planner.forecast import Forecast
 from layerstream.planner.on_device import comfortable_host_bytes, make_device_plan
 from layerstream.planner.plan import Plan
+from layerstream.planner.several import make_devices_plan
 from layerstream.planner.spending import comfortable_bytes, make_plan
 from layerstream.sizes import format_size
 from layerstream.streaming.residency import WeightNode, linears
@@ -53,7 +54,13 @@ def advise(facts: ModelFacts, forecast: Forecast, kernels: Callable[[set[str]], 
 def _others(facts: ModelFacts, plan: Plan, kernels: Callable[[set[str]], dict[str, int]]) -> Iterator[tuple[str, Plan]]:
     for change, changed, memory, host in _changes(facts, plan, kernels):
         with contextlib.suppress(BudgetTooSmall):
-            yield change, make_plan(changed, memory) if host is None else make_device_plan(changed, memory, host)
+            if host is None:
+                yield change, make_plan(changed, memory)
+            elif plan.parts:
+                memories = [part.budget_bytes for part in plan.parts]
+                yield change, make_devices_plan(changed, "auto", memories, host)
+            else:
+                yield change, make_device_plan(changed, memory, host)
 
 
 def _changes(
@@ -71,6 +78,8 @@ def _changes(
     if host is not None and plan.disk_bytes:
         for size in _steps(comfortable_host_bytes(plan) - host):
             yield f"{format_size(size)} more host memory", facts, memory, host + size
+    if plan.parts:
+        return
     where = "" if host is None else " on the device"
     for size in _steps(comfortable_bytes(facts) - memory):
         yield f"{format_size(size)} more memory{where}", facts, memory + size, host

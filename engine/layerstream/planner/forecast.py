@@ -129,8 +129,9 @@ class Forecast:
 
     @property
     def device_bytes(self) -> int | None:
-        """What the whole process takes of the device's memory; ``None``: the processor computes."""
-        return None if self.plan.host is None else self.rates.device_bytes + self.plan.planned_bytes
+        """What the whole process takes of the memory of all devices; ``None``: the processor computes."""
+        libraries = self.rates.device_bytes * max(1, len(self.plan.parts))
+        return None if self.plan.host is None else libraries + self.plan.planned_bytes
 
     def _compute_seconds(self, row_blocks: Sequence[_Block], num_sampled: int) -> float:
         """Computing a sweep of *row_blocks*, of which *num_sampled* rows, a few, go through the head."""

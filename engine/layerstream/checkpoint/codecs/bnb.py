@@ -52,8 +52,7 @@ class Bnb4(Codec):
         """Table lookup by bytes, each of which stands for two values."""
         codes = planes["weight"].reshape(-1)
         scales = self._scales(planes, first * self.columns // self.blocksize)
-        table = planes["quant_map"]
-        pairs = pair_table(tuple(table.tolist()), 4).to(table.device)
+        pairs = _pairs(planes["quant_map"])
         if not out.is_contiguous() or out.numel() != len(scales) * self.blocksize:
             values = pairs.index_select(0, codes.to(torch.int32)).view(torch.float32)
             values = torch.nn.functional.pad(values, (0, len(scales) * self.blocksize - len(values)))
@@ -101,6 +100,16 @@ class BnbInt8(Codec):
         weight = aligned(planes["weight"])
         sums = torch.ops.aten._weight_int8pack_mm(inputs, weight, weight.new_ones(len(weight), dtype=inputs.dtype))
         return (sums * (planes["SCB"].to(torch.float32) * INT8_UNIT)).to(inputs.dtype)
+
+
+def _pairs(table: torch.Tensor) -> torch.Tensor:
+    """As :func:`pair_table`; on a device it is made there, because asking for the table's values would wait for all
+    that is queued."""
+    if table.device.type == "cpu":
+        return pair_table(tuple(table.tolist()), 4)
+    codes = torch.arange(256, device=table.device)
+    both = torch.stack([table[codes >> 4], table[codes & 15]], dim=1)
+    return both.to(torch.float32).contiguous().view(torch.int64).view(-1)
 
 
 def aligned(weight: torch.Tensor) -> torch.Tensor:
