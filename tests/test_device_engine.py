@@ -214,9 +214,9 @@ def test_layers_on_several_devices(folder: Path, tmp_path: Path, monkeypatch: py
     prompt = draw_prompt(200)
     with LayerStream(folder, device="cpu", dtype="float32", kv_store=None) as engine:
         expected = engine.generate([prompt], GREEDY)[0].token_ids
-    config = devices_config(folder, "host", "auto", 2)
-    options = {"device_map": "auto", "memory": list(config.memory_each), "host_memory": "1GiB", "dtype": "float32"}
     with pretend_cudas(monkeypatch, 2) as devices:
+        memory = list(devices_config(folder, "host", "auto", 2).memory_each)
+        options = {"device_map": "auto", "memory": memory, "host_memory": "1GiB", "dtype": "float32"}
         for cached in (False, True):
             with LayerStream(folder, kv_store=tmp_path / "kv", **options) as engine:
                 found = engine.generate([prompt], GREEDY)[0]
@@ -228,7 +228,9 @@ def test_layers_on_several_devices(folder: Path, tmp_path: Path, monkeypatch: py
         def lose(*_: object) -> None:
             raise RuntimeError("pretended: device lost")
 
-        monkeypatch.setattr(devices[1].inward, "copy", lose)
+        plan = engine.plan
+        streams = next(number for number, part in zip(plan.devices, plan.parts, strict=True) if part.streams)
+        monkeypatch.setattr(devices[streams].inward, "copy", lose)
         with pytest.raises(DeviceLost):
             engine.generate([prompt], GREEDY)
         engine.close()
