@@ -36,7 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4-text": (
         "Llama4Text",
         {
-            "num_hidden_layers": 8, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "num_hidden_layers": 4, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2, "attention_chunk_size": 48, "no_rope_layer_interval": 4, "floor_scale": 32,
             "attn_scale": 0.1, "attn_temperature_tuning": True,
         },

@@ -17,7 +17,7 @@ from layerstream.machine import available_memory_bytes
 from layerstream.model.attention import has_bf16_products
 from layerstream.model.families import kv_values_per_token, usable_context
 from layerstream.model.linear import DEVICE_TILE_VALUES, TILE_VALUES
-from layerstream.model.skeleton import Skeleton, build_skeleton, is_fused_experts
+from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.planner import facts as assumed
 from layerstream.planner.on_device import make_device_plan
@@ -125,7 +125,7 @@ def model_facts(
     config = skeleton.config
     embedding = skeleton.sources[skeleton.embedding_key]
     embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
-    widest = max(*(module.out_features for module in _linears(skeleton)), *_dense_experts_widths(skeleton))
+    widest = max(module.out_features for module in _linears(skeleton))
     fused = {} if is_on_device else fused_rows(skeleton.kernels)
     if is_on_device:
         streaming_rows = assumed.STREAMING_ROWS
@@ -188,18 +188,6 @@ def _memories(config: EngineConfig) -> list[int]:
         found = [int(free_bytes(d) * SPARE_SHARE) if given is None else given for d in devices_of(config)]
     found[0] -= config.reserved_bytes
     return [max(1, size) for size in found]
-
-
-def _dense_experts_widths(skeleton: Skeleton) -> list[int]:
-    """What experts give for a row that compute all of it with every expert (Llama 4), as one width; 0 for others."""
-    stacks = [
-        parameter.shape
-        for module in skeleton.decoder.modules()
-        if not is_fused_experts(module)
-        for parameter in module.parameters(recurse=False)
-        if parameter.dim() == 3
-    ]
-    return [0, *(experts * width for experts, _, width in stacks)]
 
 
 def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:
