@@ -159,4 +159,4 @@ def _least_each(config: EngineConfig, count: int) -> int:
             sizing.plan_model(replace(config, memory_each=(memory,) * count))
             return memory
         except BudgetTooSmall as error:
-            memory = error.required_bytes
+            memory = max(memory + 1, error.required_bytes)

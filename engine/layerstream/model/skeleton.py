@@ -218,7 +218,7 @@ def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
         )
     model.eval()
     for module in model.modules():
-        if is_fused_experts(module):
+        if _is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
     return model
 
@@ -263,7 +263,7 @@ def _weigh(
     children = tuple(
         _weigh(child, f"{path}.{name}", sources, dtypes, tile_values) for name, child in module.named_children()
     )
-    if any(is_fused_experts(child) for child in module.children()) or _has_to_see_whole_rows(module, path, sources):
+    if any(_is_fused_experts(child) for child in module.children()) or _has_to_see_whole_rows(module, path, sources):
         keys = [key for key in sources if key.startswith(f"{path}.")]
         num_bytes = sum(sources[key].num_bytes for key in keys)
         compute_bytes = sum(_compute_bytes(sources[key], dtypes[key]) for key in keys)
@@ -325,8 +325,7 @@ def _compute_bytes(source: Source, dtype: torch.dtype) -> int:
     return source.num_bytes // source.dtype.itemsize * dtype.itemsize
 
 
-def is_fused_experts(module: torch.nn.Module) -> bool:
-    """Whether it computes experts one by one, through transformers' interface for that."""
+def _is_fused_experts(module: torch.nn.Module) -> bool:
     return hasattr(module, "_is_expert_parallel")  # set by transformers' decorator on every fused experts module
 
 

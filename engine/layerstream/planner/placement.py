@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-DEVICE_MAPS = ("auto", "balanced", "sequential")
-
 
 def in_ranges(sizes: Sequence[int], shares: Sequence[int]) -> tuple[int, ...]:
     """For each of *sizes* the device of its range, ranges being in proportion to *shares* as closely as sizes allow."""
