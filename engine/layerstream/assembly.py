@@ -137,8 +137,8 @@ def _open_devices(config: EngineConfig, plan: Plan) -> Placement | None:
         ConfigurationError: one is not there, or the host has less memory than they are to have behind them.
     """
     devices = devices_of(config)
-    parts = list(zip(plan.devices, plan.parts, strict=True)) or [(0, plan)]
-    opened = [(open_device(devices[number]), number, part) for number, part in parts]
+    numbers = plan.devices or (0,)
+    opened = [(open_device(devices[at]), at, part) for at, part in zip(numbers, plan.by_device, strict=True)]
     for device, number, part in opened:
         if device is None:
             return None
@@ -300,7 +300,7 @@ def _assemble(
         if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         on_load = _LoadCounter(plan.resident_bytes, listener).add
-        units = [part.weights for part in plan.parts or (plan,)]
+        units = [part.weights for part in plan.by_device]
         weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows, placement, units)
         embedding = _embedding(skeleton, plan, weights, reader)
         _look_at_source(weight_paths(skeleton), plan, reader.rate())
@@ -312,7 +312,7 @@ def _assemble(
         loader = None if store is None else store.loader
         device_kv = None
         if placement is not None:
-            rides = [part.facts.kv_rides for part in plan.parts or (plan,)]
+            rides = [part.facts.kv_rides for part in plan.by_device]
             device_kv = DeviceKV(placement, states, plan.num_pages, plan.page_tokens, rides)
         runner = SweepRunner(
             skeleton, weights, embedding, states, plan.head_rows, loader, placement, device_kv, prefers_flash

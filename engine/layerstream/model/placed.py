@@ -71,11 +71,6 @@ class ModelWeights:
         """The output projection."""
         return next(part.head for part in self._parts if part.head is not None)
 
-    @property
-    def resident_bytes(self) -> int:
-        """What is resident, in the compute dtype."""
-        return sum(part.resident_bytes for part in self._parts)
-
     def tell(self, on_unit: OnBytes) -> None:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""
         for part in self._parts:

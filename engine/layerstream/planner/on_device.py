@@ -56,7 +56,7 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     streamed = _streamed(plan)
     room = host_bytes - HOST_WORKSPACE_BYTES - kv_bytes
     sizes = [unit.ring_bytes for _, unit in streamed]
-    devices = [_streamed(part) for part in plan.parts] or [streamed]
+    devices = [_streamed(part) for part in plan.by_device]
     rings = [0 for _ in devices]
     if sum(sizes) > room:
         rings = [_ring_bytes([unit for _, unit in units], room // len(devices)) for units in devices]

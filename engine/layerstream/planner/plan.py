@@ -104,6 +104,11 @@ class Plan:
         return self.weights.streamed_bytes
 
     @property
+    def by_device(self) -> tuple[Plan, ...]:
+        """A plan for each device: this one, where there is one."""
+        return self.parts or (self,)
+
+    @property
     def takes_turns(self) -> bool:
         """Whether several devices take turns, so that all links bring weights at once, or come one after the other."""
         return sum(a != b for a, b in pairwise(self.layers)) >= len(self.parts) > 1

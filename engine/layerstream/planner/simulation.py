@@ -30,9 +30,9 @@ def simulate(forecast: Forecast, num_sweeps: int = 2) -> list[Step]:
     """The last of *num_sweeps* sweeps of one token, with what is read for the next one beside it."""
     plan, rates = forecast.plan, forecast.rates
     units = plan.weights.units
-    lanes = [_Lane(part.weights.ring_bytes) for part in plan.parts or (plan,)]
-    lane_of = {unit.name: lane for part, lane in zip(plan.parts, lanes, strict=False) for unit in part.weights.units}
-    lane_of = lane_of or dict.fromkeys((unit.name for unit in units), lanes[0])
+    lanes = [_Lane(part.weights.ring_bytes) for part in plan.by_device]
+    owners = zip(plan.by_device, lanes, strict=True)
+    lane_of = {unit.name: lane for part, lane in owners for unit in part.weights.units}
     read_free = compute_free = began = 0.0
     order = [(sweep, index) for sweep in range(num_sweeps + 1) for index in range(len(units))]
     steps: list[Step] = []
