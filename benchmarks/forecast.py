@@ -107,13 +107,15 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sweep(engine: Any) -> float:
-    """Seconds of one decoding sweep, in the middle of an answer."""
+    """Seconds of one decoding sweep, in the middle of an answer: those of a short answer less those of its prompt."""
     from layerstream import SamplingParams
 
-    before = engine.stats()
-    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=SWEEPS, ignore_eos=True))
-    after = engine.stats()
-    return (after.sweep_seconds - before.sweep_seconds) / (after.sweeps - before.sweeps)
+    seconds = []
+    for max_tokens in (1, 1 + SWEEPS):
+        before = engine.stats().sweep_seconds
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        seconds.append(engine.stats().sweep_seconds - before)
+    return (seconds[1] - seconds[0]) / SWEEPS
 
 
 def report(results: list[dict[str, Any]]) -> None:

@@ -30,7 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--memory", default="3.25GiB")
+    parser.add_argument("--device-map", help="layers on several devices: auto, balanced, sequential")
+    parser.add_argument("--memory", default="3.25GiB", help="10GiB,4GiB: of several devices")
     parser.add_argument("--host-memory")
     parser.add_argument("--cgroup", help="limit of the process's host memory, page cache included")
     parser.add_argument("--questions", type=int, default=4, help="one after the other")
@@ -47,6 +48,7 @@ def main() -> None:
     command += ["--memory", options.memory, "--questions", str(options.questions), "--at-once", str(options.at_once)]
     command += ["--facts", str(options.facts)]
     command += ["--host-memory", options.host_memory] if options.host_memory else []
+    command += ["--device-map", options.device_map] if options.device_map else []
     found = bench.run_child(command, options.cgroup)
     bench.save(f"large-{options.model.name}", {"model": options.model.name, **found}, options.json)
     report(options.model.name, found)
@@ -63,7 +65,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     disk = [measure_disk(file)]
     started = time.perf_counter()
     with LayerStream(
-        options.model, device=options.device, memory=options.memory, host_memory=options.host_memory, kv_store=None
+        options.model,
+        device=options.device,
+        device_map=options.device_map,
+        memory=options.memory.split(",") if "," in options.memory else options.memory,
+        host_memory=options.host_memory,
+        kv_store=None,
     ) as engine:
         ready = time.perf_counter() - started
         print(engine.plan, file=sys.stderr)
@@ -131,20 +138,25 @@ def _ask(engine: Any, groups: list[list[tuple[list[int], list[int]]]], params: A
 
 
 def _device_figures(engine: Any) -> dict[str, Any]:
-    """Of an accelerator: what torch reserved at most, what the whole process has there, and the link alone."""
+    """Of accelerators: what torch reserved at most, what the whole process has there, and the link alone."""
     import torch
 
     if engine.plan.host is None or not torch.cuda.is_available():
         return {}
-    from layerstream.probe import _link_rate
+    from layerstream.probe import link_rate
 
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "peak_reserved": torch.cuda.max_memory_reserved(),
-        "whole_device_bytes": total - free,
-        "link": _link_rate(torch.device("cuda")),
-    }
+    used = [index for index in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(index)]
+    figures = []
+    for index in used:
+        free, total = torch.cuda.mem_get_info(index)
+        figures.append(
+            {
+                "device": torch.cuda.get_device_name(index),
+                "peak_reserved": torch.cuda.max_memory_reserved(index),
+                "whole_device_bytes": total - free,
+            }
+        )
+    return {"devices": figures, "link": link_rate(torch.device("cuda", used[0]))}
 
 
 def report(name: str, found: dict[str, Any]) -> None:
@@ -187,10 +199,10 @@ def report(name: str, found: dict[str, Any]) -> None:
     )
     peak, limit = bench.gib(found["cgroup_peak"]), bench.gib(found["cgroup_limit"])
     print(f"host memory at most, page cache included: {peak} of {limit}")
-    if "peak_reserved" in found:
+    for device in found.get("devices", ()):
         print(
-            f"{found['device']}: torch reserved {bench.gib(found['peak_reserved'])} at most, "
-            f"the whole device has {bench.gib(found['whole_device_bytes'])} in use"
+            f"{device['device']}: torch reserved {bench.gib(device['peak_reserved'])} at most, "
+            f"the whole device has {bench.gib(device['whole_device_bytes'])} in use"
         )
 
 

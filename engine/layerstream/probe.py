@@ -169,7 +169,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
                 products[kernel] = dict(_kernel_products(kernel))
     return Rates(
         disk=0.0,
-        link=None if device.type == "cpu" else _link_rate(device),
+        link=None if device.type == "cpu" else link_rate(device),
         products=products,
         cached={name: dict(_cached_products(device, dtype))},
         decode=decode,
@@ -224,7 +224,7 @@ def _value_seconds(device: torch.device, dtype: torch.dtype) -> float:
     return _median(lambda: [F.silu(gate) * up for _ in range(8)], device) / (8 * gate.numel())
 
 
-def _link_rate(device: torch.device) -> float:
+def link_rate(device: torch.device) -> float:
     opened = open_device(device)
     assert opened is not None
     arena = Arena(LINK_BYTES)

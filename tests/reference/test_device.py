@@ -10,7 +10,7 @@ from layerstream.planner import facts as assumed
 from layerstream.planner import spending
 from layerstream.sizing import plan_model
 
-from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
+from tests.harness import NEW_TOKENS, STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 from tests.pretend import PretendCuda
 
@@ -63,5 +63,21 @@ def test_the_ceiling_holds(
     add_tokenizer(tmp_path, tokenizer_folder)
     config = config_for(tmp_path, mode)
     run_greedily(config, [draw_prompt(length, seed) for seed, length in enumerate(lengths)])
+    assert config.memory_bytes is not None
+    assert 0 < pretended_cuda.most_bytes <= config.memory_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["device-host", "device-cut"])
+@pytest.mark.parametrize(("length", "batch"), [(512, 1), (512, 32), (4000, 8), (32_000, 1)])
+def test_the_ceiling_holds_for_long_contexts_and_for_many(
+    length: int, batch: int, mode: str, tmp_path: Path, tokenizer_folder: Path, pretended_cuda: PretendCuda
+) -> None:
+    """From 512 tokens to 32,000, alone and 32 at once, with the engine's own sizes of sweeps."""
+    make_model("llama", tmp_path, sizes={"max_position_embeddings": 33_000})
+    add_tokenizer(tmp_path, tokenizer_folder)
+    config = config_for(tmp_path, mode)
+    run = run_greedily(config, [draw_prompt(length, seed) for seed in range(batch)])
+    assert all(len(tokens) == NEW_TOKENS for tokens in run.tokens)
     assert config.memory_bytes is not None
     assert 0 < pretended_cuda.most_bytes <= config.memory_bytes

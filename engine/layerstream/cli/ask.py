@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.options import Device, HostMemory, Memory, Model
+from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
 from layerstream.demo.retrieval import Passage, Retriever, join_passages, load_documents
 from layerstream.errors import DocumentError
 from layerstream.params import SamplingParams
@@ -27,6 +27,7 @@ def ask(
     memory: Memory = None,
     host_memory: HostMemory = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer; what fits the speed if not given.")] = None,
     passages: Annotated[int, typer.Option(min=1, help="Passages of the documents to read at most.")] = 4,
 ) -> None:
@@ -38,7 +39,9 @@ def ask(
     from layerstream.cli.report import describe_work
     from layerstream.engine import LayerStream
 
-    with LayerStream(model, device=device, memory=memory, host_memory=host_memory) as engine:
+    with LayerStream(
+        model, device=device, device_map=device_map, memory=split(memory), host_memory=host_memory
+    ) as engine:
         before = engine.stats()
         request, used = submit(engine, question, found, params)
         show(request)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from layerstream.cli.ask import submit
 from layerstream.cli.demo import FOLDER, load_questions
-from layerstream.cli.options import Device, HostMemory, Memory, Model
+from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.demo.retrieval import Retriever, load_documents
 from layerstream.errors import DocumentError
@@ -36,6 +36,7 @@ def sweeps(
     memory: Memory = None,
     host_memory: HostMemory = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     trace: Annotated[Path | None, typer.Option(help="Write what a sweep does to a file for ui.perfetto.dev.")] = None,
 ) -> None:
     """Sweeps of one token: seconds, and what they wait for. With a command: something else."""
@@ -43,24 +44,28 @@ def sweeps(
         return
     from layerstream.engine import LayerStream
 
-    params = SamplingParams(max_tokens=SWEEPS, ignore_eos=True, temperature=0.0)
     with LayerStream(
-        model, device=device, memory=memory, host_memory=host_memory, kv_store=None, speculation="off"
+        model,
+        device=device,
+        device_map=device_map,
+        memory=split(memory),
+        host_memory=host_memory,
+        kv_store=None,
+        speculation="off",
     ) as engine:
         prompt = engine.encode("a")[:1]
-        engine.generate([prompt], params)  # the first sweeps warm up
-        before = engine.stats()
-        engine.generate([prompt], params)
-        after = engine.stats()
+        _answer(engine, prompt, 2)  # the first sweeps warm up
+        of_prompt = _answer(engine, prompt, 1)
+        of_answer = _answer(engine, prompt, 1 + SWEEPS)
+        seconds, waited, streamed = (
+            max(0.0, long - short) / SWEEPS for long, short in zip(of_answer, of_prompt, strict=True)
+        )
         if trace is not None:
             with engine.record() as timeline:
-                engine.generate([prompt], SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.0))
+                _answer(engine, prompt, 3)
             timeline.write_chrome(trace)
-        count = after.sweeps - before.sweeps
-        seconds = (after.sweep_seconds - before.sweep_seconds) / count
-        waited = (after.wait_seconds - before.wait_seconds) / count
-        streamed = (after.weight_bytes_streamed - before.weight_bytes_streamed) / count
-        typer.echo(f"{engine.model_name}: {format_seconds(seconds)} per sweep of one token ({count} sweeps)")
+        after = engine.stats()
+        typer.echo(f"{engine.model_name}: {format_seconds(seconds)} per sweep of one token ({SWEEPS} sweeps)")
         typer.echo(
             f"moved per sweep     {format_streamed(int(streamed))}, {format_streamed(int(streamed / seconds))}/s"
         )
@@ -70,10 +75,25 @@ def sweeps(
         typer.echo(f"trace               {trace}: open it in ui.perfetto.dev")
 
 
+def _answer(engine: LayerStream, prompt: list[int], max_tokens: int) -> tuple[float, float, int]:
+    """Seconds of the sweeps of an answer, how long they waited for weights, and weights that they moved."""
+    before = engine.stats()
+    engine.generate([prompt], SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0))
+    after = engine.stats()
+    return (
+        after.sweep_seconds - before.sweep_seconds,
+        after.wait_seconds - before.wait_seconds,
+        after.weight_bytes_streamed - before.weight_bytes_streamed,
+    )
+
+
 @app.command()
 def rag(
     model: Model = "demo",
     memory: Memory = None,
+    host_memory: HostMemory = None,
+    device: Device = "auto",
+    device_map: DeviceMap = None,
     docs: Annotated[Path | None, typer.Option(help="A folder of documents; the bundled ones if not given.")] = None,
     questions: Annotated[Path | None, typer.Option(help="A text file with a question per line.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
@@ -91,7 +111,15 @@ def rag(
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory(prefix="layerstream-bench-") as folder:
         for name, store, at_once in runs:
-            with LayerStream(model, memory=memory, kv_store=Path(folder) / store, draft_model=draft_model) as engine:
+            with LayerStream(
+                model,
+                device=device,
+                device_map=device_map,
+                memory=split(memory),
+                host_memory=host_memory,
+                kv_store=Path(folder) / store,
+                draft_model=draft_model,
+            ) as engine:
                 if not rows:
                     _introduce(engine, len(asked))
                 engine.generate([[engine.encode("a")[0]]], SamplingParams(max_tokens=1))  # the first sweep warms up

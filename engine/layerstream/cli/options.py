@@ -10,11 +10,7 @@ Model: TypeAlias = Annotated[
     str, typer.Option(envvar="LAYERSTREAM_MODEL", help="A folder, a hub id, or 'demo' for the bundled reader.")
 ]
 Memory: TypeAlias = Annotated[
-    str | None, typer.Option(help="The budget where it computes, such as 3GiB; what is free if not given.")
-]
-Memories: TypeAlias = Annotated[
-    str | None,
-    typer.Option("--memory", help="The budget where it computes, such as 3GiB; 10GiB,4GiB: of several devices."),
+    str | None, typer.Option(help="The budget where it computes, such as 3GiB; 10GiB,4GiB: of several devices.")
 ]
 DeviceMap: TypeAlias = Annotated[
     str | None, typer.Option(help="Layers on several CUDA devices: auto, balanced, sequential.")
@@ -23,3 +19,8 @@ HostMemory: TypeAlias = Annotated[
     str | None, typer.Option(help="Host memory behind an accelerator; what has a use if not given.")
 ]
 Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+
+
+def split(memory: str | None) -> str | list[str] | None:
+    """A budget, or those of several devices, as ``LayerStream`` takes them."""
+    return memory.split(",") if memory is not None and "," in memory else memory

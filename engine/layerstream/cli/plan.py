@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.options import Device, DeviceMap, HostMemory, Memories
+from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.errors import BudgetTooSmall, ConfigurationError
 from layerstream.kv.config import store_config
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo'.")],
-    memory: Memories = None,
+    memory: Memory = None,
     host_memory: HostMemory = None,
     device: Device = "auto",
     device_map: DeviceMap = None,

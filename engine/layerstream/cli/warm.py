@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.options import Device, HostMemory, Memory, Model
+from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
 from layerstream.demo.retrieval import load_documents, split_passages
 from layerstream.sizes import format_size
 
@@ -22,6 +22,7 @@ def warm(
     memory: Memory = None,
     host_memory: HostMemory = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     prompt: Annotated[
         Path | None, typer.Option(help="A file with the template that questions use: {context}, {question}.")
     ] = None,
@@ -34,7 +35,9 @@ def warm(
     template = None if prompt is None else prompt.read_text("utf-8")
     from layerstream.engine import LayerStream
 
-    with LayerStream(model, device=device, memory=memory, host_memory=host_memory) as engine:
+    with LayerStream(
+        model, device=device, device_map=device_map, memory=split(memory), host_memory=host_memory
+    ) as engine:
         forecast = engine.forecast_warm(texts, prompt=template)
         typer.echo(_describe(forecast, "document" if whole else "passage"))
         if dry_run or not forecast.missing_tokens:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from layerstream.checkpoint.codecs import bnb_kernel
 from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table
 
 CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
@@ -52,14 +54,21 @@ class Bnb4(Codec):
         """Table lookup by bytes, each of which stands for two values."""
         codes = planes["weight"].reshape(-1)
         scales = self._scales(planes, first * self.columns // self.blocksize)
-        pairs = _pairs(planes["quant_map"])
         if not out.is_contiguous() or out.numel() != len(scales) * self.blocksize:
+            pairs = _pairs(planes["quant_map"])
             values = pairs.index_select(0, codes.to(torch.int32)).view(torch.float32)
             values = torch.nn.functional.pad(values, (0, len(scales) * self.blocksize - len(values)))
             values = values.view(-1, self.blocksize).mul_(scales[:, None]).view(-1)
             out.copy_(values[: out.numel()].view(out.shape))
-            return
-        blocks = out.view(-1, self.blocksize)
+        elif out.device.type == "cuda":
+            look_up = partial(self._look_up, codes, scales, planes["quant_map"], out)
+            bnb_kernel.decode(self.name, self.blocksize, codes, scales, out, look_up)
+        else:
+            self._look_up(codes, scales, planes["quant_map"], out)
+
+    def _look_up(self, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+        """Whole blocks to *out*, contiguous."""
+        pairs, blocks = _pairs(table), out.view(-1, self.blocksize)
         step = max(1, CACHED_VALUES // self.blocksize)
         for start in range(0, len(blocks), step):
             part = slice(start, start + step)
