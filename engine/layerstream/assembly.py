@@ -299,7 +299,7 @@ def _assemble(
     try:
         if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
-        on_load = _LoadCounter(plan.resident_bytes, listener).add
+        on_load = _LoadCounter(plan.resident_bytes + plan.weights.expert_bytes, listener).add
         units = [part.weights for part in plan.by_device]
         weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows, placement, units)
         embedding = _embedding(skeleton, plan, weights, reader)

@@ -25,6 +25,7 @@
     ├── KVStoreUnusable (OSError)            a folder that cannot hold the KV store, with the reason
     ├── StorageFull (OSError)                no room on the disk; what is there already is kept
     ├── ReadError (OSError)                  the disk failed in the middle of a sweep
+    ├── InvalidRouting                       a router that names an expert that is not there: damaged weights
     ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
     ├── OutOfMemory (MemoryError)            not even a small sweep fits; says what would help
     ├── DeviceLost (RuntimeError)            the accelerator will not compute again in this process
@@ -143,6 +144,10 @@ class StorageFull(LayerStreamError, OSError):
 
 class ReadError(LayerStreamError, OSError):
     """Reading weights failed in the middle of a sweep; the next sweep tries again."""
+
+
+class InvalidRouting(LayerStreamError):
+    """A mixture's router sent a row to an expert that is not there."""
 
 
 class InvalidLogits(LayerStreamError, ArithmeticError):

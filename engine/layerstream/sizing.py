@@ -137,6 +137,8 @@ def model_facts(
     streaming_chunk_tokens = assumed.CHUNK_TOKENS if is_on_device else assumed.STREAMING_CHUNK_TOKENS
     return ModelFacts(
         body=skeleton.body,
+        routed_body=skeleton.routed_body,
+        experts=() if is_on_device else skeleton.routed,
         head=skeleton.head,
         embedding_bytes=0 if skeleton.is_tied else embedding_bytes,
         kv_token_bytes=kv_values_per_token(config) * skeleton.dtype.itemsize,

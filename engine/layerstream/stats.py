@@ -53,7 +53,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
     """The numbers of an engine's *parts* and of its loop."""
     pool, plan = parts.scheduler.pool, parts.plan
     used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes + plan.transit_bytes
-    fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.activation_bytes
+    fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.weights.expert_bytes + plan.activation_bytes
     streamer = parts.weights.streamer
     planned = fixed + used_kv + (parts.draft.plan.planned_bytes if parts.draft else 0)
     return EngineStats(

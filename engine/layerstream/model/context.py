@@ -13,12 +13,16 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.state import PagedRows
 from layerstream.sweep import RowBlock, Span, Sweep
+
+if TYPE_CHECKING:
+    from layerstream.model.experts import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class SweepContext:
         crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
             original.
         drafted: keys and values of the sweep's guesses.
+        routing: what the row blocks of the block in hand ask their experts, while that is being found out.
         prefers_flash: on an accelerator, attend with the flash-attn package where it can.
     """
 
@@ -58,6 +63,7 @@ class SweepContext:
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
     crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     drafted: DraftedRows = field(init=False)
+    routing: Routing | None = None
 
     def __post_init__(self) -> None:
         self.drafted = DraftedRows(self.sweep.drafts)

@@ -1,23 +1,48 @@
 """Mixtures of experts: each routed expert computes its rows in row blocks of fixed size.
 
 Registered as the experts implementation ``"layerstream"`` of transformers' ``ExpertsInterface``. How many rows an
-expert gets depends on the whole row block; padding them to a constant keeps a row's bits free of its neighbours. Rows
-of padding are routed to nobody.
+expert gets depends on the whole sweep; padding them to a constant keeps a row's bits free of its neighbours. Rows of
+padding are routed to nobody. A row's experts are added in the order of their numbers, whichever of them was there
+first.
+
+Where experts come as they are routed to, each of them is to pass once for all rows of a sweep, and a block sees one
+row block at a time. So it runs twice: the first time it is left as soon as it asks for its experts, which says what the
+rows want; then the experts compute all rows; the second time it gets what they gave. What it computes until it asks
+(the router, with some families a shared expert) is computed twice; one row block alone is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface
 
 from layerstream.checkpoint.names import PackedSource
+from layerstream.errors import InvalidRouting
 from layerstream.model.context import current
 
 IMPLEMENTATION = "layerstream"
 EXPERT_ROWS = 16  # rows per expert and call; 1 where the row block itself is one row
+
+Matrices: TypeAlias = Mapping[str, torch.Tensor]
+"""An expert's weights by the names that the module has for those of all experts."""
+
+
+class RoutedExperts(Protocol):
+    """The experts of one block, which come as they are routed to."""
+
+    def bring(self, experts: list[int], may_skip: Callable[[], bool]) -> Iterator[tuple[int, Matrices]]:
+        """Each of *experts*, ascending, with weights that are valid until the next is asked for.
+
+        Args:
+            may_skip: asked before each of them; whether another than the first of those left may come.
+        """
+        ...
 
 
 class PackedExperts:
@@ -43,6 +68,62 @@ class PackedExperts:
         return self._scratch.T if self._source.codec.transposes else self._scratch
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a block asked its experts: inputs ``(rows, hidden)``, and for each row its experts and their weights, both
+    ``(rows, k)``; for padding -1."""
+
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+
+
+class _Asked(Exception):  # no error: it leaves a block that has said what it wants
+    """A block asked its experts for the first time."""
+
+
+class Routing:
+    """What the row blocks of a sweep ask the experts of one block, and what they get."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[torch.nn.Module, _Call]] = []
+        self._answers: list[torch.Tensor] | None = None
+
+    def ask(self, module: torch.nn.Module, call: _Call) -> torch.Tensor:
+        """The answer to *call*.
+
+        Raises:
+            _Asked: it comes with the second run.
+        """
+        if self._answers is None:
+            self._calls.append((module, call))
+            raise _Asked
+        return self._answers.pop(0) if self._answers else _answer(module, [call])[0]
+
+    def answer(self) -> None:
+        """Compute what was asked."""
+        calls = [call for _, call in self._calls]
+        self._answers = _answer(self._calls[0][0], calls) if calls else []
+        self._calls = []
+
+
+@contextmanager
+def gathering(forward: Callable[[slice], Any], row_blocks: Callable[[], Iterable[slice]]) -> Iterator[None]:
+    """Find out by *forward* what all row blocks ask the experts; inside, they get it in the same order."""
+    context = current()
+    routing = context.routing = Routing()
+    try:
+        for rows in row_blocks():
+            try:
+                forward(rows)
+            except _Asked:
+                continue
+        routing.answer()
+        yield
+    finally:
+        context.routing = None
+
+
 def register() -> None:
     """Make ``experts_implementation="layerstream"`` known to transformers. Idempotent."""
     ExpertsInterface.register(IMPLEMENTATION, compute_experts)
@@ -59,40 +140,119 @@ def compute_experts(
         top_k_index, top_k_weights: ``(rows, k)``.
 
     Returns:
-        ``(rows, hidden)``. A row's experts are added in ascending order.
+        ``(rows, hidden)``.
+
+    Raises:
+        InvalidRouting: a row is routed to an expert that is not there.
     """
     context = current()
-    num_real = hidden_states.shape[0]
-    if context.is_single_block:
-        num_real -= context.active[0][1].num_padding
-    rows_per_call = 1 if hidden_states.shape[0] == 1 else EXPERT_ROWS
-    result = torch.zeros_like(hidden_states)
-    routed = top_k_index[:num_real]
-    for expert in torch.unique(routed).tolist():
-        if expert >= module.num_experts:  # type: ignore[operator]  # "nobody" of expert parallelism
-            continue
-        rows, slots = torch.where(routed == expert)
-        for at in range(0, len(rows), rows_per_call):
-            part = rows[at : at + rows_per_call]
-            inputs = hidden_states.new_zeros((rows_per_call, hidden_states.shape[1]))
-            inputs[: len(part)] = hidden_states[part]
-            weights = top_k_weights[part, slots[at : at + rows_per_call], None]
-            outputs = _run_expert(module, expert, inputs)[: len(part)] * weights
-            result.index_add_(0, part, outputs.to(result.dtype))
+    call = _Call(hidden_states, top_k_index, top_k_weights)
+    if context.is_single_block and (num_padding := context.active[0][1].num_padding):
+        nobody = top_k_index.clone()
+        nobody[-num_padding:] = -1
+        call = _Call(hidden_states, nobody, top_k_weights)
+    return _answer(module, [call])[0] if context.routing is None else context.routing.ask(module, call)
+
+
+def _answer(module: torch.nn.Module, calls: Sequence[_Call]) -> list[torch.Tensor]:
+    """What the experts give the rows of all *calls*."""
+    if len(calls) == 1:
+        return [_compute(module, calls[0], 1 if len(calls[0].hidden) == 1 else EXPERT_ROWS)]
+    together = _Call(
+        torch.cat([call.hidden for call in calls]),
+        torch.cat([call.index for call in calls]),
+        torch.cat([call.weights for call in calls]),
+    )
+    return list(_compute(module, together, EXPERT_ROWS).split([len(call.hidden) for call in calls]))
+
+
+def _compute(module: torch.nn.Module, call: _Call, rows_per_call: int) -> torch.Tensor:
+    """Each expert's rows in calls of *rows_per_call*; added up in the order of the experts' numbers."""
+    routes = _Routes(call.index, int(module.num_experts), type(module).__name__)  # type: ignore[arg-type]
+    result = torch.zeros_like(call.hidden)
+    waiting = list(routes.experts)
+    early: dict[int, torch.Tensor] = {}  # computed before their turn
+
+    def may_skip() -> bool:
+        return sum(map(len, early.values())) < len(call.hidden)
+
+    routed: RoutedExperts | None = getattr(module, "routed", None)
+    brought = _all_there(module, waiting) if routed is None else routed.bring(waiting, may_skip)
+    at = 0
+    for expert, matrices in brought:
+        rows, slots = routes.of(expert)
+        outputs = []
+        for start in range(0, len(rows), rows_per_call):
+            part = rows[start : start + rows_per_call]
+            inputs = call.hidden.new_zeros((rows_per_call, call.hidden.shape[1]))
+            inputs[: len(part)] = call.hidden[part]
+            outputs.append(_run_expert(module, matrices, inputs)[: len(part)])
+        weights = call.weights[rows, slots, None]
+        early[expert] = (torch.cat(outputs) * weights).to(result.dtype)
+        while at < len(waiting) and waiting[at] in early:
+            result.index_add_(0, routes.of(waiting[at])[0], early.pop(waiting[at]))
+            at += 1
     return result
 
 
-def _run_expert(module: torch.nn.Module, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+class _Routes:
+    """Which rows are routed to which experts.
+
+    Raises:
+        InvalidRouting: one of them is not there.
+    """
+
+    def __init__(self, index: torch.Tensor, num_experts: int, name: str) -> None:
+        self._top_k = index.shape[1]
+        flat = index.reshape(-1)
+        if len(flat) and not -1 <= int(flat.min()) <= int(flat.max()) < num_experts:
+            raise InvalidRouting(
+                f"the router of {name} sends a row to expert {int(flat.max())}, and there are {num_experts}: its "
+                "weights are damaged, or of another model; check the files with 'layerstream doctor'"
+            )
+        self._order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
+        start = counts[0]  # rows of padding
+        self._ranges: dict[int, tuple[int, int]] = {}
+        for expert, count in enumerate(counts[1:]):
+            if count:
+                self._ranges[expert] = start, start + count
+                start += count
+
+    @property
+    def experts(self) -> list[int]:
+        """Those that are wanted, ascending."""
+        return list(self._ranges)
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows that are routed to *expert*, ascending, and which of their choices it is."""
+        start, stop = self._ranges[expert]
+        places = self._order[start:stop]
+        return places // self._top_k, places % self._top_k
+
+
+def weight_names(module: torch.nn.Module) -> list[str]:
+    """Of the parameters that *module* has for all experts."""
+    names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+    return [*names, *(f"{name}_bias" for name in names)] if module.has_bias else names
+
+
+def _all_there(module: torch.nn.Module, experts: list[int]) -> Iterator[tuple[int, Matrices]]:
+    names = weight_names(module)
+    for expert in experts:
+        yield expert, {name: getattr(module, name)[expert] for name in names}
+
+
+def _run_expert(module: torch.nn.Module, matrices: Matrices, inputs: torch.Tensor) -> torch.Tensor:
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    hidden = _project(module, up_name, expert, inputs)
+    hidden = _project(module, up_name, matrices, inputs)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
-    output = _project(module, "down_proj", expert, hidden)
+    output = _project(module, "down_proj", matrices, hidden)
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)  # type: ignore[operator]
     return output
 
 
-def _project(module: torch.nn.Module, name: str, expert: int, inputs: torch.Tensor) -> torch.Tensor:
-    weight = getattr(module, name)[expert]
-    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-    return F.linear(inputs, weight.T if module.is_transposed else weight, bias)
+def _project(module: torch.nn.Module, name: str, matrices: Matrices, inputs: torch.Tensor) -> torch.Tensor:
+    weight = matrices[name]
+    return F.linear(inputs, weight.T if module.is_transposed else weight, matrices.get(f"{name}_bias"))

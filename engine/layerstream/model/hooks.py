@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from layerstream.model.context import SweepContext, current
+from layerstream.model.experts import gathering
 
 Residence: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Makes a module's weights present for the time of the context."""
@@ -71,8 +72,12 @@ def named_holders(module: torch.nn.Module, path: str) -> Iterator[tuple[str, dic
                     yield prefix + name, holder, name
 
 
-def wrap(module: torch.nn.Module, residence: Residence = nullcontext) -> None:
-    """Run *module* one row block at a time, inside *residence*."""
+def wrap(module: torch.nn.Module, residence: Residence = nullcontext, *, routes: bool = False) -> None:
+    """Run *module* one row block at a time, inside *residence*.
+
+    Args:
+        routes: whether it has experts that come as they are routed to, once for all row blocks.
+    """
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -80,17 +85,24 @@ def wrap(module: torch.nn.Module, residence: Residence = nullcontext) -> None:
         with residence():
             if context.is_single_block:
                 return forward(*args, **kwargs)
-            return _by_row_block(context, forward, args, kwargs)
+            return _by_row_block(context, forward, args, kwargs, routes=routes)
 
     module.forward = run
 
 
-def _by_row_block(context: SweepContext, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _by_row_block(
+    context: SweepContext, forward: Callable[..., Any], args: Any, kwargs: Any, *, routes: bool = False
+) -> Any:
     total = context.num_rows
     axis = next((axis for axis in map(_row_axis_of(total), _tensors((args, kwargs))) if axis is not None), None)
     if axis is None:  # nothing in it has rows
         return forward(*args, **kwargs)
-    outputs = [forward(*_rows_of(args, total, rows), **_rows_of(kwargs, total, rows)) for rows in context.row_blocks()]
+
+    def run(rows: slice) -> Any:
+        return forward(*_rows_of(args, total, rows), **_rows_of(kwargs, total, rows))
+
+    with gathering(run, context.row_blocks) if routes else nullcontext():
+        outputs = [run(rows) for rows in context.row_blocks()]
     return _joined(outputs, axis)
 
 

@@ -10,7 +10,7 @@ import torch
 from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.codecs.bnb import aligned
 from layerstream.checkpoint.codecs.tiled import TILE, TiledInt4, rewrite, staying_shapes, tiled
-from layerstream.checkpoint.names import PackedSource, Source
+from layerstream.checkpoint.names import PackedSource, ParameterSource, Source
 from layerstream.model.experts import PackedExperts
 from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
 from layerstream.model.skeleton import Skeleton
@@ -133,6 +133,22 @@ class Matrices:
                     source.codec.decode(planes, 0, values.view(source.matrix_shape))
         return found
 
+    def expert(self, path: str, expert: int, stored: Tensors) -> dict[str, torch.Tensor]:
+        """The matrices and biases of one of the experts *path*, by the names of their parameters, out of its tensors as
+        they are *stored*; what was quantised is valid until another expert is asked for."""
+        found: dict[str, torch.Tensor] = {}
+        for key in self._skeleton.expert_keys(path):
+            source, name = self._skeleton.sources[key], key.rpartition(".")[2]
+            if not isinstance(source, PackedSource):
+                found[name] = stored[key][0].to(self._skeleton.dtypes[key])
+                continue
+            scratch = self._expert_for(key, source)
+            codec = source.codec.one_of(source.shape[0])
+            planes = {plane: stored[part.name] for plane, part in source.planes.items()}
+            (codec or source.codec).decode(planes, 0 if codec else expert * len(scratch), scratch)
+            found[name] = scratch.T if source.codec.transposes else scratch
+        return found
+
     def _allocate(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
         """Memory for tensors that stay; on the host outside of the heap, where others' would leave holes."""
         if self._device.type != "cpu":
@@ -194,9 +210,27 @@ def packed_parts(source: PackedSource, rows: tuple[int, int] | None) -> Iterator
         if rows is None or name in source.codec.whole:
             yield Part.whole(plane.name, plane)
         else:
-            start, stop = (plane.num_bytes * row // num_rows for row in rows)
-            count = (stop - start) // (plane.num_bytes // plane.shape[0])
-            yield Part(plane.name, plane, (count, *plane.shape[1:]), start, stop)
+            yield plane_rows(plane, num_rows, *rows)
+
+
+def expert_parts(source: Source, key: str, expert: int) -> Iterator[Part]:
+    """The part of *source*, a parameter ``(experts, …)``, that is one expert's."""
+    if not isinstance(source, PackedSource):
+        yield Part.of_rows(key, source, expert, expert + 1)
+        return
+    can_cut = source.codec.one_of(source.shape[0]) is not None
+    for name, plane in source.planes.items():
+        if name in source.codec.whole and not can_cut:
+            yield Part.whole(plane.name, plane)
+        else:
+            yield plane_rows(plane, source.shape[0], expert, expert + 1)
+
+
+def plane_rows(plane: ParameterSource, num_rows: int, first: int, last: int) -> Part:
+    """Of *plane*, whose bytes belong to *num_rows* in equal shares, those of rows ``[first, last)``."""
+    start, stop = (plane.num_bytes * row // num_rows for row in (first, last))
+    count = (stop - start) // (plane.num_bytes // plane.shape[0])
+    return Part(plane.name, plane, (count, *plane.shape[1:]), start, stop)
 
 
 def _codecs(source: PackedSource) -> list[Codec]:

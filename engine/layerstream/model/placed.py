@@ -17,9 +17,10 @@ from layerstream.model.linear import SlicedLinear
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import DeviceWeights, OnBytes
 from layerstream.streaming.device import Device, Placement
+from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import UnitPlan
-from layerstream.streaming.streamer import Streamer, Streams
+from layerstream.streaming.streamer import Source, Streams
 from layerstream.streaming.timeline import Timeline
 
 
@@ -30,9 +31,10 @@ class ModelWeights:
         plan: all units.
         parts: those of each device of *placement*.
         placement: ``None``: the processor computes.
+        expert_shares: how often each expert was used lately.
 
     Attributes:
-        streamer: what brings streamed units; ``None`` if all are resident.
+        streamer: what brings weights for sweeps; ``None`` if all are resident.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class ModelWeights:
         fused_rows: Mapping[str, int],
         placement: Placement | None = None,
         parts: Sequence[UnitPlan] = (),
+        expert_shares: Sequence[float] = (),
     ) -> None:
         self.plan = plan
         self._parts: list[DeviceWeights] = []
         try:
             if placement is None:
-                self._parts.append(DeviceWeights(skeleton, plan, reader, on_load, fused_rows))
+                made = DeviceWeights(skeleton, plan, reader, on_load, fused_rows, expert_shares=expert_shares)
+                self._parts.append(made)
             else:
                 for place, (device, part) in enumerate(zip(placement.devices, parts, strict=True)):
                     computes = _computes(skeleton, placement, place)
@@ -61,15 +65,18 @@ class ModelWeights:
             raise
         if placement is not None and len(placement.devices) > 1:
             _install_crossings(skeleton, placement)
-        streamers = [part.streamer for part in self._parts if part.streamer is not None]
-        self.streamer: Streamer | Streams | None = streamers[0] if streamers else None
-        if len(streamers) > 1:
-            self.streamer = Streams(streamers)
+        bringing = [source for part in self._parts for source in (part.streamer, part.bank) if source is not None]
+        self.streamer: Source | None = Streams(bringing) if len(bringing) > 1 else next(iter(bringing), None)
 
     @property
     def head(self) -> SlicedLinear:
         """The output projection."""
         return next(part.head for part in self._parts if part.head is not None)
+
+    @property
+    def experts(self) -> ExpertCache | None:
+        """What is known of experts that come as they are routed to; ``None``: there are none."""
+        return next((part.bank.cache for part in self._parts if part.bank is not None), None)
 
     def tell(self, on_unit: OnBytes) -> None:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""

@@ -24,7 +24,7 @@ from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, experts
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, check_supported
 from layerstream.model.linear import TILE_VALUES, decode_bytes
-from layerstream.streaming.residency import WeightNode, linears
+from layerstream.streaming.residency import PAGE, ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Skeleton:
         sources: where the bytes of every parameter and persistent buffer lie, by state dict name.
         dtypes: the dtype that each of them is computed in.
         body: sizes of what every sweep passes, in module order: decoder layers, then the final norm.
+        routed_body: the same without experts that may come as they are routed to, which are in *routed*.
         head: sizes of the output projection.
         model_bytes: bytes of all distinct weights on disk.
         tile_values: of a quantised matrix, decoded at a time.
@@ -52,6 +53,8 @@ class Skeleton:
     sources: Mapping[str, Source]
     dtypes: Mapping[str, torch.dtype]
     body: tuple[WeightNode, ...]
+    routed_body: tuple[WeightNode, ...]
+    routed: tuple[ExpertsNode, ...]
     head: WeightNode
     model_bytes: int
     tile_values: int = TILE_VALUES
@@ -94,6 +97,10 @@ class Skeleton:
         are stored."""
         packed = [source for source in self.sources.values() if isinstance(source, PackedSource)]
         return any(len(source.shape) == 2 and source.codec.kernel not in fused_rows for source in packed)
+
+    def expert_keys(self, path: str) -> list[str]:
+        """State dict names of what the module *path* has for each of its experts: ``(experts, …)``."""
+        return [f"{path}.{name}" for name in experts.weight_names(self.model.get_submodule(path))]
 
     def path_of(self, module: torch.nn.Module) -> str:
         """Path of *module* within the causal model."""
@@ -151,11 +158,11 @@ def build_skeleton(
         sources = resolve_parameters(model, tensors, packed)
     dtypes = _compute_dtypes(model, sources, compute_dtype)
     decoder = model.get_submodule(names[id(embedding)].rpartition(".")[0])
-    body = tuple(
-        node
-        for child in _body_modules(decoder, embedding)
-        if (node := _weigh(child, names[id(child)], sources, dtypes, tile_values)).total_bytes
-    )
+    modules = [(child, names[id(child)]) for child in _body_modules(decoder, embedding)]
+    weigher = _Weigher(sources, dtypes, tile_values)
+    body = tuple(node for child, path in modules if (node := weigher.weigh(child, path)).total_bytes)
+    routed = _Weigher(sources, dtypes, tile_values, leaves_experts=True)
+    routed_body = tuple(node for child, path in modules if (node := routed.weigh(child, path)).total_bytes)
     return Skeleton(
         model=model,
         config=text_config,
@@ -163,7 +170,9 @@ def build_skeleton(
         sources=sources,
         dtypes=dtypes,
         body=body,
-        head=_weigh(head, names[id(head)], sources, dtypes, tile_values),
+        routed_body=routed_body,
+        routed=tuple(routed.experts),
+        head=weigher.weigh(head, names[id(head)]),
         model_bytes=sum({id(source): source.num_bytes for source in sources.values()}.values()),
         tile_values=tile_values,
     )
@@ -248,46 +257,114 @@ def _body_modules(decoder: Any, embedding: torch.nn.Module) -> list[torch.nn.Mod
     return modules
 
 
-def _weigh(
-    module: torch.nn.Module,
-    path: str,
-    sources: Mapping[str, Source],
-    dtypes: Mapping[str, torch.dtype],
-    tile_values: int,
-) -> WeightNode:
-    """The sizes of *module* and of what is below it.
+class _Weigher:
+    """Finds the sizes of modules.
 
-    A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a gate's
-    sigmoid) has to see the rows of one row block at a time. So does quantised attention over latents.
+    Args:
+        leaves_experts: those that may come as they are routed to are left out, and put into ``experts``.
     """
-    children = tuple(
-        _weigh(child, f"{path}.{name}", sources, dtypes, tile_values) for name, child in module.named_children()
-    )
-    if any(_is_fused_experts(child) for child in module.children()) or _has_to_see_whole_rows(module, path, sources):
-        keys = [key for key in sources if key.startswith(f"{path}.")]
-        num_bytes = sum(sources[key].num_bytes for key in keys)
-        compute_bytes = sum(_compute_bytes(sources[key], dtypes[key]) for key in keys)
-        return WeightNode(path, num_bytes, compute_bytes, decode_bytes=_whole_decode_bytes(keys, sources, dtypes))
-    own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
-    node = WeightNode(
-        name=path,
-        own_bytes=sum(sources[key].num_bytes for key in own),
-        compute_bytes=sum(_compute_bytes(sources[key], dtypes[key]) for key in own),
-        num_rows=module.out_features if is_plain_linear(module) else 0,
-        children=children,
-    )
-    matrix = sources.get(f"{path}.weight")
-    if not node.num_rows or not isinstance(matrix, PackedSource):
-        return node
-    dtype = dtypes[f"{path}.weight"]
-    return dataclasses.replace(
-        node,
-        row_step=matrix.codec.row_step,
-        decode_bytes=decode_bytes(matrix, dtype, tile_values),
-        value_bytes=prod(matrix.shape) * dtype.itemsize,
-        codec=matrix.codec.name,
-        kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
-    )
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        dtypes: Mapping[str, torch.dtype],
+        tile_values: int,
+        *,
+        leaves_experts: bool = False,
+    ) -> None:
+        self.experts: list[ExpertsNode] = []
+        self._sources = sources
+        self._dtypes = dtypes
+        self._tile_values = tile_values
+        self._leaves_experts = leaves_experts
+
+    def weigh(self, module: torch.nn.Module, path: str) -> WeightNode:
+        """The sizes of *module* and of what is below it.
+
+        A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a
+        gate's sigmoid) has to see the rows of one row block at a time. So does quantised attention over latents.
+        """
+        sources, dtypes = self._sources, self._dtypes
+        children = tuple(self.weigh(child, f"{path}.{name}") for name, child in module.named_children())
+        inner = next((name for name, child in module.named_children() if _is_fused_experts(child)), None)
+        if inner is not None or _has_to_see_whole_rows(module, path, sources):
+            keys = {key for key in sources if key.startswith(f"{path}.")}
+            left = ""
+            if inner is not None and self._leaves_experts and not _attends(module):
+                left = f"{path}.{inner}"
+                keys -= set(self._leave(module.get_submodule(inner), left))
+            num_bytes = sum(sources[key].num_bytes for key in keys)
+            compute_bytes = sum(_compute_bytes(sources[key], dtypes[key]) for key in keys)
+            decoding = _whole_decode_bytes(keys, sources, dtypes)
+            return WeightNode(path, num_bytes, compute_bytes, decode_bytes=decoding, experts=left)
+        own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
+        node = WeightNode(
+            name=path,
+            own_bytes=sum(sources[key].num_bytes for key in own),
+            compute_bytes=sum(_compute_bytes(sources[key], dtypes[key]) for key in own),
+            num_rows=module.out_features if is_plain_linear(module) else 0,
+            children=children,
+        )
+        matrix = sources.get(f"{path}.weight")
+        if not node.num_rows or not isinstance(matrix, PackedSource):
+            return node
+        dtype = dtypes[f"{path}.weight"]
+        return dataclasses.replace(
+            node,
+            row_step=matrix.codec.row_step,
+            decode_bytes=decode_bytes(matrix, dtype, self._tile_values),
+            value_bytes=prod(matrix.shape) * dtype.itemsize,
+            codec=matrix.codec.name,
+            kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
+        )
+
+    def _leave(self, module: torch.nn.Module, path: str) -> list[str]:
+        """Note the experts *module*; the names of their weights."""
+        keys = [f"{path}.{name}" for name in experts.weight_names(module)]
+        sources = {key: self._sources[key] for key in keys}
+        num_experts = int(module.num_experts)  # type: ignore[arg-type]
+        num_parts = sum(len(source.planes) if isinstance(source, PackedSource) else 1 for source in sources.values())
+        expert_bytes = sum(_of_one(source, num_experts) for source in sources.values())
+        self.experts.append(
+            ExpertsNode(
+                name=path,
+                num_experts=num_experts,
+                top_k=experts_per_row(module),
+                expert_bytes=expert_bytes,
+                slot_bytes=(-(-expert_bytes // PAGE) + 2 * num_parts) * PAGE,
+                scratch_bytes=sum(_expert_scratch_bytes(source, self._dtypes[key]) for key, source in sources.items()),
+                num_values=sum(prod(source.shape) // num_experts for source in sources.values()),
+            )
+        )
+        return keys
+
+
+def experts_per_row(module: torch.nn.Module) -> int:
+    """How many of the experts of *module* a row is routed to, by its config; 1 where that does not say."""
+    config: Any = module.config
+    found = (getattr(config, name, None) for name in ("num_experts_per_tok", "num_experts_per_token", "top_k"))
+    return next((int(count) for count in found if count), 1)
+
+
+def _attends(block: torch.nn.Module) -> bool:
+    """Whether attention is below *block* as well: then it is a whole layer."""
+    return any(hasattr(module, "layer_idx") for module in block.modules() if module is not block)
+
+
+def _of_one(source: Source, num_experts: int) -> int:
+    """Bytes that one expert needs of *source*, what belongs to all of them included."""
+    if not isinstance(source, PackedSource):
+        return source.num_bytes // num_experts
+    whole = sum(plane.num_bytes for name, plane in source.planes.items() if name in source.codec.whole)
+    return whole + (source.num_bytes - whole) // num_experts
+
+
+def _expert_scratch_bytes(source: Source, dtype: torch.dtype) -> int:
+    """What one expert's matrix takes in *dtype*, if it is stored otherwise; while it is decoded, in fp32 as well."""
+    values = prod(source.shape[1:])
+    if isinstance(source, PackedSource):
+        return values * (dtype.itemsize + 12)
+    return values * dtype.itemsize if source.dtype != dtype else 0
 
 
 def _has_to_see_whole_rows(module: torch.nn.Module, path: str, sources: Mapping[str, Source]) -> bool:
@@ -306,7 +383,7 @@ def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     return isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
 
 
-def _whole_decode_bytes(keys: list[str], sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]) -> int:
+def _whole_decode_bytes(keys: set[str], sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]) -> int:
     """What a block with experts takes whose quantised weights are decoded before it computes, of experts one, and one
     of them in fp32."""
     sizes = [

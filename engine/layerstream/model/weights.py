@@ -7,7 +7,7 @@ module runs and unbound right after.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -17,9 +17,11 @@ from layerstream.checkpoint.names import PackedSource
 from layerstream.model import hooks
 from layerstream.model.linear import JoinedLinears, LinearSlice, PlainMatrix, SlicedLinear
 from layerstream.model.matrices import Matrices, Weights, packed_parts
+from layerstream.model.routed import install_experts
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.copies import CopyFeed
 from layerstream.streaming.device import Device, Mark
+from layerstream.streaming.expert_bank import ExpertBank
 from layerstream.streaming.feed import Feed, ReadFeed
 from layerstream.streaming.host import HostSource
 from layerstream.streaming.loader import load_unit
@@ -41,10 +43,12 @@ class DeviceWeights:
         fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
         device: what computes; ``None``: the processor, where the weights are then.
         computes: whether the module of a path is computed there.
+        expert_shares: how often each expert was used lately.
 
     Attributes:
         plan: which units there are, and which of them stay.
         streamer: brings the streamed units; ``None`` if all are resident.
+        bank: brings experts as they are routed to; ``None`` if there are none, or they come with their block.
         head: the output projection; ``None``: another device has it.
         resident_bytes: what is resident, in the compute dtype.
         on_unit: told the weight bytes of each unit that was computed; may raise to abandon the sweep.
@@ -59,6 +63,7 @@ class DeviceWeights:
         fused_rows: Mapping[str, int] | None = None,
         device: Device | None = None,
         computes: Callable[[str], bool] = lambda path: True,
+        expert_shares: Sequence[float] = (),
     ) -> None:
         self._skeleton = skeleton
         self._device = device
@@ -78,9 +83,14 @@ class DeviceWeights:
             feed = self._feed(streamed, reader, on_load)
             feed.populate()
             self.streamer = Streamer(feed, num_cycle=sum(index < len(plan.body) for index in streamed))
+        self.bank: ExpertBank | None = None
+        if plan.expert_slots:
+            self.bank = install_experts(skeleton, plan, self._matrices, reader, expert_shares)
         self._joined = self._find_joined()
         for index in sorted(plan.residents):
             self._load(index, reader, on_load)
+        if self.bank is not None:
+            self.bank.load(sorted(self.bank.cache.hottest()), on_load)
         if device is not None:
             self._move_buffers(device.torch_device)
         self._install()
@@ -128,10 +138,15 @@ class DeviceWeights:
             return tensors
         return {key: tensor.to(self._device.torch_device) for key, tensor in tensors.items()}
 
+    def _keys(self, unit: PlannedUnit) -> set[str]:
+        """State dict names of the weights that *unit* has."""
+        keys = self._skeleton.keys_of(unit.module, own_only=unit.own_only)
+        return keys - set(self._skeleton.expert_keys(unit.experts)) if unit.experts else keys
+
     def _parts(self, unit: PlannedUnit) -> list[Part]:
         sources = self._skeleton.sources
         parts = []
-        for key in sorted(self._skeleton.keys_of(unit.module, own_only=unit.own_only)):
+        for key in sorted(self._keys(unit)):
             source = sources[key]
             if isinstance(source, PackedSource):
                 parts.extend(packed_parts(source, unit.rows))
@@ -209,13 +224,12 @@ class DeviceWeights:
         binding = self._binding(unit, module)
         if index in self._resident and not unit.decode_bytes:
             binding.bind(self._matrices.decoded(unit.module, self._resident[index]))
-            hooks.wrap(module, lambda: self._present(index))
+            hooks.wrap(module, lambda: self._present(index), routes=bool(unit.experts))
         else:
-            hooks.wrap(module, lambda: self._passing(index, binding))
+            hooks.wrap(module, lambda: self._passing(index, binding), routes=bool(unit.experts))
 
     def _binding(self, unit: PlannedUnit, module: torch.nn.Module) -> hooks.Binding:
-        keys = self._skeleton.keys_of(unit.module, own_only=unit.own_only)
-        return hooks.Binding(module, unit.module, keys, self._skeleton.dtypes)
+        return hooks.Binding(module, unit.module, self._keys(unit), self._skeleton.dtypes)
 
     def _wrap_weightless(self, wrapped: set[str]) -> None:
         """Modules outside of every unit (rotary embeddings, activations of a cut MLP) compute by row blocks too."""
@@ -241,6 +255,8 @@ class DeviceWeights:
         self._timeline = timeline
         if self.streamer is not None:
             self.streamer.record(timeline)
+        if self.bank is not None:
+            self.bank.timeline = timeline
 
     def _begin(self) -> Mark | float:
         """Compute with a unit begins; for :meth:`_finish`."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from layerstream.kv.pages import LAYERS_IN_HAND
-from layerstream.streaming.residency import WeightNode, linears
+from layerstream.streaming.residency import ExpertsNode, WeightNode, linears
 
 CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident; on an accelerator, always
 STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more
@@ -26,6 +26,9 @@ class ModelFacts:
     Attributes:
         body: sizes of what every sweep passes, in module order.
         head: sizes of the output projection.
+        routed_body: the same as *body*, without experts that may come as they are routed to.
+        experts: sizes of those; none: there are none, or they come with their block.
+        expert_shares: how often each of them was used lately, but for a factor, in the order of *experts*.
         embedding_bytes: the embedding matrix in the compute dtype; 0 if it is the head's.
         kv_token_bytes: KV of one token over all layers.
         hidden_size, intermediate_size, vocab_size: widths that activations have.
@@ -71,6 +74,29 @@ class ModelFacts:
     kv_tokens: int = 2**62
     workspace_bytes: int = 0
     is_cut: bool = False
+    routed_body: tuple[WeightNode, ...] = ()
+    experts: tuple[ExpertsNode, ...] = ()
+    expert_shares: tuple[float, ...] = ()
+
+    @property
+    def streamed_body(self) -> tuple[WeightNode, ...]:
+        """What units are made of where weights stream."""
+        return self.routed_body if self.experts else self.body
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all layers."""
+        return sum(node.num_experts for node in self.experts)
+
+    @property
+    def slot_bytes_of_expert(self) -> int:
+        """Room for any expert."""
+        return max((node.slot_bytes for node in self.experts), default=0)
+
+    @property
+    def expert_scratch_bytes(self) -> int:
+        """What computing with any expert takes beside it."""
+        return max((node.scratch_bytes for node in self.experts), default=0)
 
     @property
     def decode_bytes(self) -> int:

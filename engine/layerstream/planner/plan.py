@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from layerstream.planner.experts import hit_rate, read_bytes
 from layerstream.planner.facts import STREAMING_ROWS, ModelFacts
 from layerstream.sizes import format_size
 from layerstream.streaming.residency import UnitPlan
@@ -71,7 +72,18 @@ class Plan:
     @property
     def streams(self) -> bool:
         """Whether any weight streams."""
-        return self.weights.num_streamed > 0
+        return self.weights.num_streamed > 0 or self.weights.expert_slots > 0
+
+    @property
+    def expert_hit_rate(self) -> float:
+        """Of the experts that rows are routed to, the share that is in memory, as far as it is known."""
+        return hit_rate(self.weights.expert_slots, self.facts.num_experts, self.facts.expert_shares)
+
+    def expert_read_bytes(self, num_rows: float) -> int:
+        """Experts that a sweep of *num_rows* reads, on average; 0 where they do not come as they are routed to."""
+        if not self.weights.expert_slots:
+            return 0
+        return round(read_bytes(self.facts.experts, num_rows, self.expert_hit_rate))
 
     @property
     def decode_rows(self) -> int:
@@ -100,8 +112,9 @@ class Plan:
 
     @property
     def streamed_bytes(self) -> int:
-        """Weights that one sampling sweep moves to where they are computed with: from disk, or to a device."""
-        return self.weights.streamed_bytes
+        """Weights that one sampling sweep moves to where they are computed with: from disk, or to a device. Of experts
+        those of one row."""
+        return self.weights.streamed_bytes + self.expert_read_bytes(1)
 
     @property
     def by_device(self) -> tuple[Plan, ...]:
@@ -124,8 +137,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Weights that one sampling sweep reads from disk."""
-        return self.weights.disk_bytes
+        """Weights that one sampling sweep reads from disk; of experts those of one row."""
+        return self.weights.disk_bytes + self.expert_read_bytes(1)
 
     @property
     def bits_per_weight(self) -> float:
@@ -147,9 +160,8 @@ class Plan:
     @property
     def planned_bytes(self) -> int:
         """What all parts take together, at most ``budget_bytes``."""
-        return (
-            self.resident_bytes + self.weights.ring_bytes + self.kv_bytes + self.transit_bytes + self.activation_bytes
-        )
+        weights = self.resident_bytes + self.weights.ring_bytes + self.weights.expert_bytes
+        return weights + self.kv_bytes + self.transit_bytes + self.activation_bytes
 
     def __str__(self) -> str:
         rows = (f"{name:<20}{format_size(num_bytes):>11}  {note}" for name, num_bytes, note in self._rows())
@@ -183,6 +195,9 @@ class Plan:
         tokens = f"{self.num_pages * self.page_tokens:,} tokens"
         yield "resident weights", self.resident_bytes, f"{len(weights.residents)} of {len(weights.units)} units"
         yield "ring", weights.ring_bytes, f"{weights.num_streamed} units pass through it"
+        if weights.expert_slots:
+            note = f"{weights.expert_slots:,} of {self.facts.num_experts:,}, those that are used most"
+            yield "experts", weights.expert_bytes, note
         yield "KV pages", self.kv_bytes, f"{tokens}, of the layers in hand" if self.facts.kv_rides else tokens
         if self.num_transit:
             extra = f"{self.num_transit * self.page_tokens:,} tokens more, from the store"

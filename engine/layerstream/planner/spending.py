@@ -34,6 +34,8 @@ RESIDENT_TRANSIT_SHARE = 0.25  # of the room for KV, where the weights take the 
 MAX_KV_SEQUENCES = 16  # full-length sequences that KV is reserved for at most
 RING_UNITS = 2.25  # one computing, one arriving, and the beginning of the next
 RING_SHARE = 0.6  # of what weights may take; past it, units are cut finer
+EXPERTS_SHARE = 0.25  # of what weights may take: experts on their way come before anything else stays
+EXPERTS_BYTES = 32 * 2**20  # no more than that
 HEAD_SLICE_BYTES = 64 * 2**20
 FINEST_UNIT_BYTES = 128 * 2**10
 
@@ -147,8 +149,9 @@ def _streaming_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
 
 
 def _cuts_linears(plan: Plan) -> bool:
-    whole = {node.name for node in plan.facts.body}
-    inner = {child.name for node in plan.facts.body for child in node.children if not child.num_rows}
+    body = plan.facts.streamed_body
+    whole = {node.name for node in body}
+    inner = {child.name for node in body for child in node.children if not child.num_rows}
     return any(unit.module not in whole | inner for unit in plan.weights.body if not unit.pinned)
 
 
@@ -174,25 +177,46 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     body, head = _cut_all(facts, limit)
     everything = body + head
     pinned = frozenset(index for index, unit in enumerate(everything) if unit.pinned)
-    for_weights -= sum(everything[index].compute_bytes for index in pinned) + _scratch_bytes(everything)
-    ring_bytes = min(int(RING_UNITS * largest_unit(everything)), for_weights)
+    scratch_bytes = _scratch_bytes(everything) + facts.expert_scratch_bytes
+    for_weights -= sum(everything[index].compute_bytes for index in pinned) + scratch_bytes
+    passing = _passing_experts(facts, for_weights) * facts.slot_bytes_of_expert
+    for_weights -= passing
     free = [index for index in range(len(everything)) if index not in pinned]
     head_first = [position for position, index in enumerate(free) if index >= len(body)]
     sizes = [everything[index].compute_bytes for index in free]
+    ring_bytes = min(int(RING_UNITS * largest_unit(everything)), for_weights) if sum(sizes) > for_weights else 0
     chosen = choose_residents(sizes, for_weights - ring_bytes, head_first)
     residents = pinned | {free[position] for position in chosen}
+    spare = for_weights - ring_bytes - sum(sizes[position] for position in chosen)
+    slots = min(facts.num_experts, (passing + spare) // facts.slot_bytes_of_expert) if facts.experts else 0
     return Plan(
         budget_bytes=budget_bytes,
         facts=facts,
-        weights=UnitPlan(body, head, residents, ring_bytes),
+        weights=UnitPlan(
+            body,
+            head,
+            residents,
+            ring_bytes,
+            expert_slots=slots,
+            slot_bytes=facts.slot_bytes_of_expert,
+        ),
         embedding_resident=False,
         num_pages=num_pages,
         page_tokens=facts.chunk_tokens,
-        activation_bytes=activations + _scratch_bytes(everything),
+        activation_bytes=activations + scratch_bytes,
         max_sweep_tokens=sweep_tokens,
         max_draft_rows=draft_rows,
         num_transit=num_transit,
     )
+
+
+def _passing_experts(facts: ModelFacts, for_weights: int) -> int:
+    """Experts that there is room for while they pass, before anything else stays: one at the least."""
+    if not facts.experts:
+        return 0
+    slot_bytes = facts.slot_bytes_of_expert
+    room = min(EXPERTS_BYTES, int(EXPERTS_SHARE * for_weights))
+    return min(facts.num_experts, max(1, room // slot_bytes))
 
 
 def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
@@ -217,14 +241,14 @@ def _wanted_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
 
 def _unit_limit(facts: ModelFacts, for_weights: int) -> int:
     """The largest unit that leaves the ring within its share: a whole layer, or less."""
-    largest_layer = max(node.total_bytes for node in facts.body)
+    largest_layer = max(node.total_bytes for node in facts.streamed_body)
     if RING_UNITS * largest_layer <= RING_SHARE * for_weights:
         return largest_layer
     return max(FINEST_UNIT_BYTES, int(RING_SHARE * for_weights / RING_UNITS))
 
 
 def _cut_all(facts: ModelFacts, limit: int) -> tuple[tuple[PlannedUnit, ...], tuple[PlannedUnit, ...]]:
-    body = tuple(unit for node in facts.body for unit in cut_units(node, limit))
+    body = tuple(unit for node in facts.streamed_body for unit in cut_units(node, limit))
     if not facts.head.total_bytes:
         return body, ()
     return body, tuple(slice_rows(facts.head, min(limit, HEAD_SLICE_BYTES)))
@@ -235,15 +259,17 @@ def _floor_bytes(facts: ModelFacts) -> int:
     body, head = _cut_all(facts, FINEST_UNIT_BYTES)
     units = body + head
     pinned = sum(unit.compute_bytes for unit in units if unit.pinned)
-    return _scratch_bytes(units) + pinned + _least_kv_bytes(facts) + 2 * largest_unit(units)
+    experts = facts.slot_bytes_of_expert + facts.expert_scratch_bytes
+    return _scratch_bytes(units) + pinned + _least_kv_bytes(facts) + 2 * largest_unit(units) + experts
 
 
 def _too_small(facts: ModelFacts, budget_bytes: int, least: int) -> BudgetTooSmall:
     body, head = _cut_all(facts, FINEST_UNIT_BYTES)
     largest = max(body + head, key=lambda unit: unit.ring_bytes)
+    experts = f", and an expert {format_size(facts.experts[0].expert_bytes)}" if facts.experts else ""
     message = (
         f"a memory budget of {format_size(budget_bytes)} is too small: this model needs at least {format_size(least)} "
-        f"(its largest unit that cannot be cut, {largest.name}, has {format_size(largest.num_bytes)}); "
+        f"(its largest unit that cannot be cut, {largest.name}, has {format_size(largest.num_bytes)}{experts}); "
         f"pass memory={format_size(least, exact=True)!r} or more"
     )
     return BudgetTooSmall(message, budget_bytes=budget_bytes, required_bytes=least)
@@ -286,6 +312,8 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     rows = sweep_tokens + block_rows + facts.streaming_rows
     packed = 3 * rows * facts.hidden_size * facts.itemsize
     block = block_rows * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
+    if facts.experts:  # what they are given for all rows, what they gave, and what was computed before its turn
+        packed += 3 * rows * facts.hidden_size * facts.itemsize
     if facts.is_cut:
         block = max(block, rows * max(3 * facts.intermediate_size, 8 * facts.hidden_size) * facts.itemsize)
     logits = facts.vocab_size * (2 * STREAMING_ROWS * facts.itemsize + 4 + 4 + 8)

@@ -35,6 +35,8 @@ class WeightNode:
         value_bytes: of such a Linear, decoded in the compute dtype.
         codec: how such a Linear is stored.
         kernel: that could multiply by it undecoded; ``""``: none.
+        experts: path of the experts below it whose weights are not counted: they come as they are routed to. Such a
+            block is a unit of its own.
         children: modules below, in module order.
     """
 
@@ -47,6 +49,7 @@ class WeightNode:
     value_bytes: int = 0
     codec: str = ""
     kernel: str = ""
+    experts: str = ""
     children: tuple[WeightNode, ...] = ()
 
     @property
@@ -66,16 +69,44 @@ class WeightNode:
         return self.compute_bytes + sum(child.total_compute_bytes for child in self.children)
 
     @property
+    def routes(self) -> bool:
+        """Whether experts come as they are routed to, somewhere in the subtree."""
+        return bool(self.experts) or any(child.routes for child in self.children)
+
+    @property
     def most_decode_bytes(self) -> int:
         """What decoding takes at most, in the whole subtree; 0: nothing in it is quantised."""
         return max((child.most_decode_bytes for child in self.children), default=self.decode_bytes)
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsNode:
+    """The experts of one block, of which a sweep needs those that its rows are routed to.
+
+    Attributes:
+        name: path of their module.
+        num_experts: how many there are; *top_k*: how many of them a row is routed to.
+        expert_bytes: one of them as it is stored.
+        slot_bytes: room that it takes in memory at most.
+        scratch_bytes: what computing with it takes beside it: converted or decoded.
+        num_values: weights of one of them.
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    expert_bytes: int
+    slot_bytes: int
+    scratch_bytes: int
+    num_values: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedUnit:
     """One unit: a module with all below it, its own weights alone (``own_only``), or rows of a Linear.
 
-    ``stays_decoded``: quantised on disk, and resident in the compute dtype.
+    ``stays_decoded``: quantised on disk, and resident in the compute dtype. ``experts``: path of the experts in the
+    module that are not in the unit.
     """
 
     module: str
@@ -86,6 +117,7 @@ class PlannedUnit:
     pinned: bool = False
     decode_bytes: int = 0
     stays_decoded: bool = False
+    experts: str = ""
 
     @property
     def name(self) -> str:
@@ -118,6 +150,8 @@ class UnitPlan:
         ring_bytes: capacity of the ring; 0 if nothing streams.
         host_residents: for an accelerator, indices of those that never leave host memory.
         host_ring_bytes: capacity of the ring that the others pass through on their way from disk to it.
+        expert_slots: experts that there is room for at a time, where they come as they are routed to.
+        slot_bytes: room for one of them.
     """
 
     body: tuple[PlannedUnit, ...]
@@ -126,6 +160,8 @@ class UnitPlan:
     ring_bytes: int
     host_residents: frozenset[int] = frozenset()
     host_ring_bytes: int = 0
+    expert_slots: int = 0
+    slot_bytes: int = 0
 
     @property
     def units(self) -> tuple[PlannedUnit, ...]:
@@ -141,6 +177,11 @@ class UnitPlan:
     def resident_bytes(self) -> int:
         """Weights that stay, in the compute dtype."""
         return sum(self.units[index].compute_bytes for index in self.residents)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Room for experts that come as they are routed to, and stay while it lasts."""
+        return self.expert_slots * self.slot_bytes
 
     @property
     def streamed_bytes(self) -> int:
@@ -181,8 +222,10 @@ def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
     if not total:
         return
     can_cut = node.children or (node.num_rows and node.row_step)
-    if not can_cut or (total <= limit and (node.num_rows or not node.most_decode_bytes)):
-        yield PlannedUnit(node.name, total, compute, pinned=total < PIN_BELOW, decode_bytes=node.decode_bytes)
+    is_whole = node.num_rows or not (node.most_decode_bytes or node.routes)
+    if not can_cut or (total <= limit and is_whole):
+        pinned, decode_bytes, experts = total < PIN_BELOW, node.decode_bytes, node.experts
+        yield PlannedUnit(node.name, total, compute, pinned=pinned, decode_bytes=decode_bytes, experts=experts)
     elif node.children:
         if node.own_bytes:
             yield PlannedUnit(node.name, node.own_bytes, node.compute_bytes, own_only=True, pinned=True)

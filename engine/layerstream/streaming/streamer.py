@@ -16,6 +16,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -155,47 +156,76 @@ class Streamer:
         self._is_confirmed = True
 
 
-class Streams:
-    """The streamers of several devices, which a sweep goes through: what is said to all of them at once."""
-
-    def __init__(self, streamers: Sequence[Streamer]) -> None:
-        self._all = streamers
+class Source(Protocol):
+    """Brings weights for sweeps: units in order, or experts on demand."""
 
     @property
     def streamed_bytes(self) -> int:
-        """Weights that were handed out so far."""
-        return sum(streamer.streamed_bytes for streamer in self._all)
+        """Weights that were brought for sweeps so far."""
+        ...
 
     @property
     def wait_seconds(self) -> float:
-        """How long the devices have waited so far; they wait one after the other."""
-        return sum(streamer.wait_seconds for streamer in self._all)
+        """How long the compute has waited for them."""
+        ...
 
     def read_ahead(self) -> None:
         """As :meth:`Streamer.read_ahead`."""
-        for streamer in self._all:
-            streamer.read_ahead()
 
     def begin(self, *, with_tail: bool) -> None:
         """As :meth:`Streamer.begin`."""
-        for streamer in self._all:
-            streamer.begin(with_tail=with_tail)
 
     def end(self) -> None:
         """As :meth:`Streamer.end`."""
-        for streamer in self._all:
-            streamer.end()
+
+    def abort(self) -> None:
+        """As :meth:`Streamer.abort`."""
+
+    def interrupt(self, error: Exception) -> None:
+        """As :meth:`Streamer.interrupt`."""
+
+
+class Streams:
+    """All that brings weights for a sweep: what is said to all of them at once."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._all = sources
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that were brought so far."""
+        return sum(source.streamed_bytes for source in self._all)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the compute has waited so far; it waits for one after the other."""
+        return sum(source.wait_seconds for source in self._all)
+
+    def read_ahead(self) -> None:
+        """As :meth:`Streamer.read_ahead`."""
+        for source in self._all:
+            source.read_ahead()
+
+    def begin(self, *, with_tail: bool) -> None:
+        """As :meth:`Streamer.begin`."""
+        for source in self._all:
+            source.begin(with_tail=with_tail)
+
+    def end(self) -> None:
+        """As :meth:`Streamer.end`."""
+        for source in self._all:
+            source.end()
 
     def abort(self) -> None:
         """As :meth:`Streamer.abort`, for all of them even where one cannot."""
         with contextlib.ExitStack() as stack:
-            for streamer in self._all:
-                stack.callback(streamer.abort)
+            for source in self._all:
+                stack.callback(source.abort)
 
     def interrupt(self, error: Exception) -> None:
         """As :meth:`Streamer.interrupt`."""
-        for streamer in self._all:
-            streamer.interrupt(error)
+        for source in self._all:
+            source.interrupt(error)
 
 
 def views(layout: UnitLayout, memory: torch.Tensor) -> dict[str, torch.Tensor]:

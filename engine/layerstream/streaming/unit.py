@@ -98,22 +98,31 @@ class _Piece:
     destination: int
 
 
-def lay_out(name: str, parts: Sequence[Part]) -> UnitLayout:
-    """Lay the *parts* of a unit out, page-aligned where they are read in place."""
-    in_place = [part for part in parts if _is_in_place(part)]
-    assembled = [part for part in parts if not _is_in_place(part)]
+def lay_out(name: str, parts: Sequence[Part], max_gap: int = MAX_GAP) -> UnitLayout:
+    """Lay the *parts* of a unit out, page-aligned where they are read in place.
+
+    Args:
+        max_gap: bytes between neighbours that are read, and kept room for, rather than start another request.
+    """
+    in_place: list[tuple[Part, _Piece]] = []
+    assembled: list[Part] = []
+    for part in parts:
+        piece = _in_place(part)
+        if piece is None:
+            assembled.append(part)
+        else:
+            in_place.append((part, piece))
     places: dict[str, Place] = {}
     requests: list[ReadRequest] = []
     cursor = 0
-    for run in _runs(sorted((_piece(part, 0) for part in in_place), key=_position)):
+    for run in _runs(sorted((piece for _, piece in in_place), key=_position), max_gap):
         first = run[0].offset // PAGE * PAGE
         needed = run[-1].offset + run[-1].num_bytes - first
         length = -(-needed // PAGE) * PAGE
         for at in range(0, length, REQUEST_BYTES):
             size = min(REQUEST_BYTES, length - at)
             requests.append(ReadRequest(run[0].path, first + at, size, min(size, needed - at), cursor + at))
-        for part in in_place:
-            piece = _piece(part, 0)
+        for part, piece in in_place:
             if piece.path == run[0].path and run[0].offset <= piece.offset < first + needed:
                 places[part.key] = _place(part, cursor + piece.offset - first)
         cursor += length
@@ -127,21 +136,26 @@ def lay_out(name: str, parts: Sequence[Part]) -> UnitLayout:
     return UnitLayout(name, -(-cursor // PAGE) * PAGE, weight_bytes, places, tuple(requests))
 
 
-def _is_in_place(part: Part) -> bool:
-    if not part.source.is_single:
-        return False
-    return _piece(part, 0).offset % part.source.dtype.itemsize == 0
-
-
-def _piece(part: Part, destination: int) -> _Piece:
-    (stored,) = part.source.pieces
-    offset = stored.entry.extent.offset + stored.source_offset + part.start
-    return _Piece(stored.entry.extent.path, offset, part.num_bytes, destination)
+def _in_place(part: Part) -> _Piece | None:
+    """Where *part* lies if it is in one piece, and where its dtype may begin; else ``None``."""
+    pieces = list(_pieces(part, 0))
+    first = pieces[0] if pieces else None
+    if first is None or first.offset % part.source.dtype.itemsize:
+        return None
+    follows = all(
+        (piece.path, piece.offset - piece.destination) == (first.path, first.offset - first.destination)
+        for piece in pieces
+    )
+    return _Piece(first.path, first.offset, part.num_bytes, 0) if follows else None
 
 
 def _pieces(part: Part, base: int) -> Iterator[_Piece]:
     """The pieces of *part*, clipped to its byte range, with destinations counted from *base*."""
-    for piece in part.source.pieces:
+    stored = part.source.pieces
+    first = max(0, bisect.bisect_right(stored, part.start, key=lambda piece: piece.destination_offset) - 1)
+    for piece in stored[first:]:
+        if piece.destination_offset >= part.stop:
+            break
         start = max(part.start, piece.destination_offset)
         stop = min(part.stop, piece.destination_offset + piece.num_bytes)
         if start < stop:
@@ -158,12 +172,12 @@ def _position(piece: _Piece) -> tuple[str, int]:
     return str(piece.path), piece.offset
 
 
-def _runs(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+def _runs(pieces: Sequence[_Piece], max_gap: int = MAX_GAP) -> Iterator[list[_Piece]]:
     """Neighbours in a file, in groups that are worth one read."""
     run: list[_Piece] = []
     end = 0
     for piece in pieces:
-        if run and (piece.path != run[0].path or piece.offset - end > MAX_GAP):
+        if run and (piece.path != run[0].path or piece.offset - end > max_gap):
             yield run
             run = []
         end = max(end, piece.offset + piece.num_bytes) if run else piece.offset + piece.num_bytes

@@ -60,6 +60,10 @@ class Codec(ABC):
         """Of *count* such matrices one below the other, if their planes one after the other are its planes."""
         return self if self.row_step and not self.whole else None
 
+    def one_of(self, count: int) -> Codec | None:
+        """Of one of *count* matrices that stand one below the other, if all its planes are cut where they are."""
+        return self if self.row_step and not self.whole else None
+
     def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
         """*inputs* ``(m, columns)`` in bfloat16 times the transpose of the matrix, undecoded: ``(m, rows)`` or wider.
 

@@ -28,6 +28,12 @@ class Fp8(Codec):
             return None
         return Fp8(self.rows * count, (self.scale_shape[0] * count, self.scale_shape[1]))
 
+    def one_of(self, count: int) -> Codec | None:
+        """Its own part of the grid."""
+        if len(self.scale_shape) != 2 or self.rows % count or self.scale_shape[0] % count:
+            return None
+        return Fp8(self.rows // count, (self.scale_shape[0] // count, self.scale_shape[1]))
+
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Values, and the grid of scales."""
         return {"weight": (rows, columns), "scale": self.scale_shape}
