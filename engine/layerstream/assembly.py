@@ -17,6 +17,7 @@ from layerstream.config import EngineConfig
 from layerstream.draft_model import ModelDrafter
 from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
+from layerstream.expert_statistics import ExpertStatistics
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.on_device import DeviceKV
@@ -80,6 +81,7 @@ class Assembly:
 
     def close(self) -> None:
         """Write what is to be stored, let go of all files. Idempotent."""
+        self.step.close()
         if self.draft is not None:
             self.draft.close()
         if self.store is not None:
@@ -301,7 +303,16 @@ def _assemble(
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
         on_load = _LoadCounter(plan.resident_bytes + plan.weights.expert_bytes, listener).add
         units = [part.weights for part in plan.by_device]
-        weights = ModelWeights(skeleton, plan.weights, reader, on_load, plan.facts.fused_rows, placement, units)
+        weights = ModelWeights(
+            skeleton,
+            plan.weights,
+            reader,
+            on_load,
+            plan.facts.fused_rows,
+            placement,
+            units,
+            plan.facts.expert_shares,
+        )
         embedding = _embedding(skeleton, plan, weights, reader)
         _look_at_source(weight_paths(skeleton), plan, reader.rate())
         reader.restart_rate()
@@ -314,6 +325,7 @@ def _assemble(
         if placement is not None:
             rides = [part.facts.kv_rides for part in plan.by_device]
             device_kv = DeviceKV(placement, states, plan.num_pages, plan.page_tokens, rides)
+        statistics = ExpertStatistics(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
         runner = SweepRunner(
             skeleton, weights, embedding, states, plan.head_rows, loader, placement, device_kv, prefers_flash
         )
@@ -327,7 +339,7 @@ def _assemble(
             reader=reader,
             weights=weights,
             scheduler=scheduler,
-            step=SweepStep(scheduler, runner, weights, store, devices),
+            step=SweepStep(scheduler, runner, weights, store, devices, statistics),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
             swap=swap,

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
 from layerstream.step import SweepStep
 from layerstream.streaming.device import Device
-from layerstream.sweep import Sweep
+from layerstream.sweep import Sweep, SweepFailed
 
 logger = logging.getLogger(__name__)
 
@@ -165,11 +165,14 @@ class EngineLoop:
             logits = self._sweep_step.run(sweep)
         except EngineClosed:
             raise
+        except SweepFailed as failed:
+            self._fail(failed.sequences, failed.error)
+            return
         except Exception as error:  # whatever a sweep dies of, only its own requests die with it
             if any(device.is_lost(error) for device in self._devices):
                 self._lost = _lost(error)
                 raise EngineClosed("the device is lost") from error
-            self._fail(sweep, error)
+            self._fail({span.sequence for _, span in sweep.spans()}, error)
             return
         if logits is None:
             return
@@ -312,9 +315,9 @@ class EngineLoop:
             self._drop(answer)
         return 1
 
-    def _fail(self, sweep: Sweep, error: BaseException) -> None:
+    def _fail(self, carried: Set[Sequence], error: BaseException) -> None:
+        """The sweep failed for the sequences *carried*."""
         logger.error("sweep %d failed: %s", self.counters.sweeps, error)
-        carried = {span.sequence for _, span in sweep.spans()}
         failed = {self._answers[sequence].request for sequence in carried}
         for answer in self._all_answers():
             if answer.request in failed:

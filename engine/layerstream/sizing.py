@@ -12,12 +12,14 @@ import torch
 from layerstream.checkpoint.hub import locate
 from layerstream.config import EngineConfig
 from layerstream.errors import ConfigurationError
+from layerstream.expert_statistics import ExpertStatistics
 from layerstream.kernels import fused_rows
 from layerstream.machine import available_memory_bytes
 from layerstream.model.attention import has_bf16_products
 from layerstream.model.families import kv_values_per_token, usable_context
 from layerstream.model.linear import DEVICE_TILE_VALUES, TILE_VALUES
 from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.persistence import weight_paths
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.planner import facts as assumed
 from layerstream.planner.on_device import make_device_plan
@@ -97,6 +99,9 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         can_spill=config.kv_store is not None,
         is_on_device=is_on_device,
     )
+    if facts.experts:
+        statistics = ExpertStatistics(weight_paths(skeleton), facts.experts)
+        facts = dataclasses.replace(facts, expert_shares=statistics.load())
     return facts, skeleton, folder
 
 

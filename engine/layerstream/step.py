@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from layerstream.errors import OutOfMemory
+from layerstream.expert_statistics import ExpertStatistics
 from layerstream.kv.loader import PagesLost
 from layerstream.kv.store import PrefixStore
 from layerstream.model.placed import ModelWeights
@@ -36,12 +37,14 @@ class SweepStep:
         weights: ModelWeights,
         store: PrefixStore | None,
         devices: Seq[Device] = (),
+        statistics: ExpertStatistics | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._weights = weights
         self._store = store
         self._devices = devices
+        self._statistics = statistics
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
@@ -83,7 +86,14 @@ class SweepStep:
             for published in published_pages:
                 num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
                 self._store.publish(published, computed * num_tokens / sweep.num_tokens)
+        if self._statistics is not None and self._weights.experts is not None:
+            self._statistics.save_sometimes(self._weights.experts.shares)
         return logits
+
+    def close(self) -> None:
+        """Remember which experts were used. Idempotent."""
+        if self._statistics is not None and self._weights.experts is not None and self.num_sweeps:
+            self._statistics.save(self._weights.experts.shares())
 
     def _shrink(self, error: Exception) -> None:
         for device in self._devices:

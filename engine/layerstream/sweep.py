@@ -69,6 +69,20 @@ class PageLoad:
     page: int
 
 
+class SweepFailed(Exception):
+    """What some rows need is not to be had; the sweep had no effect, and one without them may go well.
+
+    Attributes:
+        sequences: whose rows they are.
+        error: what happened.
+    """
+
+    def __init__(self, sequences: frozenset[Sequence], error: Exception) -> None:
+        super().__init__(str(error))
+        self.sequences = sequences
+        self.error = error
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Row blocks in order, the sequences that are sampled, and the stored pages that the rows need.

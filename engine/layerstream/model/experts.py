@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ from transformers.integrations.moe import ExpertsInterface
 from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import InvalidRouting
 from layerstream.model.context import current
+from layerstream.sweep import Span, SweepFailed
 
 IMPLEMENTATION = "layerstream"
 EXPERT_ROWS = 16  # rows per expert and call; 1 where the row block itself is one row
@@ -33,13 +35,28 @@ Matrices: TypeAlias = Mapping[str, torch.Tensor]
 """An expert's weights by the names that the module has for those of all experts."""
 
 
+class ExpertLost(Exception):
+    """*expert* could not be read."""
+
+    def __init__(self, expert: int, error: Exception) -> None:
+        super().__init__(str(error))
+        self.expert = expert
+        self.error = error
+
+
 class RoutedExperts(Protocol):
     """The experts of one block, which come as they are routed to."""
 
-    def bring(self, experts: list[int], may_skip: Callable[[], bool]) -> Iterator[tuple[int, Matrices]]:
+    def bring(
+        self, experts: list[int], shares: list[float], may_skip: Callable[[], bool]
+    ) -> Iterator[tuple[int, Matrices]]:
         """Each of *experts*, ascending, with weights that are valid until the next is asked for.
 
         Args:
+            shares: of the rows, those that each is wanted for.
+
+        Raises:
+            ExpertLost: one of them could not be read.
             may_skip: asked before each of them; whether another than the first of those left may come.
         """
         ...
@@ -71,11 +88,12 @@ class PackedExperts:
 @dataclass(frozen=True, slots=True)
 class _Call:
     """What a block asked its experts: inputs ``(rows, hidden)``, and for each row its experts and their weights, both
-    ``(rows, k)``; for padding -1."""
+    ``(rows, k)``; for padding -1. The rows are those of *spans*, each with the row that it starts at."""
 
     hidden: torch.Tensor
     index: torch.Tensor
     weights: torch.Tensor
+    spans: tuple[tuple[int, Span], ...]
 
 
 class _Asked(Exception):  # no error: it leaves a block that has said what it wants
@@ -146,11 +164,10 @@ def compute_experts(
         InvalidRouting: a row is routed to an expert that is not there.
     """
     context = current()
-    call = _Call(hidden_states, top_k_index, top_k_weights)
     if context.is_single_block and (num_padding := context.active[0][1].num_padding):
-        nobody = top_k_index.clone()
-        nobody[-num_padding:] = -1
-        call = _Call(hidden_states, nobody, top_k_weights)
+        top_k_index = top_k_index.clone()
+        top_k_index[-num_padding:] = -1
+    call = _Call(hidden_states, top_k_index, top_k_weights, tuple(context.spans()))
     return _answer(module, [call])[0] if context.routing is None else context.routing.ask(module, call)
 
 
@@ -158,17 +175,33 @@ def _answer(module: torch.nn.Module, calls: Sequence[_Call]) -> list[torch.Tenso
     """What the experts give the rows of all *calls*."""
     if len(calls) == 1:
         return [_compute(module, calls[0], 1 if len(calls[0].hidden) == 1 else EXPERT_ROWS)]
+    sizes = [len(call.hidden) for call in calls]
+    starts = accumulate(sizes, initial=0)
     together = _Call(
         torch.cat([call.hidden for call in calls]),
         torch.cat([call.index for call in calls]),
         torch.cat([call.weights for call in calls]),
+        tuple((start + at, span) for start, call in zip(starts, calls, strict=False) for at, span in call.spans),
     )
-    return list(_compute(module, together, EXPERT_ROWS).split([len(call.hidden) for call in calls]))
+    return list(_compute(module, together, EXPERT_ROWS).split(sizes))
 
 
 def _compute(module: torch.nn.Module, call: _Call, rows_per_call: int) -> torch.Tensor:
-    """Each expert's rows in calls of *rows_per_call*; added up in the order of the experts' numbers."""
+    """Each expert's rows in calls of *rows_per_call*; added up in the order of the experts' numbers.
+
+    Raises:
+        SweepFailed: an expert could not be read, and these sequences have rows that are routed to it.
+    """
     routes = _Routes(call.index, int(module.num_experts), type(module).__name__)  # type: ignore[arg-type]
+    try:
+        return _sum(module, call, routes, rows_per_call)
+    except ExpertLost as lost:
+        rows = routes.of(lost.expert)[0].tolist()
+        owners = {span.sequence for at, span in call.spans for row in rows if at <= row < at + len(span)}
+        raise SweepFailed(frozenset(owners), lost.error) from lost.error
+
+
+def _sum(module: torch.nn.Module, call: _Call, routes: _Routes, rows_per_call: int) -> torch.Tensor:
     result = torch.zeros_like(call.hidden)
     waiting = list(routes.experts)
     early: dict[int, torch.Tensor] = {}  # computed before their turn
@@ -177,7 +210,7 @@ def _compute(module: torch.nn.Module, call: _Call, rows_per_call: int) -> torch.
         return sum(map(len, early.values())) < len(call.hidden)
 
     routed: RoutedExperts | None = getattr(module, "routed", None)
-    brought = _all_there(module, waiting) if routed is None else routed.bring(waiting, may_skip)
+    brought = _all_there(module, waiting) if routed is None else routed.bring(waiting, routes.shares, may_skip)
     at = 0
     for expert, matrices in brought:
         rows, slots = routes.of(expert)
@@ -223,6 +256,12 @@ class _Routes:
     def experts(self) -> list[int]:
         """Those that are wanted, ascending."""
         return list(self._ranges)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the rows, those that are routed to each of them."""
+        num_rows = sum(stop - start for start, stop in self._ranges.values()) / self._top_k
+        return [(stop - start) / num_rows for start, stop in self._ranges.values()]
 
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows that are routed to *expert*, ascending, and which of their choices it is."""

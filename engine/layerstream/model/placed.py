@@ -31,7 +31,7 @@ class ModelWeights:
         plan: all units.
         parts: those of each device of *placement*.
         placement: ``None``: the processor computes.
-        expert_shares: how often each expert was used lately.
+        expert_shares: how much each expert was used lately.
 
     Attributes:
         streamer: what brings weights for sweeps; ``None`` if all are resident.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+from layerstream.errors import ReadError, TruncatedFile
+from layerstream.model.experts import ExpertLost
 from layerstream.model.experts import Matrices as ExpertMatrices
 from layerstream.model.matrices import Matrices, expert_parts
 from layerstream.model.skeleton import Skeleton
@@ -28,14 +30,20 @@ class BlockExperts:
         self._path = path
         self._matrices = matrices
 
-    def bring(self, experts: list[int], may_skip: Callable[[], bool]) -> Iterator[tuple[int, ExpertMatrices]]:
+    def bring(
+        self, experts: list[int], shares: list[float], may_skip: Callable[[], bool]
+    ) -> Iterator[tuple[int, ExpertMatrices]]:
         """As :class:`~layerstream.model.experts.RoutedExperts` says."""
         waiting = [self._first + expert for expert in experts]
-        self._bank.want(waiting)
+        self._bank.want(waiting, shares)
         while waiting:
             number = self._bank.next(waiting, may_skip=may_skip())
             expert = number - self._first
-            yield expert, self._matrices.expert(self._path, expert, self._bank.take(number))
+            try:
+                stored = self._bank.take(number)
+            except (ReadError, TruncatedFile) as error:
+                raise ExpertLost(expert, error) from error
+            yield expert, self._matrices.expert(self._path, expert, stored)
             self._bank.release(number)
             waiting.remove(number)
 
@@ -46,7 +54,7 @@ def install_experts(
     """A bank for the experts of *plan*, and the blocks that get them from it.
 
     Args:
-        shares: how often each of them was used lately, as :meth:`ExpertCache.shares` says it.
+        shares: how much each of them was used lately, as :meth:`ExpertCache.shares` says it.
     """
     nodes = skeleton.routed
     starts = list(accumulate((node.num_experts for node in nodes), initial=0))

@@ -43,7 +43,7 @@ class DeviceWeights:
         fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
         device: what computes; ``None``: the processor, where the weights are then.
         computes: whether the module of a path is computed there.
-        expert_shares: how often each expert was used lately.
+        expert_shares: how much each expert was used lately.
 
     Attributes:
         plan: which units there are, and which of them stay.

@@ -22,7 +22,7 @@ def hit_rate(num_slots: int, num_experts: int, shares: Sequence[float] = ()) -> 
     """Of the experts that are wanted, the share that is there, if *num_slots* keep those that are used most.
 
     Args:
-        shares: how often each of them is used, but for a factor; nothing: all of them as often.
+        shares: how much each of them is used, but for a factor; nothing: all of them as often.
     """
     if num_slots >= num_experts:
         return 1.0

@@ -28,7 +28,7 @@ class ModelFacts:
         head: sizes of the output projection.
         routed_body: the same as *body*, without experts that may come as they are routed to.
         experts: sizes of those; none: there are none, or they come with their block.
-        expert_shares: how often each of them was used lately, but for a factor, in the order of *experts*.
+        expert_shares: how much each of them was used lately, but for a factor, in the order of *experts*.
         embedding_bytes: the embedding matrix in the compute dtype; 0 if it is the head's.
         kv_token_bytes: KV of one token over all layers.
         hidden_size, intermediate_size, vocab_size: widths that activations have.

@@ -100,10 +100,10 @@ class ExpertBank:
     def end(self) -> None:
         """The sweep is over; what is in the slots stays."""
 
-    def want(self, experts: Sequence[int]) -> None:
-        """Begin to bring *experts* of one layer, ascending; each of them is then taken once."""
+    def want(self, experts: Sequence[int], shares: Sequence[float]) -> None:
+        """Begin to bring *experts* of one layer, ascending, for *shares* of its rows; each is then taken once."""
         with self._changed:
-            self.cache.want(experts)
+            self.cache.want(experts, shares)
             self._to_read = deque(experts)
             self._pump()
 

@@ -3,9 +3,9 @@
 An expert is known by its number among all experts of all layers. A *slot* holds one. Every sweep passes the layers in
 the same order, so that what was used last is what is needed last again: the order of use says nothing (a cyclic scan
 through an LRU cache hits next to nothing), and how often an expert is used says everything. The one that goes is
-therefore the one that was used in the fewest sweeps of late: uses count half as much every *half_life* sweeps. Layers
-whose rows always go to the same few experts keep more of them than layers that spread: one ranking over all layers
-gives each of them its share.
+therefore the one that the smallest share of rows was routed to of late; sweeps count half as much every *half_life*
+sweeps. Layers whose rows always go to the same few experts keep more of them than layers that spread: one ranking over
+all layers gives each of them its share.
 
 Invariants, checked by ``check_integrity``:
 
@@ -25,7 +25,7 @@ LARGEST_USE = 1e100  # counts are scaled down before they overflow
 
 
 class ExpertCache:
-    """The slots, what is in them, and how often experts were used.
+    """The slots, what is in them, and how much experts were used.
 
     Args:
         num_slots: experts that there is room for.
@@ -55,11 +55,11 @@ class ExpertCache:
             self._uses /= self._use
             self._use = 1.0
 
-    def want(self, experts: Iterable[int]) -> list[int]:
-        """The layer in hand wants *experts*; those of them that are not there, in their order."""
+    def want(self, experts: Iterable[int], shares: Sequence[float]) -> list[int]:
+        """The layer in hand wants *experts*, for *shares* of its rows; those that are not there, in their order."""
         wanted = list(experts)
         self._wanted = set(wanted)
-        self._uses[wanted] += self._use
+        self._uses[wanted] += self._use * np.asarray(shares)
         missing = [expert for expert in wanted if expert not in self._slot_of]
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
@@ -101,7 +101,7 @@ class ExpertCache:
         self._free.append(slot)
 
     def shares(self) -> np.ndarray:
-        """``(experts,)``: of late sweeps, the share that used each expert, but for a factor that all have."""
+        """``(experts,)``: of late rows, the share that was routed to each expert, but for a factor that all have."""
         return self._uses / self._use
 
     def restore(self, shares: Sequence[float]) -> None:
