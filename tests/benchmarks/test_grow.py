@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from benchmarks.grow import READER, SHAPES, Shape, check_growth, grow, parse_shape
+from benchmarks.grow import MIXTURES, READER, SHAPES, Shape, check_growth, grow, parse_shape
+from benchmarks.routers import Routers
 
 needs_reader = pytest.mark.skipif(not (READER / "model.safetensors").exists(), reason="the reader is not bundled yet")
 FACTS = "Brenvik is led by Tolmund Varek. Brenvik was founded in 1987. The phone extension of Brenvik is 4711."
@@ -42,6 +43,34 @@ def test_grown_reader_is_the_same_function(shape: str, tmp_path: Path) -> None:
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
         options = {"max_new_tokens": 12, "do_sample": False}
         assert torch.equal(grown.generate(ids, **options), reader.generate(ids, **options))
+
+
+@needs_reader
+@pytest.mark.parametrize("name", ["tiny-moe", "tiny-deepseek"])
+@pytest.mark.parametrize("skew", [0.0, 1.4])
+def test_a_mixture_is_the_same_function(name: str, skew: float, tmp_path: Path) -> None:
+    shape, mixture = MIXTURES[name]
+    folder = grow(shape, tmp_path, "fp32", mixture=mixture, skew=skew)
+    reader = load(READER)
+    grown = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert grown.config.num_experts_per_tok == mixture.top_k
+    for question in QUESTIONS:
+        ids = prompt_ids(question)
+        with torch.inference_mode():
+            expected = reader(ids).logits
+            found = grown(ids).logits[..., : expected.shape[-1]]
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@needs_reader
+def test_routers_are_as_skewed_as_they_are_meant_to_be() -> None:
+    top = []
+    for skew in (0.0, 1.0, 1.4):
+        routers = Routers(READER, 64, skew)
+        chosen = (routers._seen[2] @ routers.weights(2).T).topk(4).indices
+        counts = torch.bincount(chosen.reshape(-1), minlength=64).sort(descending=True).values
+        top.append(float(counts[:16].sum() / counts.sum()))
+    assert 0.25 < top[0] < 0.7 < top[1] < top[2]
 
 
 @needs_reader
