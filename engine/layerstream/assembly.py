@@ -47,6 +47,7 @@ from layerstream.sizes import format_size
 from layerstream.sizing import available_bytes, devices_of, locate_model, plan_model
 from layerstream.step import SweepStep
 from layerstream.streaming.device import Device, Placement, device_name, names_of_layers, open_device
+from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.streaming.timeline import Timeline
 from layerstream.text.defaults import GenerationDefaults, load_defaults
@@ -175,10 +176,12 @@ def _computes(device: str, prefers_flash: bool) -> str:
     return f"{device}, flash-attn" if prefers_flash else device
 
 
-def _moving_seconds(plan: Plan, reader: DirectReader, assumed: float = ASSUMED_READ_RATE) -> float:
-    """What a sweep's weights take to where they are computed with: from disk, and over the link beside it."""
+def _moving_seconds(plan: Plan, reader: DirectReader, assumed: float = ASSUMED_READ_RATE, *, rows: int = 1) -> float:
+    """What a sweep's weights take to where they are computed with: from disk, and over the link beside it; of experts
+    those that *rows* are likely to be routed to."""
     link = 0.0 if plan.host is None else plan.link_bytes / ASSUMED_LINK_RATE
-    return max(plan.disk_bytes / (reader.rate() or assumed), link)
+    num_bytes = plan.weights.disk_bytes + plan.expert_read_bytes(rows)
+    return max(num_bytes / (reader.rate() or assumed), link)
 
 
 def _check_host(config: EngineConfig) -> None:
@@ -319,7 +322,7 @@ def _assemble(
         if weights.streamer is not None:
             weights.streamer.read_ahead()
         swap = PageSwap(states)
-        scheduler = _scheduler(skeleton, plan, store, reader, swap)
+        scheduler = _scheduler(skeleton, plan, store, reader, swap, weights.experts)
         loader = None if store is None else store.loader
         device_kv = None
         if placement is not None:
@@ -355,7 +358,12 @@ def _assemble(
 
 
 def _scheduler(
-    skeleton: Skeleton, plan: Plan, store: PrefixStore | None, reader: DirectReader, swap: PageSwap
+    skeleton: Skeleton,
+    plan: Plan,
+    store: PrefixStore | None,
+    reader: DirectReader,
+    swap: PageSwap,
+    experts: ExpertCache | None,
 ) -> Scheduler:
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
@@ -367,7 +375,14 @@ def _scheduler(
     )
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
-    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader), swap)
+
+    def expert_seconds(num_rows: int) -> float:
+        assert experts is not None
+        num_bytes = experts.expected_missing(num_rows) * plan.facts.mean_expert_bytes
+        return num_bytes / (reader.rate() or ASSUMED_READ_RATE)
+
+    by_rows = None if experts is None else expert_seconds
+    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader, rows=0), swap, by_rows)
 
 
 def _drafters(config: EngineConfig, store: PrefixStore | None, draft: Assembly | None) -> list[Drafter]:

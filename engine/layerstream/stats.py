@@ -13,6 +13,28 @@ from layerstream.scheduling.drafting.trees import DrafterCounters
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertStats:
+    """Experts that come as they are routed to.
+
+    Attributes:
+        num_experts: of all layers; *num_slots* of them are in memory at a time.
+        hits, misses: wanted by a sweep and there, or read for it.
+        streamed_bytes: what was read for that.
+    """
+
+    num_experts: int
+    num_slots: int
+    hits: int
+    misses: int
+    streamed_bytes: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Of those wanted, the share that was there; 0.0 before the first sweep."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started.
 
@@ -26,7 +48,9 @@ class EngineStats:
         kv: what the prefix cache did.
         read_modes: files per way of reading ("direct", "uncached", "buffered").
         drafted_tokens, accepted_tokens: guesses that were verified, and those that were right; ``drafters`` by whom.
+        declined_drafts: sweeps whose guesses were not all worth the time, or the experts, that they would have taken.
         forced_tokens: tokens that a grammar left no choice about; they took no sweep.
+        experts: what came as it was routed to; ``None``: nothing does.
     """
 
     sweeps: int
@@ -47,6 +71,8 @@ class EngineStats:
     accepted_tokens: int
     forced_tokens: int
     drafters: Mapping[str, DrafterCounters]
+    declined_drafts: int = 0
+    experts: ExpertStats | None = None
 
 
 def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
@@ -75,7 +101,17 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         accepted_tokens=counters.accepted_tokens,
         forced_tokens=counters.forced_tokens,
         drafters={name: dataclasses.replace(counted) for name, counted in parts.drafting.counters.items()},
+        declined_drafts=parts.drafting.num_declined,
+        experts=_expert_stats(parts),
     )
+
+
+def _expert_stats(parts: Assembly) -> ExpertStats | None:
+    bank = parts.weights.bank
+    if bank is None:
+        return None
+    cache = bank.cache
+    return ExpertStats(parts.plan.facts.num_experts, cache.num_slots, cache.hits, cache.misses, bank.streamed_bytes)
 
 
 def _kv_stats(store: PrefixStore | None, counters: LoopCounters) -> KVStats:

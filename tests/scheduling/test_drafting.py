@@ -153,28 +153,54 @@ class TestBudget:
     def test_blocks_that_hide_behind_the_read_are_free(self) -> None:
         budget = make_budget(read_seconds=1.0)
         budget.observe(1, 0, 0.2)
-        assert budget.is_worth(1, 0, tokens=1.0, more_tokens=0.01)
-        assert budget.is_worth(3, 0, tokens=1.0, more_tokens=0.01)
-        assert not budget.is_worth(4, 0, tokens=1.0, more_tokens=0.01), "five blocks take longer than the read"
+        assert budget.is_worth(16, 16, 0, tokens=1.0, more_tokens=0.01)
+        assert budget.is_worth(48, 16, 0, tokens=1.0, more_tokens=0.01)
+        assert not budget.is_worth(64, 16, 0, tokens=1.0, more_tokens=0.01), "five blocks take longer than the read"
 
     def test_where_nothing_streams_a_block_has_to_pay(self) -> None:
         budget = make_budget(read_seconds=0.0)
         budget.observe(1, 0, 0.2)
-        assert not budget.is_worth(1, 0, tokens=1.0, more_tokens=0.9)
-        assert budget.is_worth(1, 0, tokens=1.0, more_tokens=1.1)
+        assert not budget.is_worth(16, 16, 0, tokens=1.0, more_tokens=0.9)
+        assert budget.is_worth(16, 16, 0, tokens=1.0, more_tokens=1.1)
 
     def test_prompts_in_the_sweep_make_tokens_no_dearer(self) -> None:
         budget = make_budget(read_seconds=1.0)
         budget.observe(1, 0, 0.5)
         budget.observe(0, 100, 10.0)
-        assert not budget.is_worth(1, 100, tokens=4.0, more_tokens=2.0), "half a sweep, for half of a sweep's tokens"
-        assert budget.is_worth(1, 100, tokens=4.0, more_tokens=2.5)
+        assert not budget.is_worth(16, 16, 100, tokens=4.0, more_tokens=2.0), (
+            "half a sweep, for half of a sweep's tokens"
+        )
+        assert budget.is_worth(16, 16, 100, tokens=4.0, more_tokens=2.5)
 
     def test_prompts_take_what_decoding_leaves_free(self) -> None:
         budget = make_budget(read_seconds=1.0)
-        assert budget.prompt_tokens(1, 512, 32) == 512, "nothing is known yet"
+        assert budget.prompt_tokens(16, 512, 32) == 512, "nothing is known yet"
         budget.observe(1, 0, 0.1)
         budget.observe(0, 100, 0.5)
-        assert budget.prompt_tokens(1, 512, 32) == 160
-        assert budget.prompt_tokens(20, 512, 32) == 32
-        assert budget.prompt_tokens(1, 96, 32) == 96
+        assert budget.prompt_tokens(16, 512, 32) == 160
+        assert budget.prompt_tokens(320, 512, 32) == 32
+        assert budget.prompt_tokens(16, 96, 32) == 96
+
+    def test_a_row_that_reads_experts_of_its_own_has_to_pay(self) -> None:
+        budget = SweepBudget(16, 16, 64, lambda: 0.1, lambda num_rows: 1.0 - 0.9**num_rows)
+        budget.observe(1, 0, 0.01)
+        assert budget.seconds(1, 0) < budget.seconds(2, 0) < 2 * budget.seconds(1, 0)
+        assert not budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.4), "nine tenths of a sweep's experts"
+        assert budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.5), "but the rest of the sweep is shared"
+        assert budget.is_worth(1, 1, 500, tokens=1.0, more_tokens=0.01), "a prompt reads all of them anyway"
+
+    def test_prompts_share_the_experts_that_they_read(self) -> None:
+        budget = SweepBudget(16, 16, 64, lambda: 0.0, lambda num_rows: min(1.0, num_rows / 8))
+        budget.observe(0, 100, 0.25)
+        assert budget.prompt_tokens(0, 512, 32) == 360, "what computes while all experts are read"
+
+
+def test_guesses_are_weighed_one_by_one_where_rows_read() -> None:
+    """As many as are worth their experts, and no row more because a block has room for it."""
+    sequence = make([1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 21], [3, 4, 5])
+    free = grow(sequence)
+    dear = TreeDrafting([SuffixDrafter()], SweepBudget(16, 16, 64, lambda: 0.0, float))
+    assert dear.propose([sequence], 1, 0) == {}
+    assert dear.num_declined == 1
+    between = TreeDrafting([SuffixDrafter()], SweepBudget(16, 16, 64, lambda: 2.0, float))
+    assert 0 < len(between.propose([sequence], 1, 0)[sequence]) < len(free)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from layerstream.planner.forecast import Forecast
 
 
+EXPERT_CURVE = (1.5, 2.0, 3.0)  # budgets that hit rates are shown for as well
+
+
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo'.")],
     memory: Memory = None,
@@ -101,7 +104,9 @@ def _rows(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     if rates.link:
         yield "link", f"{format_streamed(int(rates.link))}/s", "host memory to device"
     yield "sweep", format_seconds(forecast.sweep_seconds), f"one token; the {forecast.bound_by} takes longest"
-    if plan.streams:
+    if plan.weights.expert_slots:
+        yield from _expert_rows(plan)
+    elif plan.streams:
         yield "N*", f"{forecast.free_tokens:,}", "tokens of a prompt that a sweep computes meanwhile"
     tokens = f"{forecast.context_tokens:,} tokens"
     yield "first token, cold", format_seconds(forecast.cold_seconds), f"prompt of {tokens}"
@@ -109,6 +114,25 @@ def _rows(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     yield "tokens per second", f"{forecast.tokens_per_second:.2f}", "one answer, guesses included"
     yield "KV", format_size(forecast.kv_bytes_per_thousand), "per 1,000 tokens, in memory and in the store"
     yield "weights on disk", format_size(plan.facts.stored_bytes), "nothing is written, unless packed"
+
+
+def _expert_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """What a token uses of the experts, and how much of that is in memory, with this budget and with more."""
+    from layerstream.planner.experts import hit_rate
+
+    facts, weights = plan.facts, plan.weights
+    node = facts.experts[0]
+    active = facts.stored_bytes - sum((n.num_experts - n.top_k) * n.expert_bytes for n in facts.experts)
+    yield "experts", f"{node.top_k} of {node.num_experts}", f"for a token, in each of {len(facts.experts)} layers"
+    yield "active weights", format_size(active), f"of {format_size(facts.stored_bytes)}, for a token"
+    note = "as they were used so far" if facts.expert_shares else "if all are used alike"
+    yield "hit rate", f"{plan.expert_hit_rate:.0%}", f"of experts that are in memory, {note}"
+    for more in EXPERT_CURVE:
+        slots = weights.expert_slots + int((more - 1) * plan.budget_bytes) // weights.slot_bytes
+        rate = hit_rate(slots, facts.num_experts, facts.expert_shares)
+        yield "", f"{rate:.0%}", f"with memory={format_size(int(more * plan.budget_bytes), exact=True)!r}"
+        if rate == 1.0:
+            return
 
 
 def _minimum(config: EngineConfig, facts: ModelFacts) -> int:

@@ -17,6 +17,7 @@ from layerstream.model.linear import SlicedLinear
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import DeviceWeights, OnBytes
 from layerstream.streaming.device import Device, Placement
+from layerstream.streaming.expert_bank import ExpertBank
 from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import UnitPlan
@@ -74,9 +75,14 @@ class ModelWeights:
         return next(part.head for part in self._parts if part.head is not None)
 
     @property
+    def bank(self) -> ExpertBank | None:
+        """What brings experts as they are routed to; ``None``: there are none."""
+        return next((part.bank for part in self._parts if part.bank is not None), None)
+
+    @property
     def experts(self) -> ExpertCache | None:
-        """What is known of experts that come as they are routed to; ``None``: there are none."""
-        return next((part.bank.cache for part in self._parts if part.bank is not None), None)
+        """What is known of their use."""
+        return None if self.bank is None else self.bank.cache
 
     def tell(self, on_unit: OnBytes) -> None:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""

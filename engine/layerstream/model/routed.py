@@ -69,7 +69,8 @@ def install_experts(
         assert found.num_bytes <= plan.slot_bytes, f"{found.name} has {found.num_bytes} bytes for {plan.slot_bytes}"
         return found
 
-    cache = ExpertCache(min(plan.expert_slots, starts[-1]), starts[-1])
+    chosen = sum(node.top_k for node in nodes)
+    cache = ExpertCache(min(plan.expert_slots, starts[-1]), starts[-1], chosen)
     if len(shares) == starts[-1]:
         cache.restore(shares)
     bank = ExpertBank(layout, cache, plan.slot_bytes, reader)

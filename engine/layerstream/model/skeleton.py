@@ -334,6 +334,7 @@ class _Weigher:
                 slot_bytes=(-(-expert_bytes // PAGE) + 2 * num_parts) * PAGE,
                 scratch_bytes=sum(_expert_scratch_bytes(source, self._dtypes[key]) for key, source in sources.items()),
                 num_values=sum(prod(source.shape) // num_experts for source in sources.values()),
+                codec=next((s.codec.name for s in sources.values() if isinstance(s, PackedSource)), ""),
             )
         )
         return keys

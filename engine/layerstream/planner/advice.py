@@ -14,10 +14,11 @@ from layerstream.planner.plan import Plan
 from layerstream.planner.several import make_devices_plan
 from layerstream.planner.spending import comfortable_bytes, make_plan
 from layerstream.sizes import format_size
-from layerstream.streaming.residency import WeightNode, linears
+from layerstream.streaming.residency import ExpertsNode, WeightNode, linears
 
 BITS = {"nf4": 4.13, "int4": 4.25, "int8": 8.02}  # per weight, scales included, as `pack` writes them
 KERNELS = {"int4": "int4", "int8": "int8"}
+PACKS_EXPERTS = "int4"  # the one that does
 ROW_STEP = 64
 WORTH = 1.15  # times faster; less is not worth a word
 GIB = 2**30
@@ -97,11 +98,21 @@ def _steps(missing: int) -> Iterator[int]:
 def quantised(facts: ModelFacts, kind: str, kernels: Callable[[set[str]], dict[str, int]]) -> ModelFacts | None:
     """*facts* of the model packed as *kind*; ``None`` if it has no Linear that could be."""
     body = tuple(_packed(node, kind, facts.itemsize) for node in facts.body)
+    routed = tuple(_packed(node, kind, facts.itemsize) for node in facts.routed_body)
+    experts = tuple(map(_packed_experts, facts.experts)) if kind == PACKS_EXPERTS else facts.experts
     head = _packed(facts.head, kind, facts.itemsize)
-    if body == facts.body and head == facts.head:
+    if body == facts.body and head == facts.head and experts == facts.experts:
         return None
     fused = kernels({KERNELS[kind]}) if kind in KERNELS and not facts.is_on_device else {}
-    return replace(facts, body=body, head=head, fused_rows={**facts.fused_rows, **fused})
+    fused_rows = {**facts.fused_rows, **fused}
+    return replace(facts, body=body, routed_body=routed, experts=experts, head=head, fused_rows=fused_rows)
+
+
+def _packed_experts(node: ExpertsNode) -> ExpertsNode:
+    stored = int(node.num_values * BITS[PACKS_EXPERTS] / 8)
+    slot_bytes = node.slot_bytes - node.expert_bytes + stored
+    scratch_bytes = node.num_values * (2 + 12)
+    return replace(node, expert_bytes=stored, slot_bytes=slot_bytes, scratch_bytes=scratch_bytes, codec=PACKS_EXPERTS)
 
 
 def _packed(node: WeightNode, kind: str, itemsize: int) -> WeightNode:

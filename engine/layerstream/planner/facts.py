@@ -89,6 +89,12 @@ class ModelFacts:
         return sum(node.num_experts for node in self.experts)
 
     @property
+    def mean_expert_bytes(self) -> float:
+        """One expert as it is stored; 0.0 if there are none."""
+        total = sum(node.num_experts * node.expert_bytes for node in self.experts)
+        return total / self.num_experts if self.experts else 0.0
+
+    @property
     def slot_bytes_of_expert(self) -> int:
         """Room for any expert."""
         return max((node.slot_bytes for node in self.experts), default=0)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from layerstream.planner.experts import num_wanted
 from layerstream.planner.plan import Plan
 from layerstream.planner.rates import Rates
 from layerstream.streaming.residency import PlannedUnit, WeightNode, linears
@@ -19,6 +20,7 @@ TOKENS_PER_SWEEP = 2.7  # accepted, guesses from the context alone: measured on 
 ANSWER_TOKENS = 64
 CONTEXT_TOKENS = 1000
 VALUES_OF_MLP = 1  # activations per row and layer: gate and up become their product
+EXPERT_CALL_ROWS = 16  # as many rows an expert computes at a time
 VALUES_OF_HIDDEN = 8  # norms, rotations, attention, sums
 
 
@@ -46,8 +48,8 @@ class Forecast:
 
     @property
     def read_seconds(self) -> float:
-        """What a sweep reads from disk."""
-        return self.plan.disk_bytes / self.rates.disk
+        """What a sweep of one row reads from disk."""
+        return self._read_seconds(1)
 
     @property
     def copy_seconds(self) -> float:
@@ -62,7 +64,7 @@ class Forecast:
     @cached_property
     def sweep_seconds(self) -> float:
         """A sweep that decodes one sequence."""
-        return self._longest(self.decode_seconds)
+        return self._longest(self.decode_seconds, 1)
 
     @property
     def bound_by(self) -> str:
@@ -85,15 +87,17 @@ class Forecast:
         while left > 0:
             tokens = min(left, self.plan.max_sweep_tokens)
             left -= tokens
-            seconds += self._longest(self._compute_seconds(self._prompt_blocks(tokens), 1 if left <= 0 else 0))
+            compute = self._compute_seconds(self._prompt_blocks(tokens), 1 if left <= 0 else 0)
+            seconds += self._longest(compute, tokens)
         return seconds
 
     @cached_property
     def warm_seconds(self) -> float:
         """The same with the context's KV stored; the question is a chunk of its own."""
         stored = self.context_tokens * self.plan.facts.kv_token_bytes / self.rates.disk
-        compute = self._compute_seconds(self._prompt_blocks(self.plan.page_tokens), 1)
-        return max(self._longest(compute), self.read_seconds + stored)
+        tokens = self.plan.page_tokens
+        compute = self._compute_seconds(self._prompt_blocks(tokens), 1)
+        return max(self._longest(compute, tokens), self._read_seconds(tokens) + stored)
 
     @property
     def tokens_per_second(self) -> float:
@@ -139,11 +143,25 @@ class Forecast:
         head_blocks = [_Block(plan.head_rows, num_sampled)] if num_sampled else []
         seconds = sum(self._unit_seconds(unit, row_blocks) for unit in plan.weights.body)
         seconds += sum(self._unit_seconds(unit, head_blocks) for unit in plan.weights.head)
+        seconds += self._experts_seconds(sum(block.used for block in row_blocks))
         facts, rates = plan.facts, self.rates
         values = sum(block.rows for block in row_blocks) * (
             VALUES_OF_MLP * facts.intermediate_size + VALUES_OF_HIDDEN * facts.hidden_size
         )
         return seconds + facts.num_layers * (rates.layer_seconds * len(row_blocks) + rates.value_seconds * values)
+
+    def _experts_seconds(self, num_rows: int) -> float:
+        """Computing the experts that *num_rows* are routed to, where they come as they are routed to."""
+        if not self.plan.weights.expert_slots:
+            return 0.0
+        rates, seconds = self.rates, 0.0
+        for node in self.plan.facts.experts:
+            wanted = num_wanted(node, num_rows)
+            calls = max(wanted, num_rows * node.top_k / EXPERT_CALL_ROWS)
+            product = rates.product_seconds(self.dtype, EXPERT_CALL_ROWS, cached=bool(node.codec))
+            decode = rates.decode_seconds(node.codec) if node.codec else 0.0
+            seconds += node.num_values * (wanted * decode + calls * product)
+        return seconds
 
     def unit_seconds(self, unit: PlannedUnit) -> float:
         """Computing one decode row block with *unit*, and its share of what calling layers takes."""
@@ -152,6 +170,16 @@ class Forecast:
             return self._unit_seconds(unit, [_Block(plan.head_rows, 1)])
         calls = self.rates.layer_seconds * plan.facts.num_layers / len(plan.weights.body)
         return self._unit_seconds(unit, [_Block(plan.decode_rows, 1)]) + calls
+
+    @cached_property
+    def block_seconds(self) -> float:
+        """Computing the experts of one block for one row."""
+        return self._experts_seconds(1) / max(1, len(self.plan.facts.experts))
+
+    @cached_property
+    def block_read_seconds(self) -> float:
+        """Reading those of them that are not there."""
+        return self.plan.expert_read_bytes(1) / max(1, len(self.plan.facts.experts)) / self.rates.disk
 
     @cached_property
     def _nodes(self) -> dict[str, WeightNode]:
@@ -179,5 +207,10 @@ class Forecast:
         rows = self.plan.prompt_rows or self.plan.page_tokens
         return [_Block(rows, min(rows, num_tokens - at)) for at in range(0, num_tokens, rows)]
 
-    def _longest(self, compute: float) -> float:
-        return max(self.read_seconds, self.copy_seconds, compute + self.rates.read_cost * self.read_seconds)
+    def _read_seconds(self, num_rows: int) -> float:
+        """What a sweep of *num_rows* reads from disk."""
+        return (self.plan.weights.disk_bytes + self.plan.expert_read_bytes(num_rows)) / self.rates.disk
+
+    def _longest(self, compute: float, num_rows: int) -> float:
+        read = self._read_seconds(num_rows)
+        return max(read, self.copy_seconds, compute + self.rates.read_cost * read)

@@ -63,6 +63,12 @@ def simulate(forecast: Forecast, num_sweeps: int = 2) -> list[Step]:
         start = max(compute_free, arrived.get((sweep, index), 0.0))
         compute_free = start + forecast.unit_seconds(unit)
         steps.append(Step("compute", unit.name, start, compute_free))
+        if unit.experts:  # which ones they are is known now
+            start = max(read_free, compute_free)
+            there = read_free = start + forecast.block_read_seconds
+            steps.append(Step("read", unit.experts, start, there))
+            compute_free = max(there, compute_free + forecast.block_seconds)
+            steps.append(Step("compute", unit.experts, compute_free - forecast.block_seconds, compute_free))
         if index not in plan.weights.residents:
             lane_of[unit.name].give_back(unit, compute_free)
     return [Step(step.kind, step.unit, step.start - began, step.stop - began) for step in steps if step.stop > began]

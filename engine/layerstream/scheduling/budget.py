@@ -3,6 +3,10 @@
 A sweep takes ``max(read, compute)`` seconds: *read* for its streamed weights at the link's rate, *compute* for its row
 blocks. While compute is the smaller one, more rows cost nothing (the design's N*); past that they are worth it only if
 they bring more tokens per second than the sweep without them. What a row block takes is measured, sweep by sweep.
+
+In a mixture of experts no row is free: it is routed to experts of its own, and those that are not in memory are read.
+What a row more reads is then weighed against the tokens that it brings, row by row; of a prompt's rows the first few
+read nearly all experts, and the others come with them.
 """
 
 from __future__ import annotations
@@ -22,15 +26,23 @@ class SweepBudget:
         per_block: how many of them may be used.
         max_draft_rows: guesses in one sweep at most; memory is set aside for them.
         read_seconds: what reading the streamed weights of one sweep takes; 0 where everything is resident.
+        expert_seconds: what reading the experts takes that a sweep of so many rows is routed to; ``None``: rows bring
+            no weights of their own.
     """
 
     def __init__(
-        self, decode_rows: int, per_block: int, max_draft_rows: int, read_seconds: Callable[[], float]
+        self,
+        decode_rows: int,
+        per_block: int,
+        max_draft_rows: int,
+        read_seconds: Callable[[], float],
+        expert_seconds: Callable[[int], float] | None = None,
     ) -> None:
         self.decode_rows = decode_rows
         self.per_block = per_block
         self.max_draft_rows = max_draft_rows
         self._read_seconds = read_seconds
+        self._expert_seconds = expert_seconds
         self._block_seconds: float | None = None
         self._token_seconds: float | None = None
 
@@ -42,34 +54,45 @@ class SweepBudget:
             rest = compute_seconds - num_blocks * (self._block_seconds or 0.0)
             self._token_seconds = _mixed(self._token_seconds, max(rest, 0.0) / num_prompt_rows)
 
+    @property
+    def rows_read(self) -> bool:
+        """Whether every row brings weights of its own."""
+        return self._expert_seconds is not None
+
     def blocks_for(self, num_rows: int) -> int:
         """Decode blocks that *num_rows* need."""
         return -(-num_rows // self.per_block)
 
-    def seconds(self, num_blocks: int, num_prompt_rows: int) -> float:
-        """What a sweep takes, as far as it is known."""
-        compute = num_blocks * self._a_block() + num_prompt_rows * (self._token_seconds or 0.0)
-        return max(self._read_seconds(), compute / MARGIN)
+    def seconds(self, num_rows: int, num_prompt_rows: int) -> float:
+        """What a sweep takes that decodes *num_rows*, as far as it is known."""
+        compute = self.blocks_for(num_rows) * self._a_block() + num_prompt_rows * (self._token_seconds or 0.0)
+        return max(self._reading(num_rows + num_prompt_rows), compute / MARGIN)
 
-    def is_worth(self, num_blocks: int, num_prompt_rows: int, tokens: float, more_tokens: float) -> bool:
-        """Whether one block more than *num_blocks*, which brings *more_tokens* beside *tokens*, pays.
+    def is_worth(self, num_rows: int, more_rows: int, num_prompt_rows: int, tokens: float, more_tokens: float) -> bool:
+        """Whether *more_rows* than *num_rows*, which bring *more_tokens* beside *tokens*, pay.
 
-        It does if its tokens cost less time than those of a sweep without it do. Prompts that are computed in the same
-        sweep are no reason for tokens to be dear.
+        They do if their tokens cost less time than those of a sweep without them do. Prompts that are computed in the
+        same sweep are no reason for tokens to be dear.
         """
-        more = self.seconds(num_blocks + 1, num_prompt_rows) - self.seconds(num_blocks, num_prompt_rows)
-        return more_tokens * self.seconds(num_blocks, 0) > tokens * more
+        more = self.seconds(num_rows + more_rows, num_prompt_rows) - self.seconds(num_rows, num_prompt_rows)
+        return more_tokens * self.seconds(num_rows, 0) > tokens * more
 
-    def prompt_tokens(self, num_blocks: int, most: int, least: int) -> int:
-        """Prompt tokens beside *num_blocks* decode blocks: what is free, within ``[least, most]``."""
-        if self._token_seconds is None or not self._read_seconds():
+    def prompt_tokens(self, num_rows: int, most: int, least: int) -> int:
+        """Prompt tokens beside *num_rows* that decode: what is free, within ``[least, most]``."""
+        reading = self._reading(num_rows + most)
+        if self._token_seconds is None or not reading:
             return most
-        free = MARGIN * self._read_seconds() - num_blocks * self._a_block()
+        free = MARGIN * reading - self.blocks_for(num_rows) * self._a_block()
         return int(min(most, max(least, free / max(self._token_seconds, 1e-9))))
+
+    def _reading(self, num_rows: int) -> float:
+        """What reading takes for a sweep of so many rows."""
+        experts = 0.0 if self._expert_seconds is None else self._expert_seconds(num_rows)
+        return self._read_seconds() + experts
 
     def _a_block(self) -> float:
         if self._block_seconds is None:
-            return UNKNOWN_BLOCK_SHARE * self._read_seconds()
+            return UNKNOWN_BLOCK_SHARE * self._reading(1)
         return self._block_seconds
 
 

@@ -72,6 +72,7 @@ class Scheduler:
         store: what outlives the process; ``None``: prefixes are shared in memory alone.
         read_seconds: what reading the streamed weights of a sweep takes.
         swap: where pages go when memory is short.
+        expert_seconds: what reading the experts takes that so many rows are routed to; ``None``: there are none.
     """
 
     def __init__(
@@ -81,10 +82,13 @@ class Scheduler:
         store: SpillStore | None = None,
         read_seconds: Callable[[], float] = lambda: 0.0,
         swap: Swap | None = None,
+        expert_seconds: Callable[[int], float] | None = None,
     ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
         self.limits = limits
-        self.budget = SweepBudget(limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds)
+        self.budget = SweepBudget(
+            limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds, expert_seconds
+        )
         self.pool = pool
         self._store = store
         self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1)
@@ -380,7 +384,7 @@ class Scheduler:
         most = self.limits.max_tokens - num_decoded
         free = most
         if num_decoded:
-            free = self.budget.prompt_tokens(self.budget.blocks_for(num_decoded), most, self.limits.chunk_tokens)
+            free = self.budget.prompt_tokens(num_decoded, most, self.limits.chunk_tokens)
         return PromptBlocks(self.limits, most, free)
 
     def _add_chunks(self, prompts: PromptBlocks, sequence: Sequence) -> int:

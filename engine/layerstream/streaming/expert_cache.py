@@ -30,13 +30,14 @@ class ExpertCache:
     Args:
         num_slots: experts that there is room for.
         num_experts: of all layers together.
+        chosen: experts that a row is routed to, in all layers together.
         half_life: sweeps after which a use counts half.
 
     Attributes:
         hits, misses: experts that were wanted and there, or not there.
     """
 
-    def __init__(self, num_slots: int, num_experts: int, half_life: float = HALF_LIFE) -> None:
+    def __init__(self, num_slots: int, num_experts: int, chosen: int = 1, half_life: float = HALF_LIFE) -> None:
         self.num_slots = num_slots
         self.hits = self.misses = 0
         self._slot_of: dict[int, int] = {}
@@ -47,9 +48,12 @@ class ExpertCache:
         self._use = 1.0  # what a use counts now
         self._growth = 2.0 ** (1.0 / half_life)
         self._wanted: set[int] = set()
+        self._chosen = chosen
+        self._missing: dict[int, float] = {}  # by rows, for the sweep to come
 
     def begin_sweep(self) -> None:
         """Uses from here on count a little more than those so far."""
+        self._missing.clear()
         self._use *= self._growth
         if self._use > LARGEST_USE:
             self._uses /= self._use
@@ -108,6 +112,23 @@ class ExpertCache:
         """Begin with what :meth:`shares` said in another process."""
         self._uses[:] = shares
         self._use = 1.0
+
+    def expected_missing(self, num_rows: int) -> float:
+        """How many experts a sweep of *num_rows* is likely to want that are not there now.
+
+        An expert that the share *p* of rows is routed to is wanted by some of *n* with a probability of
+        ``1 - (1-p)^n``, where rows choose independently.
+        """
+        if num_rows not in self._missing:
+            total = self._uses.sum()
+            if total:
+                share = np.minimum(1.0, self._uses * (self._chosen / total))
+            else:
+                share = np.full(len(self._uses), self._chosen / len(self._uses))
+            wanted = 1.0 - (1.0 - share) ** num_rows
+            wanted[list(self._slot_of)] = 0.0
+            self._missing[num_rows] = float(wanted.sum())
+        return self._missing[num_rows]
 
     def hottest(self) -> list[int]:
         """As many experts as there are slots: those worth most; of those that are worth the same, an even mix."""

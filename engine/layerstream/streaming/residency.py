@@ -90,6 +90,7 @@ class ExpertsNode:
         slot_bytes: room that it takes in memory at most.
         scratch_bytes: what computing with it takes beside it: converted or decoded.
         num_values: weights of one of them.
+        codec: how its matrices are stored, if they are quantised.
     """
 
     name: str
@@ -99,6 +100,7 @@ class ExpertsNode:
     slot_bytes: int
     scratch_bytes: int
     num_values: int
+    codec: str = ""
 
 
 @dataclass(frozen=True, slots=True)

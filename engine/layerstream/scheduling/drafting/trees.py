@@ -55,10 +55,15 @@ class DrafterCounters:
 
 
 class TreeDrafting:
-    """The drafters of an engine. What a sequence's grammar rules out enters no tree."""
+    """The drafters of an engine. What a sequence's grammar rules out enters no tree.
+
+    Attributes:
+        num_declined: times that guesses were there and no more of them were worth what they would take.
+    """
 
     def __init__(self, drafters: Seq[Drafter], budget: SweepBudget) -> None:
         self.counters = {drafter.name: DrafterCounters() for drafter in drafters}
+        self.num_declined = 0
         self._drafters = drafters
         self._budget = budget
         self._acceptance = Acceptance()
@@ -114,10 +119,11 @@ class TreeDrafting:
         return _Node(sequence, None, ROOT, 1.0, "", states, ()) if states else None
 
     def _choose(self, roots: Seq[_Node], num_sequences: int, num_decoded: int, num_prompt_tokens: int) -> None:
-        """Choose the nodes that are worth their rows, block by block; room in the last block costs nothing."""
-        budget = self._budget
-        num_blocks = budget.blocks_for(num_decoded)
-        room = num_blocks * budget.per_block - num_decoded
+        """Choose the nodes that are worth their rows, block by block; room in the last block costs nothing, unless
+        every row brings weights of its own: then node by node."""
+        budget, num_rows = self._budget, num_decoded
+        step = 1 if budget.rows_read else budget.per_block
+        room = 0 if budget.rows_read else budget.blocks_for(num_decoded) * step - num_decoded
         tokens = float(num_sequences)
         waiting: list[tuple[float, int, _Node]] = []
         for root in roots:
@@ -129,14 +135,14 @@ class TreeDrafting:
             _, _, node = heapq.heappop(waiting)
             block.append(node)
             self._expand(node, waiting)
-            if len(block) < (room or budget.per_block) and waiting and left:
+            if len(block) < (room or step) and waiting and left:
                 continue
             more = sum(node.probability for node in block)
-            if not room:
-                if not budget.is_worth(num_blocks, num_prompt_tokens, tokens, more):
-                    return
-                num_blocks += 1
+            if not room and not budget.is_worth(num_rows, len(block), num_prompt_tokens, tokens, more):
+                self.num_declined += 1
+                return
             tokens += more
+            num_rows += len(block)
             for node in block:
                 node.is_chosen = True
             block, room = [], 0
