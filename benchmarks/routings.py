@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,16 +28,15 @@ def draw_routing(
     return found
 
 
-def requests(routing: np.ndarray) -> list[int]:
-    """The experts of all layers in the order in which they are asked for, each by one number."""
-    num_experts = int(routing.max()) + 1
+def requests(routing: np.ndarray, num_experts: int) -> list[int]:
+    """The experts of all layers, so many in each, in the order in which they are asked for, each by one number."""
     return (routing + num_experts * np.arange(routing.shape[1])[None, :, None]).reshape(-1).tolist()
 
 
-def lru_hits(routing: np.ndarray, num_slots: int) -> float:
+def lru_hits(asked: Sequence[int], num_slots: int) -> float:
     """The share of requests that a cache of *num_slots* has that lets go of what was used longest ago."""
     present: OrderedDict[int, None] = OrderedDict()
-    asked, hits = requests(routing), 0
+    hits = 0
     for expert in asked:
         if expert in present:
             hits += 1
@@ -48,16 +48,15 @@ def lru_hits(routing: np.ndarray, num_slots: int) -> float:
     return hits / len(asked)
 
 
-def static_hits(routing: np.ndarray, num_slots: int) -> float:
+def static_hits(asked: Sequence[int], num_slots: int) -> float:
     """The share that the best fixed set of *num_slots* has: what anybody can reach who does not know what comes, where
     the rows' choices are independent of each other."""
-    counts = np.bincount(requests(routing))
+    counts = np.bincount(np.asarray(asked))
     return float(np.sort(counts)[::-1][:num_slots].sum() / counts.sum())
 
 
-def clairvoyant_hits(routing: np.ndarray, num_slots: int) -> float:
+def clairvoyant_hits(asked: Sequence[int], num_slots: int) -> float:
     """The share that nobody can do better than (Belady's MIN): what is asked for latest goes, also what just came."""
-    asked = requests(routing)
     following = [len(asked)] * len(asked)
     last: dict[int, int] = {}
     for at in range(len(asked) - 1, -1, -1):

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface
 
+from layerstream.checkpoint.codecs.base import Codec, Planes
 from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import InvalidRouting
 from layerstream.model.context import current
@@ -31,7 +32,23 @@ from layerstream.sweep import Span, SweepFailed
 IMPLEMENTATION = "layerstream"
 EXPERT_ROWS = 16  # rows per expert and call; 1 where the row block itself is one row
 
-Matrices: TypeAlias = Mapping[str, torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class FusedMatrix:
+    """A quantised matrix of *num_rows*, that a kernel multiplies by as it is stored."""
+
+    codec: Codec
+    planes: Planes
+    num_rows: int
+
+    def product(self, inputs: torch.Tensor, num_used: int) -> torch.Tensor:
+        """*inputs* ``(rows, columns)`` times its transpose; rows from *num_used* on are zeros."""
+        outputs = inputs.new_zeros((len(inputs), self.num_rows))
+        outputs[:num_used] = self.codec.product(self.planes, inputs[:num_used])[:, : self.num_rows]
+        return outputs
+
+
+Matrices: TypeAlias = Mapping[str, torch.Tensor | FusedMatrix]
 """An expert's weights by the names that the module has for those of all experts."""
 
 
@@ -63,26 +80,31 @@ class RoutedExperts(Protocol):
 
 
 class PackedExperts:
-    """Quantised matrices of experts in the place of a parameter ``(experts, …)``: ``[expert]`` decodes one of them.
+    """Quantised matrices of experts in the place of a parameter ``(experts, …)``: ``[expert]`` is one of them, decoded
+    or for a kernel.
 
     Args:
         scratch: ``(rows, columns)`` of one expert; overwritten when another one is asked for.
+        is_fused: whether the codec's kernel multiplies by them.
     """
 
-    def __init__(self, source: PackedSource, planes: Mapping[str, torch.Tensor], scratch: torch.Tensor) -> None:
+    def __init__(self, source: PackedSource, planes: Planes, scratch: torch.Tensor, *, is_fused: bool) -> None:
         self._source = source
         self._planes = planes
         self._scratch = scratch
+        self._is_fused = is_fused
         self._present: int | None = None
 
-    def __getitem__(self, expert: int) -> torch.Tensor:
-        if self._present != expert:
-            rows, codec = self._scratch.shape[0], self._source.codec
-            first = expert * rows
+    def __getitem__(self, expert: int) -> torch.Tensor | FusedMatrix:
+        rows, codec = self._scratch.shape[0], self._source.codec
+        first = expert * rows
+        if self._is_fused or self._present != expert:
             planes = codec.cut(self._planes, self._source.matrix_shape[0], first, first + rows)
+            if self._is_fused:
+                return FusedMatrix(codec, planes, rows)
             codec.decode(planes, first, self._scratch)
             self._present = expert
-        return self._scratch.T if self._source.codec.transposes else self._scratch
+        return self._scratch.T if codec.transposes else self._scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +241,7 @@ def _sum(module: torch.nn.Module, call: _Call, routes: _Routes, rows_per_call: i
             part = rows[start : start + rows_per_call]
             inputs = call.hidden.new_zeros((rows_per_call, call.hidden.shape[1]))
             inputs[: len(part)] = call.hidden[part]
-            outputs.append(_run_expert(module, matrices, inputs)[: len(part)])
+            outputs.append(_run_expert(module, matrices, inputs, len(part))[: len(part)])
         weights = call.weights[rows, slots, None]
         early[expert] = (torch.cat(outputs) * weights).to(result.dtype)
         while at < len(waiting) and waiting[at] in early:
@@ -282,16 +304,22 @@ def _all_there(module: torch.nn.Module, experts: list[int]) -> Iterator[tuple[in
         yield expert, {name: getattr(module, name)[expert] for name in names}
 
 
-def _run_expert(module: torch.nn.Module, matrices: Matrices, inputs: torch.Tensor) -> torch.Tensor:
+def _run_expert(module: torch.nn.Module, matrices: Matrices, inputs: torch.Tensor, num_used: int) -> torch.Tensor:
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    hidden = _project(module, up_name, matrices, inputs)
+    hidden = _project(module, up_name, matrices, inputs, num_used)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
-    output = _project(module, "down_proj", matrices, hidden)
+    output = _project(module, "down_proj", matrices, hidden, num_used)
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)  # type: ignore[operator]
     return output
 
 
-def _project(module: torch.nn.Module, name: str, matrices: Matrices, inputs: torch.Tensor) -> torch.Tensor:
-    weight = matrices[name]
-    return F.linear(inputs, weight.T if module.is_transposed else weight, matrices.get(f"{name}_bias"))
+def _project(
+    module: torch.nn.Module, name: str, matrices: Matrices, inputs: torch.Tensor, num_used: int
+) -> torch.Tensor:
+    weight, bias = matrices[name], matrices.get(f"{name}_bias")
+    assert bias is None or isinstance(bias, torch.Tensor)
+    if isinstance(weight, FusedMatrix):
+        product = weight.product(inputs, num_used)
+        return product if bias is None else product + bias
+    return F.linear(inputs, weight.T if module.is_transposed else weight, bias)

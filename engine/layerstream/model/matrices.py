@@ -11,7 +11,7 @@ from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.codecs.bnb import aligned
 from layerstream.checkpoint.codecs.tiled import TILE, TiledInt4, rewrite, staying_shapes, tiled
 from layerstream.checkpoint.names import PackedSource, ParameterSource, Source
-from layerstream.model.experts import PackedExperts
+from layerstream.model.experts import EXPERT_ROWS, FusedMatrix, PackedExperts
 from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.residency import PAGE, PlannedUnit
@@ -126,17 +126,18 @@ class Matrices:
                 for _, stored in present:
                     del found[stored]
                 if planes and len(source.shape) == 3:
-                    found[key] = PackedExperts(source, planes, self._expert_for(key, source))
+                    is_fused = self._fuses_expert(key, source)
+                    found[key] = PackedExperts(source, planes, self._expert_for(key, source), is_fused=is_fused)
                 elif planes:
                     values = torch.empty(source.shape, dtype=self._skeleton.dtypes[key], device=self._device)
                     found[key] = values
                     source.codec.decode(planes, 0, values.view(source.matrix_shape))
         return found
 
-    def expert(self, path: str, expert: int, stored: Tensors) -> dict[str, torch.Tensor]:
+    def expert(self, path: str, expert: int, stored: Tensors) -> dict[str, torch.Tensor | FusedMatrix]:
         """The matrices and biases of one of the experts *path*, by the names of their parameters, out of its tensors as
         they are *stored*; what was quantised is valid until another expert is asked for."""
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor | FusedMatrix] = {}
         for key in self._skeleton.expert_keys(path):
             source, name = self._skeleton.sources[key], key.rpartition(".")[2]
             if not isinstance(source, PackedSource):
@@ -145,9 +146,17 @@ class Matrices:
             scratch = self._expert_for(key, source)
             codec = source.codec.one_of(source.shape[0])
             planes = {plane: stored[part.name] for plane, part in source.planes.items()}
+            if codec is not None and self._fuses_expert(key, source):
+                found[name] = FusedMatrix(codec, planes, len(scratch))
+                continue
             (codec or source.codec).decode(planes, 0 if codec else expert * len(scratch), scratch)
             found[name] = scratch.T if source.codec.transposes else scratch
         return found
+
+    def _fuses_expert(self, key: str, source: PackedSource) -> bool:
+        """Whether a kernel multiplies by an expert's matrix of *source* as it is stored."""
+        module = self._skeleton.model.get_submodule(key.rpartition(".")[0])
+        return not module.is_transposed and self._most_rows(source.codec.kernel, key) >= EXPERT_ROWS
 
     def _allocate(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
         """Memory for tensors that stay; on the host outside of the heap, where others' would leave holes."""

@@ -90,7 +90,8 @@ class Skeleton:
         """Those that could multiply by its quantised Linears as they are, or rewritten; they compute in bfloat16."""
         if self.dtype != torch.bfloat16:
             return set()
-        return {node.kernel for root in (*self.body, self.head) for node in linears(root) if node.kernel}
+        found = {node.kernel for root in (*self.body, self.head) for node in linears(root)}
+        return (found | {node.kernel for node in self.routed}) - {""}
 
     def decodes(self, fused_rows: Mapping[str, int]) -> bool:
         """Whether quantised Linears are decoded as they stream, because none of *fused_rows* multiplies by them as they
@@ -332,9 +333,10 @@ class _Weigher:
                 top_k=experts_per_row(module),
                 expert_bytes=expert_bytes,
                 slot_bytes=(-(-expert_bytes // PAGE) + 2 * num_parts) * PAGE,
-                scratch_bytes=sum(_expert_scratch_bytes(source, self._dtypes[key]) for key, source in sources.items()),
+                scratch_bytes=_expert_scratch_bytes(sources, self._dtypes),
                 num_values=sum(prod(source.shape) // num_experts for source in sources.values()),
                 codec=next((s.codec.name for s in sources.values() if isinstance(s, PackedSource)), ""),
+                kernel=next((s.codec.kernel for s in sources.values() if isinstance(s, PackedSource)), ""),
             )
         )
         return keys
@@ -360,12 +362,14 @@ def _of_one(source: Source, num_experts: int) -> int:
     return whole + (source.num_bytes - whole) // num_experts
 
 
-def _expert_scratch_bytes(source: Source, dtype: torch.dtype) -> int:
-    """What one expert's matrix takes in *dtype*, if it is stored otherwise; while it is decoded, in fp32 as well."""
-    values = prod(source.shape[1:])
-    if isinstance(source, PackedSource):
-        return values * (dtype.itemsize + 12)
-    return values * dtype.itemsize if source.dtype != dtype else 0
+def _expert_scratch_bytes(sources: Mapping[str, Source], dtypes: Mapping[str, torch.dtype]) -> int:
+    """What one expert takes as it is computed with, as far as it is stored otherwise, and one of its matrices while it
+    is decoded."""
+    values = {key: prod(source.shape[1:]) for key, source in sources.items()}
+    packed = {key for key, source in sources.items() if isinstance(source, PackedSource)}
+    converted = {k for k, s in sources.items() if not isinstance(s, PackedSource) and s.dtype != dtypes[k]}
+    found = sum(values[key] * dtypes[key].itemsize for key in packed | converted)
+    return found + max((12 * values[key] for key in packed), default=0)
 
 
 def _has_to_see_whole_rows(module: torch.nn.Module, path: str, sources: Mapping[str, Source]) -> bool:

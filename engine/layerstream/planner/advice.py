@@ -110,9 +110,14 @@ def quantised(facts: ModelFacts, kind: str, kernels: Callable[[set[str]], dict[s
 
 def _packed_experts(node: ExpertsNode) -> ExpertsNode:
     stored = int(node.num_values * BITS[PACKS_EXPERTS] / 8)
-    slot_bytes = node.slot_bytes - node.expert_bytes + stored
-    scratch_bytes = node.num_values * (2 + 12)
-    return replace(node, expert_bytes=stored, slot_bytes=slot_bytes, scratch_bytes=scratch_bytes, codec=PACKS_EXPERTS)
+    return replace(
+        node,
+        expert_bytes=stored,
+        slot_bytes=node.slot_bytes - node.expert_bytes + stored,
+        scratch_bytes=node.num_values * (2 + 12),
+        codec=PACKS_EXPERTS,
+        kernel=KERNELS[PACKS_EXPERTS],
+    )
 
 
 def _packed(node: WeightNode, kind: str, itemsize: int) -> WeightNode:

@@ -157,6 +157,12 @@ class Forecast:
         rates, seconds = self.rates, 0.0
         for node in self.plan.facts.experts:
             wanted = num_wanted(node, num_rows)
+            rows = num_rows * node.top_k / wanted
+            if self.plan.facts.fused_rows.get(node.kernel, 0) >= EXPERT_CALL_ROWS:
+                calls = max(1.0, rows / EXPERT_CALL_ROWS)
+                of_call = rates.product_seconds(node.kernel, min(EXPERT_CALL_ROWS, max(1, round(rows))))
+                seconds += node.num_values * wanted * calls * of_call
+                continue
             calls = max(wanted, num_rows * node.top_k / EXPERT_CALL_ROWS)
             product = rates.product_seconds(self.dtype, EXPERT_CALL_ROWS, cached=bool(node.codec))
             decode = rates.decode_seconds(node.codec) if node.codec else 0.0

@@ -90,7 +90,7 @@ class ExpertsNode:
         slot_bytes: room that it takes in memory at most.
         scratch_bytes: what computing with it takes beside it: converted or decoded.
         num_values: weights of one of them.
-        codec: how its matrices are stored, if they are quantised.
+        codec: how its matrices are stored, if they are quantised; *kernel*: that multiplies by them as they are.
     """
 
     name: str
@@ -101,6 +101,7 @@ class ExpertsNode:
     scratch_bytes: int
     num_values: int
     codec: str = ""
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)
