@@ -31,8 +31,9 @@ from benchmarks.large import draw_questions
 from benchmarks.routings import clairvoyant_hits, draw_routing, lru_hits, requests, static_hits
 
 MAX_TOKENS = 12
-FACTS = 6
+FACTS = 2
 EXPONENTS = (0.0, 1.0, 1.4)
+ALONE = 3  # questions that are asked one after the other
 SHARES = (0.125, 0.25, 0.5)
 
 
@@ -104,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         want(bank, experts, shares)
 
     ExpertBank.want = noted  # type: ignore[method-assign]
-    asked = draw_questions(AutoTokenizer.from_pretrained(options.model), FACTS, 3 * max(options.rows))
+    asked = draw_questions(AutoTokenizer.from_pretrained(options.model), FACTS, max(ALONE, *options.rows))
     started = time.perf_counter()
     with LayerStream(
         options.model,
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         _ask(engine, asked[:1], 2)
         runs = []
         for rows in options.rows:
-            groups = [asked[at : at + rows] for at in range(0, min(len(asked), max(3, 2 * rows)), rows)]
+            groups = [asked[at : at + rows] for at in range(0, max(ALONE, rows), rows)]
             runs.append(_measure_rows(engine, groups, rows, recorded))
         plan, stats = engine.plan, engine.stats()
         bank = engine._parts.weights.bank

@@ -212,3 +212,39 @@ def test_bench_rag(docs: Path, tmp_path: Path) -> None:
     for words in ("2 questions", "one at a time", "asked again", "all at once", "guesses of answers:"):
         assert words in result.stdout
     assert run("bench", "rag", "--docs", folder).exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 2}
+    make_model("qwen3-moe", folder, sizes=sizes)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_plan_says_what_a_token_uses_of_a_mixture(mixture: Path) -> None:
+    result = run("plan", mixture, "--memory", "26MiB")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"^experts +2 of 16  for a token, in each of 3 layers$", result.stdout, re.MULTILINE)
+    rates = [int(rate) for rate in re.findall(r"(\d+)%  (?:of experts in memory|with memory=)", result.stdout)]
+    assert len(rates) >= 2
+    assert rates == sorted(rates)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_bench_experts(mixture: Path) -> None:
+    result = run("bench", "experts", "--model", mixture, "--memory", "26MiB", "--rows", 1, "--rows", 3)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert re.search(r"^\d+ of 48 experts in memory, 768\.0 KiB each", lines[1])
+    (one, three) = (line.split() for line in lines[-2:])
+    assert (one[0], three[0]) == ("1", "3")
+    assert max(map(len, lines)) <= 80
+
+
+def test_bench_experts_of_a_model_without_any(model: Path) -> None:
+    result = run("bench", "experts", "--model", model)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("layerstream: no experts of ")
+    assert "Traceback" not in result.output

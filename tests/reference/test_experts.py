@@ -29,7 +29,17 @@ from tests.models import make_model
 
 TOLERANCE = 1e-4
 LEAST_SLOTS = {"deepseek-v3": 2}  # attention over latents is not cut: at the very least it would not fit
-FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "glm4-moe", "granite-moe", "olmoe", "deepseek-v3")
+FAMILIES = (
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
+    "gpt-oss",
+    "glm4-moe",
+    "granite-moe",
+    "olmoe",
+    "deepseek-v3",
+    "llama4-text",
+)
 LENGTHS = (150, 5, 67, 21)
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layerstream.cli.ask import submit
+from layerstream.cli.bench_experts import experts
 from layerstream.cli.demo import FOLDER, load_questions
 from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
 from layerstream.cli.report import format_seconds, format_streamed
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from layerstream.stats import EngineStats
 
 app = typer.Typer(help="Measure a model on this machine.", invoke_without_command=True)
+app.command()(experts)
 SWEEPS = 8
 
 

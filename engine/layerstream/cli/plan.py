@@ -126,7 +126,7 @@ def _expert_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "experts", f"{node.top_k} of {node.num_experts}", f"for a token, in each of {len(facts.experts)} layers"
     yield "active weights", format_size(active), f"of {format_size(facts.stored_bytes)}, for a token"
     note = "as they were used so far" if facts.expert_shares else "if all are used alike"
-    yield "hit rate", f"{plan.expert_hit_rate:.0%}", f"of experts that are in memory, {note}"
+    yield "hit rate", f"{plan.expert_hit_rate:.0%}", f"of experts in memory, {note}"
     for more in EXPERT_CURVE:
         slots = weights.expert_slots + int((more - 1) * plan.budget_bytes) // weights.slot_bytes
         rate = hit_rate(slots, facts.num_experts, facts.expert_shares)

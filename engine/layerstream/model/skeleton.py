@@ -21,7 +21,7 @@ from layerstream.checkpoint.folder import open_folder
 from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
 from layerstream.checkpoint.names import PackedSource, Source, language_model_names, resolve_parameters
 from layerstream.errors import ConfigurationError, UnsupportedModel
-from layerstream.model import attention, experts
+from layerstream.model import attention, experts, llama4
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK, check_supported
 from layerstream.model.linear import TILE_VALUES, decode_bytes
 from layerstream.streaming.residency import PAGE, ExpertsNode, WeightNode, linears
@@ -227,6 +227,7 @@ def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
             config, attn_implementation=attention.IMPLEMENTATION, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.eval()
+    llama4.adapt(model)
     for module in model.modules():
         if _is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION

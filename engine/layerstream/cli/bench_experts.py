@@ -1,0 +1,102 @@
+"""``layerstream bench experts``: what sweeps read of a mixture of experts, and how much of it is in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from layerstream.cli.demo import FOLDER, load_questions
+from layerstream.cli.options import Memory, Model
+from layerstream.cli.report import format_seconds, format_streamed
+from layerstream.errors import ConfigurationError
+from layerstream.params import SamplingParams
+from layerstream.sizes import format_size
+
+if TYPE_CHECKING:
+    from layerstream.engine import LayerStream
+
+SWEEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What answers of some questions at once took."""
+
+    sweeps: int
+    seconds: float
+    hits: int
+    misses: int
+    read_bytes: int
+
+    def less(self, other: _Counts) -> _Counts:
+        return _Counts(
+            self.sweeps - other.sweeps,
+            self.seconds - other.seconds,
+            self.hits - other.hits,
+            self.misses - other.misses,
+            self.read_bytes - other.read_bytes,
+        )
+
+
+def experts(
+    model: Model = "demo",
+    memory: Memory = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Answers at once; 1, 4 and 16 if not given.")] = None,
+) -> None:
+    """Experts that sweeps of some rows want, find in memory, and read; beside what the plan expected."""
+    from layerstream.engine import LayerStream
+
+    with LayerStream(model, device="cpu", memory=memory, kv_store=None, speculation="off") as engine:
+        stats, plan = engine.stats(), engine.plan
+        if stats.experts is None:
+            raise ConfigurationError(
+                f"no experts of {engine.model_name} come as they are routed to: it has none, or all of them are in "
+                f"memory; pass a mixture of experts, and a --memory smaller than {format_size(plan.planned_bytes)}"
+            )
+        typer.echo(
+            f"{engine.model_name}\n{stats.experts.num_slots:,} of {stats.experts.num_experts:,} experts in memory, "
+            f"{format_size(plan.facts.mean_expert_bytes)} each\n"
+        )
+        table = Table(box=None, pad_edge=False)
+        for column in ("rows", "s per sweep", "wanted", "in memory", "read", "expected"):
+            table.add_column(column, justify="right")
+        _answers(engine, 1, 2)  # the first sweeps warm up
+        for count in rows or [1, 4, 16]:
+            of_prompts = _answers(engine, count, 1)
+            found = _answers(engine, count, 1 + SWEEPS).less(of_prompts)
+            wanted = found.hits + found.misses
+            table.add_row(
+                str(count),
+                format_seconds(found.seconds / found.sweeps),
+                f"{wanted / found.sweeps:,.0f}",
+                f"{found.hits / max(1, wanted):.0%}",
+                format_streamed(found.read_bytes // found.sweeps),
+                format_streamed(plan.expert_read_bytes(count)),
+            )
+    Console().print(table)
+
+
+def _answers(engine: LayerStream, count: int, max_tokens: int) -> _Counts:
+    """Answer *count* questions at once with *max_tokens* each."""
+    questions = islice(cycle(load_questions(FOLDER / "questions.json")), count)
+    prompts = [engine.encode(f"{number}. {question.question}") for number, question in enumerate(questions)]
+    before = engine.stats()
+    with engine.gang(count):
+        requests = [engine.submit(p, SamplingParams(max_tokens=max_tokens, ignore_eos=True)) for p in prompts]
+    for request in requests:
+        request.result()
+    after = engine.stats()
+    assert before.experts is not None
+    assert after.experts is not None
+    return _Counts(
+        after.sweeps - before.sweeps,
+        after.sweep_seconds - before.sweep_seconds,
+        after.experts.hits - before.experts.hits,
+        after.experts.misses - before.experts.misses,
+        after.experts.streamed_bytes - before.experts.streamed_bytes,
+    )
