@@ -4,8 +4,8 @@
     python -m benchmarks.experts MODEL [--memory 3GiB 6GiB] [--rows 1 4 16] [--json FILE]
 
 Questions about held-out contexts, greedy, counted right only if the answer is the right one to the letter; as many at
-once as there are rows. What is shown is of sweeps that decode; those of prompts are left out by asking the same for one
-token first. Of every sweep the experts that its rows were routed to are recorded. Beside it:
+once as there are rows. What is shown is of sweeps in which all rows decode: medians of seconds, means of the rest. The
+experts that their rows were routed to are recorded. Beside it:
 
 - *read*: bytes of experts that were read, and that as a share of what was routed to and not in memory, each once;
 - *raw*: a direct read of as many bytes in reads of the same sizes, from the same files, in the same run;
@@ -97,15 +97,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from layerstream.streaming.expert_bank import ExpertBank
     from transformers import AutoTokenizer
 
-    recorded: list[list[int]] = []
-    want = ExpertBank.want
+    asked = draw_questions(AutoTokenizer.from_pretrained(options.model), FACTS, max(ALONE, *options.rows))
+    watch, want = Watch(), ExpertBank.want
 
     def noted(bank: ExpertBank, experts: Any, shares: Any) -> None:
-        recorded.append(list(experts))
+        watch.wanted.extend(experts)
         want(bank, experts, shares)
 
     ExpertBank.want = noted  # type: ignore[method-assign]
-    asked = draw_questions(AutoTokenizer.from_pretrained(options.model), FACTS, max(ALONE, *options.rows))
     started = time.perf_counter()
     with LayerStream(
         options.model,
@@ -113,56 +112,84 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         memory=options.memory[0],
         kv_store=None,
         speculation=options.speculation,
-        progress=False,
+        progress=watch,
     ) as engine:
         ready = time.perf_counter() - started
         print(engine.plan, file=sys.stderr)
+        watch.bank = engine._parts.weights.bank
+        assert watch.bank is not None
         _ask(engine, asked[:1], 2)
         runs = []
         for rows in options.rows:
             groups = [asked[at : at + rows] for at in range(0, max(ALONE, rows), rows)]
-            runs.append(_measure_rows(engine, groups, rows, recorded))
+            runs.append(_measure_rows(engine, watch, groups, rows))
         plan, stats = engine.plan, engine.stats()
-        bank = engine._parts.weights.bank
-        assert bank is not None
         return {
             "ready_seconds": ready,
             "slots": plan.weights.expert_slots,
             "num_experts": plan.facts.num_experts,
             "expert_bytes": plan.facts.mean_expert_bytes,
-            "dense_bytes": plan.weights.streamed_bytes,
             "peak_memory_bytes": stats.peak_memory_bytes,
-            "raw": _raw_rate(engine, recorded),
+            "raw": _raw_rate(watch),
             "runs": runs,
         }
 
 
-def _measure_rows(engine: Any, groups: list[Any], rows: int, recorded: list[list[int]]) -> dict[str, Any]:
-    """Answers of *rows* questions at once, less the same with one token each."""
-    short = [_ask(engine, group, 1) for group in groups]
-    recorded.clear()
-    plan = engine.plan
-    predicted = engine._parts.weights.experts.expected_missing(rows) * plan.facts.mean_expert_bytes
-    long = [_ask(engine, group, MAX_TOKENS) for group in groups]
-    total = {key: sum(run[key] for run in long) - sum(run[key] for run in short) for key in long[0]}
-    trace = [expert for experts in recorded for expert in experts]
-    slots = plan.weights.expert_slots
-    sweeps = total["sweeps"]
+class Watch:
+    """Notes what every sweep took; called with the engine's events, on its thread."""
+
+    def __init__(self) -> None:
+        self.bank: Any = None
+        self.sweeps: list[dict[str, Any]] = []
+        self.wanted: list[int] = []
+        self._before: dict[str, float] = {}
+
+    def __call__(self, event: Any) -> None:
+        name = type(event).__name__
+        if self.bank is None:
+            return
+        if name == "SweepStarted":
+            self._before = {**self._counted(), "rows": event.num_tokens, "from": len(self.wanted)}
+        elif name == "SweepFinished" and self._before:
+            counted = {key: value - self._before[key] for key, value in self._counted().items()}
+            trace = self.wanted[int(self._before["from"]) :]
+            made = {"rows": self._before["rows"], "seconds": event.seconds, "tokens": event.tokens_out}
+            self.sweeps.append({**counted, **made, "bytes": event.streamed_bytes, "trace": trace})
+
+    def _counted(self) -> dict[str, float]:
+        cache = self.bank.cache
+        found = {"hits": cache.hits, "misses": cache.misses, "expert_bytes": self.bank.streamed_bytes}
+        return {**found, "waited": self.bank.wait_seconds}
+
+
+def _measure_rows(engine: Any, watch: Watch, groups: list[Any], rows: int) -> dict[str, Any]:
+    """Answers of *rows* questions at once."""
+    plan, slots = engine.plan, engine.plan.weights.expert_slots
+    watch.sweeps.clear()
+    answered = [_ask(engine, group, MAX_TOKENS) for group in groups]
+    predicted = watch.bank.cache.expected_missing(rows) * plan.facts.mean_expert_bytes
+    sweeps = [sweep for sweep in watch.sweeps if sweep["tokens"] and sweep["rows"] == rows]
+    trace = [expert for sweep in sweeps for expert in sweep["trace"]]
+
+    def mean(name: str) -> float:
+        return statistics.mean(sweep[name] for sweep in sweeps)
+
     return {
         "rows": rows,
-        "right": sum(run["right"] for run in long),
+        "right": sum(right for right, _ in answered),
         "questions": sum(map(len, groups)),
-        "sweeps": sweeps,
-        "tokens": total["tokens"],
-        "sweep_seconds": total["seconds"] / sweeps,
-        "wait_seconds": total["waited"] / sweeps,
-        "wanted": (total["hits"] + total["misses"]) / sweeps,
-        "missed": total["misses"] / sweeps,
-        "read_bytes": total["expert_bytes"] / sweeps,
-        "dense_bytes": (total["bytes"] - total["expert_bytes"]) / sweeps,
+        "sweeps": len(sweeps),
+        "tokens": sum(sweep["tokens"] for sweep in sweeps),
+        "sweep_seconds": statistics.median(sweep["seconds"] for sweep in sweeps),
+        "compute_seconds": statistics.median(sweep["seconds"] - sweep["waited"] for sweep in sweeps),
+        "wanted": mean("hits") + mean("misses"),
+        "missed": mean("misses"),
+        "read_bytes": mean("expert_bytes"),
+        "dense_bytes": mean("bytes") - mean("expert_bytes"),
         "predicted_bytes": predicted,
         "planned_bytes": plan.expert_read_bytes(rows),
-        "hit_rate": total["hits"] / max(1, total["hits"] + total["misses"]),
+        "hit_rate": mean("hits") / (mean("hits") + mean("misses")),
+        "prompt_seconds": sum(seconds for _, seconds in answered) - sum(sweep["seconds"] for sweep in sweeps),
         "trace": {
             "requests": len(trace),
             "lru": lru_hits(trace, slots),
@@ -172,38 +199,27 @@ def _measure_rows(engine: Any, groups: list[Any], rows: int, recorded: list[list
     }
 
 
-def _ask(engine: Any, group: list[tuple[list[int], list[int]]], max_tokens: int) -> dict[str, Any]:
+def _ask(engine: Any, group: list[tuple[list[int], list[int]]], max_tokens: int) -> tuple[int, float]:
+    """How many of *group* were answered right, all at once, and seconds."""
     from layerstream import SamplingParams
 
-    before = engine.stats()
+    started = time.perf_counter()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     with engine.gang(len(group)):
         requests = [engine.submit(prompt, params) for prompt, _ in group]
     completions = [request.result() for request in requests]
-    after = engine.stats()
-    return {
-        "right": sum(c.token_ids[: len(answer)] == answer for c, (_, answer) in zip(completions, group, strict=True)),
-        "tokens": sum(len(completion.token_ids) for completion in completions),
-        "sweeps": after.sweeps - before.sweeps,
-        "seconds": after.sweep_seconds - before.sweep_seconds,
-        "waited": after.wait_seconds - before.wait_seconds,
-        "hits": after.experts.hits - before.experts.hits,
-        "misses": after.experts.misses - before.experts.misses,
-        "bytes": after.weight_bytes_streamed - before.weight_bytes_streamed,
-        "expert_bytes": after.experts.streamed_bytes - before.experts.streamed_bytes,
-    }
+    right = [c.token_ids[: len(answer)] == answer for c, (_, answer) in zip(completions, group, strict=True)]
+    return sum(right), time.perf_counter() - started
 
 
-def _raw_rate(engine: Any, recorded: list[list[int]]) -> float:
+def _raw_rate(watch: Watch) -> float:
     """Bytes per second of direct reads of recorded experts, as many at a time as the bank has under way."""
     from layerstream.streaming.expert_bank import AHEAD_BYTES
     from layerstream.streaming.loader import Countdown
     from layerstream.streaming.reader import DirectReader
     from layerstream.streaming.ring import Arena
 
-    layout = engine._parts.weights.bank._layout
-    wanted = [expert for experts in recorded for expert in experts][-1500:]
-    layouts = [layout(expert) for expert in wanted]
+    layouts = [watch.bank._layout(expert) for expert in watch.wanted[-1500:]]
     size = max(layout.num_bytes for layout in layouts)
     at_once = max(1, AHEAD_BYTES // size)
     reader, arena = DirectReader(), Arena(at_once * size)
@@ -238,7 +254,7 @@ def report(result: dict[str, Any]) -> None:
         rows = []
         for found in run["runs"]:
             routed = found["missed"] * run["expert_bytes"]
-            compute = found["sweep_seconds"] - found["wait_seconds"]
+            compute = found["compute_seconds"]
             limit = max((found["read_bytes"] + found["dense_bytes"]) / run["raw"], compute)
             rows.append(
                 [
