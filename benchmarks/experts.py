@@ -19,6 +19,7 @@ A part of its own draws routings by Zipf's law and compares the same caches on t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -44,18 +45,18 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", default=["3GiB"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--speculation", default="off")
+    parser.add_argument("--speculation", nargs="+", default=["off"], choices=("off", "auto"), help="one run with each")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options)))
         return
     result: dict[str, Any] = {"model": options.model.name, "routings": compare_caches(), "runs": []}
-    for memory in options.memory:
+    for memory, speculation in itertools.product(options.memory, options.speculation):
         command = [sys.executable, "-m", "benchmarks.experts", str(options.model), "--child", "--memory", memory]
-        command += ["--rows", *map(str, options.rows), "--speculation", options.speculation]
+        command += ["--rows", *map(str, options.rows), "--speculation", speculation]
         bench.drop_file_cache(options.model)
-        result["runs"].append({"memory": memory, **bench.run_child(command)})
+        result["runs"].append({"memory": memory, "speculation": speculation, **bench.run_child(command)})
         bench.save("experts", result, options.json)
     report(result)
 
@@ -111,7 +112,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         device="cpu",
         memory=options.memory[0],
         kv_store=None,
-        speculation=options.speculation,
+        speculation=options.speculation[0],
         progress=watch,
     ) as engine:
         ready = time.perf_counter() - started
@@ -149,7 +150,9 @@ class Watch:
         if self.bank is None:
             return
         if name == "SweepStarted":
-            self._before = {**self._counted(), "rows": event.num_tokens, "from": len(self.wanted)}
+            decodes = event.num_tokens == event.num_sequences
+            rows = event.num_tokens if decodes else 0
+            self._before = {**self._counted(), "rows": rows, "from": len(self.wanted)}
         elif name == "SweepFinished" and self._before:
             counted = {key: value - self._before[key] for key, value in self._counted().items()}
             trace = self.wanted[int(self._before["from"]) :]
@@ -168,7 +171,7 @@ def _measure_rows(engine: Any, watch: Watch, groups: list[Any], rows: int) -> di
     watch.sweeps.clear()
     answered = [_ask(engine, group, MAX_TOKENS) for group in groups]
     predicted = watch.bank.cache.expected_missing(rows) * plan.facts.mean_expert_bytes
-    sweeps = [sweep for sweep in watch.sweeps if sweep["tokens"] and sweep["rows"] == rows]
+    sweeps = [sweep for sweep in watch.sweeps if sweep["rows"]]
     trace = [expert for sweep in sweeps for expert in sweep["trace"]]
 
     def mean(name: str) -> float:
@@ -180,6 +183,8 @@ def _measure_rows(engine: Any, watch: Watch, groups: list[Any], rows: int) -> di
         "questions": sum(map(len, groups)),
         "sweeps": len(sweeps),
         "tokens": sum(sweep["tokens"] for sweep in sweeps),
+        "token_seconds": sum(sweep["seconds"] for sweep in sweeps) / sum(sweep["tokens"] for sweep in sweeps),
+        "declined": engine.stats().declined_drafts,
         "sweep_seconds": statistics.median(sweep["seconds"] for sweep in sweeps),
         "compute_seconds": statistics.median(sweep["seconds"] - sweep["waited"] for sweep in sweeps),
         "wanted": mean("hits") + mean("misses"),
@@ -267,14 +272,16 @@ def report(result: dict[str, Any]) -> None:
                     f"{found['sweep_seconds']:.3f}",
                     f"{compute:.3f}",
                     f"{found['sweep_seconds'] / limit:.2f}",
-                    f"{found['sweep_seconds'] * found['sweeps'] / found['tokens']:.3f}",
+                    f"{found['tokens'] / found['sweeps']:.2f}",
+                    f"{found['token_seconds']:.3f}",
                     f"{found['hit_rate']:.1%}",
                     *(f"{found['trace'][name]:.1%}" for name in ("lru", "static", "clairvoyant")),
                 ]
             )
         heads = ["rows", "right", "wanted", "read MB", "of missed", "predicted", "s/sweep", "compute", "of limit"]
-        heads += ["s/token", "hits", "LRU", "fixed", "MIN"]
+        heads += ["tokens/sweep", "s/token", "hits", "LRU", "fixed", "MIN"]
         title = f"{result['model']} in {run['memory']}: {run['slots']:,} of {run['num_experts']:,} experts"
+        title += ", with guesses" if run["speculation"] == "auto" else ""
         bench.show(title, heads, rows, f"raw reads {run['raw'] / 1e9:.2f} GB/s; ready in {run['ready_seconds']:.1f} s")
 
 

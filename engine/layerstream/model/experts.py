@@ -265,7 +265,8 @@ class _Routes:
                 f"the router of {name} sends a row to expert {int(flat.max())}, and there are {num_experts}: its "
                 "weights are damaged, or of another model; check the files with 'layerstream doctor'"
             )
-        self._order = torch.argsort(flat, stable=True)
+        order = torch.argsort(flat, stable=True)
+        self._rows, self._slots = order // self._top_k, order % self._top_k
         counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
         start = counts[0]  # rows of padding
         self._ranges: dict[int, tuple[int, int]] = {}
@@ -288,8 +289,7 @@ class _Routes:
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows that are routed to *expert*, ascending, and which of their choices it is."""
         start, stop = self._ranges[expert]
-        places = self._order[start:stop]
-        return places // self._top_k, places % self._top_k
+        return self._rows[start:stop], self._slots[start:stop]
 
 
 def weight_names(module: torch.nn.Module) -> list[str]:

@@ -134,24 +134,32 @@ class Matrices:
                     source.codec.decode(planes, 0, values.view(source.matrix_shape))
         return found
 
-    def expert(self, path: str, expert: int, stored: Tensors) -> dict[str, torch.Tensor | FusedMatrix]:
-        """The matrices and biases of one of the experts *path*, by the names of their parameters, out of its tensors as
-        they are *stored*; what was quantised is valid until another expert is asked for."""
-        found: dict[str, torch.Tensor | FusedMatrix] = {}
+    def experts(self, path: str) -> Callable[[int, Tensors], dict[str, torch.Tensor | FusedMatrix]]:
+        """Makes, of one of the experts *path* and its tensors as they are stored, matrices and biases by the names of
+        their parameters; what was quantised is valid until another expert is asked for."""
+        plain: list[tuple[str, str, torch.dtype]] = []
+        packed: list[tuple[str, PackedSource, Codec | None, torch.Tensor, bool]] = []
         for key in self._skeleton.expert_keys(path):
             source, name = self._skeleton.sources[key], key.rpartition(".")[2]
-            if not isinstance(source, PackedSource):
-                found[name] = stored[key][0].to(self._skeleton.dtypes[key])
-                continue
-            scratch = self._expert_for(key, source)
-            codec = source.codec.one_of(source.shape[0])
-            planes = {plane: stored[part.name] for plane, part in source.planes.items()}
-            if codec is not None and self._fuses_expert(key, source):
-                found[name] = FusedMatrix(codec, planes, len(scratch))
-                continue
-            (codec or source.codec).decode(planes, 0 if codec else expert * len(scratch), scratch)
-            found[name] = scratch.T if source.codec.transposes else scratch
-        return found
+            if isinstance(source, PackedSource):
+                codec = source.codec.one_of(source.shape[0])
+                is_fused = codec is not None and self._fuses_expert(key, source)
+                packed.append((name, source, codec, self._expert_for(key, source), is_fused))
+            else:
+                plain.append((name, key, self._skeleton.dtypes[key]))
+
+        def make(expert: int, stored: Tensors) -> dict[str, torch.Tensor | FusedMatrix]:
+            found: dict[str, torch.Tensor | FusedMatrix] = {name: stored[key][0].to(to) for name, key, to in plain}
+            for name, source, codec, scratch, is_fused in packed:
+                planes = {plane: stored[part.name] for plane, part in source.planes.items()}
+                if is_fused and codec is not None:
+                    found[name] = FusedMatrix(codec, planes, len(scratch))
+                    continue
+                (codec or source.codec).decode(planes, 0 if codec else expert * len(scratch), scratch)
+                found[name] = scratch.T if source.codec.transposes else scratch
+            return found
+
+        return make
 
     def _fuses_expert(self, key: str, source: PackedSource) -> bool:
         """Whether a kernel multiplies by an expert's matrix of *source* as it is stored."""

@@ -27,8 +27,7 @@ class BlockExperts:
     def __init__(self, bank: ExpertBank, first: int, path: str, matrices: Matrices) -> None:
         self._bank = bank
         self._first = first
-        self._path = path
-        self._matrices = matrices
+        self._make = matrices.experts(path)
 
     def bring(
         self, experts: list[int], shares: list[float], may_skip: Callable[[], bool]
@@ -43,7 +42,7 @@ class BlockExperts:
                 stored = self._bank.take(number)
             except (ReadError, TruncatedFile) as error:
                 raise ExpertLost(expert, error) from error
-            yield expert, self._matrices.expert(self._path, expert, stored)
+            yield expert, self._make(expert, stored)
             self._bank.release(number)
             waiting.remove(number)
 
