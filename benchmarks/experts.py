@@ -170,7 +170,7 @@ def _measure_rows(engine: Any, watch: Watch, groups: list[Any], rows: int) -> di
     plan, slots = engine.plan, engine.plan.weights.expert_slots
     watch.sweeps.clear()
     answered = [_ask(engine, group, MAX_TOKENS) for group in groups]
-    predicted = watch.bank.cache.expected_missing(rows) * plan.facts.mean_expert_bytes
+    predicted = watch.bank.cache.expected(rows)[1] * plan.facts.mean_expert_bytes
     sweeps = [sweep for sweep in watch.sweeps if sweep["rows"]]
     trace = [expert for sweep in sweeps for expert in sweep["trace"]]
 

@@ -375,14 +375,24 @@ def _scheduler(
     )
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
+    load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
+    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader, rows=0), swap, load)
 
-    def expert_seconds(num_rows: int) -> float:
-        assert experts is not None
-        num_bytes = experts.expected_missing(num_rows) * plan.facts.mean_expert_bytes
-        return num_bytes / (reader.rate() or ASSUMED_READ_RATE)
 
-    by_rows = None if experts is None else expert_seconds
-    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader, rows=0), swap, by_rows)
+class _ExpertLoad:
+    """What the cache expects of rows, at the disk's rate."""
+
+    def __init__(self, cache: ExpertCache, expert_bytes: float, reader: DirectReader) -> None:
+        self._cache = cache
+        self._expert_bytes = expert_bytes
+        self._reader = reader
+
+    def wanted(self, num_rows: int) -> float:
+        return self._cache.expected(num_rows)[0]
+
+    def read_seconds(self, num_rows: int) -> float:
+        rate = self._reader.rate() or ASSUMED_READ_RATE
+        return self._cache.expected(num_rows)[1] * self._expert_bytes / rate
 
 
 def _drafters(config: EngineConfig, store: PrefixStore | None, draft: Assembly | None) -> list[Drafter]:

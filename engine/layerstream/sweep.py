@@ -122,6 +122,11 @@ class Sweep:
         return sum(not block.is_prompt for block in self.blocks)
 
     @cached_property
+    def num_decode_rows(self) -> int:
+        """Rows of generated and guessed tokens."""
+        return sum(block.num_used for block in self.blocks if not block.is_prompt)
+
+    @cached_property
     def sampled_rows(self) -> tuple[int, ...]:
         """The packed rows that need logits: for each of ``sampled`` its last token's, then its nodes' in order."""
         last: dict[tuple[Sequence, int], int] = {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from layerstream.draft import ROOT, DraftTree
 from layerstream.params import SamplingParams
-from layerstream.scheduling.budget import SweepBudget
+from layerstream.scheduling.budget import MARGIN, SweepBudget
 from layerstream.scheduling.drafting.acceptance import Acceptance
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
@@ -182,25 +184,44 @@ class TestBudget:
         assert budget.prompt_tokens(16, 96, 32) == 96
 
     def test_a_row_that_reads_experts_of_its_own_has_to_pay(self) -> None:
-        budget = SweepBudget(16, 16, 64, lambda: 0.1, lambda num_rows: 1.0 - 0.9**num_rows)
-        budget.observe(1, 0, 0.01)
+        budget = SweepBudget(16, 16, 64, lambda: 0.1, Load(lambda num_rows: 1.0 - 0.9**num_rows))
+        budget.observe(1, 0, 0.01, 1)
         assert budget.seconds(1, 0) < budget.seconds(2, 0) < 2 * budget.seconds(1, 0)
         assert not budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.4), "nine tenths of a sweep's experts"
         assert budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.5), "but the rest of the sweep is shared"
         assert budget.is_worth(1, 1, 500, tokens=1.0, more_tokens=0.01), "a prompt reads all of them anyway"
 
+    def test_experts_in_memory_compute_all_the_same(self) -> None:
+        """What computing takes grows with the experts that are wanted, as seen in sweeps with few of them and many."""
+        budget = SweepBudget(16, 16, 64, lambda: 0.0, Load(lambda num_rows: 0.0))
+        for num_rows in (1, 4, 1, 4):
+            budget.observe(1, 0, 0.1 + 0.05 * num_rows, num_rows)
+        assert budget.seconds(8, 0) == pytest.approx(0.5 / MARGIN)
+        assert not budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.3)
+        assert budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.4)
+
     def test_prompts_share_the_experts_that_they_read(self) -> None:
-        budget = SweepBudget(16, 16, 64, lambda: 0.0, lambda num_rows: min(1.0, num_rows / 8))
+        budget = SweepBudget(16, 16, 64, lambda: 0.0, Load(lambda num_rows: min(1.0, num_rows / 8)))
         budget.observe(0, 100, 0.25)
         assert budget.prompt_tokens(0, 512, 32) == 360, "what computes while all experts are read"
+
+
+class Load:
+    """Every row wants one expert of its own."""
+
+    def __init__(self, read_seconds: Callable[[int], float]) -> None:
+        self.read_seconds = read_seconds
+
+    def wanted(self, num_rows: int) -> float:
+        return float(num_rows)
 
 
 def test_guesses_are_weighed_one_by_one_where_rows_read() -> None:
     """As many as are worth their experts, and no row more because a block has room for it."""
     sequence = make([1, 2, 3, 4, 5, 6, 7, 8, 9, 20, 21], [3, 4, 5])
     free = grow(sequence)
-    dear = TreeDrafting([SuffixDrafter()], SweepBudget(16, 16, 64, lambda: 0.0, float))
+    dear = TreeDrafting([SuffixDrafter()], SweepBudget(16, 16, 64, lambda: 0.0, Load(float)))
     assert dear.propose([sequence], 1, 0) == {}
     assert dear.num_declined == 1
-    between = TreeDrafting([SuffixDrafter()], SweepBudget(16, 16, 64, lambda: 2.0, float))
+    between = TreeDrafting([SuffixDrafter()], SweepBudget(16, 16, 64, lambda: 2.0, Load(float)))
     assert 0 < len(between.propose([sequence], 1, 0)[sequence]) < len(free)

@@ -131,12 +131,12 @@ def test_skewed_routings_hit_more_than_with_lru(exponent: float) -> None:
 def test_expected_misses_are_those_that_come() -> None:
     routing = draw_routing(num_layers=4, num_experts=32, top_k=4, num_sweeps=1200, exponent=1.0, seed=2)
     cache = ExpertCache(40, 4 * 32, chosen=16)
-    assert cache.expected_missing(1) == pytest.approx(16)
-    assert cache.expected_missing(1000) == pytest.approx(128)
+    assert cache.expected(1) == pytest.approx((16, 16))
+    assert cache.expected(1000) == pytest.approx((128, 128))
     expected = found = 0.0
     for sweep in routing:
         cache.begin_sweep()
-        expected += cache.expected_missing(1)
+        expected += cache.expected(1)[1]
         for layer, chosen in enumerate(sweep):
             wanted = sorted(layer * 32 + int(expert) for expert in chosen)
             missing = cache.want(wanted, [1.0] * 4)

@@ -4,18 +4,32 @@ A sweep takes ``max(read, compute)`` seconds: *read* for its streamed weights at
 blocks. While compute is the smaller one, more rows cost nothing (the design's N*); past that they are worth it only if
 they bring more tokens per second than the sweep without them. What a row block takes is measured, sweep by sweep.
 
-In a mixture of experts no row is free: it is routed to experts of its own, and those that are not in memory are read.
-What a row more reads is then weighed against the tokens that it brings, row by row; of a prompt's rows the first few
-read nearly all experts, and the others come with them.
+In a mixture of experts no row is free: it is routed to experts of its own, which compute, and those that are not in
+memory are read. What a row more takes is then weighed against the tokens that it brings, row by row; of a prompt's rows
+the first few want nearly all experts, and the others come with them. What computing takes is a straight line over the
+experts that are wanted, fitted to the latest sweeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 MARGIN = 0.9  # of the read: what the compute may take and still hide behind it
 NEW_SHARE = 0.3  # what the newest measurement counts
 UNKNOWN_BLOCK_SHARE = 0.25  # of a sweep, for a row block, before anything was measured
+
+
+class ExpertLoad(Protocol):
+    """What rows bring in a mixture of experts."""
+
+    def wanted(self, num_rows: int) -> float:
+        """How many experts *num_rows* are likely to be routed to."""
+        ...
+
+    def read_seconds(self, num_rows: int) -> float:
+        """What reading those of them takes that are not in memory."""
+        ...
 
 
 class SweepBudget:
@@ -26,8 +40,7 @@ class SweepBudget:
         per_block: how many of them may be used.
         max_draft_rows: guesses in one sweep at most; memory is set aside for them.
         read_seconds: what reading the streamed weights of one sweep takes; 0 where everything is resident.
-        expert_seconds: what reading the experts takes that a sweep of so many rows is routed to; ``None``: rows bring
-            no weights of their own.
+        experts: what rows bring; ``None``: no weights of their own.
     """
 
     def __init__(
@@ -36,28 +49,32 @@ class SweepBudget:
         per_block: int,
         max_draft_rows: int,
         read_seconds: Callable[[], float],
-        expert_seconds: Callable[[int], float] | None = None,
+        experts: ExpertLoad | None = None,
     ) -> None:
         self.decode_rows = decode_rows
         self.per_block = per_block
         self.max_draft_rows = max_draft_rows
         self._read_seconds = read_seconds
-        self._expert_seconds = expert_seconds
+        self._experts = experts
+        self._computing = _Line()
         self._block_seconds: float | None = None
         self._token_seconds: float | None = None
 
-    def observe(self, num_blocks: int, num_prompt_rows: int, compute_seconds: float) -> None:
-        """A sweep with *num_blocks* decode blocks and *num_prompt_rows* computed for that long."""
+    def observe(self, num_blocks: int, num_prompt_rows: int, compute_seconds: float, num_rows: int = 0) -> None:
+        """A sweep with *num_blocks* decode blocks of *num_rows*, padding left out, and *num_prompt_rows* computed for
+        that long."""
         if not num_prompt_rows and num_blocks:
+            if self._experts is not None:
+                self._computing.add(self._experts.wanted(num_rows), compute_seconds)
             self._block_seconds = _mixed(self._block_seconds, compute_seconds / num_blocks)
         elif num_prompt_rows:
-            rest = compute_seconds - num_blocks * (self._block_seconds or 0.0)
+            rest = compute_seconds - self._decoding(num_rows or num_blocks * self.per_block)
             self._token_seconds = _mixed(self._token_seconds, max(rest, 0.0) / num_prompt_rows)
 
     @property
     def rows_read(self) -> bool:
         """Whether every row brings weights of its own."""
-        return self._expert_seconds is not None
+        return self._experts is not None
 
     def blocks_for(self, num_rows: int) -> int:
         """Decode blocks that *num_rows* need."""
@@ -65,7 +82,7 @@ class SweepBudget:
 
     def seconds(self, num_rows: int, num_prompt_rows: int) -> float:
         """What a sweep takes that decodes *num_rows*, as far as it is known."""
-        compute = self.blocks_for(num_rows) * self._a_block() + num_prompt_rows * (self._token_seconds or 0.0)
+        compute = self._decoding(num_rows) + num_prompt_rows * (self._token_seconds or 0.0)
         return max(self._reading(num_rows + num_prompt_rows), compute / MARGIN)
 
     def is_worth(self, num_rows: int, more_rows: int, num_prompt_rows: int, tokens: float, more_tokens: float) -> bool:
@@ -82,13 +99,19 @@ class SweepBudget:
         reading = self._reading(num_rows + most)
         if self._token_seconds is None or not reading:
             return most
-        free = MARGIN * reading - self.blocks_for(num_rows) * self._a_block()
+        free = MARGIN * reading - self._decoding(num_rows)
         return int(min(most, max(least, free / max(self._token_seconds, 1e-9))))
 
     def _reading(self, num_rows: int) -> float:
         """What reading takes for a sweep of so many rows."""
-        experts = 0.0 if self._expert_seconds is None else self._expert_seconds(num_rows)
+        experts = 0.0 if self._experts is None else self._experts.read_seconds(num_rows)
         return self._read_seconds() + experts
+
+    def _decoding(self, num_rows: int) -> float:
+        """What computing *num_rows* that decode takes."""
+        if self._experts is not None:
+            return self._computing.at(self._experts.wanted(num_rows)) if num_rows else 0.0
+        return self.blocks_for(num_rows) * self._a_block()
 
     def _a_block(self) -> float:
         if self._block_seconds is None:
@@ -98,3 +121,30 @@ class SweepBudget:
 
 def _mixed(old: float | None, new: float) -> float:
     return new if old is None else old + NEW_SHARE * (new - old)
+
+
+class _Line:
+    """A straight line through the latest points, with neither a negative slope nor a negative beginning."""
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """One more point; those before it count a little less."""
+        old = 1.0 - NEW_SHARE / 3
+        self._weight = old * self._weight + 1.0
+        self._x = old * self._x + x
+        self._y = old * self._y + y
+        self._xx = old * self._xx + x * x
+        self._xy = old * self._xy + x * y
+
+    def at(self, x: float) -> float:
+        """Its height there; 0.0 before the first point. Where all points are alike, it goes through the origin."""
+        if not self._weight or not self._x:
+            return 0.0
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        variance = self._xx / self._weight - mean_x**2
+        slope = mean_y / mean_x
+        if variance > (mean_x / 20) ** 2:
+            slope = min(slope, max(0.0, (self._xy / self._weight - mean_x * mean_y) / variance))
+        return mean_y + slope * (x - mean_x)

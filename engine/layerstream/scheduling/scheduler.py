@@ -38,7 +38,7 @@ from layerstream.draft import DraftTree
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
-from layerstream.scheduling.budget import SweepBudget
+from layerstream.scheduling.budget import ExpertLoad, SweepBudget
 from layerstream.scheduling.frames import Frames, Swap
 from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
 from layerstream.scheduling.queue import WaitingQueue
@@ -72,7 +72,7 @@ class Scheduler:
         store: what outlives the process; ``None``: prefixes are shared in memory alone.
         read_seconds: what reading the streamed weights of a sweep takes.
         swap: where pages go when memory is short.
-        expert_seconds: what reading the experts takes that so many rows are routed to; ``None``: there are none.
+        experts: what rows bring in a mixture of experts; ``None``: it is none, or they come with their block.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class Scheduler:
         store: SpillStore | None = None,
         read_seconds: Callable[[], float] = lambda: 0.0,
         swap: Swap | None = None,
-        expert_seconds: Callable[[int], float] | None = None,
+        experts: ExpertLoad | None = None,
     ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
         self.limits = limits
         self.budget = SweepBudget(
-            limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds, expert_seconds
+            limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds, experts
         )
         self.pool = pool
         self._store = store

@@ -49,11 +49,11 @@ class ExpertCache:
         self._growth = 2.0 ** (1.0 / half_life)
         self._wanted: set[int] = set()
         self._chosen = chosen
-        self._missing: dict[int, float] = {}  # by rows, for the sweep to come
+        self._expected: dict[int, tuple[float, float]] = {}  # wanted and missing by rows, for the sweep to come
 
     def begin_sweep(self) -> None:
         """Uses from here on count a little more than those so far."""
-        self._missing.clear()
+        self._expected.clear()
         self._use *= self._growth
         if self._use > LARGEST_USE:
             self._uses /= self._use
@@ -113,22 +113,22 @@ class ExpertCache:
         self._uses[:] = shares
         self._use = 1.0
 
-    def expected_missing(self, num_rows: int) -> float:
-        """How many experts a sweep of *num_rows* is likely to want that are not there now.
+    def expected(self, num_rows: int) -> tuple[float, float]:
+        """How many experts a sweep of *num_rows* is likely to want, and how many of those are not there now.
 
         An expert that the share *p* of rows is routed to is wanted by some of *n* with a probability of
         ``1 - (1-p)^n``, where rows choose independently.
         """
-        if num_rows not in self._missing:
+        if num_rows not in self._expected:
             total = self._uses.sum()
             if total:
                 share = np.minimum(1.0, self._uses * (self._chosen / total))
             else:
                 share = np.full(len(self._uses), self._chosen / len(self._uses))
             wanted = 1.0 - (1.0 - share) ** num_rows
-            wanted[list(self._slot_of)] = 0.0
-            self._missing[num_rows] = float(wanted.sum())
-        return self._missing[num_rows]
+            there = wanted[list(self._slot_of)].sum()
+            self._expected[num_rows] = float(wanted.sum()), float(wanted.sum() - there)
+        return self._expected[num_rows]
 
     def hottest(self) -> list[int]:
         """As many experts as there are slots: those worth most; of those that are worth the same, an even mix."""
