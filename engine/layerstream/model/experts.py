@@ -260,14 +260,15 @@ class _Routes:
     def __init__(self, index: torch.Tensor, num_experts: int, name: str) -> None:
         self._top_k = index.shape[1]
         flat = index.reshape(-1)
-        if len(flat) and not -1 <= int(flat.min()) <= int(flat.max()) < num_experts:
+        is_nobody = (flat < -1) | (flat >= num_experts)
+        counts = torch.bincount(flat.masked_fill(is_nobody, num_experts) + 1, minlength=num_experts + 2).tolist()
+        if counts.pop():
             raise InvalidRouting(
-                f"the router of {name} sends a row to expert {int(flat.max())}, and there are {num_experts}: its "
-                "weights are damaged, or of another model; check the files with 'layerstream doctor'"
+                f"the router of {name} sends a row to expert {int(flat[is_nobody][0])}, and there are {num_experts}: "
+                "its weights are damaged, or of another model; fetch the files again"
             )
         order = torch.argsort(flat, stable=True)
         self._rows, self._slots = order // self._top_k, order % self._top_k
-        counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
         start = counts[0]  # rows of padding
         self._ranges: dict[int, tuple[int, int]] = {}
         for expert, count in enumerate(counts[1:]):
