@@ -64,7 +64,7 @@ def _least_bytes(facts: ModelFacts) -> int:
 def _resident_bytes(facts: ModelFacts) -> int:
     """From there on all weights may stay, the embedding's rows coming from disk."""
     fixed = spending._activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
-    return fixed + facts.compute_bytes - facts.embedding_bytes + spending.MIN_KV_TOKENS * facts.kv_token_bytes
+    return fixed + facts.compute_bytes - facts.embedding_bytes + spending.MIN_KV_TOKENS * facts.kv_cost_bytes
 
 
 def add_tokenizer(folder: Path, tokenizer_folder: Path) -> None:

@@ -71,9 +71,16 @@ def test_the_ceiling_holds(
 @pytest.mark.parametrize("mode", ["device-host", "device-cut"])
 @pytest.mark.parametrize(("length", "batch"), [(512, 1), (512, 32), (4000, 8), (32_000, 1)])
 def test_the_ceiling_holds_for_long_contexts_and_for_many(
-    length: int, batch: int, mode: str, tmp_path: Path, tokenizer_folder: Path, pretended_cuda: PretendCuda
+    length: int,
+    batch: int,
+    mode: str,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pretended_cuda: PretendCuda,
 ) -> None:
-    """From 512 tokens to 32,000, alone and 32 at once, with the engine's own sizes of sweeps."""
+    """From 512 tokens to 32,000, alone and 32 at once, in the smallest budget that holds one of them."""
+    monkeypatch.setattr(spending, "MIN_KV_TOKENS", length + 128)
     make_model("llama", tmp_path, sizes={"max_position_embeddings": 33_000})
     add_tokenizer(tmp_path, tokenizer_folder)
     config = config_for(tmp_path, mode)

@@ -139,3 +139,14 @@ class ModelFacts:
     def kv_place_bytes(self) -> int:
         """What KV of one token takes where it is computed with."""
         return LAYERS_IN_HAND * self.layer_kv_bytes if self.kv_rides else self.kv_token_bytes
+
+    @property
+    def attending_bytes(self) -> int:
+        """What a token that is attended to takes while it is: on an accelerator, its keys and values in one layer,
+        gathered, and its column of a chunk's mask, as it is and as a kernel has it."""
+        return self.layer_kv_bytes + self.chunk_tokens * (1 + self.itemsize) if self.is_on_device else 0
+
+    @property
+    def kv_cost_bytes(self) -> int:
+        """What room for KV of one token takes in all."""
+        return self.kv_place_bytes + self.attending_bytes

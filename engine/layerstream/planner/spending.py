@@ -55,7 +55,7 @@ def comfortable_bytes(facts: ModelFacts) -> int:
     """The budget from which on nothing streams and KV has all the room that it may take."""
     fixed = facts.compute_bytes + _activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
     fixed += sum(node.value_bytes - node.own_bytes for node in facts.without_kernel.values())
-    return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_place_bytes
+    return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_cost_bytes
 
 
 def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool) -> Plan | None:
@@ -92,7 +92,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         embedding_resident=with_embedding,
         num_pages=num_pages,
         page_tokens=facts.chunk_tokens,
-        activation_bytes=activations,
+        activation_bytes=activations + num_pages * facts.chunk_tokens * facts.attending_bytes,
         max_sweep_tokens=facts.sweep_tokens,
         max_draft_rows=draft_rows,
         num_transit=num_transit,
@@ -167,7 +167,7 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least += draft_rows * _draft_row_bytes(facts)
     least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
-    for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_place_bytes
+    for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_cost_bytes
     num_transit = 0
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = for_weights - (floor - least_kv)
@@ -203,7 +203,7 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         embedding_resident=False,
         num_pages=num_pages,
         page_tokens=facts.chunk_tokens,
-        activation_bytes=activations + scratch_bytes,
+        activation_bytes=activations + scratch_bytes + num_pages * facts.chunk_tokens * facts.attending_bytes,
         max_sweep_tokens=sweep_tokens,
         max_draft_rows=draft_rows,
         num_transit=num_transit,
@@ -231,7 +231,7 @@ def _sweep_tokens(facts: ModelFacts, budget_bytes: int, floor: int) -> int:
 
 def _first_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
     """KV that comes before anything else that would be faster in memory."""
-    wanted = min(WANTED_KV_TOKENS, facts.context_length) * facts.kv_place_bytes
+    wanted = min(WANTED_KV_TOKENS, facts.context_length) * facts.kv_cost_bytes
     return int(min(wanted, WANTED_KV_SHARE * budget_bytes))
 
 
@@ -281,7 +281,7 @@ def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:
 
 
 def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
-    page_bytes = facts.chunk_tokens * facts.kv_place_bytes
+    page_bytes = facts.chunk_tokens * facts.kv_cost_bytes
     most = -(-facts.context_length // facts.chunk_tokens) * MAX_KV_SEQUENCES
     most = min(most, facts.kv_tokens // facts.chunk_tokens)
     return max(_least_kv_bytes(facts) // page_bytes, min(most, kv_bytes // page_bytes))
@@ -298,7 +298,7 @@ def _num_transit(facts: ModelFacts, num_bytes: int, num_pages: int) -> int:
 def _least_kv_bytes(facts: ModelFacts) -> int:
     """KV of two chunks at the least."""
     size = facts.chunk_tokens
-    return max(2, MIN_KV_TOKENS // size) * size * facts.kv_place_bytes
+    return max(2, MIN_KV_TOKENS // size) * size * facts.kv_cost_bytes
 
 
 def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
