@@ -220,7 +220,7 @@ def _ask(engine: Any, group: list[tuple[list[int], list[int]]], max_tokens: int)
 def _raw_rate(watch: Watch) -> float:
     """Bytes per second of direct reads of recorded experts, as many at a time as the bank has under way."""
     from layerstream.streaming.expert_bank import AHEAD_BYTES
-    from layerstream.streaming.loader import Countdown
+    from layerstream.streaming.loader import read_all
     from layerstream.streaming.reader import DirectReader
     from layerstream.streaming.ring import Arena
 
@@ -232,12 +232,8 @@ def _raw_rate(watch: Watch) -> float:
     try:
         for first in range(0, len(layouts), at_once):
             group = layouts[first : first + at_once]
-            countdown = Countdown(sum(len(layout.requests) for layout in group))
             started = time.perf_counter()
-            for slot, layout in enumerate(group):
-                for request in layout.requests:
-                    reader.submit(request, arena.view, slot * size, countdown)
-            countdown.wait()
+            read_all(group, arena, range(0, len(group) * size, size), reader)
             rates.append(sum(layout.weight_bytes for layout in group) / (time.perf_counter() - started))
     finally:
         reader.close()

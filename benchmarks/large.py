@@ -57,6 +57,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Ask the questions; all figures."""
     from layerstream import LayerStream, SamplingParams
+    from layerstream.cli.options import split
     from layerstream.probe import measure_disk
     from transformers import AutoTokenizer
 
@@ -68,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         options.model,
         device=options.device,
         device_map=options.device_map,
-        memory=options.memory.split(",") if "," in options.memory else options.memory,
+        memory=split(options.memory),
         host_memory=options.host_memory,
         kv_store=None,
     ) as engine:

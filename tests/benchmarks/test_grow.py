@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ def prompt_ids(question: str) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt").input_ids
 
 
+def assert_same_logits(grown: Any, reader: Any, ids: torch.Tensor) -> None:
+    with torch.inference_mode():
+        expected = reader(ids).logits
+        found = grown(ids).logits[..., : expected.shape[-1]]
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 @needs_reader
 @pytest.mark.parametrize("shape", ["tiny", "640,600,5,10,5,1500"])
 def test_grown_reader_is_the_same_function(shape: str, tmp_path: Path) -> None:
@@ -37,10 +45,7 @@ def test_grown_reader_is_the_same_function(shape: str, tmp_path: Path) -> None:
     assert grown.model.embed_tokens.weight.shape == (parsed.vocabulary, parsed.hidden)
     for question in QUESTIONS:
         ids = prompt_ids(question)
-        with torch.inference_mode():
-            expected = reader(ids).logits
-            found = grown(ids).logits[..., : expected.shape[-1]]
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert_same_logits(grown, reader, ids)
         options = {"max_new_tokens": 12, "do_sample": False}
         assert torch.equal(grown.generate(ids, **options), reader.generate(ids, **options))
 
@@ -56,10 +61,7 @@ def test_a_mixture_is_the_same_function(name: str, skew: float, tmp_path: Path) 
     assert grown.config.num_experts_per_tok == mixture.top_k
     for question in QUESTIONS:
         ids = prompt_ids(question)
-        with torch.inference_mode():
-            expected = reader(ids).logits
-            found = grown(ids).logits[..., : expected.shape[-1]]
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert_same_logits(grown, reader, ids)
 
 
 @needs_reader

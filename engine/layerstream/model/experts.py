@@ -71,10 +71,10 @@ class RoutedExperts(Protocol):
 
         Args:
             shares: of the rows, those that each is wanted for.
+            may_skip: asked before each of them; whether another than the first of those left may come.
 
         Raises:
             ExpertLost: one of them could not be read.
-            may_skip: asked before each of them; whether another than the first of those left may come.
         """
         ...
 

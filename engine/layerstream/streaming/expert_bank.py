@@ -24,16 +24,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from layerstream.streaming.expert_cache import ExpertCache
-from layerstream.streaming.loader import Countdown
+from layerstream.streaming.loader import read_all
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.ring import Arena
 from layerstream.streaming.streamer import views
 from layerstream.streaming.timeline import Timeline
-from layerstream.streaming.unit import ReadRequest, UnitLayout
+from layerstream.streaming.unit import UnitLayout
 
 AHEAD_BYTES = 32 * 2**20  # in flight: more does not make the disk faster
 DEMAND = 0  # priority of a read that the compute waits for, before what is only read ahead
@@ -77,16 +78,9 @@ class ExpertBank:
         Raises:
             ReadError, TruncatedFile: as the reader does.
         """
-        layouts = [self._layout(expert) for expert in experts]
-        countdown = Countdown(sum(len(layout.requests) for layout in layouts))
-        for expert, layout in zip(experts, layouts, strict=True):
-            slot = self.cache.place(expert)
-            assert slot is not None
-            for request in layout.requests:
-                self._reader.submit(
-                    request, self._arena.view, slot * self._slot_bytes, _told(countdown, on_read, request)
-                )
-        countdown.wait()
+        slots = [self.cache.place(expert) for expert in experts]
+        starts = [slot * self._slot_bytes for slot in slots if slot is not None]
+        read_all([self._layout(expert) for expert in experts], self._arena, starts, self._reader, on_read)
         for expert in experts:
             self.cache.let_go(expert)
 
@@ -198,7 +192,7 @@ class ExpertBank:
         self.streamed_bytes += layout.weight_bytes
         for request in layout.requests:
             self._reader.submit(
-                request, self._arena.view, slot * self._slot_bytes, _Callback(self, expert), priority=DEMAND
+                request, self._arena.view, slot * self._slot_bytes, partial(self._finish, expert), priority=DEMAND
             )
         return True
 
@@ -215,27 +209,3 @@ class ExpertBank:
                 self._held.discard(expert)
                 self.cache.drop(expert)
             self._changed.notify_all()
-
-
-class _Callback:
-    """Counts a request of *expert* as done."""
-
-    __slots__ = ("_bank", "_expert")
-
-    def __init__(self, bank: ExpertBank, expert: int) -> None:
-        self._bank = bank
-        self._expert = expert
-
-    def __call__(self, error: Exception | None) -> None:
-        self._bank._finish(self._expert, error)
-
-
-def _told(
-    countdown: Countdown, on_read: Callable[[int], None], request: ReadRequest
-) -> Callable[[Exception | None], None]:
-    def done(error: Exception | None) -> None:
-        if error is None:
-            on_read(request.needed_bytes)
-        countdown(error)
-
-    return done

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -209,18 +210,5 @@ class ReadFeed(Feed):
         slot.pending = len(requests)
         for request in requests:
             self._reader.submit(
-                request, self.arena.view, slot.offset, _Callback(self, slot), skip=lambda: bool(slot.error)
+                request, self.arena.view, slot.offset, partial(self._finish, slot), skip=lambda: bool(slot.error)
             )
-
-
-class _Callback:
-    """Counts a request of *slot* as done."""
-
-    __slots__ = ("_feed", "_slot")
-
-    def __init__(self, feed: ReadFeed, slot: Slot) -> None:
-        self._feed = feed
-        self._slot = slot
-
-    def __call__(self, error: Exception | None) -> None:
-        self._feed._finish(self._slot, error)

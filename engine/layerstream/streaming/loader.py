@@ -64,13 +64,28 @@ def load_images(
     starts = list(accumulate((layout.num_bytes for layout in layouts), initial=0))
     arena = Arena(starts[-1])
     prepare(arena)
+    read_all(layouts, arena, starts[:-1], reader, on_read)
+    images = [arena.tensor[start : start + layout.num_bytes] for layout, start in zip(layouts, starts, strict=False)]
+    return arena, images
+
+
+def read_all(
+    layouts: Sequence[UnitLayout],
+    arena: Arena,
+    starts: Sequence[int],
+    reader: DirectReader,
+    on_read: Callable[[int], None] | None = None,
+) -> None:
+    """Read units into *arena*, each from its byte of *starts* on; all are there on return.
+
+    Raises:
+        ReadError, TruncatedFile: as the reader does.
+    """
     countdown = Countdown(sum(len(layout.requests) for layout in layouts))
-    for layout, start in zip(layouts, starts, strict=False):
+    for layout, start in zip(layouts, starts, strict=True):
         for request in layout.requests:
             reader.submit(request, arena.view, start, _told(countdown, on_read, request.needed_bytes))
     countdown.wait()
-    images = [arena.tensor[start : start + layout.num_bytes] for layout, start in zip(layouts, starts, strict=False)]
-    return arena, images
 
 
 def _told(countdown: Countdown, on_read: Callable[[int], None] | None, num_bytes: int) -> Callable[..., None]:
