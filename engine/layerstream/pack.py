@@ -28,7 +28,8 @@ from layerstream.checkpoint.packed import find_packed
 from layerstream.checkpoint.writer import ShardWriter, dtype_name
 from layerstream.errors import ConfigurationError, InvalidHeader, StorageFull
 from layerstream.machine import cache_folder
-from layerstream.model.skeleton import Skeleton, build_skeleton, is_plain_linear
+from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.model.weighing import is_plain_linear
 from layerstream.sizes import format_size
 
 logger = logging.getLogger(__name__)
