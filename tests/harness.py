@@ -129,7 +129,8 @@ def device_config(folder: Path, mode: str, dtype: str = "float32", **options: An
     plan = sizing.plan_model(config)[0]
     assert plan.host is not None
     largest = max(unit.ring_bytes for unit in plan.weights.units)
-    return replace(config, host_memory_bytes=plan.host.kv_bytes + 2 * largest + plan.host.resident_bytes // 3)
+    staying = plan.host.resident_bytes + plan.host.expert_bytes
+    return replace(config, host_memory_bytes=plan.host.kv_bytes + 2 * largest + staying // 3)
 
 
 def devices_config(

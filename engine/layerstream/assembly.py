@@ -47,7 +47,9 @@ from layerstream.sizes import format_size
 from layerstream.sizing import available_bytes, devices_of, locate_model, plan_model
 from layerstream.step import SweepStep
 from layerstream.streaming.device import Device, Placement, device_name, names_of_layers, open_device
-from layerstream.streaming.expert_cache import ExpertCache
+from layerstream.streaming.device_experts import DeviceBank
+from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.streaming.expert_paths import ASSUMED_LINK_RATE
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.streaming.timeline import Timeline
 from layerstream.text.defaults import GenerationDefaults, load_defaults
@@ -55,7 +57,6 @@ from layerstream.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-ASSUMED_LINK_RATE = 20e9  # bytes per second, of PCIe 4 with 16 lanes
 DRAFT_MODEL_SHARE = 0.4  # of the memory, at most, for a draft model and its KV
 
 
@@ -171,9 +172,14 @@ def _look_at_source(files: Sequence[Path], plan: Plan, rate: float | None) -> No
         )
 
 
-def _computes(device: str, prefers_flash: bool) -> str:
+def _computes(device: str, plan: Plan, prefers_flash: bool) -> str:
     """What computes, as far as its results depend on it."""
-    return f"{device}, flash-attn" if prefers_flash else device
+    parts = [device]
+    if prefers_flash:
+        parts.append("flash-attn")
+    if plan.weights.expert_slots and plan.facts.host_fused_rows is not None:
+        parts.append("experts on the host")
+    return ", ".join(parts)
 
 
 def _moving_seconds(plan: Plan, reader: DirectReader, assumed: float = ASSUMED_READ_RATE, *, rows: int = 1) -> float:
@@ -262,7 +268,7 @@ def identify(config: EngineConfig, store: KVStoreConfig, memory: DigestMemory) -
     devices = devices_of(config)
     names = [device_name(devices[number]) for number in plan.devices or (0,)]
     prefers_flash = resolve_attention(config.attention, devices[0])
-    computes = _computes(names_of_layers(names, plan.layers), prefers_flash)
+    computes = _computes(names_of_layers(names, plan.layers), plan, prefers_flash)
     fingerprint = describe(store, folder, skeleton, plan, digests, computes)
     return namespace(fingerprint, store.salt), {"model": config.model, "fingerprint": fingerprint}
 
@@ -298,7 +304,7 @@ def _assemble(
             plan=plan,
             states=states,
             reader=reader,
-            computes=_computes("cpu" if placement is None else placement.name, prefers_flash),
+            computes=_computes("cpu" if placement is None else placement.name, plan, prefers_flash),
             sweep_seconds=lambda: _moving_seconds(plan, reader, HOPED_READ_RATE),
         )
     try:
@@ -315,6 +321,7 @@ def _assemble(
             placement,
             units,
             plan.facts.expert_shares,
+            plan.facts.host_fused_rows,
         )
         embedding = _embedding(skeleton, plan, weights, reader)
         _look_at_source(weight_paths(skeleton), plan, reader.rate())
@@ -322,7 +329,7 @@ def _assemble(
         if weights.streamer is not None:
             weights.streamer.read_ahead()
         swap = PageSwap(states)
-        scheduler = _scheduler(skeleton, plan, store, reader, swap, weights.experts)
+        scheduler = _scheduler(skeleton, plan, store, reader, swap, weights.bank)
         loader = None if store is None else store.loader
         device_kv = None
         if placement is not None:
@@ -363,7 +370,7 @@ def _scheduler(
     store: PrefixStore | None,
     reader: DirectReader,
     swap: PageSwap,
-    experts: ExpertCache | None,
+    experts: ExpertBank | DeviceBank | None,
 ) -> Scheduler:
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
@@ -380,19 +387,20 @@ def _scheduler(
 
 
 class _ExpertLoad:
-    """What the cache expects of rows, at the disk's rate."""
+    """What the bank expects of rows, at the rates of disk and link."""
 
-    def __init__(self, cache: ExpertCache, expert_bytes: float, reader: DirectReader) -> None:
-        self._cache = cache
+    def __init__(self, bank: ExpertBank | DeviceBank, expert_bytes: float, reader: DirectReader) -> None:
+        self._bank = bank
         self._expert_bytes = expert_bytes
         self._reader = reader
 
     def wanted(self, num_rows: int) -> float:
-        return self._cache.expected(num_rows)[0]
+        return self._bank.expected(num_rows)[0]
 
     def read_seconds(self, num_rows: int) -> float:
         rate = self._reader.rate() or ASSUMED_READ_RATE
-        return self._cache.expected(num_rows)[1] * self._expert_bytes / rate
+        _, crossing, reading = self._bank.expected(num_rows)
+        return max(reading * self._expert_bytes / rate, crossing * self._bank.crossing_seconds)
 
 
 def _drafters(config: EngineConfig, store: PrefixStore | None, draft: Assembly | None) -> list[Drafter]:

@@ -34,6 +34,7 @@ class EngineConfig:
     memory_bytes: int | None = None
     memory_each: tuple[int, ...] = ()
     host_memory_bytes: int | None = None
+    host_compute: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
     max_context: int | None = None
@@ -61,6 +62,8 @@ class EngineConfig:
             raise ConfigurationError(
                 f"attention is {self.attention!r}; expected one of {', '.join(map(repr, ATTENTIONS))}"
             )
+        if self.host_compute not in {"auto", "off"}:
+            raise ConfigurationError(f"host_compute is {self.host_compute!r}; expected 'auto' or 'off'")
         if self.max_context is not None and self.max_context < 1:
             raise ConfigurationError(f"max_context is {self.max_context}; expected a number of tokens >= 1")
         if self.speculation not in {"auto", "off"}:

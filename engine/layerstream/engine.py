@@ -53,6 +53,9 @@ class LayerStream:
             the device, has free.
         host_memory: on an accelerator, ceiling for weights and KV in host memory, which is pinned; what fits neither
             here nor there is read from disk for every sweep. ``None``: what has a use, within what is free.
+        host_compute: of a mixture of experts on an accelerator, ``"auto"``: the processor computes experts that are in
+            host memory where that is done sooner than they cross to the accelerator; ``"off"``: none, so that answers
+            have the same bits whatever is where.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         attention: ``"auto"``, ``"sdpa"`` (torch's), or ``"flash_attn"`` (that package's, on an accelerator).
         quantization: ``"nf4"``, ``"int8"`` or ``"int4"``: convert the model once, into the user's cache folder, and
@@ -81,6 +84,7 @@ class LayerStream:
         device_map: str | None = None,
         memory: int | str | Seq[int | str] | None = None,
         host_memory: int | str | None = None,
+        host_compute: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
         quantization: str | None = None,
@@ -102,6 +106,7 @@ class LayerStream:
             memory_bytes=parse_size(memory) if isinstance(memory, int | str) else None,
             memory_each=() if memory is None or isinstance(memory, int | str) else tuple(map(parse_size, memory)),
             host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+            host_compute=host_compute,
             dtype=dtype,
             attention=attention,
             max_context=max_context,

@@ -99,6 +99,10 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         can_spill=config.kv_store is not None,
         is_on_device=is_on_device,
     )
+    if config.device_map is not None:  # experts come with their blocks there
+        facts = dataclasses.replace(facts, experts=())
+    if is_on_device and config.host_compute == "off":
+        facts = dataclasses.replace(facts, host_fused_rows=None)
     if facts.experts:
         statistics = ExpertStatistics(weight_paths(skeleton), facts.experts)
         facts = dataclasses.replace(facts, expert_shares=statistics.load())
@@ -143,7 +147,7 @@ def model_facts(
     return ModelFacts(
         body=skeleton.body,
         routed_body=skeleton.routed_body,
-        experts=() if is_on_device else skeleton.routed,
+        experts=skeleton.routed,
         head=skeleton.head,
         embedding_bytes=0 if skeleton.is_tied else embedding_bytes,
         kv_token_bytes=kv_values_per_token(config) * skeleton.dtype.itemsize,
@@ -158,6 +162,7 @@ def model_facts(
         prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
+        host_fused_rows=fused_rows(skeleton.kernels) if is_on_device and skeleton.routed else None,
         num_values=skeleton.num_values,
         num_layers=config.num_hidden_layers,
         can_spill=can_spill and not is_on_device,

@@ -10,6 +10,7 @@ from layerstream.assembly import Assembly
 from layerstream.kv.store import KVStats, PrefixStore
 from layerstream.loop import LoopCounters
 from layerstream.scheduling.drafting.trees import DrafterCounters
+from layerstream.streaming.expert_bank import ExpertBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class ExpertStats:
         num_experts: of all layers; *num_slots* of them are in memory at a time.
         hits, misses: wanted by a sweep and there, or read for it.
         streamed_bytes: what was read for that.
+        device_slots: of the slots, those of an accelerator; ``device_hits``: of the hits, those there.
+        host_computed: beside an accelerator, those that the processor computed.
     """
 
     num_experts: int
@@ -27,6 +30,9 @@ class ExpertStats:
     hits: int
     misses: int
     streamed_bytes: int
+    device_slots: int = 0
+    device_hits: int = 0
+    host_computed: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -110,8 +116,20 @@ def _expert_stats(parts: Assembly) -> ExpertStats | None:
     bank = parts.weights.bank
     if bank is None:
         return None
-    cache = bank.cache
-    return ExpertStats(parts.plan.facts.num_experts, cache.num_slots, cache.hits, cache.misses, bank.streamed_bytes)
+    cache, count = bank.cache, parts.plan.facts.num_experts
+    if isinstance(bank, ExpertBank):
+        return ExpertStats(count, cache.num_slots, cache.hits, cache.misses, bank.streamed_bytes)
+    behind = bank.host.cache
+    return ExpertStats(
+        num_experts=count,
+        num_slots=cache.num_slots + behind.num_slots,
+        hits=cache.hits + behind.hits,
+        misses=behind.misses,
+        streamed_bytes=bank.host.streamed_bytes,
+        device_slots=cache.num_slots,
+        device_hits=cache.hits,
+        host_computed=bank.num_computed_on_host,
+    )
 
 
 def _kv_stats(store: PrefixStore | None, counters: LoopCounters) -> KVStats:

@@ -19,7 +19,7 @@ from layerstream.model.context import SweepContext, sweeping
 from layerstream.planner import spending
 from layerstream.self_check import step_greedily
 from layerstream.sizing import plan_model
-from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.streaming.expert_bank import ExpertBank, ExpertLost
 from layerstream.streaming.reader import DirectReader
 from layerstream.sweep import Sweep
 from safetensors.torch import load_file, save_file
@@ -154,11 +154,11 @@ def test_who_needs_a_lost_expert_fails_and_nobody_else(
             used.append(set(asked))
         lost = min(used[0] - used[1])
 
-        def failing(bank: ExpertBank, expert: int) -> dict[str, torch.Tensor]:
+        def failing(bank: ExpertBank, expert: int) -> torch.Tensor:
             found = take(bank, expert)
             if expert == lost:
                 bank.release(expert)
-                raise ReadError("the disk failed here")
+                raise ExpertLost(expert, ReadError("the disk failed here"))
             return found
 
         monkeypatch.setattr(ExpertBank, "take", failing)
@@ -270,7 +270,7 @@ def test_reads_go_on_while_experts_compute(
 
     most = 0
 
-    def noted(bank: ExpertBank, expert: int) -> dict[str, torch.Tensor]:
+    def noted(bank: ExpertBank, expert: int) -> torch.Tensor:
         nonlocal most
         most = max(most, len(bank._reading))
         return take(bank, expert)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream.errors import EngineClosed, ReadError, TruncatedFile
-from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.streaming.expert_bank import ExpertBank, ExpertLost
 from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.unit import UnitLayout
@@ -45,7 +45,7 @@ def pass_layer(bank: ExpertBank, layouts: list[UnitLayout], wanted: list[int], t
     waiting, order = list(wanted), []
     while waiting:
         expert = bank.next(waiting, may_skip=may_skip)
-        for name, tensor in bank.take(expert).items():
+        for name, tensor in bank.tensors(expert).items():
             assert torch.equal(tensor, tensors[name])
         bank.check_integrity()
         bank.release(expert)
@@ -82,7 +82,7 @@ def test_hot_experts_are_there_before_the_first_sweep(experts, reader: DirectRea
     bank = make_bank(layouts, 6, reader)
     read: list[int] = []
     bank.cache.restore([float(expert % 4 == 0) for expert in range(COUNT)])
-    bank.load(sorted(bank.cache.hottest()), read.append)
+    bank.load_hottest(read.append)
     assert sum(read) >= sum(layouts[expert].weight_bytes for expert in range(0, COUNT, 4))
     bank.begin(with_tail=False)
     pass_layer(bank, layouts, [0, 4, 8, 12, 16, 20], tensors, may_skip=False)
@@ -102,8 +102,10 @@ def test_an_expert_that_cannot_be_read_harms_no_other(experts, reader: DirectRea
     bank.want(wanted, [1.0] * 5)
     for expert in wanted:
         if expert == bad:
-            with pytest.raises((TruncatedFile, ReadError)):
+            with pytest.raises(ExpertLost) as lost:
                 bank.take(expert)
+            assert lost.value.expert == bad
+            assert isinstance(lost.value.error, TruncatedFile | ReadError)
             continue
         bank.take(expert)
         bank.release(expert)

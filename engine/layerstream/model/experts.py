@@ -13,6 +13,7 @@ rows want; then the experts compute all rows; the second time it gets what they 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from layerstream.checkpoint.codecs.base import Codec, Planes
 from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import InvalidRouting
 from layerstream.model.context import current
+from layerstream.streaming.expert_bank import ExpertLost, Wish
 from layerstream.sweep import Span, SweepFailed
 
 IMPLEMENTATION = "layerstream"
@@ -52,25 +54,20 @@ Matrices: TypeAlias = Mapping[str, torch.Tensor | FusedMatrix]
 """An expert's weights by the names that the module has for those of all experts."""
 
 
-class ExpertLost(Exception):
-    """*expert* could not be read."""
-
-    def __init__(self, expert: int, error: Exception) -> None:
-        super().__init__(str(error))
-        self.expert = expert
-        self.error = error
-
-
 class RoutedExperts(Protocol):
     """The experts of one block, which come as they are routed to."""
 
+    def divide(self, wish: Wish) -> frozenset[int]:
+        """Which of them the processor is to compute, beside an accelerator."""
+        ...
+
     def bring(
-        self, experts: list[int], shares: list[float], may_skip: Callable[[], bool]
+        self, wish: Wish, on_host: frozenset[int], may_skip: Callable[[], bool]
     ) -> Iterator[tuple[int, Matrices]]:
-        """Each of *experts*, ascending, with weights that are valid until the next is asked for.
+        """Each of the experts once, with weights that are valid until the next is asked for.
 
         Args:
-            shares: of the rows, those that each is wanted for.
+            on_host: what :meth:`divide` said.
             may_skip: asked before each of them; whether another than the first of those left may come.
 
         Raises:
@@ -224,30 +221,74 @@ def _compute(module: torch.nn.Module, call: _Call, rows_per_call: int) -> torch.
 
 
 def _sum(module: torch.nn.Module, call: _Call, routes: _Routes, rows_per_call: int) -> torch.Tensor:
-    result = torch.zeros_like(call.hidden)
-    waiting = list(routes.experts)
-    early: dict[int, torch.Tensor] = {}  # computed before their turn
-
-    def may_skip() -> bool:
-        return sum(map(len, early.values())) < len(call.hidden)
-
+    wish = routes.wish
     routed: RoutedExperts | None = getattr(module, "routed", None)
-    brought = _all_there(module, waiting) if routed is None else routed.bring(waiting, routes.shares, may_skip)
-    at = 0
+    on_host = frozenset[int]() if routed is None or module.has_post_expert_norm else routed.divide(wish)
+    on_host_inputs = _inputs_on_host(call, routes, sorted(on_host))
+    total = _Sum(call, routes)
+    brought = _all_there(module, wish.experts) if routed is None else routed.bring(wish, on_host, total.has_room)
     for expert, matrices in brought:
-        rows, slots = routes.of(expert)
+        if expert in on_host:
+            parts = iter(on_host_inputs[expert].split(rows_per_call))
+        else:
+            parts = (call.hidden[rows] for rows in routes.of(expert)[0].split(rows_per_call))
         outputs = []
-        for start in range(0, len(rows), rows_per_call):
-            part = rows[start : start + rows_per_call]
-            inputs = call.hidden.new_zeros((rows_per_call, call.hidden.shape[1]))
-            inputs[: len(part)] = call.hidden[part]
-            outputs.append(_run_expert(module, matrices, inputs, len(part))[: len(part)])
-        weights = call.weights[rows, slots, None]
-        early[expert] = (torch.cat(outputs) * weights).to(result.dtype)
-        while at < len(waiting) and waiting[at] in early:
-            result.index_add_(0, routes.of(waiting[at])[0], early.pop(waiting[at]))
-            at += 1
-    return result
+        for part in parts:
+            padded = part.new_zeros((rows_per_call, part.shape[1]))
+            padded[: len(part)] = part
+            outputs.append(_run_expert(module, matrices, padded, len(part))[: len(part)])
+        total.add(expert, torch.cat(outputs), is_on_host=expert in on_host)
+    return total.finish()
+
+
+def _inputs_on_host(call: _Call, routes: _Routes, experts: list[int]) -> dict[int, torch.Tensor]:
+    """What *experts* get, in host memory: fetched at once, before the device has anything else to do."""
+    if not experts:
+        return {}
+    rows = [routes.of(expert)[0] for expert in experts]
+    fetched = call.hidden[torch.cat(rows)].cpu()
+    return dict(zip(experts, fetched.split([len(some) for some in rows]), strict=True))
+
+
+class _Sum:
+    """Adds up what experts give, in the order of their numbers, whichever of them was there first.
+
+    What the processor computed goes to the device when all is queued there, or when it takes too much room: the copy
+    waits for what was queued before.
+    """
+
+    def __init__(self, call: _Call, routes: _Routes) -> None:
+        self._call = call
+        self._routes = routes
+        self._total = torch.zeros_like(call.hidden)
+        self._left = deque(routes.wish.experts)
+        self._early: dict[int, torch.Tensor] = {}  # computed before their turn
+        self._on_host: set[int] = set()
+
+    def has_room(self) -> bool:
+        """Whether what was computed early takes no more than all rows take once."""
+        return sum(map(len, self._early.values())) < len(self._call.hidden)
+
+    def add(self, expert: int, outputs: torch.Tensor, *, is_on_host: bool) -> None:
+        """*outputs* ``(rows, hidden)`` of the rows of *expert*."""
+        self._early[expert] = outputs
+        if is_on_host:
+            self._on_host.add(expert)
+        self._add_up(with_host=not self.has_room())
+
+    def finish(self) -> torch.Tensor:
+        """The sum ``(rows, hidden)``, when all were added."""
+        self._add_up(with_host=True)
+        return self._total
+
+    def _add_up(self, *, with_host: bool) -> None:
+        while self._left and (expert := self._left[0]) in self._early:
+            if expert in self._on_host and not with_host:
+                return
+            rows, slots = self._routes.of(self._left.popleft())
+            outputs = self._early.pop(expert).to(self._total.device)
+            weights = self._call.weights[rows, slots, None]
+            self._total.index_add_(0, rows, (outputs * weights).to(self._total.dtype))
 
 
 class _Routes:
@@ -277,15 +318,10 @@ class _Routes:
                 start += count
 
     @property
-    def experts(self) -> list[int]:
-        """Those that are wanted, ascending."""
-        return list(self._ranges)
-
-    @property
-    def shares(self) -> list[float]:
-        """Of the rows, those that are routed to each of them."""
-        num_rows = sum(stop - start for start, stop in self._ranges.values()) / self._top_k
-        return [(stop - start) / num_rows for start, stop in self._ranges.values()]
+    def wish(self) -> Wish:
+        """How many rows are routed to each of those that any row is routed to."""
+        rows = [stop - start for start, stop in self._ranges.values()]
+        return Wish(list(self._ranges), rows, sum(rows) / self._top_k)
 
     def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows that are routed to *expert*, ascending, and which of their choices it is."""

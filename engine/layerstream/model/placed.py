@@ -17,6 +17,7 @@ from layerstream.model.linear import SlicedLinear
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import DeviceWeights, OnBytes
 from layerstream.streaming.device import Device, Placement
+from layerstream.streaming.device_experts import DeviceBank
 from layerstream.streaming.expert_bank import ExpertBank
 from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.reader import DirectReader
@@ -33,6 +34,7 @@ class ModelWeights:
         parts: those of each device of *placement*.
         placement: ``None``: the processor computes.
         expert_shares: how much each expert was used lately.
+        host_fused_rows: as :class:`~layerstream.model.weights.DeviceWeights` has it.
 
     Attributes:
         streamer: what brings weights for sweeps; ``None`` if all are resident.
@@ -48,6 +50,7 @@ class ModelWeights:
         placement: Placement | None = None,
         parts: Sequence[UnitPlan] = (),
         expert_shares: Sequence[float] = (),
+        host_fused_rows: Mapping[str, int] | None = None,
     ) -> None:
         self.plan = plan
         self._parts: list[DeviceWeights] = []
@@ -59,7 +62,17 @@ class ModelWeights:
                 for place, (device, part) in enumerate(zip(placement.devices, parts, strict=True)):
                     computes = _computes(skeleton, placement, place)
                     with device.use():
-                        made = DeviceWeights(skeleton, part, reader, on_load, fused_rows, device, computes)
+                        made = DeviceWeights(
+                            skeleton,
+                            part,
+                            reader,
+                            on_load,
+                            fused_rows,
+                            device,
+                            computes,
+                            expert_shares=expert_shares,
+                            host_fused_rows=host_fused_rows,
+                        )
                     self._parts.append(made)
         except BaseException:
             self.close()
@@ -75,7 +88,7 @@ class ModelWeights:
         return next(part.head for part in self._parts if part.head is not None)
 
     @property
-    def bank(self) -> ExpertBank | None:
+    def bank(self) -> ExpertBank | DeviceBank | None:
         """What brings experts as they are routed to; ``None``: there are none."""
         return next((part.bank for part in self._parts if part.bank is not None), None)
 

@@ -42,12 +42,12 @@ class Weigher:
         """The sizes of *module* and of what is below it.
 
         A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a
-        gate's sigmoid) has to see the rows of one row block at a time. So does quantised attention over latents.
+        gate's sigmoid) has to see the rows of one row block at a time. So does attention over latents.
         """
         sources, dtypes = self._sources, self._dtypes
         children = tuple(self.weigh(child, f"{path}.{name}") for name, child in module.named_children())
         inner = next((name for name, child in module.named_children() if is_fused_experts(child)), None)
-        if inner is not None or _has_to_see_whole_rows(module, path, sources):
+        if inner is not None or _has_to_see_whole_rows(module):
             keys = {key for key in sources if key.startswith(f"{path}.")}
             left = ""
             if inner is not None and self._leaves_experts and not _attends(module):
@@ -131,15 +131,13 @@ def _expert_scratch_bytes(sources: Mapping[str, Source], dtypes: Mapping[str, to
     return found + max((12 * values[key] for key in packed), default=0)
 
 
-def _has_to_see_whole_rows(module: torch.nn.Module, path: str, sources: Mapping[str, Source]) -> bool:
-    """Whether *module* is attention that takes one sequence at a time, with quantised Linears in it: each of them would
-    be a unit, and all sequences would pass between them."""
+def _has_to_see_whole_rows(module: torch.nn.Module) -> bool:
+    """Whether *module* is attention that takes one sequence at a time: all sequences would pass between its Linears if
+    they were units."""
     config = getattr(module, "config", None)
     if not hasattr(module, "layer_idx") or getattr(config, "model_type", None) not in ONE_SEQUENCE_PER_BLOCK:
         return False
-    if any(hasattr(child, "layer_idx") for child in module.children()):  # a decoder layer
-        return False
-    return any(isinstance(source, PackedSource) for key, source in sources.items() if key.startswith(f"{path}."))
+    return not any(hasattr(child, "layer_idx") for child in module.children())  # else it is a decoder layer
 
 
 def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:

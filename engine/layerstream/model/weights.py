@@ -21,6 +21,7 @@ from layerstream.model.routed import install_experts
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.copies import CopyFeed
 from layerstream.streaming.device import Device, Mark
+from layerstream.streaming.device_experts import DeviceBank
 from layerstream.streaming.expert_bank import ExpertBank
 from layerstream.streaming.feed import Feed, ReadFeed
 from layerstream.streaming.host import HostSource
@@ -44,6 +45,8 @@ class DeviceWeights:
         device: what computes; ``None``: the processor, where the weights are then.
         computes: whether the module of a path is computed there.
         expert_shares: how much each expert was used lately.
+        host_fused_rows: beside a device, the processor may compute experts, with kernels for so many rows; ``None``: it
+            may not.
 
     Attributes:
         plan: which units there are, and which of them stay.
@@ -64,6 +67,7 @@ class DeviceWeights:
         device: Device | None = None,
         computes: Callable[[str], bool] = lambda path: True,
         expert_shares: Sequence[float] = (),
+        host_fused_rows: Mapping[str, int] | None = None,
     ) -> None:
         self._skeleton = skeleton
         self._device = device
@@ -83,19 +87,23 @@ class DeviceWeights:
             feed = self._feed(streamed, reader, on_load)
             feed.populate()
             self.streamer = Streamer(feed, num_cycle=sum(index < len(plan.body) for index in streamed))
-        self.bank: ExpertBank | None = None
+        self.bank: ExpertBank | DeviceBank | None = None
         if plan.expert_slots:
-            self.bank = install_experts(skeleton, plan, self._matrices, reader, expert_shares)
-        self._joined = self._find_joined()
-        for index in sorted(plan.residents):
-            self._load(index, reader, on_load)
-        if self.bank is not None:
-            self.bank.load(sorted(self.bank.cache.hottest()), on_load)
-        if device is not None:
-            self._move_buffers(device.torch_device)
-        self._install()
-        head = [self._slice(index) for index in range(len(plan.body), len(plan.units))]
-        self.head = SlicedLinear(head) if head else None
+            self.bank = install_experts(skeleton, plan, self._matrices, reader, expert_shares, device, host_fused_rows)
+        try:
+            self._joined = self._find_joined()
+            for index in sorted(plan.residents):
+                self._load(index, reader, on_load)
+            if self.bank is not None:
+                self.bank.load_hottest(on_load)
+            if device is not None:
+                self._move_buffers(device.torch_device)
+            self._install()
+            head = [self._slice(index) for index in range(len(plan.body), len(plan.units))]
+            self.head = SlicedLinear(head) if head else None
+        except BaseException:
+            self.close()
+            raise
 
     def resident_matrix(self, key: str) -> torch.Tensor | None:
         """The whole tensor *key* of the output projection, if it is resident in one piece."""
@@ -115,6 +123,8 @@ class DeviceWeights:
 
     def close(self) -> None:
         """Let go of what streams; nothing is under way. Idempotent."""
+        if self.bank is not None:
+            self.bank.close()
         if self.streamer is not None:
             self.streamer.close()
 

@@ -42,6 +42,8 @@ class ModelFacts:
         prompt_rows: rows per row block of prompts where weights stream.
         sweep_tokens: known tokens in a sweep at most.
         fused_rows: for each kernel that multiplies by quantised weights as they are, the most rows that it does it for.
+        host_fused_rows: the same for the processor beside an accelerator, where it may compute experts; ``None``: it
+            may not.
         num_values: weights that a sweep passes, as numbers.
         is_on_device: computed by an accelerator with memory of its own. KV then has its place on the host.
         kv_rides: on the device there is the KV of the layers in hand only; else all of it as well.
@@ -66,6 +68,7 @@ class ModelFacts:
     prompt_rows: int = PROMPT_ROWS
     sweep_tokens: int = MAX_SWEEP_TOKENS
     fused_rows: Mapping[str, int] = field(default_factory=dict)
+    host_fused_rows: Mapping[str, int] | None = None
     num_values: int = 0
     num_layers: int = 1
     can_spill: bool = False

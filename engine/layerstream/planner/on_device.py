@@ -2,7 +2,8 @@
 
 Device memory is spent as on a host, but for KV: where weights stream, KV has its place on the host, and only that of
 the layers in hand is on the device. Host memory goes to KV first, then to weights that stay there; what has no room is
-read from disk for every sweep, through a ring for each device.
+read from disk for every sweep, through a ring for each device. Where experts come as they are routed to, they have what
+is left of either memory.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def with_host_kv(facts: ModelFacts, host_bytes: int) -> ModelFacts:
 def comfortable_host_bytes(plan: Plan) -> int:
     """Host memory from which on nothing is read from disk for a sweep."""
     assert plan.host is not None
-    return HOST_WORKSPACE_BYTES + plan.host.kv_bytes + sum(unit.ring_bytes for _, unit in _streamed(plan))
+    units = sum(unit.ring_bytes for _, unit in _streamed(plan))
+    experts = plan.facts.num_experts * plan.weights.slot_bytes if plan.weights.expert_slots else 0
+    return plan.host.workspace_bytes + plan.host.kv_bytes + units + experts
 
 
 def with_host(plan: Plan, host_bytes: int) -> Plan:
@@ -54,7 +57,11 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     """
     kv_bytes = plan.num_pages * plan.page_tokens * plan.facts.kv_token_bytes
     streamed = _streamed(plan)
-    room = host_bytes - HOST_WORKSPACE_BYTES - kv_bytes
+    workspace_bytes = HOST_WORKSPACE_BYTES + (plan.facts.expert_scratch_bytes if plan.weights.expert_slots else 0)
+    room = host_bytes - workspace_bytes - kv_bytes
+    passing = _passing_slots(plan, room)
+    passing_bytes = passing * plan.weights.slot_bytes
+    room -= passing_bytes
     sizes = [unit.ring_bytes for _, unit in streamed]
     devices = [_streamed(part) for part in plan.by_device]
     rings = [0 for _ in devices]
@@ -65,7 +72,8 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
         required = host_bytes - room + ring_bytes
         raise BudgetTooSmall(
             f"host memory of {format_size(host_bytes)} is too small: {format_size(required)} are needed for KV of "
-            f"{plan.num_pages * plan.page_tokens:,} tokens, for reading, and for a ring between disk and device; "
+            f"{plan.num_pages * plan.page_tokens:,} tokens, for reading, and for a ring between disk and device"
+            f"{', and for experts on their way' if passing_bytes else ''}; "
             f"pass host_memory={format_size(required, exact=True)!r} or more",
             budget_bytes=host_bytes,
             required_bytes=required,
@@ -73,12 +81,30 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     chosen = [streamed[position] for position in sorted(choose_residents(sizes, room - ring_bytes))]
     residents = frozenset(index for index, _ in chosen)
     resident_bytes = sum(unit.ring_bytes for _, unit in chosen)
+    slots = _host_slots(plan, passing, passing_bytes + room - ring_bytes - resident_bytes)
+    weights = replace(plan.weights, host_residents=residents, host_ring_bytes=ring_bytes, host_expert_slots=slots)
     return replace(
         plan,
-        weights=replace(plan.weights, host_residents=residents, host_ring_bytes=ring_bytes),
-        host=HostPlan(host_bytes, resident_bytes, ring_bytes, kv_bytes, HOST_WORKSPACE_BYTES),
+        weights=weights,
+        host=HostPlan(host_bytes, resident_bytes, ring_bytes, kv_bytes, workspace_bytes, slots * weights.slot_bytes),
         parts=_parts_with_host(plan.parts, {unit.name for _, unit in chosen}, rings),
     )
+
+
+def _passing_slots(plan: Plan, room: int) -> int:
+    """Experts that there is *room* for while they pass, before anything else stays: one at the least."""
+    if not plan.weights.expert_slots:
+        return 0
+    most = min(spending.EXPERTS_BYTES, int(spending.EXPERTS_SHARE * room))
+    return min(plan.facts.num_experts, max(1, most // plan.weights.slot_bytes))
+
+
+def _host_slots(plan: Plan, passing: int, room: int) -> int:
+    """Experts that *room* on the host is for: those that the device does not have, and *passing* ones."""
+    if not passing:
+        return 0
+    others = plan.facts.num_experts - plan.weights.expert_slots
+    return min(others + passing, plan.facts.num_experts, room // plan.weights.slot_bytes)
 
 
 def _parts_with_host(parts: Sequence[Plan], staying: set[str], rings: Sequence[int]) -> tuple[Plan, ...]:

@@ -22,7 +22,8 @@ class HostPlan:
         resident_bytes: units that stay there and are copied for every sweep.
         ring_bytes: of the ring between disk and device; 0 if nothing comes from disk.
         kv_bytes: KV pages.
-        workspace_bytes: what reading takes.
+        workspace_bytes: what reading takes, and experts that the processor computes.
+        expert_bytes: experts that come as they are routed to.
     """
 
     budget_bytes: int
@@ -30,11 +31,12 @@ class HostPlan:
     ring_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    expert_bytes: int = 0
 
     @property
     def planned_bytes(self) -> int:
         """What all parts take together, at most ``budget_bytes``."""
-        return self.resident_bytes + self.ring_bytes + self.kv_bytes + self.workspace_bytes
+        return self.resident_bytes + self.ring_bytes + self.kv_bytes + self.workspace_bytes + self.expert_bytes
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,24 @@ class Plan:
     @property
     def expert_hit_rate(self) -> float:
         """Of the experts that rows are routed to, the share that is in memory, as far as it is known."""
-        return hit_rate(self.weights.expert_slots, self.facts.num_experts, self.facts.expert_shares)
+        return self.hit_rate(self.weights.expert_slots + self.weights.host_expert_slots)
+
+    def hit_rate(self, num_slots: int) -> float:
+        """Of the experts that rows are routed to, the share that *num_slots* hold, as far as it is known."""
+        return hit_rate(num_slots, self.facts.num_experts, self.facts.expert_shares)
 
     def expert_read_bytes(self, num_rows: float) -> int:
         """Experts that a sweep of *num_rows* reads, on average; 0 where they do not come as they are routed to."""
         if not self.weights.expert_slots:
             return 0
         return round(read_bytes(self.facts.experts, num_rows, self.expert_hit_rate))
+
+    def expert_link_bytes(self, num_rows: float) -> int:
+        """Experts that a sweep of *num_rows* moves to where they are computed with, on average: from disk, or to a
+        device those that it does not have (less, where the processor computes some of them)."""
+        if not self.weights.expert_slots:
+            return 0
+        return round(read_bytes(self.facts.experts, num_rows, self.hit_rate(self.weights.expert_slots)))
 
     @property
     def decode_rows(self) -> int:
@@ -114,7 +127,7 @@ class Plan:
     def streamed_bytes(self) -> int:
         """Weights that one sampling sweep moves to where they are computed with: from disk, or to a device. Of experts
         those of one row."""
-        return self.weights.streamed_bytes + self.expert_read_bytes(1)
+        return self.weights.streamed_bytes + self.expert_link_bytes(1)
 
     @property
     def by_device(self) -> tuple[Plan, ...]:
@@ -212,4 +225,7 @@ class Plan:
         staying = f"{len(self.weights.host_residents)} units, copied for every sweep"
         yield "resident weights", host.resident_bytes, staying
         yield "ring", host.ring_bytes, "between disk and device"
+        if host.expert_bytes:
+            slots, count = self.weights.host_expert_slots, self.facts.num_experts
+            yield "experts", host.expert_bytes, f"{slots:,} of {count:,}, those that are used most after the device's"
         yield "KV pages", host.kv_bytes, f"{self.num_pages * self.page_tokens:,} tokens"

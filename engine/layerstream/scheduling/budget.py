@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from layerstream.fitting import Line, mixed
+
 MARGIN = 0.9  # of the read: what the compute may take and still hide behind it
-NEW_SHARE = 0.3  # what the newest measurement counts
 UNKNOWN_BLOCK_SHARE = 0.25  # of a sweep, for a row block, before anything was measured
 
 
@@ -56,7 +57,7 @@ class SweepBudget:
         self.max_draft_rows = max_draft_rows
         self._read_seconds = read_seconds
         self._experts = experts
-        self._computing = _Line()
+        self._computing = Line()
         self._block_seconds: float | None = None
         self._token_seconds: float | None = None
 
@@ -66,10 +67,10 @@ class SweepBudget:
         if not num_prompt_rows and num_blocks:
             if self._experts is not None:
                 self._computing.add(self._experts.wanted(num_rows), compute_seconds)
-            self._block_seconds = _mixed(self._block_seconds, compute_seconds / num_blocks)
+            self._block_seconds = mixed(self._block_seconds, compute_seconds / num_blocks)
         elif num_prompt_rows:
             rest = compute_seconds - self._decoding(num_rows or num_blocks * self.per_block)
-            self._token_seconds = _mixed(self._token_seconds, max(rest, 0.0) / num_prompt_rows)
+            self._token_seconds = mixed(self._token_seconds, max(rest, 0.0) / num_prompt_rows)
 
     @property
     def rows_read(self) -> bool:
@@ -117,34 +118,3 @@ class SweepBudget:
         if self._block_seconds is None:
             return UNKNOWN_BLOCK_SHARE * self._reading(1)
         return self._block_seconds
-
-
-def _mixed(old: float | None, new: float) -> float:
-    return new if old is None else old + NEW_SHARE * (new - old)
-
-
-class _Line:
-    """A straight line through the latest points, with neither a negative slope nor a negative beginning."""
-
-    def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        """One more point; those before it count a little less."""
-        old = 1.0 - NEW_SHARE / 3
-        self._weight = old * self._weight + 1.0
-        self._x = old * self._x + x
-        self._y = old * self._y + y
-        self._xx = old * self._xx + x * x
-        self._xy = old * self._xy + x * y
-
-    def at(self, x: float) -> float:
-        """Its height there; 0.0 before the first point. Where all points are alike, it goes through the origin."""
-        if not self._weight or not self._x:
-            return 0.0
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        variance = self._xx / self._weight - mean_x**2
-        slope = mean_y / mean_x
-        if variance > (mean_x / 20) ** 2:
-            slope = min(slope, max(0.0, (self._xy / self._weight - mean_x * mean_y) / variance))
-        return mean_y + slope * (x - mean_x)

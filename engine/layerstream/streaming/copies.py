@@ -31,6 +31,34 @@ from layerstream.streaming.host import HostSource
 from layerstream.streaming.unit import UnitLayout
 
 
+class LaneWaits:
+    """How long the compute lane of *device* waits for copies; what it has not come to yet is counted later."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._waits: deque[tuple[Mark, Mark]] = deque()
+        self._waited = 0.0
+
+    def wait_for(self, mark: Mark) -> None:
+        """Have compute that is queued from here on come after *mark*."""
+        compute = self._device.compute
+        before = compute.mark(timed=True)
+        compute.after(mark)
+        self._waits.append((before, compute.mark(timed=True)))
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        while self._waits and self._waits[0][1].is_reached():
+            before, after = self._waits.popleft()
+            self._waited += after.seconds_since(before)
+        return self._waited
+
+    def clear(self) -> None:
+        """Forget what was not come to: it may never be."""
+        self._waits.clear()
+
+
 class CopyFeed(Feed):
     """From host memory into a ring on *device*.
 
@@ -49,18 +77,14 @@ class CopyFeed(Feed):
         self._copied: dict[int, Mark] = {}
         self._retiring: deque[tuple[Mark, int]] = deque()
         self._is_closed = False
-        self._waits: deque[tuple[Mark, Mark]] = deque()
-        self._compute_waited = 0.0
+        self._waits = LaneWaits(device)
         self._copier = threading.Thread(target=self._work, name="layerstream-copier", daemon=True)
         self._copier.start()
 
     @property
     def wait_seconds(self) -> float:
-        """How long the compute lane has waited for copies; those that it has not come to yet are counted later."""
-        while self._waits and self._waits[0][1].is_reached():
-            before, after = self._waits.popleft()
-            self._compute_waited += after.seconds_since(before)
-        return self._compute_waited
+        """How long the compute lane has waited for copies."""
+        return self._waits.seconds
 
     def populate(self) -> None:
         """Pinning has done so."""
@@ -73,10 +97,8 @@ class CopyFeed(Feed):
 
     def take(self, unit: int) -> torch.Tensor:
         """Once its copy is queued: compute that is queued from here on finds it there."""
-        memory, compute = super().take(unit), self._device.compute
-        before = compute.mark(timed=True)
-        compute.after(self._copied[unit])
-        self._waits.append((before, compute.mark(timed=True)))
+        memory = super().take(unit)
+        self._waits.wait_for(self._copied[unit])
         return memory
 
     def release(self, unit: int) -> None:

@@ -23,8 +23,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -40,6 +42,70 @@ AHEAD_BYTES = 32 * 2**20  # in flight: more does not make the disk faster
 DEMAND = 0  # priority of a read that the compute waits for, before what is only read ahead
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the rows of a sweep are routed to in one layer.
+
+    Attributes:
+        experts: ascending.
+        rows: for each of them, how many rows are routed to it.
+        num_rows: of the sweep.
+    """
+
+    experts: list[int]
+    rows: list[int]
+    num_rows: float
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the rows, those that are routed to each of them."""
+        return [count / self.num_rows for count in self.rows]
+
+    def only(self, experts: Sequence[int]) -> Wish:
+        """The same for some of them alone."""
+        places = [self.experts.index(expert) for expert in experts]
+        return Wish(list(experts), [self.rows[place] for place in places], self.num_rows)
+
+
+class Brought(NamedTuple):
+    """An expert's tensors as they are stored, where it is to be computed: ``is_on_host``, by the processor although an
+    accelerator computes the rest."""
+
+    expert: int
+    tensors: dict[str, torch.Tensor]
+    is_on_host: bool = False
+
+
+class ExpertLost(Exception):
+    """*expert* could not be read."""
+
+    def __init__(self, expert: int, error: Exception) -> None:
+        super().__init__(str(error))
+        self.expert = expert
+        self.error = error
+
+
+class Bank(Protocol):
+    """Brings the experts that rows are routed to."""
+
+    def divide(self, wish: Wish) -> frozenset[int]:
+        """Which of the experts the processor is to compute, beside an accelerator."""
+        ...
+
+    def bring(self, wish: Wish, on_host: frozenset[int], may_skip: Callable[[], bool]) -> Iterator[Brought]:
+        """Each of the experts once, its tensors valid until the next is asked for.
+
+        Args:
+            on_host: what :meth:`divide` said.
+            may_skip: asked before each of them; whether another than the first of those left may come, if that one is
+                not there yet.
+
+        Raises:
+            ExpertLost: one of them could not be read.
+        """
+        ...
+
+
 class ExpertBank:
     """The experts of all layers, in slots.
 
@@ -49,9 +115,12 @@ class ExpertBank:
         slot_bytes: room for any expert.
 
     Attributes:
+        arena: the memory.
         streamed_bytes: stored bytes of experts that were read for sweeps so far.
         wait_seconds: how long the compute has waited for them.
     """
+
+    crossing_seconds = 0.0  # what an expert in memory takes to where it is computed with
 
     def __init__(
         self, layout: Callable[[int], UnitLayout], cache: ExpertCache, slot_bytes: int, reader: DirectReader
@@ -63,7 +132,7 @@ class ExpertBank:
         self._layout = layout
         self._slot_bytes = slot_bytes
         self._reader = reader
-        self._arena = Arena(cache.num_slots * slot_bytes)
+        self.arena = Arena(cache.num_slots * slot_bytes)
         self._ahead = max(1, min(cache.num_slots, max(2, AHEAD_BYTES // slot_bytes)))
         self._changed = threading.Condition()
         self._reading: dict[int, int] = {}  # expert -> requests that are not over
@@ -72,15 +141,23 @@ class ExpertBank:
         self._to_read: deque[int] = deque()
         self._held: set[int] = set()
 
+    def load_hottest(self, on_read: Callable[[int], None]) -> None:
+        """Fill the slots before the first sweep with what was used most.
+
+        Raises:
+            ReadError, TruncatedFile: as the reader does.
+        """
+        self.load(sorted(self.cache.hottest(self.cache.num_slots)), on_read)
+
     def load(self, experts: Sequence[int], on_read: Callable[[int], None]) -> None:
-        """Fill slots with *experts* before the first sweep.
+        """Fill slots with *experts*, none of which is there, before the first sweep.
 
         Raises:
             ReadError, TruncatedFile: as the reader does.
         """
         slots = [self.cache.place(expert) for expert in experts]
         starts = [slot * self._slot_bytes for slot in slots if slot is not None]
-        read_all([self._layout(expert) for expert in experts], self._arena, starts, self._reader, on_read)
+        read_all([self._layout(expert) for expert in experts], self.arena, starts, self._reader, on_read)
         for expert in experts:
             self.cache.let_go(expert)
 
@@ -93,6 +170,26 @@ class ExpertBank:
 
     def end(self) -> None:
         """The sweep is over; what is in the slots stays."""
+
+    def close(self) -> None:
+        """Wait for what is under way. Idempotent."""
+        self.abort()
+
+    def divide(self, wish: Wish) -> frozenset[int]:
+        """None: there is no accelerator."""
+        del wish
+        return frozenset()
+
+    def bring(self, wish: Wish, on_host: frozenset[int], may_skip: Callable[[], bool]) -> Iterator[Brought]:
+        """As :class:`Bank` says."""
+        del on_host
+        waiting = list(wish.experts)
+        self.want(waiting, wish.shares)
+        while waiting:
+            expert = self.next(waiting, may_skip=may_skip())
+            yield Brought(expert, self.tensors(expert))
+            self.release(expert)
+            waiting.remove(expert)
 
     def want(self, experts: Sequence[int], shares: Sequence[float]) -> None:
         """Begin to bring *experts* of one layer, ascending, for *shares* of its rows; each is then taken once."""
@@ -112,11 +209,11 @@ class ExpertBank:
                 return next((expert for expert in waiting if self._is_ready(expert)), waiting[0])
             return waiting[0]
 
-    def take(self, expert: int) -> dict[str, torch.Tensor]:
-        """Wait until *expert* is there; its tensors as they are stored, valid until :meth:`release`.
+    def take(self, expert: int) -> torch.Tensor:
+        """Wait until *expert* is there; its slot's bytes, ``(num_bytes,)`` uint8, valid until :meth:`release`.
 
         Raises:
-            ReadError, TruncatedFile: it could not be read; it counts as released then.
+            ExpertLost: it could not be read; it counts as released then.
         """
         started = time.perf_counter()
         layout = self._layout(expert)
@@ -129,7 +226,7 @@ class ExpertBank:
             error = self._failed.pop(expert, None)
             if error is not None:
                 self._pump()
-                raise error
+                raise ExpertLost(expert, error) from error
             slot = self.cache.hold(expert)
             self._held.add(expert)
         stopped = time.perf_counter()
@@ -137,7 +234,11 @@ class ExpertBank:
         if self.timeline is not None:
             self.timeline.add("wait", layout.name, started, stopped)
         start = slot * self._slot_bytes
-        return views(layout, self._arena.tensor[start : start + layout.num_bytes])
+        return self.arena.tensor[start : start + layout.num_bytes]
+
+    def tensors(self, expert: int) -> dict[str, torch.Tensor]:
+        """As :meth:`take`, the tensors as they are stored."""
+        return views(self._layout(expert), self.take(expert))
 
     def release(self, expert: int) -> None:
         """Nobody looks at the tensors of *expert* any more."""
@@ -145,6 +246,12 @@ class ExpertBank:
             self._held.discard(expert)
             self.cache.let_go(expert)
             self._pump()
+
+    def expected(self, num_rows: int) -> tuple[float, float, float]:
+        """How many experts a sweep of *num_rows* is likely to want, how many of those are not where they are computed
+        with, and how many nowhere in memory, which is the same here."""
+        wanted, missing = self.cache.expected(num_rows)
+        return wanted, missing, missing
 
     def abort(self) -> None:
         """Wait for what is under way, forget what was wanted and any interrupt; what is there stays."""
@@ -170,6 +277,11 @@ class ExpertBank:
             self.cache.check_integrity()
             assert self._reading.keys() <= self._held, "a slot is being filled that nobody holds"
 
+    def is_ready(self, expert: int) -> bool:
+        """Whether :meth:`take` would return, or raise, at once; for an expert that was wanted."""
+        with self._changed:
+            return self._is_ready(expert)
+
     def _is_ready(self, expert: int) -> bool:
         return expert in self._failed or (self.cache.is_there(expert) and expert not in self._reading)
 
@@ -192,7 +304,7 @@ class ExpertBank:
         self.streamed_bytes += layout.weight_bytes
         for request in layout.requests:
             self._reader.submit(
-                request, self._arena.view, slot * self._slot_bytes, partial(self._finish, expert), priority=DEMAND
+                request, self.arena.view, slot * self._slot_bytes, partial(self._finish, expert), priority=DEMAND
             )
         return True
 

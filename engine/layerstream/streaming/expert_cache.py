@@ -49,7 +49,7 @@ class ExpertCache:
         self._growth = 2.0 ** (1.0 / half_life)
         self._wanted: set[int] = set()
         self._chosen = chosen
-        self._expected: dict[int, tuple[float, float]] = {}  # wanted and missing by rows, for the sweep to come
+        self._expected: dict[tuple[int, bool], tuple[float, float]] = {}  # by what was asked, for the sweep to come
 
     def begin_sweep(self) -> None:
         """Uses from here on count a little more than those so far."""
@@ -113,28 +113,30 @@ class ExpertCache:
         self._uses[:] = shares
         self._use = 1.0
 
-    def expected(self, num_rows: int) -> tuple[float, float]:
-        """How many experts a sweep of *num_rows* is likely to want, and how many of those are not there now.
+    def expected(self, num_rows: int, other: ExpertCache | None = None) -> tuple[float, float]:
+        """How many experts a sweep of *num_rows* is likely to want, and how many of those are not there now, nor in the
+        *other* cache.
 
         An expert that the share *p* of rows is routed to is wanted by some of *n* with a probability of
         ``1 - (1-p)^n``, where rows choose independently.
         """
-        if num_rows not in self._expected:
+        asked = num_rows, other is not None
+        if asked not in self._expected:
             total = self._uses.sum()
             if total:
                 share = np.minimum(1.0, self._uses * (self._chosen / total))
             else:
                 share = np.full(len(self._uses), self._chosen / len(self._uses))
             wanted = 1.0 - (1.0 - share) ** num_rows
-            there = wanted[list(self._slot_of)].sum()
-            self._expected[num_rows] = float(wanted.sum()), float(wanted.sum() - there)
-        return self._expected[num_rows]
+            there = self._slot_of.keys() | (other._slot_of.keys() if other is not None else set())
+            self._expected[asked] = float(wanted.sum()), float(wanted.sum() - wanted[list(there)].sum())
+        return self._expected[asked]
 
-    def hottest(self) -> list[int]:
-        """As many experts as there are slots: those worth most; of those that are worth the same, an even mix."""
-        count, size = min(self.num_slots, len(self._uses)), len(self._uses)
+    def hottest(self, count: int) -> list[int]:
+        """The *count* experts that are worth most, best first; of those that are worth the same, an even mix."""
+        size = len(self._uses)
         spread = np.arange(size) * 0.6180339887498949 % 1.0  # golden ratio: any number of the first is spread evenly
-        return [int(expert) for expert in np.lexsort((spread, -self._uses))[:count]]
+        return [int(expert) for expert in np.lexsort((spread, -self._uses))[: min(count, size)]]
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where the parts contradict each other."""

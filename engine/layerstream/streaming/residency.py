@@ -154,6 +154,7 @@ class UnitPlan:
         host_residents: for an accelerator, indices of those that never leave host memory.
         host_ring_bytes: capacity of the ring that the others pass through on their way from disk to it.
         expert_slots: experts that there is room for at a time, where they come as they are routed to.
+        host_expert_slots: for an accelerator, as many in host memory, behind those.
         slot_bytes: room for one of them.
     """
 
@@ -164,6 +165,7 @@ class UnitPlan:
     host_residents: frozenset[int] = frozenset()
     host_ring_bytes: int = 0
     expert_slots: int = 0
+    host_expert_slots: int = 0
     slot_bytes: int = 0
 
     @property

@@ -1,0 +1,191 @@
+"""Experts behind an accelerator: plain transformers' logits, wherever they are and whoever computes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from layerstream import LayerStream, SamplingParams
+from layerstream.assembly import assemble
+from layerstream.config import EngineConfig
+from layerstream.errors import BudgetTooSmall, ConfigurationError, ReadError
+from layerstream.expert_statistics import VARIABLE
+from layerstream.planner import spending
+from layerstream.self_check import step_greedily
+from layerstream.sizing import plan_model
+from layerstream.streaming.device_experts import DeviceBank
+from layerstream.streaming.expert_bank import ExpertBank, ExpertLost
+from layerstream.streaming.expert_paths import ExpertPaths
+
+from tests.harness import add_tokenizer, assert_equals, draw_prompt, run_greedily
+from tests.models import make_model
+from tests.pretend import PretendCuda
+
+TOLERANCE = 1e-4
+FAMILIES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "glm4-moe", "deepseek-v3", "llama4-text")
+LENGTHS = (150, 5, 67, 21)
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much memory there is."""
+    monkeypatch.setattr(spending, "_resident_plan", lambda *_, **__: None)
+
+
+def config_with_slots(folder: Path, num_slots: int, num_host_slots: int, **options) -> EngineConfig:
+    """The smallest budgets with room for *num_slots* experts on the device and *num_host_slots* behind it, at the
+    least."""
+    config = EngineConfig(str(folder), device="cuda", dtype="float32", host_memory_bytes=2**30, memory_bytes=1)
+    config = dataclasses.replace(config, **options)
+    with pytest.raises(BudgetTooSmall) as error:
+        plan_model(config)
+    config = dataclasses.replace(config, memory_bytes=error.value.required_bytes)
+    while (plan := plan_model(config)[0]).weights.expert_slots < min(num_slots, plan.facts.num_experts):
+        assert config.memory_bytes is not None
+        config = dataclasses.replace(config, memory_bytes=config.memory_bytes + plan.weights.slot_bytes)
+    slot_bytes = plan.weights.slot_bytes
+    num_host_slots = min(num_host_slots, plan.facts.num_experts - plan.weights.expert_slots)
+    with pytest.raises(BudgetTooSmall) as error:
+        plan_model(dataclasses.replace(config, host_memory_bytes=1))
+    config = dataclasses.replace(config, host_memory_bytes=error.value.required_bytes)
+    while plan_model(config)[0].weights.host_expert_slots < num_host_slots:
+        assert config.host_memory_bytes is not None
+        config = dataclasses.replace(config, host_memory_bytes=config.host_memory_bytes + slot_bytes)
+    return config
+
+
+def prepare(family: str, folder: Path, tokenizer_folder: Path, **sizes):
+    reference = make_model(family, folder, sizes=sizes)
+    add_tokenizer(folder, tokenizer_folder)
+    return reference
+
+
+@pytest.mark.parametrize("host_compute", ["auto", "off"])
+@pytest.mark.parametrize("slots", [(1, 1), (5, 3), (9, 200)], ids=["one", "some", "all behind it"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_plain_transformers(
+    family: str, slots: tuple[int, int], host_compute: str, tmp_path: Path, tokenizer_folder: Path, pretended_cuda
+) -> None:
+    reference = prepare(family, tmp_path, tokenizer_folder)
+    config = config_with_slots(tmp_path, *slots, host_compute=host_compute)
+    prompts = [draw_prompt(length) for length in LENGTHS]
+    parts = assemble(config, None)
+    try:
+        tokens, logits = step_greedily(parts, prompts, 6)
+        bank = parts.weights.bank
+        assert isinstance(bank, DeviceBank)
+        bank.check_integrity()
+        if host_compute == "off" or slots[0] == 1:
+            assert (bank.num_computed_on_host > 0) == (host_compute == "auto")
+    finally:
+        parts.close()
+    for prompt, given, found in zip(prompts, tokens, logits, strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt + given]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert (found - expected).abs().max() / expected.abs().max() <= TOLERANCE
+        assert given == expected.argmax(-1).tolist()
+    assert pretended_cuda.peak_bytes() <= config.memory_bytes
+    assert not pretended_cuda.pinned, "host memory was left pinned"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["all cross", "all stay"])
+def test_both_ways_give_the_same(
+    share: float, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = prepare("qwen3-moe", tmp_path, tokenizer_folder)
+    monkeypatch.setattr(ExpertPaths, "choose", lambda self, rows: list(range(int(share * len(rows)))))
+    prompts = [draw_prompt(length) for length in LENGTHS]
+    assert_equals(run_greedily(config_with_slots(tmp_path, 4, 6), prompts), reference, prompts, TOLERANCE)
+
+
+def test_the_ceiling_holds(tmp_path: Path, tokenizer_folder: Path, pretended_cuda: PretendCuda) -> None:
+    """Every tensor that the device holds is counted, those of an instant as well."""
+    prepare("qwen3-moe", tmp_path, tokenizer_folder, num_experts=16, num_experts_per_tok=4)
+    config = config_with_slots(tmp_path, 6, 10)
+    run_greedily(config, [draw_prompt(length) for length in (300, 40, 7, 90)])
+    assert config.memory_bytes is not None
+    assert 0 < pretended_cuda.most_bytes <= config.memory_bytes
+
+
+def test_who_needs_a_lost_expert_fails_and_nobody_else(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare("qwen3-moe", tmp_path, tokenizer_folder, num_experts=32, num_experts_per_tok=1)
+    config = config_with_slots(tmp_path, 1, 1)
+    asked: set[int] = set()
+    want, take = ExpertBank.want, ExpertBank.take
+
+    def noted(bank: ExpertBank, experts: list[int], shares: list[float]) -> None:
+        asked.update(experts)
+        want(bank, experts, shares)
+
+    monkeypatch.setattr(ExpertBank, "want", noted)
+    options = {"memory": config.memory_bytes, "host_memory": config.host_memory_bytes, "dtype": "float32"}
+    with LayerStream(tmp_path, device="cuda", speculation="off", kv_store=None, progress=False, **options) as engine:
+        used, alone = [], []
+        for prompt in ([5, 6], [300, 301, 302]):
+            asked.clear()
+            alone.append(engine.generate([prompt], GREEDY)[0].token_ids)
+            used.append(set(asked))
+        lost = min(used[0] - used[1])
+
+        def failing(bank: ExpertBank, expert: int) -> torch.Tensor:
+            found = take(bank, expert)
+            if expert == lost:
+                bank.release(expert)
+                raise ExpertLost(expert, ReadError("the disk failed here"))
+            return found
+
+        monkeypatch.setattr(ExpertBank, "take", failing)
+        with engine.gang(2):
+            requests = [engine.submit(prompt, GREEDY) for prompt in ([5, 6], [300, 301, 302])]
+        with pytest.raises(ReadError, match="failed here"):
+            requests[0].result()
+        assert requests[1].result().token_ids == alone[1]
+        monkeypatch.setattr(ExpertBank, "take", take)
+        assert engine.generate([[5, 6]], GREEDY)[0].token_ids == alone[0]
+        found = engine.stats().experts
+        assert found is not None
+        assert found.hits + found.misses > 0
+        assert found.device_hits <= found.hits
+        assert found.num_slots > found.device_slots
+
+
+def test_the_second_process_has_the_hot_ones_on_the_device(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "remembered"))
+    folder = tmp_path / "model"
+    prepare("qwen3-moe", folder, tokenizer_folder, num_experts=16)
+    config = config_with_slots(folder, 12, 8)
+    hits = []
+    for _ in range(2):
+        parts = assemble(config, None)
+        try:
+            step_greedily(parts, [[7, 8, 9]], 8)
+            bank = parts.weights.bank
+            assert bank is not None
+            hits.append(bank.cache.hits / (bank.cache.hits + bank.cache.misses))
+        finally:
+            parts.close()
+    assert hits[1] > hits[0]
+
+
+def test_the_plan_says_what_is_where(tmp_path: Path, tokenizer_folder: Path) -> None:
+    prepare("qwen3-moe", tmp_path, tokenizer_folder, num_experts=16)
+    plan = plan_model(config_with_slots(tmp_path, 12, 8))[0]
+    assert plan.host is not None
+    assert plan.host.expert_bytes == plan.weights.host_expert_slots * plan.weights.slot_bytes
+    assert plan.host.planned_bytes <= plan.host.budget_bytes
+    assert 0 < plan.expert_read_bytes(1) < plan.expert_link_bytes(1)
+    assert "after the device's" in str(plan)
+    with pytest.raises(BudgetTooSmall, match="experts on their way"):
+        plan_model(dataclasses.replace(config_with_slots(tmp_path, 12, 1), host_memory_bytes=2**14))
+
+
+def test_host_compute_is_one_of_two() -> None:
+    with pytest.raises(ConfigurationError, match="host_compute is 'never'"):
+        EngineConfig("model", host_compute="never")
