@@ -118,19 +118,21 @@ def _rows(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
 
 def _expert_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """What a token uses of the experts, and how much of that is in memory, with this budget and with more."""
-    from layerstream.planner.experts import hit_rate
-
     facts, weights = plan.facts, plan.weights
     node = facts.experts[0]
     active = facts.stored_bytes - sum((n.num_experts - n.top_k) * n.expert_bytes for n in facts.experts)
     yield "experts", f"{node.top_k} of {node.num_experts}", f"for a token, in each of {len(facts.experts)} layers"
     yield "active weights", format_size(active), f"of {format_size(facts.stored_bytes)}, for a token"
     note = "as they were used so far" if facts.expert_shares else "if all are used alike"
-    yield "hit rate", f"{plan.expert_hit_rate:.0%}", f"of experts in memory, {note}"
+    place = "in memory"
+    yield "hit rate", f"{plan.expert_hit_rate:.0%}", f"of experts {place}, {note}"
+    if plan.host is not None:
+        place = "on the device"
+        yield "", f"{plan.hit_rate(weights.expert_slots):.0%}", place
     for more in EXPERT_CURVE:
         slots = weights.expert_slots + int((more - 1) * plan.budget_bytes) // weights.slot_bytes
-        rate = hit_rate(slots, facts.num_experts, facts.expert_shares)
-        yield "", f"{rate:.0%}", f"with memory={format_size(int(more * plan.budget_bytes), exact=True)!r}"
+        rate = plan.hit_rate(slots)
+        yield "", f"{rate:.0%}", f"{place}, with memory={format_size(int(more * plan.budget_bytes), exact=True)!r}"
         if rate == 1.0:
             return
 
