@@ -1,6 +1,11 @@
 """Seconds per token of LayerStream, AirLLM, accelerate's disk offload and llama.cpp with mmap.
 
     python -m benchmarks.peers MODEL --environments FOLDER [--cgroup 3GiB] [--memory 2300MiB] [--rounds 2]
+                               [--int4 FOLDER] [--speculation off]
+
+MODEL is a Llama or a Mixtral in bf16. With ``--int4``, the same model packed in int4, LayerStream runs that as well,
+and llama.cpp a Q4_0 of its own. LayerStream guesses no tokens unless it is told to: a token is a sweep, as it is with
+its peers. AirLLM runs mixtures with transformers 4 alone, and gets an environment with that.
 
 Every runner is a process of its own in its own environment (made in FOLDER at the first run; llama.cpp compiles),
 under the same memory cgroup, page cache included, with the model's files dropped from the page cache before it
@@ -11,6 +16,7 @@ greedy. What a peer writes before its first run (AirLLM's split, llama.cpp's GGU
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import sys
@@ -21,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench
-from benchmarks.peers.environments import folder_bytes, gguf_of, python_of, split_for_airllm
+from benchmarks.peers.environments import folder_bytes, gguf_of, older_copy, python_of, q4_of, split_for_airllm
 
 HERE = Path(__file__).resolve().parent
 
@@ -48,6 +54,8 @@ def main() -> None:
     parser.add_argument("--memory", default="2300MiB", help="LayerStream's budget")
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--int4", type=Path, help="the same model in int4")
+    parser.add_argument("--speculation", choices=["off", "auto"], default="off", help="LayerStream's")
     parser.add_argument("--only", nargs="*", help="names of runners")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -68,47 +76,59 @@ def main() -> None:
 
 
 def _prepare(options: argparse.Namespace, keep: Path, work: Path) -> list[Runner]:
-    airllm, llama = (python_of(options.environments, name) for name in ("airllm", "llama"))
-    split, split_seconds = split_for_airllm(airllm, options.model, keep)
-    gguf, gguf_seconds = gguf_of(llama, options.model, keep)
-    offload = work / "offload"
-
-    def script(python: Path | str, name: str, *arguments: object) -> list[str]:
-        return [str(python), str(HERE / name), *map(str, arguments)]
-
-    model = options.model
-    return [
-        Runner(
-            "LayerStream",
-            lambda p, n: script(sys.executable, "run_layerstream.py", model, options.memory, p, n),
-            model,
-            new_tokens=9,
-        ),
-        Runner(
-            "llama.cpp, mmap",
-            lambda p, n: script(llama, "run_llama_cpp.py", gguf, p, n),
-            keep,
-            gguf_seconds,
-            gguf.stat().st_size,
-        ),
-        Runner("accelerate, disk", lambda p, n: script(airllm, "run_accelerate.py", model, offload, "0", p, n), model),
-        Runner(
-            "AirLLM 4.0.0",
-            lambda p, n: script(airllm, "run_airllm.py", model, split, p, n),
-            split,
-            split_seconds,
-            folder_bytes(split),
-            new_tokens=3,
-        ),
-        Runner(
-            "AirLLM without its gc",
-            lambda p, n: script(airllm, "run_airllm.py", model, split, p, n, "nogc"),
-            split,
-            split_seconds,
-            folder_bytes(split),
-            new_tokens=3,
-        ),
+    model, llama = options.model, python_of(options.environments, "llama")
+    gguf, gguf_seconds = gguf_of(llama, model, keep)
+    runners = [
+        _layerstream("LayerStream", model, options),
+        _llama_cpp("llama.cpp, mmap", llama, gguf, gguf_seconds),
     ]
+    if options.int4 is not None:
+        q4, q4_seconds = q4_of(llama, gguf, keep)
+        runners.append(_layerstream("LayerStream, int4", options.int4.resolve(), options))
+        runners.append(_llama_cpp("llama.cpp, mmap, Q4_0", llama, q4, gguf_seconds + q4_seconds))
+    offload, accelerate = work / "offload", python_of(options.environments, "airllm")
+    runners.append(
+        Runner(
+            "accelerate, disk",
+            lambda p, n: _script(accelerate, "run_accelerate.py", model, offload, "0", p, n),
+            model,
+        )
+    )
+    is_mixture = "num_local_experts" in json.loads((model / "config.json").read_text())
+    airllm = python_of(options.environments, "airllm-mixture" if is_mixture else "airllm")
+    source = older_copy(model, keep) if is_mixture else model
+    split, split_seconds = split_for_airllm(airllm, source, keep)
+    for name, extra in (("AirLLM 4.0.0", []), ("AirLLM without its gc", ["nogc"])):
+        runners.append(
+            Runner(
+                name,
+                lambda p, n, extra=extra: _script(airllm, "run_airllm.py", source, split, p, n, *extra),
+                split,
+                split_seconds,
+                folder_bytes(split),
+                new_tokens=3,
+            )
+        )
+    return runners
+
+
+def _layerstream(name: str, model: Path, options: argparse.Namespace) -> Runner:
+    def command(num_prompt: int, num_new: int) -> list[str]:
+        arguments = model, options.memory, num_prompt, num_new, options.speculation
+        return _script(sys.executable, "run_layerstream.py", *arguments)
+
+    return Runner(name, command, model, new_tokens=17)
+
+
+def _llama_cpp(name: str, python: Path, gguf: Path, seconds: float) -> Runner:
+    def command(num_prompt: int, num_new: int) -> list[str]:
+        return _script(python, "run_llama_cpp.py", gguf, num_prompt, num_new)
+
+    return Runner(name, command, gguf.parent, seconds, gguf.stat().st_size, new_tokens=9)
+
+
+def _script(python: Path | str, name: str, *arguments: object) -> list[str]:
+    return [str(python), str(HERE / name), *map(str, arguments)]
 
 
 def _summarise(runner: Runner, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LayerStream. usage: run_layerstream.py MODEL MEMORY PROMPT_TOKENS NEW_TOKENS"""
+"""LayerStream. usage: run_layerstream.py MODEL MEMORY PROMPT_TOKENS NEW_TOKENS [SPECULATION]"""
 
 import sys
 
@@ -7,7 +7,8 @@ from layerstream import LayerStream, SamplingParams
 
 model_path, memory, num_prompt, num_new = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 clock = Clock()
-with LayerStream(model_path, memory=memory, kv_store=None, progress=False) as engine:
+speculation = sys.argv[5] if len(sys.argv) > 5 else "auto"
+with LayerStream(model_path, memory=memory, kv_store=None, speculation=speculation, progress=False) as engine:
     clock.ready()
     clock.put("prompt")
     for delta in engine.stream(

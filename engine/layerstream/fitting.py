@@ -11,14 +11,19 @@ def mixed(old: float | None, new: float) -> float:
 
 
 class Line:
-    """A straight line through the latest points, with neither a negative slope nor a negative beginning."""
+    """A straight line through the latest points, with neither a negative slope nor a negative beginning.
 
-    def __init__(self) -> None:
+    Args:
+        memory: points after which one counts a third (1/e).
+    """
+
+    def __init__(self, memory: float = 10.0) -> None:
+        self._fading = 1.0 - 1.0 / memory
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
         """One more point; those before it count a little less."""
-        old = 1.0 - NEW_SHARE / 3
+        old = self._fading
         self._weight = old * self._weight + 1.0
         self._x = old * self._x + x
         self._y = old * self._y + y

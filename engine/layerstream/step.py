@@ -74,8 +74,11 @@ class SweepStep:
                 raise
             self._shrink(error)
             return None
-        computed = time.perf_counter() - started - (self._waited_seconds() - waited)
-        self._scheduler.budget.observe(sweep.num_decode_blocks, sweep.num_prompt_rows, computed, sweep.num_decode_rows)
+        waiting = self._waited_seconds() - waited
+        computed = time.perf_counter() - started - waiting
+        self._scheduler.budget.observe(
+            sweep.num_decode_blocks, sweep.num_prompt_rows, computed, sweep.num_decode_rows, waiting
+        )
         if sweep.num_tokens >= self._scheduler.limits.chunk_tokens:
             self.prefill_tokens += sweep.num_tokens
             self.prefill_seconds += computed

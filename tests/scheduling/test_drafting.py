@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layerstream.draft import ROOT, DraftTree
 from layerstream.params import SamplingParams
-from layerstream.scheduling.budget import MARGIN, SweepBudget
+from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.drafting.acceptance import Acceptance
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
@@ -196,9 +196,17 @@ class TestBudget:
         budget = SweepBudget(16, 16, 64, lambda: 0.0, Load(lambda num_rows: 0.0))
         for num_rows in (1, 4, 1, 4):
             budget.observe(1, 0, 0.1 + 0.05 * num_rows, num_rows)
-        assert budget.seconds(8, 0) == pytest.approx(0.5 / MARGIN)
+        assert budget.seconds(8, 0) == pytest.approx(0.5)
         assert not budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.3)
         assert budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.4)
+
+    def test_what_does_not_hide_behind_the_compute_counts(self) -> None:
+        """A sweep waits for part of what it reads, though reading all of it takes less than computing."""
+        budget = SweepBudget(16, 16, 64, lambda: 0.0, Load(lambda num_rows: 0.02 * num_rows))
+        for num_rows in (1, 4, 1, 4):
+            budget.observe(1, 0, 0.2, num_rows, wait_seconds=0.05 * num_rows)
+        assert budget.seconds(8, 0) == pytest.approx(0.6)
+        assert not budget.is_worth(1, 1, 0, tokens=1.0, more_tokens=0.2)
 
     def test_prompts_share_the_experts_that_they_read(self) -> None:
         budget = SweepBudget(16, 16, 64, lambda: 0.0, Load(lambda num_rows: min(1.0, num_rows / 8)))

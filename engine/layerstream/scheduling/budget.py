@@ -5,9 +5,9 @@ blocks. While compute is the smaller one, more rows cost nothing (the design's N
 they bring more tokens per second than the sweep without them. What a row block takes is measured, sweep by sweep.
 
 In a mixture of experts no row is free: it is routed to experts of its own, which compute, and those that are not in
-memory are read. What a row more takes is then weighed against the tokens that it brings, row by row; of a prompt's rows
-the first few want nearly all experts, and the others come with them. What computing takes is a straight line over the
-experts that are wanted, fitted to the latest sweeps.
+memory are read, of which only some hides behind the compute. What a row more takes is then weighed against the tokens
+that it brings, row by row; of a prompt's rows the first few want nearly all experts, and the others come with them.
+What sweeps take is a straight line over the experts that are wanted, fitted to those that were seen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Protocol
 from layerstream.fitting import Line, mixed
 
 MARGIN = 0.9  # of the read: what the compute may take and still hide behind it
+PAYS = 1.1  # times what it takes: what a row with experts of its own has to bring
+SWEEPS = 50  # that the line over a mixture's sweeps is fitted to
 UNKNOWN_BLOCK_SHARE = 0.25  # of a sweep, for a row block, before anything was measured
 
 
@@ -58,15 +60,25 @@ class SweepBudget:
         self._read_seconds = read_seconds
         self._experts = experts
         self._computing = Line()
+        self._taking = Line(SWEEPS)
         self._block_seconds: float | None = None
         self._token_seconds: float | None = None
 
-    def observe(self, num_blocks: int, num_prompt_rows: int, compute_seconds: float, num_rows: int = 0) -> None:
+    def observe(
+        self,
+        num_blocks: int,
+        num_prompt_rows: int,
+        compute_seconds: float,
+        num_rows: int = 0,
+        wait_seconds: float = 0.0,
+    ) -> None:
         """A sweep with *num_blocks* decode blocks of *num_rows*, padding left out, and *num_prompt_rows* computed for
-        that long."""
+        so long, and waited beside that."""
         if not num_prompt_rows and num_blocks:
             if self._experts is not None:
-                self._computing.add(self._experts.wanted(num_rows), compute_seconds)
+                wanted = self._experts.wanted(num_rows)
+                self._computing.add(wanted, compute_seconds)
+                self._taking.add(wanted, compute_seconds + wait_seconds)
             self._block_seconds = mixed(self._block_seconds, compute_seconds / num_blocks)
         elif num_prompt_rows:
             rest = compute_seconds - self._decoding(num_rows or num_blocks * self.per_block)
@@ -83,6 +95,8 @@ class SweepBudget:
 
     def seconds(self, num_rows: int, num_prompt_rows: int) -> float:
         """What a sweep takes that decodes *num_rows*, as far as it is known."""
+        if self._experts is not None and not num_prompt_rows:
+            return max(self._reading(num_rows), self._taking.at(self._experts.wanted(num_rows)) if num_rows else 0.0)
         compute = self._decoding(num_rows) + num_prompt_rows * (self._token_seconds or 0.0)
         return max(self._reading(num_rows + num_prompt_rows), compute / MARGIN)
 
@@ -93,7 +107,8 @@ class SweepBudget:
         same sweep are no reason for tokens to be dear.
         """
         more = self.seconds(num_rows + more_rows, num_prompt_rows) - self.seconds(num_rows, num_prompt_rows)
-        return more_tokens * self.seconds(num_rows, 0) > tokens * more
+        pays = 1.0 if self._experts is None else PAYS
+        return more_tokens * self.seconds(num_rows, 0) > tokens * more * pays
 
     def prompt_tokens(self, num_rows: int, most: int, least: int) -> int:
         """Prompt tokens beside *num_rows* that decode: what is free, within ``[least, most]``."""
