@@ -185,7 +185,9 @@ def _computes(device: str, plan: Plan, prefers_flash: bool) -> str:
 def _moving_seconds(plan: Plan, reader: DirectReader, assumed: float = ASSUMED_READ_RATE, *, rows: int = 1) -> float:
     """What a sweep's weights take to where they are computed with: from disk, and over the link beside it; of experts
     those that *rows* are likely to be routed to."""
-    link = 0.0 if plan.host is None else plan.link_bytes / ASSUMED_LINK_RATE
+    link = 0.0
+    if plan.host is not None:
+        link = (plan.link_bytes + plan.expert_link_bytes(rows) - plan.expert_link_bytes(1)) / ASSUMED_LINK_RATE
     num_bytes = plan.weights.disk_bytes + plan.expert_read_bytes(rows)
     return max(num_bytes / (reader.rate() or assumed), link)
 
@@ -307,10 +309,14 @@ def _assemble(
             computes=_computes("cpu" if placement is None else placement.name, plan, prefers_flash),
             sweep_seconds=lambda: _moving_seconds(plan, reader, HOPED_READ_RATE),
         )
+    weights: ModelWeights | None = None
     try:
         if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
             threading.Thread(target=memory.populate, name="layerstream-populate", daemon=True).start()
-        on_load = _LoadCounter(plan.resident_bytes + plan.weights.expert_bytes, listener).add
+        loaded = plan.resident_bytes + plan.weights.expert_bytes
+        if plan.host is not None:
+            loaded += plan.host.resident_bytes + plan.host.expert_bytes
+        on_load = _LoadCounter(loaded, listener).add
         units = [part.weights for part in plan.by_device]
         weights = ModelWeights(
             skeleton,
@@ -360,6 +366,8 @@ def _assemble(
     except BaseException:
         if store is not None:
             store.close()
+        if weights is not None:
+            weights.close()
         memory.close()
         raise
 

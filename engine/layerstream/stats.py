@@ -122,7 +122,7 @@ def _expert_stats(parts: Assembly) -> ExpertStats | None:
     behind = bank.host.cache
     return ExpertStats(
         num_experts=count,
-        num_slots=cache.num_slots + behind.num_slots,
+        num_slots=min(count, cache.num_slots + behind.num_slots),
         hits=cache.hits + behind.hits,
         misses=behind.misses,
         streamed_bytes=bank.host.streamed_bytes,

@@ -75,7 +75,7 @@ class SweepStep:
             self._shrink(error)
             return None
         waiting = self._waited_seconds() - waited
-        computed = time.perf_counter() - started - waiting
+        computed = max(0.0, time.perf_counter() - started - waiting)
         self._scheduler.budget.observe(
             sweep.num_decode_blocks, sweep.num_prompt_rows, computed, sweep.num_decode_rows, waiting
         )

@@ -96,13 +96,21 @@ def test_both_ways_give_the_same(
     share: float, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = prepare("qwen3-moe", tmp_path, tokenizer_folder)
-    monkeypatch.setattr(ExpertPaths, "choose", lambda self, rows: list(range(int(share * len(rows)))))
+    monkeypatch.setattr(ExpertPaths, "choose", lambda self, rows, most_rows: list(range(int(share * len(rows)))))
     prompts = [draw_prompt(length) for length in LENGTHS]
     assert_equals(run_greedily(config_with_slots(tmp_path, 4, 6), prompts), reference, prompts, TOLERANCE)
 
 
-def test_the_ceiling_holds(tmp_path: Path, tokenizer_folder: Path, pretended_cuda: PretendCuda) -> None:
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["all cross", "all stay"])
+def test_the_ceiling_holds(
+    share: float,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pretended_cuda: PretendCuda,
+) -> None:
     """Every tensor that the device holds is counted, those of an instant as well."""
+    monkeypatch.setattr(ExpertPaths, "choose", lambda self, rows, most_rows: list(range(int(share * len(rows)))))
     prepare("qwen3-moe", tmp_path, tokenizer_folder, num_experts=16, num_experts_per_tok=4)
     config = config_with_slots(tmp_path, 6, 10)
     run_greedily(config, [draw_prompt(length) for length in (300, 40, 7, 90)])

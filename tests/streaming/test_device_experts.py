@@ -49,12 +49,14 @@ class Experts:
         )
         self.wrong: list[str] = []
         self.on_host: list[int] = []
+        self.num_wanted = 0
 
     def pass_layer(self, wanted: list[int], rows: list[int], may_skip=lambda: True, stop_at: int | None = None):
         """The order in which *wanted* came; *stop_at*: the sweep is left when so many have."""
         wish = Wish(wanted, rows, float(sum(rows)))
         on_host = self.bank.divide(wish)
         order: list[int] = []
+        self.num_wanted += len(wanted)
         for expert, tensors, is_on_host in self.bank.bring(wish, on_host, may_skip):
             assert is_on_host == (expert in on_host)
             if is_on_host:
@@ -90,6 +92,9 @@ class Experts:
 
     def close(self) -> None:
         self.bank.close()
+        device, host = self.bank.cache, self.host.cache
+        assert device.hits + device.misses == self.num_wanted
+        assert host.hits + host.misses == device.misses
         self.device.compute.mark().wait()
         assert not self.device.pinned
         self.reader.close()

@@ -7,7 +7,7 @@ from itertools import chain, combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layerstream.streaming.expert_paths import ASSUMED_LINK_RATE, ExpertPaths, divide
+from layerstream.streaming.expert_paths import ASSUMED_LINK_RATE, RETRY, ExpertPaths, divide
 
 
 def later_of_both(chosen: tuple[int, ...], num: int, ship_seconds: float, host_seconds: list[float]) -> float:
@@ -31,13 +31,34 @@ def test_few_rows_stay_and_many_cross() -> None:
         paths.shipped(150e-6)
         paths.computed(1, 60e-6)
         paths.computed(64, 3e-3)
-    assert len(paths.choose([1] * 8)) >= 5
-    assert paths.choose([64] * 8) == []
-    assert paths.choose([64, 1, 64, 1]) == [1, 3]
+    assert len(paths.choose([1] * 8, 100)) >= 5
+    assert paths.choose([64] * 8, 1000) == []
+    assert paths.choose([64, 1, 64, 1], 1000) == [1, 3]
 
 
 def test_before_anything_is_measured_the_processor_gets_some() -> None:
     """So that it is measured."""
     paths = ExpertPaths(3_000_000)
     assert paths.ship_seconds == pytest.approx(3_000_000 / ASSUMED_LINK_RATE)
-    assert 0 < len(paths.choose([1] * 8)) < 8
+    assert 0 < len(paths.choose([1] * 8, 100)) < 8
+
+
+def test_one_slow_time_does_not_settle_it() -> None:
+    paths = ExpertPaths(3_000_000)
+    paths.computed(1, 9.0)  # the first time threads are started, pages touched
+    assert paths.choose([1] * 8, 100)
+    paths.computed(1, 5.0)
+    assert paths.choose([1] * 8, 100) == []
+    chosen = [paths.choose([3, 1, 3], 100) for _ in range(RETRY - 1)]
+    assert chosen[-1] == [1]
+    assert not any(chosen[:-1])
+    paths.computed(1, 50e-6)
+    assert len(paths.choose([1] * 8, 100)) > 4
+
+
+def test_no_more_rows_than_there_is_memory_for() -> None:
+    paths = ExpertPaths(3_000_000)
+    for _ in range(9):
+        paths.shipped(1.0)
+        paths.computed(1, 1e-6)
+    assert paths.choose([5, 1, 9, 2], 8) == [0, 1, 3]

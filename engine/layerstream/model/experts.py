@@ -32,6 +32,7 @@ from layerstream.streaming.expert_bank import ExpertLost, Wish
 from layerstream.sweep import Span, SweepFailed
 
 IMPLEMENTATION = "layerstream"
+EARLY_ROWS = 64  # that may be computed before their turn, however few rows there are
 EXPERT_ROWS = 16  # rows per expert and call; 1 where the row block itself is one row
 
 
@@ -228,6 +229,7 @@ def _sum(module: torch.nn.Module, call: _Call, routes: _Routes, rows_per_call: i
     total = _Sum(call, routes)
     brought = _all_there(module, wish.experts) if routed is None else routed.bring(wish, on_host, total.has_room)
     for expert, matrices in brought:
+        total.add_up(with_host=not total.has_room())  # not before: what the processor takes for an expert is timed
         if expert in on_host:
             parts = iter(on_host_inputs[expert].split(rows_per_call))
         else:
@@ -266,22 +268,24 @@ class _Sum:
         self._on_host: set[int] = set()
 
     def has_room(self) -> bool:
-        """Whether what was computed early takes no more than all rows take once."""
-        return sum(map(len, self._early.values())) < len(self._call.hidden)
+        """Whether what was computed early takes no more than all rows take once, or a few."""
+        return sum(map(len, self._early.values())) < max(EARLY_ROWS, len(self._call.hidden))
 
     def add(self, expert: int, outputs: torch.Tensor, *, is_on_host: bool) -> None:
         """*outputs* ``(rows, hidden)`` of the rows of *expert*."""
         self._early[expert] = outputs
         if is_on_host:
             self._on_host.add(expert)
-        self._add_up(with_host=not self.has_room())
+        else:
+            self.add_up(with_host=False)
 
     def finish(self) -> torch.Tensor:
         """The sum ``(rows, hidden)``, when all were added."""
-        self._add_up(with_host=True)
+        self.add_up(with_host=True)
         return self._total
 
-    def _add_up(self, *, with_host: bool) -> None:
+    def add_up(self, *, with_host: bool) -> None:
+        """Add those whose turn has come; *with_host*: also those that have to cross, for which the device is waited."""
         while self._left and (expert := self._left[0]) in self._early:
             if expert in self._on_host and not with_host:
                 return

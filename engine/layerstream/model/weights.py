@@ -83,14 +83,16 @@ class DeviceWeights:
         streamed = [index for index in range(len(plan.units)) if index not in plan.residents]
         self._stream_index = {index: position for position, index in enumerate(streamed)}
         self.streamer: Streamer | None = None
-        if streamed:
-            feed = self._feed(streamed, reader, on_load)
-            feed.populate()
-            self.streamer = Streamer(feed, num_cycle=sum(index < len(plan.body) for index in streamed))
         self.bank: ExpertBank | DeviceBank | None = None
-        if plan.expert_slots:
-            self.bank = install_experts(skeleton, plan, self._matrices, reader, expert_shares, device, host_fused_rows)
         try:
+            if streamed:
+                feed = self._feed(streamed, reader, on_load)
+                feed.populate()
+                self.streamer = Streamer(feed, num_cycle=sum(index < len(plan.body) for index in streamed))
+            if plan.expert_slots:
+                self.bank = install_experts(
+                    skeleton, plan, self._matrices, reader, expert_shares, device, host_fused_rows
+                )
             self._joined = self._find_joined()
             for index in sorted(plan.residents):
                 self._load(index, reader, on_load)
@@ -123,10 +125,12 @@ class DeviceWeights:
 
     def close(self) -> None:
         """Let go of what streams; nothing is under way. Idempotent."""
-        if self.bank is not None:
-            self.bank.close()
-        if self.streamer is not None:
-            self.streamer.close()
+        try:
+            if self.bank is not None:
+                self.bank.close()
+        finally:
+            if self.streamer is not None:
+                self.streamer.close()
 
     def _feed(self, streamed: list[int], reader: DirectReader, on_load: OnBytes) -> Feed:
         """Brings the units *streamed* to where they are computed with."""

@@ -16,6 +16,7 @@ from layerstream.planner import spending
 from layerstream.planner.facts import ModelFacts
 from layerstream.planner.plan import HostPlan, Plan
 from layerstream.sizes import format_size
+from layerstream.streaming.expert_paths import HOST_ROWS
 from layerstream.streaming.residency import PlannedUnit, choose_residents
 
 HOST_KV_SHARE = 0.25  # of host memory, for KV beyond what is wanted first
@@ -57,9 +58,10 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     """
     kv_bytes = plan.num_pages * plan.page_tokens * plan.facts.kv_token_bytes
     streamed = _streamed(plan)
-    workspace_bytes = HOST_WORKSPACE_BYTES + (plan.facts.expert_scratch_bytes if plan.weights.expert_slots else 0)
+    workspace_bytes = HOST_WORKSPACE_BYTES + _host_compute_bytes(plan)
     room = host_bytes - workspace_bytes - kv_bytes
-    passing = _passing_slots(plan, room)
+    least_ring = sum(max((unit.ring_bytes for _, unit in _streamed(part)), default=0) for part in plan.by_device)
+    passing = _passing_slots(plan, room, room - least_ring)
     passing_bytes = passing * plan.weights.slot_bytes
     room -= passing_bytes
     sizes = [unit.ring_bytes for _, unit in streamed]
@@ -91,11 +93,22 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     )
 
 
-def _passing_slots(plan: Plan, room: int) -> int:
-    """Experts that there is *room* for while they pass, before anything else stays: one at the least."""
+def _host_compute_bytes(plan: Plan) -> int:
+    """What the processor computes experts with: one of them decoded, and what they are given and give, for as many rows
+    as a sweep has."""
+    facts = plan.facts
+    if not plan.weights.expert_slots or facts.host_fused_rows is None:
+        return 0
+    rows = max(HOST_ROWS, plan.max_sweep_rows)
+    return facts.expert_scratch_bytes + 2 * rows * facts.hidden_size * facts.itemsize
+
+
+def _passing_slots(plan: Plan, room: int, most: int) -> int:
+    """Experts that there is *room* for while they pass, before anything else stays, in *most* bytes: one at the
+    least."""
     if not plan.weights.expert_slots:
         return 0
-    most = min(spending.EXPERTS_BYTES, int(spending.EXPERTS_SHARE * room))
+    most = min(most, spending.EXPERTS_BYTES, int(spending.EXPERTS_SHARE * room))
     return min(plan.facts.num_experts, max(1, most // plan.weights.slot_bytes))
 
 

@@ -313,7 +313,8 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     packed = 3 * rows * facts.hidden_size * facts.itemsize
     block = block_rows * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
     if facts.experts:  # what they are given for all rows, what they gave, and what was computed before its turn
-        packed += 3 * rows * facts.hidden_size * facts.itemsize
+        times = 4 if facts.is_on_device else 3  # there also what the processor is given
+        packed += times * rows * facts.hidden_size * facts.itemsize
     if facts.is_cut:
         block = max(block, rows * max(3 * facts.intermediate_size, 8 * facts.hidden_size) * facts.itemsize)
     logits = facts.vocab_size * (2 * STREAMING_ROWS * facts.itemsize + 4 + 4 + 8)

@@ -38,6 +38,7 @@ class LaneWaits:
         self._device = device
         self._waits: deque[tuple[Mark, Mark]] = deque()
         self._waited = 0.0
+        self._lock = threading.Lock()
 
     def wait_for(self, mark: Mark) -> None:
         """Have compute that is queued from here on come after *mark*."""
@@ -49,14 +50,16 @@ class LaneWaits:
     @property
     def seconds(self) -> float:
         """So far."""
-        while self._waits and self._waits[0][1].is_reached():
-            before, after = self._waits.popleft()
-            self._waited += after.seconds_since(before)
-        return self._waited
+        with self._lock:  # whoever asks for statistics asks from another thread
+            while self._waits and self._waits[0][1].is_reached():
+                before, after = self._waits.popleft()
+                self._waited += after.seconds_since(before)
+            return self._waited
 
     def clear(self) -> None:
         """Forget what was not come to: it may never be."""
-        self._waits.clear()
+        with self._lock:
+            self._waits.clear()
 
 
 class CopyFeed(Feed):

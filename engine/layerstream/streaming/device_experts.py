@@ -9,13 +9,13 @@ those that come next: only what the device does not have is asked of it, so that
 
 | thing | owner | until |
 |---|---|---|
-| a device slot | whoever computes with its expert; ``_here`` | :meth:`_release`, or ``abort`` |
+| a device slot | whoever computes with its expert, on its way or there: ``_here`` | :meth:`_release`, or ``abort`` |
 | its bytes after that | compute that was queued before | the mark in ``_free``, which the next copy waits for |
 | a host slot whose expert is crossing | ``_crossing`` | its copy is over |
 
 Invariants:
 
-* one consumer thread, the engine's; it never waits for compute, and for a copy only where a host slot is needed;
+* one consumer thread, the engine's; here it never waits for compute, and for a copy only where a host slot is needed;
 * a copy comes after all compute with the slot's expert before, and compute with an expert after its copy;
 * one device slot more than are held is left for the expert whose turn it is, so that it can always come.
 """
@@ -33,7 +33,7 @@ from layerstream.streaming.copies import LaneWaits
 from layerstream.streaming.device import Device, Mark
 from layerstream.streaming.expert_bank import Brought, ExpertBank, Wish
 from layerstream.streaming.expert_cache import ExpertCache
-from layerstream.streaming.expert_paths import ExpertPaths
+from layerstream.streaming.expert_paths import HOST_ROWS, ExpertPaths
 from layerstream.streaming.streamer import views
 from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import UnitLayout
@@ -76,11 +76,11 @@ class DeviceBank:
         self._paths = paths
         self._computes_on_host = computes_on_host
         self._timeline: Timeline | None = None
-        device.pin(host.arena)
-        self._is_pinned = True
         with device.use():
             self._memory = device.allocate(cache.num_slots * slot_bytes)
             self._free = [device.compute.mark()] * cache.num_slots
+        device.pin(host.arena)
+        self._is_pinned = True
         self._waits = LaneWaits(device)
         self._here: set[int] = set()
         self._copied: dict[int, Mark] = {}
@@ -139,7 +139,8 @@ class DeviceBank:
         if not self._computes_on_host:
             return frozenset()
         missing = [expert for expert in wish.experts if not self.cache.is_there(expert)]
-        return frozenset(missing[place] for place in self._paths.choose(wish.only(missing).rows))
+        chosen = self._paths.choose(wish.only(missing).rows, most_rows=max(HOST_ROWS, int(wish.num_rows)))
+        return frozenset(missing[place] for place in chosen)
 
     def bring(self, wish: Wish, on_host: frozenset[int], may_skip: Callable[[], bool]) -> Iterator[Brought]:
         """As :class:`~layerstream.streaming.expert_bank.Bank` says."""
@@ -164,6 +165,7 @@ class DeviceBank:
 
     def abort(self) -> None:
         """Wait for what is under way, forget what was wanted and any interrupt; what is there stays."""
+        self.host.cancel()
         with contextlib.suppress(Exception):  # of a device that is lost
             self._settle()
         self._crossing.clear()
@@ -195,13 +197,16 @@ class DeviceBank:
 
     def _begin_layer(self, wish: Wish, on_host: frozenset[int]) -> None:
         """Hold what is on the device, and have the host bring the rest."""
+        self._settle(only_reached=True)
         missing = self.cache.want(wish.experts, wish.shares)
-        here = [expert for expert in wish.experts if expert not in set(missing)]
+        here = sorted(set(wish.experts) - set(missing))
         if len(here) == self.cache.num_slots and not on_host.issuperset(
             missing
         ):  # no slot for the others to pass through
             self.cache.drop(here[-1])
             missing = sorted([*missing, here.pop()])
+            self.cache.hits -= 1
+            self.cache.misses += 1
         for expert in here:
             self.cache.hold(expert)
         self._here = set(here)
@@ -219,6 +224,7 @@ class DeviceBank:
 
     def _cross_what_is_ready(self, waiting: Sequence[int], on_host: frozenset[int]) -> None:
         """Queue the copies of what the host has, in order, as far as there are slots."""
+        self._settle(only_reached=True)
         wanted = [expert for expert in waiting if expert not in on_host and expert not in self._here]
         for expert in wanted:
             most = self.cache.num_slots - (expert != waiting[0])
@@ -229,11 +235,12 @@ class DeviceBank:
 
     def _cross(self, expert: int) -> None:
         """Queue the copy of *expert* once it is in host memory."""
-        while self._crossing and (self._crossing[0][1].is_reached() or not self.host.is_ready(expert)):
+        while self._crossing and (not self.host.is_ready(expert) or any(e == expert for _, _, e in self._crossing)):
             self._settle_one()
         image = self.host.take(expert)
         slot = self.cache.place(expert)
         assert slot is not None, "one is always left"
+        self._here.add(expert)
         start, inward = slot * self._slot_bytes, self._device.inward
         inward.after(self._free[slot])
         began = inward.mark(timed=True)
@@ -245,7 +252,6 @@ class DeviceBank:
         self.streamed_bytes += layout.weight_bytes
         self._crossing.append((began, ended, expert))
         self._copied[expert] = ended
-        self._here.add(expert)
 
     def _take(self, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of *expert* for compute that is queued from here on."""
@@ -274,9 +280,9 @@ class DeviceBank:
         self.num_computed_on_host += 1
         self.host.release(expert)
 
-    def _settle(self) -> None:
-        """Wait for all copies, and let their host slots go."""
-        while self._crossing:
+    def _settle(self, *, only_reached: bool = False) -> None:
+        """Wait for all copies, or take those that are over, and let their host slots go."""
+        while self._crossing and (not only_reached or self._crossing[0][1].is_reached()):
             self._settle_one()
 
     def _settle_one(self) -> None:

@@ -97,8 +97,8 @@ class Bank(Protocol):
 
         Args:
             on_host: what :meth:`divide` said.
-            may_skip: asked before each of them; whether another than the first of those left may come, if that one is
-                not there yet.
+            may_skip: asked before each of them; whether another than the first of those left may come: what is there
+                before what is not, what an accelerator computes before what the processor does.
 
         Raises:
             ExpertLost: one of them could not be read.
@@ -253,10 +253,15 @@ class ExpertBank:
         wanted, missing = self.cache.expected(num_rows)
         return wanted, missing, missing
 
-    def abort(self) -> None:
-        """Wait for what is under way, forget what was wanted and any interrupt; what is there stays."""
+    def cancel(self) -> None:
+        """Read nothing more of what is wanted."""
         with self._changed:
             self._to_read.clear()
+
+    def abort(self) -> None:
+        """Wait for what is under way, forget what was wanted and any interrupt; what is there stays."""
+        self.cancel()
+        with self._changed:
             while self._reading:
                 self._changed.wait()
             for expert in self._held:

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from layerstream.fitting import Line, mixed
 
 ASSUMED_LINK_RATE = 20e9  # bytes per second, of PCIe 4 with 16 lanes
+RETRY = 500  # layers without an expert for the processor, after which it gets one: one slow time must not settle it
+RETRIED_ROWS = 4  # that it has at most
+HOST_ROWS = 256  # of a layer that the processor computes experts for, where the sweep itself has no more
 ASSUMED_HOST_RATE = 10e9  # bytes per second that a processor multiplies by, for a row or a few; soon measured
 
 
@@ -47,14 +50,21 @@ class ExpertPaths:
         self._expert_bytes = expert_bytes
         self._ship_seconds: float | None = None
         self._computing = Line()
+        self._is_warm = False
+        self._num_declined = 0
 
     def shipped(self, seconds: float) -> None:
         """An expert took so long to cross."""
         self._ship_seconds = mixed(self._ship_seconds, seconds)
 
     def computed(self, num_rows: int, seconds: float) -> None:
-        """The processor took so long for an expert with *num_rows*."""
-        self._computing.add(num_rows, seconds)
+        """The processor took so long for an expert with *num_rows*; the first time it was not ready for it, and what it
+        can do in half the time that was expected, it was disturbed at before."""
+        if self._is_warm:
+            if seconds < self._computing.at(num_rows) / 2:
+                self._computing = Line()
+            self._computing.add(num_rows, seconds)
+        self._is_warm = True
 
     @property
     def ship_seconds(self) -> float:
@@ -65,6 +75,17 @@ class ExpertPaths:
         """What the processor takes for an expert with *num_rows*."""
         return self._computing.at(num_rows) or self._expert_bytes / ASSUMED_HOST_RATE * num_rows
 
-    def choose(self, rows: Sequence[int]) -> list[int]:
-        """Which of the experts with *rows* the processor computes, by their places."""
-        return divide(rows, self.ship_seconds, [self.host_seconds(count) for count in rows])
+    def choose(self, rows: Sequence[int], most_rows: int) -> list[int]:
+        """Which of the experts with *rows* the processor computes, by their places; *most_rows* altogether, because
+        they take host memory."""
+        found = divide(rows, self.ship_seconds, [self.host_seconds(count) for count in rows])
+        if not found and rows:
+            self._num_declined += 1
+            if self._num_declined >= RETRY and min(rows) <= RETRIED_ROWS:
+                found = [rows.index(min(rows))]
+        found.sort(key=lambda place: rows[place])
+        while sum(rows[place] for place in found) > most_rows:
+            found.pop()
+        if found:
+            self._num_declined = 0
+        return sorted(found)

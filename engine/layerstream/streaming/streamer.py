@@ -198,7 +198,7 @@ class Streams:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the compute has waited so far; it waits for one after the other."""
+        """How long the compute has waited so far; on devices, waits at the same time are added."""
         return sum(source.wait_seconds for source in self._all)
 
     def read_ahead(self) -> None:
