@@ -200,9 +200,8 @@ class DeviceBank:
         self._settle(only_reached=True)
         missing = self.cache.want(wish.experts, wish.shares)
         here = sorted(set(wish.experts) - set(missing))
-        if len(here) == self.cache.num_slots and not on_host.issuperset(
-            missing
-        ):  # no slot for the others to pass through
+        is_full = len(here) == self.cache.num_slots
+        if is_full and not on_host.issuperset(missing):  # a slot for the others to pass through
             self.cache.drop(here[-1])
             missing = sorted([*missing, here.pop()])
             self.cache.hits -= 1
