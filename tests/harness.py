@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from layerstream import sizing
+from layerstream import LayerStream, SamplingParams, sizing
 from layerstream.assembly import assemble
 from layerstream.config import EngineConfig
-from layerstream.errors import BudgetTooSmall
+from layerstream.errors import BudgetTooSmall, ReadError
 from layerstream.model.skeleton import build_skeleton
 from layerstream.planner import ModelFacts, spending
 from layerstream.planner import facts as assumed
 from layerstream.self_check import step_greedily
 from layerstream.sizing import model_facts
 from layerstream.streaming import residency
+from layerstream.streaming.expert_bank import ExpertBank, ExpertLost
 
 from tests.models import VOCAB_SIZE
 
@@ -161,3 +162,39 @@ def _least_each(config: EngineConfig, count: int) -> int:
             return memory
         except BudgetTooSmall as error:
             memory = max(memory + 1, error.required_bytes)
+
+
+def lose_an_expert(engine: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that one of two prompts needs cannot be read: it fails, the other does not, and the next time both have
+    what they had alone."""
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    asked: set[int] = set()
+    want, take = ExpertBank.want, ExpertBank.take
+
+    def noted(bank: ExpertBank, experts: list[int], shares: list[float]) -> None:
+        asked.update(experts)
+        want(bank, experts, shares)
+
+    monkeypatch.setattr(ExpertBank, "want", noted)
+    used, alone = [], []
+    for prompt in ([5, 6], [300, 301, 302]):
+        asked.clear()
+        alone.append(engine.generate([prompt], params)[0].token_ids)
+        used.append(set(asked))
+    lost = min(used[0] - used[1])
+
+    def failing(bank: ExpertBank, expert: int) -> torch.Tensor:
+        found = take(bank, expert)
+        if expert == lost:
+            bank.release(expert)
+            raise ExpertLost(expert, ReadError("the disk failed here"))
+        return found
+
+    monkeypatch.setattr(ExpertBank, "take", failing)
+    with engine.gang(2):
+        requests = [engine.submit(prompt, params) for prompt in ([5, 6], [300, 301, 302])]
+    with pytest.raises(ReadError, match="failed here"):
+        requests[0].result()
+    assert requests[1].result().token_ids == alone[1]
+    monkeypatch.setattr(ExpertBank, "take", take)
+    assert engine.generate([[5, 6]], params)[0].token_ids == alone[0]

@@ -101,8 +101,8 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
     )
     if config.device_map is not None:  # experts come with their blocks there
         facts = dataclasses.replace(facts, experts=())
-    if is_on_device and config.host_compute == "off":
-        facts = dataclasses.replace(facts, host_fused_rows=None)
+    if facts.experts and is_on_device and config.host_compute == "auto":
+        facts = dataclasses.replace(facts, host_fused_rows=fused_rows(skeleton.kernels))
     if facts.experts:
         statistics = ExpertStatistics(weight_paths(skeleton), facts.experts)
         facts = dataclasses.replace(facts, expert_shares=statistics.load())
@@ -162,7 +162,6 @@ def model_facts(
         prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
-        host_fused_rows=fused_rows(skeleton.kernels) if is_on_device and skeleton.routed else None,
         num_values=skeleton.num_values,
         num_layers=config.num_hidden_layers,
         can_spill=can_spill and not is_on_device,

@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream import LayerStream, SamplingParams
+from layerstream import LayerStream
 from layerstream.assembly import assemble
 from layerstream.config import EngineConfig
-from layerstream.errors import BudgetTooSmall, InvalidRouting, MissingTensor, ReadError
+from layerstream.errors import BudgetTooSmall, InvalidRouting, MissingTensor
 from layerstream.expert_statistics import VARIABLE
 from layerstream.model import experts as computing
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.planner import spending
 from layerstream.self_check import step_greedily
 from layerstream.sizing import plan_model
-from layerstream.streaming.expert_bank import ExpertBank, ExpertLost
+from layerstream.streaming.expert_bank import ExpertBank
 from layerstream.streaming.reader import DirectReader
 from layerstream.sweep import Sweep
 from safetensors.torch import load_file, save_file
 
-from tests.harness import add_tokenizer, assert_equals, draw_prompt, run_greedily
+from tests.harness import add_tokenizer, assert_equals, draw_prompt, lose_an_expert, run_greedily
 from tests.models import make_model
 
 TOLERANCE = 1e-4
@@ -41,7 +41,6 @@ FAMILIES = (
     "llama4-text",
 )
 LENGTHS = (150, 5, 67, 21)
-GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -137,38 +136,9 @@ def test_who_needs_a_lost_expert_fails_and_nobody_else(
     make_model("qwen3-moe", tmp_path, sizes={"num_experts": 32, "num_experts_per_tok": 1})
     add_tokenizer(tmp_path, tokenizer_folder)
     config = config_with_slots(tmp_path, 1)
-    asked: set[int] = set()
-    want, take = ExpertBank.want, ExpertBank.take
-
-    def noted(bank: ExpertBank, experts: list[int], shares: list[float]) -> None:
-        asked.update(experts)
-        want(bank, experts, shares)
-
-    monkeypatch.setattr(ExpertBank, "want", noted)
     options = {"memory": config.memory_bytes, "dtype": "float32", "device": "cpu", "kv_store": None, "progress": False}
     with LayerStream(tmp_path, speculation="off", **options) as engine:
-        used, alone = [], []
-        for prompt in ([5, 6], [300, 301, 302]):
-            asked.clear()
-            alone.append(engine.generate([prompt], GREEDY)[0].token_ids)
-            used.append(set(asked))
-        lost = min(used[0] - used[1])
-
-        def failing(bank: ExpertBank, expert: int) -> torch.Tensor:
-            found = take(bank, expert)
-            if expert == lost:
-                bank.release(expert)
-                raise ExpertLost(expert, ReadError("the disk failed here"))
-            return found
-
-        monkeypatch.setattr(ExpertBank, "take", failing)
-        with engine.gang(2):
-            requests = [engine.submit(prompt, GREEDY) for prompt in ([5, 6], [300, 301, 302])]
-        with pytest.raises(ReadError, match="failed here"):
-            requests[0].result()
-        assert requests[1].result().token_ids == alone[1]
-        monkeypatch.setattr(ExpertBank, "take", take)
-        assert engine.generate([[5, 6]], GREEDY)[0].token_ids == alone[0]
+        lose_an_expert(engine, monkeypatch)
 
 
 def test_the_second_process_starts_warm(

@@ -19,7 +19,7 @@ from layerstream.streaming.expert_paths import ExpertPaths
 from layerstream.streaming.reader import DirectReader
 
 from tests.pretend import PretendDevice
-from tests.streaming.units import write_units
+from tests.streaming.units import hold_reads, write_units
 
 COUNT = 18
 PER_LAYER = 6
@@ -205,14 +205,7 @@ def test_an_expert_that_cannot_be_read_is_named_and_harms_no_other(tmp_path: Pat
 
 def test_an_interrupt_reaches_who_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = Experts(tmp_path, (3, 3))
-    gate = threading.Event()
-    read = DirectReader._read
-
-    def slow(self: DirectReader, job, bounce) -> None:
-        assert gate.wait(20)
-        read(self, job, bounce)
-
-    monkeypatch.setattr(DirectReader, "_read", slow)
+    gate = hold_reads(monkeypatch)
     experts.bank.begin(with_tail=True)
     threading.Timer(0.05, experts.bank.interrupt, [EngineClosed("closing")]).start()
     with pytest.raises(EngineClosed):

@@ -16,7 +16,7 @@ from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.unit import UnitLayout
 
-from tests.streaming.units import write_units
+from tests.streaming.units import hold_reads, write_units
 
 COUNT = 24
 PER_LAYER = 8
@@ -119,14 +119,7 @@ def test_an_expert_that_cannot_be_read_harms_no_other(experts, reader: DirectRea
 def test_an_interrupt_reaches_who_waits(experts, reader: DirectReader, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, layouts = experts
     bank = make_bank(layouts, 3, reader)
-    gate = threading.Event()
-    read = DirectReader._read
-
-    def slow(self: DirectReader, job, bounce) -> None:
-        assert gate.wait(20)
-        read(self, job, bounce)
-
-    monkeypatch.setattr(DirectReader, "_read", slow)
+    gate = hold_reads(monkeypatch)
     bank.begin(with_tail=False)
     bank.want([1, 2, 3], [1.0] * 3)
     timer = threading.Timer(0.05, bank.interrupt, [EngineClosed("closing")])

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+import pytest
 import torch
 from layerstream.checkpoint.header import read_header
 from layerstream.checkpoint.names import ParameterSource
 from layerstream.checkpoint.pieces import PiecedTensor
+from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.unit import Part, UnitLayout, lay_out
 from safetensors.torch import save_file
+
+
+def hold_reads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """No read begins before the event that is returned is set."""
+    gate = threading.Event()
+    read = DirectReader._read
+
+    def held(self: DirectReader, job, bounce) -> None:
+        assert gate.wait(20)
+        read(self, job, bounce)
+
+    monkeypatch.setattr(DirectReader, "_read", held)
+    return gate
 
 
 def write_units(folder: Path, count: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], list[UnitLayout]]:

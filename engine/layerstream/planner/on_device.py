@@ -58,14 +58,14 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     """
     kv_bytes = plan.num_pages * plan.page_tokens * plan.facts.kv_token_bytes
     streamed = _streamed(plan)
+    devices = [_streamed(part) for part in plan.by_device]
     workspace_bytes = HOST_WORKSPACE_BYTES + _host_compute_bytes(plan)
     room = host_bytes - workspace_bytes - kv_bytes
-    least_ring = sum(max((unit.ring_bytes for _, unit in _streamed(part)), default=0) for part in plan.by_device)
+    least_ring = sum(max((unit.ring_bytes for _, unit in units), default=0) for units in devices)
     passing = _passing_slots(plan, room, room - least_ring)
     passing_bytes = passing * plan.weights.slot_bytes
     room -= passing_bytes
     sizes = [unit.ring_bytes for _, unit in streamed]
-    devices = [_streamed(part) for part in plan.by_device]
     rings = [0 for _ in devices]
     if sum(sizes) > room:
         rings = [_ring_bytes([unit for _, unit in units], room // len(devices)) for units in devices]
