@@ -385,7 +385,7 @@ class Index:
             )
             connection.execute("PRAGMA foreign_keys = ON")
             if not self._read_only:
-                connection.execute("PRAGMA journal_mode = WAL")
+                _write_ahead(connection)
                 connection.execute("PRAGMA synchronous = NORMAL")
             self._local.connection = connection
             self._connections.append(connection)
@@ -402,6 +402,19 @@ class Index:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log; SQLite itself does not wait for others who make or leave the database just now."""
+    patience = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
+                raise
+            time.sleep(0.01)
 
 
 def _has_page(connection: sqlite3.Connection, namespace: int, key: Key) -> bool:

@@ -76,6 +76,22 @@ def migrate(connection: sqlite3.Connection, where: object) -> None:
     Raises:
         KVStoreUnusable: it is another program's, or from a newer version. Nothing is changed then.
     """
+    connection.execute("BEGIN IMMEDIATE")  # the lock first: another process may be making the same database
+    try:
+        version = _check_version(connection, where)
+        for step in STEPS[version:]:
+            for statement in step.split(";"):  # executescript would commit first; so no ";" within a statement
+                connection.execute(statement)
+        if version < len(STEPS):
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {len(STEPS)}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _check_version(connection: sqlite3.Connection, where: object) -> int:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -86,17 +102,4 @@ def migrate(connection: sqlite3.Connection, where: object) -> None:
             f"{where} was written by a newer version of LayerStream (schema {version}, this one knows {len(STEPS)}): "
             "update layerstream, or choose another folder for the KV store"
         )
-    if version == len(STEPS):
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()  # another process may have been faster
-        for step in STEPS[version:]:
-            for statement in step.split(";"):  # executescript would commit first; so no ";" within a statement
-                connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {len(STEPS)}")
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
+    return version

@@ -6,11 +6,13 @@
     folder/index.sqlite             the index; rebuilt from the segments' footers if it is lost or damaged
     folder/<namespace>/about.json   what the namespace stands for
     folder/<namespace>/*.kv         segments
-    folder/<namespace>/*.tmp        segments being written; swept away once their writer is gone
+    folder/*.tmp, folder/<namespace>/*.tmp
+                                    files being written; swept away once their writer is gone
 
 Invariants: a segment is removed only under an exclusive lock on its file, so nobody's pages go away under a reading
 process; the sum of all segments keeps to the bound, reservations of all writers included; nothing is ever deleted from
-a folder that is not a store.
+a folder that is not a store; any number of processes and threads may make the same folder a store at once, or die
+while they do.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -163,7 +166,7 @@ class StoreFolder:
             index.add_segments(number, found)
 
     def _sweep_temporaries(self) -> None:
-        for path in self.path.glob(f"*/*{TEMPORARY}"):
+        for path in (*self.path.glob(f"*{TEMPORARY}"), *self.path.glob(f"*/*{TEMPORARY}")):
             pid = path.name.split("-")[0]
             with contextlib.suppress(OSError):
                 is_old = time.time() - path.stat().st_mtime > 24 * 3600
@@ -185,9 +188,10 @@ def _check(path: Path) -> None:
     if not path.is_dir():
         raise KVStoreUnusable(f"{path} is not a folder; pass a folder as kv_store, or None for no store")
     entries = {entry.name for entry in path.iterdir()}
-    if entries and not entries & {MARKER, INDEX}:
+    others = sorted(name for name in entries if not name.endswith(f"{MARKER}{TEMPORARY}"))
+    if others and not any((path / name).exists() for name in (MARKER, INDEX)):  # in this order: it may just be made
         raise KVStoreUnusable(
-            f"{path} holds other things ({', '.join(sorted(entries)[:3])}) and no KV store; pass an empty or a new "
+            f"{path} holds other things ({', '.join(others[:3])}) and no KV store; pass an empty or a new "
             "folder as kv_store"
         )
     if hasattr(os, "getuid"):
@@ -231,7 +235,7 @@ def _initialise(path: Path) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f"{os.getpid()}-{threading.get_ident()}-{path.name}{TEMPORARY}")
     temporary.write_text(json.dumps(content, indent=1, sort_keys=True), "utf-8")
     os.replace(temporary, path)
 
