@@ -63,7 +63,7 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     from layerstream.probe import measure_disk, rates_for, weights_file
     from layerstream.sizes import parse_size
     from layerstream.sizing import plan_model
-    from layerstream.streaming.device import resolve_device
+    from layerstream.streaming.accelerators import resolve_device
 
     model, _, memory = run.rpartition(":")
     host = None if options.host_memory is None else parse_size(options.host_memory)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from layerstream.config import EngineConfig
-from layerstream.draft_model import ModelDrafter
-from layerstream.errors import BudgetTooSmall, ConfigurationError, KVStoreUnusable
+from layerstream.draft_model import ModelDrafter, check_same_tokens, draft_config
+from layerstream.errors import ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
 from layerstream.expert_statistics import ExpertStatistics
 from layerstream.kv.config import KVStoreConfig
@@ -35,7 +35,7 @@ from layerstream.model.runner import SweepRunner
 from layerstream.model.skeleton import Skeleton
 from layerstream.pack import ensure_packed
 from layerstream.persistence import HOPED_READ_RATE, describe, open_store, weight_paths
-from layerstream.planner import Plan, comfortable_bytes
+from layerstream.planner import Plan
 from layerstream.planner.rates import SLOW_DISK
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.base import Drafter
@@ -44,11 +44,11 @@ from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sizes import format_size
-from layerstream.sizing import available_bytes, devices_of, locate_model, plan_model
+from layerstream.sizing import devices_of, locate_model, plan_model
 from layerstream.step import SweepStep
-from layerstream.streaming.device import Device, Placement, device_name, names_of_layers, open_device
-from layerstream.streaming.device_experts import DeviceBank
-from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.streaming.accelerators import device_name, open_device
+from layerstream.streaming.device import Device, Placement, names_of_layers
+from layerstream.streaming.device_experts import AnyBank
 from layerstream.streaming.expert_paths import ASSUMED_LINK_RATE
 from layerstream.streaming.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.streaming.timeline import Timeline
@@ -56,8 +56,6 @@ from layerstream.text.defaults import GenerationDefaults, load_defaults
 from layerstream.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-DRAFT_MODEL_SHARE = 0.4  # of the memory, at most, for a draft model and its KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
     """Open the model, plan, load what stays; on failure nothing is left open."""
     if config.quantization is not None:
         config = dataclasses.replace(config, packed=_pack(config, config.quantization, listener))
-    draft = None if config.draft_model is None else _assemble_draft(config)
+    draft = None if config.draft_model is None else assemble(draft_config(config), None)
     reader = DirectReader()
     try:
         if draft is not None:
@@ -123,7 +121,7 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
         placement = _open_devices(config, plan)
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
         if draft is not None:
-            _check_same_tokens(config, tokenizer, draft.tokenizer)
+            check_same_tokens(config, tokenizer, draft.tokenizer)
         logger.info("%s within %s\n%s", config.model, "its plan" if config.memory_bytes is None else "the budget", plan)
         with nullcontext() if placement is None else placement.first.use():
             return _assemble(config, folder, skeleton, tokenizer, plan, reader, listener, draft, placement)
@@ -210,51 +208,6 @@ def _pack(config: EngineConfig, kind: str, listener: Listener | None) -> Path:
             listener(PackProgress(done, count))
 
     return ensure_packed(locate_model(config), kind, trust_remote_code=config.trust_remote_code, on_shard=on_shard)
-
-
-def _assemble_draft(config: EngineConfig) -> Assembly:
-    """The draft model's parts.
-
-    Raises:
-        ConfigurationError: it does not fit its share of the memory as a whole.
-    """
-    assert config.draft_model is not None
-    own = EngineConfig(
-        config.draft_model,
-        device=config.device if config.device_map is None else "cuda:0",
-        attention=config.attention,
-        dtype=config.dtype,
-        max_context=config.max_context,
-        trust_remote_code=config.trust_remote_code,
-        token=config.token,
-        allow_untested=config.allow_untested,
-        speculation="off",
-    )
-    of_first = config.memory_each[0] if config.memory_each else config.memory_bytes
-    available = of_first or available_bytes(devices_of(config)[0])
-    share = int(DRAFT_MODEL_SHARE * available)
-    try:
-        plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
-    except BudgetTooSmall:
-        plan = None
-    if plan is None or plan.streams:
-        raise ConfigurationError(
-            f"the draft model {config.draft_model} does not fit into {format_size(share)} ({DRAFT_MODEL_SHARE:.0%} of "
-            "the memory) with its KV, and a draft model has to stay resident: take a smaller one, or give the engine "
-            "more memory"
-        )
-    return assemble(dataclasses.replace(own, memory_bytes=min(share, comfortable_bytes(plan.facts))), None)
-
-
-def _check_same_tokens(config: EngineConfig, tokenizer: Any, draft_tokenizer: Any) -> None:
-    own, other = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-    if own != other:
-        different = len(own.items() ^ other.items())
-        raise ConfigurationError(
-            f"the draft model {config.draft_model} has another vocabulary than {config.model} ({len(other):,} tokens "
-            f"against {len(own):,}, {different:,} entries differ): a draft model must be of the same family of "
-            "tokenizers, such as a smaller model of the same series"
-        )
 
 
 def identify(config: EngineConfig, store: KVStoreConfig, memory: DigestMemory) -> tuple[str, dict[str, Any]]:
@@ -378,7 +331,7 @@ def _scheduler(
     store: PrefixStore | None,
     reader: DirectReader,
     swap: PageSwap,
-    experts: ExpertBank | DeviceBank | None,
+    experts: AnyBank | None,
 ) -> Scheduler:
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
@@ -397,7 +350,7 @@ def _scheduler(
 class _ExpertLoad:
     """What the bank expects of rows, at the rates of disk and link."""
 
-    def __init__(self, bank: ExpertBank | DeviceBank, expert_bytes: float, reader: DirectReader) -> None:
+    def __init__(self, bank: AnyBank, expert_bytes: float, reader: DirectReader) -> None:
         self._bank = bank
         self._expert_bytes = expert_bytes
         self._reader = reader

@@ -39,7 +39,7 @@ from layerstream.model.skeleton import Skeleton
 from layerstream.persistence import weight_paths
 from layerstream.planner.rates import Rates
 from layerstream.self_check import step_greedily
-from layerstream.streaming.device import open_device
+from layerstream.streaming.accelerators import open_device
 from layerstream.streaming.loader import Countdown, load_unit
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import PAGE

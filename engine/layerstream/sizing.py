@@ -24,7 +24,7 @@ from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.planner import facts as assumed
 from layerstream.planner.on_device import make_device_plan
 from layerstream.planner.several import make_devices_plan
-from layerstream.streaming.device import all_devices, free_bytes, resolve_device
+from layerstream.streaming.accelerators import all_devices, free_bytes, resolve_device
 
 logger = logging.getLogger(__name__)
 

@@ -91,7 +91,7 @@ def _pinning() -> Iterator[Finding]:
     import torch
 
     from layerstream.errors import ConfigurationError
-    from layerstream.streaming.device import CudaDevice
+    from layerstream.streaming.cuda import CudaDevice
     from layerstream.streaming.ring import Arena
 
     arena, device = Arena(2**30), CudaDevice(torch.device("cuda"))
@@ -110,7 +110,7 @@ def _model(model: str, again: bool) -> Iterator[Finding]:
     from layerstream.planner.rates import SLOW_DISK
     from layerstream.probe import rates_for, weights_file
     from layerstream.sizing import plan_facts
-    from layerstream.streaming.device import resolve_device
+    from layerstream.streaming.accelerators import resolve_device
 
     _, skeleton, _ = plan_facts(EngineConfig(model))
     file = weights_file(skeleton)

@@ -44,7 +44,7 @@ def plan(
     from layerstream.kernels import fused_rows
     from layerstream.planner.advice import advise, quantised
     from layerstream.sizing import devices_of, plan_facts, spend
-    from layerstream.streaming.device import is_there
+    from layerstream.streaming.accelerators import is_there
 
     sizes = [] if memory is None else [parse_size(size) for size in memory.split(",")]
     config = EngineConfig(

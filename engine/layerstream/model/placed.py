@@ -17,8 +17,7 @@ from layerstream.model.linear import SlicedLinear
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.weights import DeviceWeights, OnBytes
 from layerstream.streaming.device import Device, Placement
-from layerstream.streaming.device_experts import DeviceBank
-from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.streaming.device_experts import AnyBank
 from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.residency import UnitPlan
@@ -88,7 +87,7 @@ class ModelWeights:
         return next(part.head for part in self._parts if part.head is not None)
 
     @property
-    def bank(self) -> ExpertBank | DeviceBank | None:
+    def bank(self) -> AnyBank | None:
         """What brings experts as they are routed to; ``None``: there are none."""
         return next((part.bank for part in self._parts if part.bank is not None), None)
 

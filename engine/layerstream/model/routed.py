@@ -11,7 +11,7 @@ from layerstream.model.experts import Matrices as ExpertMatrices
 from layerstream.model.matrices import Matrices, expert_parts
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.device import Device
-from layerstream.streaming.device_experts import DeviceBank
+from layerstream.streaming.device_experts import AnyBank, DeviceBank
 from layerstream.streaming.expert_bank import Bank, ExpertBank, ExpertLost, Wish
 from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.expert_paths import ExpertPaths
@@ -63,7 +63,7 @@ def install_experts(
     shares: Sequence[float] = (),
     device: Device | None = None,
     host_fused_rows: Mapping[str, int] | None = None,
-) -> ExpertBank | DeviceBank:
+) -> AnyBank:
     """A bank for the experts of *plan*, and the blocks that get them from it.
 
     Args:

@@ -21,8 +21,7 @@ from layerstream.model.routed import install_experts
 from layerstream.model.skeleton import Skeleton
 from layerstream.streaming.copies import CopyFeed
 from layerstream.streaming.device import Device, Mark
-from layerstream.streaming.device_experts import DeviceBank
-from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.streaming.device_experts import AnyBank
 from layerstream.streaming.feed import Feed, ReadFeed
 from layerstream.streaming.host import HostSource
 from layerstream.streaming.loader import load_unit
@@ -83,7 +82,7 @@ class DeviceWeights:
         streamed = [index for index in range(len(plan.units)) if index not in plan.residents]
         self._stream_index = {index: position for position, index in enumerate(streamed)}
         self.streamer: Streamer | None = None
-        self.bank: ExpertBank | DeviceBank | None = None
+        self.bank: AnyBank | None = None
         try:
             if streamed:
                 feed = self._feed(streamed, reader, on_load)

@@ -26,6 +26,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -290,3 +291,6 @@ class DeviceBank:
         self._crossing.popleft()
         self._paths.shipped(ended.seconds_since(began))
         self.host.release(expert)
+
+
+AnyBank: TypeAlias = ExpertBank | DeviceBank
