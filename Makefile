@@ -26,7 +26,7 @@ types: $(VENV)/.installed ## pyright on engine and integrations
 	$(BIN)/pyright
 
 fast: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal
 
 slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments with the oldest and newest frameworks
 	$(BIN)/pytest -m slow
