@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from layerstream.files import write_whole
 from layerstream.machine import cache_folder
 from layerstream.streaming.residency import ExpertsNode
 
@@ -53,11 +54,9 @@ class ExpertStatistics:
     def save(self, shares: Iterable[float]) -> None:
         """Remember *shares*; where that is not possible, nothing is lost but a warm start."""
         text = json.dumps({"model": self._model, "shares": [round(float(share), DIGITS) for share in shares]})
-        written = self._path.with_suffix(f".{os.getpid()}.partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            written.write_text(text)
-            written.replace(self._path)
+            write_whole(self._path, text)
         except OSError as error:
             logger.info("%s cannot be written: %s", self._path, error)
         self._saved = time.monotonic()

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from layerstream.checkpoint.codecs.base import Codec, Planes
 from layerstream.checkpoint.codecs.bnb import BnbInt8
 from layerstream.checkpoint.codecs.tiled import TiledInt4, tile_codes, tile_scales
+from layerstream.files import write_whole
 from layerstream.machine import cache_folder, processor
 from layerstream.model.linear import PackedMatrix, tile_rows
 
@@ -50,9 +51,7 @@ def fused_rows(kernels: Iterable[str]) -> dict[str, int]:
             known = _read(path)
             if key not in known or not wanted <= known[key].keys():
                 known[key] = known.get(key, {}) | {name: measure(name) for name in _MATRICES}
-                written = path.with_suffix(".partial")
-                written.write_text(json.dumps(known, indent=1))
-                written.replace(path)
+                write_whole(path, json.dumps(known, indent=1))
             found = known[key]
     except OSError as error:
         logger.warning("%s cannot be written (%s): kernels are measured anew by every process", path, error)

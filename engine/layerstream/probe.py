@@ -31,6 +31,7 @@ from layerstream.checkpoint.codecs.bnb import Bnb4
 from layerstream.checkpoint.hub import are_weights_here, bundled_reader
 from layerstream.checkpoint.names import PackedSource
 from layerstream.config import EngineConfig
+from layerstream.files import write_whole
 from layerstream.kernels import sample_matrix
 from layerstream.machine import cache_folder, processor
 from layerstream.model.linear import TILE_VALUES, PackedMatrix, tile_rows
@@ -335,8 +336,6 @@ class _Memory:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock")):
-                written = self._path.with_suffix(".partial")
-                written.write_text(json.dumps(known, indent=1))
-                written.replace(self._path)
+                write_whole(self._path, json.dumps(known, indent=1))
         except OSError as error:
             logger.warning("%s cannot be written (%s): the next forecast measures again", self._path, error)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from layerstream.errors import KVStoreUnusable
+from layerstream.files import TEMPORARY
 from layerstream.kv import fingerprint
 from layerstream.kv.answers import Answers
-from layerstream.kv.segment import SUFFIX, TEMPORARY, DamagedSegment, read_info, sync_folder, verify
+from layerstream.kv.segment import SUFFIX, DamagedSegment, read_info, sync_folder, verify
 from layerstream.kv.tiers.folder import ABOUT, Bounds, StoreFolder
 
 

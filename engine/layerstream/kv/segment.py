@@ -28,12 +28,12 @@ from functools import cached_property
 from pathlib import Path
 
 from layerstream.errors import LayerStreamError
+from layerstream.files import temporary_path
 from layerstream.streaming.residency import PAGE as ALIGNMENT
 
 VERSION = 1
 MAX_PAGES = 64
 SUFFIX = ".kv"
-TEMPORARY = ".tmp"
 _MAGIC = b"LSKVPAGE"
 _TRAILER = struct.Struct("<8sIIQ")
 _MAX_FOOTER = 2**24
@@ -120,7 +120,7 @@ class SegmentWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._path = folder / f"{os.getpid()}-{os.urandom(6).hex()}{TEMPORARY}"
+        self._path = temporary_path(folder / "segment")
         self._file = _DirectFile(self._path)
         self.checksums: list[tuple[int, ...]] = []
         self.encoded_bytes: list[int] = []

@@ -6,7 +6,7 @@
     folder/index.sqlite             the index; rebuilt from the segments' footers if it is lost or damaged
     folder/<namespace>/about.json   what the namespace stands for
     folder/<namespace>/*.kv         segments
-    folder/*.tmp, folder/<namespace>/*.tmp
+    folder/*-layerstream-kv.json.tmp, folder/<namespace>/*.tmp
                                     files being written; swept away once their writer is gone
 
 Invariants: a segment is removed only under an exclusive lock on its file, so nobody's pages go away under a reading
@@ -24,7 +24,6 @@ import os
 import shutil
 import sqlite3
 import stat
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,13 +32,15 @@ from pathlib import Path
 import psutil
 
 from layerstream.errors import KVStoreUnusable
+from layerstream.files import TEMPORARY, write_whole, writer_of
 from layerstream.kv.eviction import choose_victims
 from layerstream.kv.index import Index
-from layerstream.kv.segment import SUFFIX, TEMPORARY, DamagedSegment, Key, SegmentInfo, read_info
+from layerstream.kv.segment import SUFFIX, DamagedSegment, Key, SegmentInfo, read_info
 
 logger = logging.getLogger(__name__)
 
 MARKER = "layerstream-kv.json"
+MARKER_TO_BE = f"-{MARKER}{TEMPORARY}"  # how its name ends while it is written
 INDEX = "index.sqlite"
 ABOUT = "about.json"
 FORMAT = 1
@@ -166,11 +167,11 @@ class StoreFolder:
             index.add_segments(number, found)
 
     def _sweep_temporaries(self) -> None:
-        for path in (*self.path.glob(f"*{TEMPORARY}"), *self.path.glob(f"*/*{TEMPORARY}")):
-            pid = path.name.split("-")[0]
+        for path in (*self.path.glob(f"*{MARKER_TO_BE}"), *self.path.glob(f"*/*{TEMPORARY}")):
+            pid = writer_of(path)
             with contextlib.suppress(OSError):
                 is_old = time.time() - path.stat().st_mtime > 24 * 3600
-                if is_old or (pid.isdigit() and not psutil.pid_exists(int(pid))):
+                if is_old or (pid is not None and not psutil.pid_exists(pid)):
                     path.unlink()
 
 
@@ -188,7 +189,7 @@ def _check(path: Path) -> None:
     if not path.is_dir():
         raise KVStoreUnusable(f"{path} is not a folder; pass a folder as kv_store, or None for no store")
     entries = {entry.name for entry in path.iterdir()}
-    others = sorted(name for name in entries if not name.endswith(f"{MARKER}{TEMPORARY}"))
+    others = sorted(name for name in entries if not name.endswith(MARKER_TO_BE))
     if others and not any((path / name).exists() for name in (MARKER, INDEX)):  # in this order: it may just be made
         raise KVStoreUnusable(
             f"{path} holds other things ({', '.join(others[:3])}) and no KV store; pass an empty or a new "
@@ -235,9 +236,7 @@ def _initialise(path: Path) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f"{os.getpid()}-{threading.get_ident()}-{path.name}{TEMPORARY}")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True), "utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1, sort_keys=True))
 
 
 def _file_system(path: Path) -> str:
