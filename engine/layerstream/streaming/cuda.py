@@ -22,21 +22,20 @@ _PORTABLE = 1  # cudaHostRegisterPortable
 class _Stream:
     """A CUDA stream of *device*; ``None``: whichever is torch's current one there."""
 
-    def __init__(self, module: Any, device: torch.device, stream: Any) -> None:
-        self._module = module
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device = device
         self._own = stream
 
     @property
-    def _stream(self) -> Any:
-        return self._own if self._own is not None else self._module.current_stream(self._device)
+    def _stream(self) -> torch.cuda.Stream:
+        return self._own if self._own is not None else torch.cuda.current_stream(self._device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with self._module.stream(self._stream):
+        with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
     def mark(self, *, timed: bool = False) -> EventMark:
-        event = self._module.Event(enable_timing=timed)
+        event = torch.cuda.Event(enable_timing=timed)
         event.record(self._stream)
         return EventMark(event)
 
@@ -52,21 +51,20 @@ class CudaDevice:
     """
 
     def __init__(self, torch_device: torch.device) -> None:
-        self._module: Any = torch.cuda
         check_cuda(torch_device)
         index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
         self.name = cuda_name(self.torch_device)
         with self.use():
-            self.compute = _Stream(self._module, self.torch_device, None)
+            self.compute = _Stream(self.torch_device, None)
             self.inward, self.outward = (
-                _Stream(self._module, self.torch_device, self._module.Stream(self.torch_device)) for _ in range(2)
+                _Stream(self.torch_device, torch.cuda.Stream(self.torch_device)) for _ in range(2)
             )
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Make it torch's current device."""
-        with self._module.device(self.torch_device):
+        with torch.cuda.device(self.torch_device):
             yield
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -76,7 +74,7 @@ class CudaDevice:
     def pin(self, arena: Arena) -> None:
         """By ``cudaHostRegister``, for all devices: torch's own pinned allocator rounds up to powers of two."""
         with self.use():
-            code = self._module.cudart().cudaHostRegister(arena.tensor.data_ptr(), arena.num_bytes, _PORTABLE)
+            code = _runtime().cudaHostRegister(arena.tensor.data_ptr(), arena.num_bytes, _PORTABLE)
         if int(code):
             raise ConfigurationError(
                 f"the system does not let {format_size(arena.num_bytes)} of host memory be pinned (CUDA error "
@@ -86,26 +84,31 @@ class CudaDevice:
     def unpin(self, arena: Arena) -> None:
         """By ``cudaHostUnregister``."""
         with self.use(), contextlib.suppress(RuntimeError):
-            self._module.cudart().cudaHostUnregister(arena.tensor.data_ptr())
+            _runtime().cudaHostUnregister(arena.tensor.data_ptr())
 
     def limit(self, num_bytes: int) -> None:
         """By torch's allocator, which then raises ``OutOfMemoryError``."""
-        total = self._module.get_device_properties(self.torch_device).total_memory
-        self._module.set_per_process_memory_fraction(min(1.0, num_bytes / total), self.torch_device)
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), self.torch_device)
 
     def peak_bytes(self) -> int:
         """Reserved, with what the allocator holds in reserve."""
-        return self._module.max_memory_reserved(self.torch_device)
+        return torch.cuda.max_memory_reserved(self.torch_device)
 
     def free_unused(self) -> None:
         """The allocator's cache."""
-        self._module.empty_cache()
+        torch.cuda.empty_cache()
 
     def is_lost(self, error: BaseException) -> bool:
         """Errors of the driver stay with the process; running out of memory is none."""
         if isinstance(error, torch.OutOfMemoryError):
             return False
         return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _runtime() -> Any:
+    """CUDA's own calls, which torch gives no types to."""
+    return torch.cuda.cudart()
 
 
 def cuda_name(device: torch.device) -> str:
