@@ -12,6 +12,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+
 from tests.faults.campaign import Outcome, run
 from tests.faults.kinds import KINDS
 from tests.faults.trials import draw
@@ -56,6 +58,7 @@ def main() -> int:
 
 def _be_quiet() -> None:
     """What the engine says of its faults is not what a campaign is about; and it leaves the user's caches alone."""
+    torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     os.environ["LAYERSTREAM_KV_STORE"] = "off"
     for name in ("KERNELS", "RATES"):

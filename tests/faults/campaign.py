@@ -6,6 +6,7 @@ import random
 import shutil
 import tempfile
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.faults import dying, invariants
 from tests.faults.kinds import KINDS, Kind, Scene
 from tests.faults.trials import Trial
 from tests.faults.wires import Planted, Tripwire
-from tests.faults.world import PROMPTS, World, bits_of, copy_store, params_of
+from tests.faults.world import World, bits_of, copy_store
 
 PATIENCE_SECONDS = 60.0
 
@@ -51,8 +52,8 @@ def run(trial: Trial, world: World) -> Outcome:
             wire.num_hit = int(dying.run_and_die(trial, world, str(folder / "kv")))
         else:
             with pytest.MonkeyPatch.context() as patch:
-                scene = Scene(patch, world.model, folder / "kv", wire, random.Random(trial.salt), wrong=wrong)
-                failed = _run(trial, kind, world, scene)
+                scene = Scene(trial, world, folder / "kv", patch, wire, random.Random(trial.salt), wrong=wrong)
+                failed = _run(scene, kind)
         wrong += invariants.of_the_store(trial, world, folder / "kv")
     except Exception:  # noqa: BLE001  # whatever it is, it is this trial's finding
         wrong.append(traceback.format_exc(limit=-4))
@@ -61,26 +62,27 @@ def run(trial: Trial, world: World) -> Outcome:
     return Outcome(trial, wire.num_hit, failed, tuple(wrong))
 
 
-def _run(trial: Trial, kind: Kind, world: World, scene: Scene) -> int:
+def _run(scene: Scene, kind: Kind) -> int:
+    """Have the fault meet the requests; how many of them failed as they may."""
+    trial, world = scene.trial, scene.world
     before = invariants.Traces.now(world.model, scene.store)
     kind.prepare(scene)
     scene.engine = world.engine(trial.mode, scene.store, progress=scene.listen)
     try:
-        for number in trial.early:
-            scene.requests.append(scene.engine.submit(PROMPTS[number], params_of(number)))
+        asked = {scene.submit(number): number for number in trial.early}
         scene.wire.arm()
         kind.strike(scene)
-        late = []
         for number in trial.late:
             try:
-                late.append(scene.engine.submit(PROMPTS[number], params_of(number)))
+                request = scene.submit(number)
             except LayerStreamError:
                 if not kind.closes:
                     raise
-        scene.requests += late
-        if kind.closes:
-            scene.named.update(late)
-        failed = _judge(trial, kind, world, scene, late)
+                continue
+            asked[request] = number
+            if kind.closes:
+                scene.named.add(request)
+        failed = _judge(scene, kind, asked)
         scene.wire.disarm()
         scene.hooks.clear()
         for undo in scene.undo:
@@ -93,13 +95,11 @@ def _run(trial: Trial, kind: Kind, world: World, scene: Scene) -> int:
     return failed
 
 
-def _judge(trial: Trial, kind: Kind, world: World, scene: Scene, late: list[Request]) -> int:
+def _judge(scene: Scene, kind: Kind, asked: Mapping[Request, int]) -> int:
     """Look at every answer; how many requests failed as they may."""
-    numbers = dict(zip(scene.requests[: len(trial.early)], trial.early, strict=True))
-    numbers |= dict(zip(late, trial.late, strict=False))
     failed, wrong = 0, scene.wrong
     for request in scene.requests:
-        number = numbers.get(request)
+        number = asked.get(request)
         what = "the request of the fault" if number is None else f"prompt {number}"
         try:
             completions = request.completions(PATIENCE_SECONDS)
@@ -116,7 +116,7 @@ def _judge(trial: Trial, kind: Kind, world: World, scene: Scene, late: list[Requ
             failed += 1
             if request not in scene.named:
                 wrong.append(f"{what} was cancelled")
-        elif number is not None and bits_of(completions) != world.right[trial.mode][number]:
+        elif number is not None and bits_of(completions) != scene.world.right[scene.trial.mode][number]:
             wrong.append(f"{what} was answered wrongly")
     if kind.who == "one" and failed > scene.wire.num_hit:
         wrong.append(f"{failed} requests failed of {scene.wire.num_hit} faults")

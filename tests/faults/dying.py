@@ -10,6 +10,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from tests.faults import wires
 from tests.faults.trials import Trial
@@ -24,7 +25,7 @@ _PROCESSES.set_forkserver_preload(["tests.faults.dying"])
 
 def run_and_die(trial: Trial, world: World, folder: str) -> bool:
     """Answer *trial*'s prompts in a process that dies at step ``trial.at``; whether it did (or was done before)."""
-    process = _PROCESSES.Process(target=_live, args=(trial, world, folder))
+    process = _PROCESSES.Process(target=_live, args=(trial, world, folder, torch.get_num_threads()))
     process.start()
     process.join(PATIENCE_SECONDS)
     if process.is_alive():
@@ -35,7 +36,8 @@ def run_and_die(trial: Trial, world: World, folder: str) -> bool:
     return process.exitcode == -signal.SIGKILL
 
 
-def _live(trial: Trial, world: World, folder: str) -> None:
+def _live(trial: Trial, world: World, folder: str, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)  # other threads, other bits: another namespace
     wire = Tripwire(2 * trial.at, 1)
 
     def die() -> None:

@@ -29,11 +29,14 @@ import pytest
 import torch
 from layerstream import LayerStream, LayerStreamError, SamplingParams
 from layerstream.events import Event
+from layerstream.kv import maintenance
+from layerstream.kv.tiers.folder import StoreFolder
 from layerstream.request import Request
 
 from tests.faults import wires
+from tests.faults.trials import Trial
 from tests.faults.wires import Planted, Tripwire
-from tests.faults.world import PROMPTS
+from tests.faults.world import PROMPTS, World, bits_of, params_of
 
 Who: TypeAlias = Literal["nobody", "one", "present", "named"]
 
@@ -43,6 +46,7 @@ class Scene:
     """A trial under way.
 
     Attributes:
+        store: the folder of the engine's store.
         requests: those submitted so far, in order.
         named: those that the fault is about.
         hooks: called with every event, on the engine's thread, until the fault is over.
@@ -50,9 +54,10 @@ class Scene:
         wrong: what should not have been, a line each.
     """
 
-    patch: pytest.MonkeyPatch
-    model: Path
+    trial: Trial
+    world: World
     store: Path
+    patch: pytest.MonkeyPatch
     wire: Tripwire
     chance: random.Random
     requests: list[Request] = field(default_factory=list)
@@ -71,6 +76,12 @@ class Scene:
     @engine.setter
     def engine(self, engine: LayerStream) -> None:
         self._engine = engine
+
+    def submit(self, number: int) -> Request:
+        """Ask for prompt *number*."""
+        request = self.engine.submit(PROMPTS[number], params_of(number))
+        self.requests.append(request)
+        return request
 
     def listen(self, event: Event) -> None:
         """The engine's listener."""
@@ -212,6 +223,32 @@ def _turn_a_bit(scene: Scene, path: Path) -> None:
         value = file.read(1)[0]
         file.seek(at)
         file.write(bytes([value ^ (1 << scene.chance.randrange(8))]))
+
+
+def _clear_store(scene: Scene) -> None:
+    with contextlib.closing(StoreFolder(scene.store)) as folder:
+        for namespace in maintenance.summarise(folder):
+            maintenance.clear(folder, namespace)
+
+
+def _prune_store(scene: Scene) -> None:
+    with contextlib.closing(StoreFolder(scene.store)) as folder:
+        maintenance.prune(folder, 1)
+
+
+def _share_store(scene: Scene) -> None:
+    """Another engine uses the same store meanwhile, and goes."""
+    mode, numbers = scene.trial.mode, (*scene.trial.late, *scene.trial.early)
+
+    def live() -> None:
+        with scene.world.engine(mode, scene.store, progress=False) as engine:
+            for number in numbers:
+                if bits_of(engine.generate([PROMPTS[number]], params_of(number))) != scene.world.right[mode][number]:
+                    scene.wrong.append(f"the other engine answered prompt {number} wrongly")
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    scene.undo.append(thread.join)
 
 
 def _clock_jumps(scene: Scene) -> None:
@@ -360,6 +397,9 @@ KINDS: dict[str, Kind] = {
     "segments: deleted": Kind("nobody", strike=_some_segments(lambda scene, path: path.unlink())),
     "segments: cut": Kind("nobody", strike=_some_segments(_cut)),
     "segments: a bit is turned": Kind("nobody", strike=_some_segments(_turn_a_bit)),
+    "store: cleared by another": Kind("nobody", strike=_clear_store),
+    "store: pruned by another": Kind("nobody", strike=_prune_store),
+    "store: shared": Kind("nobody", strike=_share_store),
     "process: killed": Kind("nobody", kills=True),
     "clock: jumps": Kind("nobody", strike=_clock_jumps),
     "suspended answers: the disk fails": Kind("nobody", lambda scene: wires.on_swap(scene.patch, scene.wire)),

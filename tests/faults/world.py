@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-import torch
 from layerstream import KVStoreConfig, LayerStream, SamplingParams
 from layerstream.completion import Completion
 
@@ -85,7 +84,6 @@ def _budget(model: Path, mode: Mode) -> int:
 
 def make_world(folder: Path) -> World:
     """Make the model, and answer every prompt alone, without a store and without a fault."""
-    torch.set_num_threads(1)
     model = folder / "model"
     make_model("llama", model)
     make_tokenizer().save_pretrained(model)
