@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         OutOfMemory,
         PromptError,
         PromptTooLong,
+        QueueFull,
         ReadError,
         RequestTimeout,
         StorageFull,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         TruncatedFile,
         UnsupportedFormat,
         UnsupportedModel,
+        WaitsForItself,
     )
     from layerstream.kv.config import KVStoreConfig
     from layerstream.params import SamplingParams
@@ -80,6 +82,7 @@ __all__ = [
     "OutOfMemory",
     "PromptError",
     "PromptTooLong",
+    "QueueFull",
     "ReadError",
     "Request",
     "RequestTimeout",
@@ -91,6 +94,7 @@ __all__ = [
     "UnsupportedFormat",
     "UnsupportedModel",
     "Usage",
+    "WaitsForItself",
     "__version__",
 ]
 

@@ -80,16 +80,15 @@ class Assembly:
     page_memory: PageMemory
 
     def close(self) -> None:
-        """Write what is to be stored, let go of all files. Idempotent."""
-        self.step.close()
-        if self.draft is not None:
-            self.draft.close()
-        if self.store is not None:
-            self.store.close()
-        self.swap.close()
-        self.weights.close()
-        self.page_memory.close()
-        self.reader.close()
+        """Write what is to be stored, let go of all files, end all threads. Idempotent; what one part cannot do is
+        logged, and the others do theirs."""
+        parts = (self.step, self.draft, self.store, self.swap, self.weights, self.page_memory, self.reader)
+        for part in parts:
+            try:
+                if part is not None:
+                    part.close()
+            except Exception:
+                logger.exception("a %s could not be closed", type(part).__name__)
 
     def record(self, timeline: Timeline | None) -> None:
         """Have *timeline* told what goes on from here, between two sweeps; ``None``: no more."""

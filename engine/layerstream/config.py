@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerstream import arguments
 from layerstream.checkpoint.codecs.encode import KINDS
 from layerstream.errors import ConfigurationError
 from layerstream.kv.config import KVStoreConfig
@@ -13,6 +14,8 @@ from layerstream.kv.config import KVStoreConfig
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
 ATTENTIONS = ("auto", "sdpa", "flash_attn")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
+MAX_QUEUED = 65536
+"""Answers that may wait, if nobody says: a prompt of 1,000 tokens that waits takes some 20 kB."""
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -39,6 +42,7 @@ class EngineConfig:
     attention: str = "auto"
     max_context: int | None = None
     chunk_tokens: int | None = None
+    max_queued: int | None = None
     trust_remote_code: bool = False
     revision: str | None = None
     token: str | None = None
@@ -53,35 +57,28 @@ class EngineConfig:
     packed: Path | None = None
 
     def __post_init__(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigurationError(
-                f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1' and so on, or 'mps'"
-            )
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise arguments.refusal("device", self.device, "'auto', 'cpu', 'cuda', 'cuda:1' and so on, or 'mps'")
         self._check_devices()
-        if self.attention not in ATTENTIONS:
-            raise ConfigurationError(
-                f"attention is {self.attention!r}; expected one of {', '.join(map(repr, ATTENTIONS))}"
-            )
-        if self.host_compute not in {"auto", "off"}:
-            raise ConfigurationError(f"host_compute is {self.host_compute!r}; expected 'auto' or 'off'")
-        if self.max_context is not None and self.max_context < 1:
-            raise ConfigurationError(f"max_context is {self.max_context}; expected a number of tokens >= 1")
-        if self.speculation not in {"auto", "off"}:
-            raise ConfigurationError(f"speculation is {self.speculation!r}; expected 'auto' or 'off'")
+        arguments.one_of("attention", self.attention, ATTENTIONS)
+        arguments.one_of("host_compute", self.host_compute, ("auto", "off"))
+        arguments.one_of("speculation", self.speculation, ("auto", "off"))
+        arguments.one_of("quantization", self.quantization, (None, *KINDS))
+        arguments.one_of("chunk_tokens", self.chunk_tokens, (None, *CHUNK_CHOICES))
+        arguments.text("dtype", self.dtype)
+        for field in ("revision", "token", "draft_model"):
+            if getattr(self, field) is not None:
+                arguments.text(field, getattr(self, field), may_be_empty=False)
+        for field in ("trust_remote_code", "allow_untested"):
+            arguments.flag(field, getattr(self, field))
+        for field in ("max_context", "max_queued"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, arguments.whole_number(field, getattr(self, field), 1))
         if self.draft_model is not None and self.speculation == "off":
             raise ConfigurationError("draft_model is set and speculation is 'off': leave out one of the two")
-        if self.quantization not in {None, *KINDS}:
-            raise ConfigurationError(
-                f"quantization is {self.quantization!r}; expected None, {', '.join(map(repr, KINDS))}"
-            )
-        if self.chunk_tokens is not None and self.chunk_tokens not in CHUNK_CHOICES:
-            raise ConfigurationError(f"chunk_tokens is {self.chunk_tokens!r}; expected one of {CHUNK_CHOICES}")
 
     def _check_devices(self) -> None:
-        if self.device_map not in {None, *DEVICE_MAPS}:
-            raise ConfigurationError(
-                f"device_map is {self.device_map!r}; expected None or one of {', '.join(map(repr, DEVICE_MAPS))}"
-            )
+        arguments.one_of("device_map", self.device_map, (None, *DEVICE_MAPS))
         if self.device_map is not None and self.device not in {"auto", "cuda"}:
             raise ConfigurationError(
                 f"device_map spreads layers over all CUDA devices, and device is {self.device!r}: leave it out, and "

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, cast
 
+from layerstream import arguments
 from layerstream.assembly import Assembly, assemble
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
 from layerstream.completion import Completion, Delta
-from layerstream.config import EngineConfig
-from layerstream.errors import ConfigurationError, EngineClosed
+from layerstream.config import MAX_QUEUED, EngineConfig
+from layerstream.errors import ConfigurationError
 from layerstream.events import Listener
+from layerstream.home import Home
 from layerstream.intake import Intake, Terms
 from layerstream.kv.config import KVStoreConfig, store_config
 from layerstream.kv.store import PrefixStore
-from layerstream.loop import EngineLoop, OpenGang
-from layerstream.params import SamplingParams
+from layerstream.loop import EngineLoop, Outside
+from layerstream.params import SamplingParams, as_params
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
+from layerstream.reception import OpenGang
 from layerstream.request import Request
 from layerstream.self_check import check_untested
 from layerstream.sizes import parse_size
@@ -36,6 +41,10 @@ from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmRepo
 logger = logging.getLogger(__name__)
 
 GANG_SECONDS = 1.0
+MOST_GANG_SECONDS = 3600.0  # everybody waits for a gang
+
+Params = SamplingParams | Mapping[str, Any] | None
+"""Sampling parameters, a dict of their fields, or ``None`` for the model's own."""
 
 
 class LayerStream:
@@ -68,6 +77,7 @@ class LayerStream:
         max_context: tokens per sequence at most, if fewer than the model's own limit.
         chunk_tokens: prompt tokens that attend together, and that a page of the KV store holds: prefixes are shared in
             multiples of it (32 where weights stream, 128 where they do not).
+        max_queued: answers that may wait for their turn; past it, :class:`QueueFull`. ``None``: any number.
         allow_untested: try a family that is not on the tested list, after a self-check.
         progress: ``"auto"`` (a line on a terminal or in a notebook once an answer takes longer than two seconds),
             a bool, or a function that is called with :mod:`layerstream.events`.
@@ -90,9 +100,10 @@ class LayerStream:
         quantization: str | None = None,
         kv_store: str | Path | KVStoreConfig | None = "auto",
         speculation: str = "auto",
-        draft_model: str | None = None,
+        draft_model: str | Path | None = None,
         max_context: int | None = None,
         chunk_tokens: int | None = None,
+        max_queued: int | None = MAX_QUEUED,
         trust_remote_code: bool = False,
         revision: str | None = None,
         token: str | None = None,
@@ -100,37 +111,47 @@ class LayerStream:
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
         config = EngineConfig(
-            model=str(model),
+            model=_model_name(model),
             device=device,
             device_map=device_map,
-            memory_bytes=parse_size(memory) if isinstance(memory, int | str) else None,
-            memory_each=() if memory is None or isinstance(memory, int | str) else tuple(map(parse_size, memory)),
+            memory_bytes=None if memory is None or _is_list(memory) else parse_size(cast(Any, memory)),
+            memory_each=_sizes(memory) if _is_list(memory) else (),
             host_memory_bytes=None if host_memory is None else parse_size(host_memory),
             host_compute=host_compute,
             dtype=dtype,
             attention=attention,
             max_context=max_context,
             chunk_tokens=chunk_tokens,
+            max_queued=max_queued,
             trust_remote_code=trust_remote_code,
             revision=revision,
             token=token,
             allow_untested=allow_untested,
             kv_store=store_config(kv_store),
-            kv_store_is_default=kv_store == "auto",
+            kv_store_is_default=isinstance(kv_store, str) and kv_store == "auto",
             speculation=speculation,
-            draft_model=draft_model,
+            draft_model=None if draft_model is None else _model_name(draft_model, "draft_model"),
             quantization=quantization,
         )
-        self._progress = make_listener(progress)
-        self._parts: Assembly = run_apart(lambda: _build(config, self._progress), Assembly.close)
-        parts = self._parts
-        self._loop = EngineLoop(
-            parts.scheduler, parts.step, parts.drafting, parts.weights, self._progress, parts.devices
-        )
-        self._close = weakref.finalize(self, _shut, self._loop, self._parts)
-        loop = self._loop
-        self._intake = Intake(parts, loop.cancel, lambda: parts.seconds_per_sweep(loop.counters))
-        logger.info("%s: %s", self.model_name, self._parts.defaults.describe())
+        self._progress = listener = make_listener(progress)
+        self._home = home = Home()
+        with ExitStack() as undo:
+            self._parts: Assembly = run_apart(lambda: _build(config, listener), Assembly.close)
+            parts = self._parts
+            undo.callback(parts.close)
+            self._loop = EngineLoop(
+                parts.scheduler,
+                parts.step,
+                parts.drafting,
+                parts.weights,
+                Outside(home, listener, config.max_queued, at_end=parts.close),
+            )
+            loop = self._loop
+            undo.callback(loop.close)
+            self._intake = Intake(parts, loop.reception.cancel, lambda: parts.seconds_per_sweep(loop.counters), home)
+            undo.pop_all()
+        weakref.finalize(self, loop.close)
+        logger.info("%s: %s", self.model_name, parts.defaults.describe())
 
     @property
     def model_name(self) -> str:
@@ -185,7 +206,7 @@ class LayerStream:
     def turn(
         self,
         messages: Seq[Mapping[str, Any]],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         tools: Iterable[Mapping[str, Any]] | None = None,
         tool_choice: ToolChoice = None,
@@ -212,7 +233,7 @@ class LayerStream:
         """
         return self._intake.turns.make(
             messages,
-            params or SamplingParams(),
+            as_params(params),
             tools=tools,
             tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
@@ -223,7 +244,7 @@ class LayerStream:
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         priority: int = 0,
@@ -255,23 +276,28 @@ class LayerStream:
     def stream(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
     ) -> Iterator[Delta]:
         """Deltas as the sweeps bring them; leaving the iteration cancels the request."""
-        request = self.submit(prompt, params, timeout=timeout, priority=priority, client=client)
+        self._loop.reception.check_open()
+        return self._stream(self.encode(prompt), as_params(params), Terms(timeout, priority, client))
+
+    def _stream(self, token_ids: list[int], params: SamplingParams, terms: Terms) -> Iterator[Delta]:
+        request = self._submit([token_ids], params, terms)[0]
         try:
             yield from request
         finally:
-            request.cancel()
+            if self._home.is_here:
+                request.cancel()
 
     def submit(
         self,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         priority: int = 0,
@@ -283,16 +309,23 @@ class LayerStream:
     def submit_many(
         self,
         prompts: Seq[Prompt],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
     ) -> list[Request]:
-        """Hand several prompts in, to join the same sweep. All are checked before any is handed in."""
-        if not self._close.alive:
-            raise EngineClosed("the engine is closed; make a new LayerStream")
-        requests, answers = self._intake.take(prompts, params, Terms(timeout, priority, client))
+        """Hand several prompts in, to join the same sweep. All are checked before any is handed in.
+
+        Raises:
+            PromptError, ConfigurationError: what is wrong, and which argument it is. QueueFull: more than may wait.
+            EngineClosed: the engine is closed, or another process's.
+        """
+        return self._submit(prompts, as_params(params), Terms(timeout, priority, client))
+
+    def _submit(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> list[Request]:
+        self._loop.reception.check_open()
+        requests, answers = self._intake.take(prompts, params, terms)
         self._loop.submit(answers)
         return requests
 
@@ -303,8 +336,13 @@ class LayerStream:
 
             with engine.gang(len(questions)), ThreadPoolExecutor() as pool:
                 answers = list(pool.map(chain.invoke, questions))
+
+        Raises:
+            ConfigurationError: *size* or *timeout* is out of range: everybody waits for a gang, for an hour at most.
         """
-        return self._loop.gang(size, timeout)
+        self._loop.reception.check_open()
+        size = arguments.whole_number("size", size, 0)
+        return self._loop.reception.gang(size, arguments.number("timeout", timeout, 0.0, MOST_GANG_SECONDS))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that *prompt* stands for, with the model's opening tokens once."""
@@ -313,6 +351,7 @@ class LayerStream:
     def cached_tokens(self, prompt: Prompt) -> int:
         """Tokens at the beginning of *prompt* whose KV is there, in memory or in the store: what a prefill of it would
         not compute. Whole pages; never the last token."""
+        self._home.check()
         scheduler, store = self._parts.scheduler, self._parts.store
         keys = scheduler.prefixes.keys_of(self.encode(prompt))
         in_memory = scheduler.prefixes.count_known(keys)
@@ -370,6 +409,7 @@ class LayerStream:
             engine.generate(prompt, params)
         timeline.write_chrome("trace.json")  # for ui.perfetto.dev
         """
+        self._home.check()
         timeline = Timeline()
         self._parts.record(timeline)
         try:
@@ -379,9 +419,11 @@ class LayerStream:
 
     def stats(self) -> EngineStats:
         """Counters since the engine started."""
+        self._home.check()
         return collect_stats(self._parts, self._loop.counters)
 
     def _open_store(self) -> PrefixStore:
+        self._loop.reception.check_open()
         store = self._parts.store
         if store is None:
             raise ConfigurationError("this engine has no KV store to warm: pass kv_store='auto' or a folder")
@@ -391,8 +433,9 @@ class LayerStream:
         return store
 
     def close(self) -> None:
-        """Stop by the next unit; what still runs fails with :class:`EngineClosed`. Idempotent."""
-        self._close()
+        """Stop by the next unit; what still runs fails with :class:`EngineClosed`. Never raises, ends every thread of
+        the engine. Idempotent, from any thread; from a callback it takes effect when the callback has returned."""
+        self._loop.close()
 
     def __enter__(self) -> LayerStream:
         return self
@@ -410,7 +453,24 @@ def _build(config: EngineConfig, listener: Listener | None) -> Assembly:
     return assemble(config, listener)
 
 
-def _shut(loop: EngineLoop, parts: Assembly) -> None:
-    """Close what the engine owns; must not refer to the engine itself."""
-    loop.close()
-    parts.close()
+def _is_list(memory: object) -> TypeGuard[Seq[int | str]]:
+    return isinstance(memory, list | tuple)
+
+
+def _sizes(memory: Seq[int | str]) -> tuple[int, ...]:
+    if not memory:
+        raise arguments.refusal("memory", memory, "a size such as '3GiB', or one for each device")
+    return tuple(map(parse_size, memory))
+
+
+def _model_name(model: object, name: str = "model") -> str:
+    """The model as a string.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(model, PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, str) or not model.strip() or "\0" in model:
+        raise arguments.refusal(name, model, "a folder, a hub id, or 'demo' for the bundled reader")
+    return model

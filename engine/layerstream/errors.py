@@ -29,8 +29,10 @@
     ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
     ├── OutOfMemory (MemoryError)            not even a small sweep fits; says what would help
     ├── DeviceLost (RuntimeError)            the accelerator will not compute again in this process
+    ├── QueueFull (RuntimeError)             more requests than may wait; says how many do
     ├── RequestTimeout (TimeoutError)
-    └── EngineClosed (RuntimeError)
+    ├── WaitsForItself (RuntimeError)        the engine's own thread was to wait for the engine
+    └── EngineClosed (RuntimeError)          closed, ended, or another process's: says which
 
 A message says what was found, what was expected, and what to do next. Catching
 :class:`LayerStreamError` catches all of them; each also derives from the builtin that
@@ -38,6 +40,17 @@ a caller would have guessed.
 """
 
 from __future__ import annotations
+
+SHOWN_CHARACTERS = 80
+
+
+def shown(value: object) -> str:
+    """*value* for a message: its repr, cut short; never raises, whatever it is."""
+    try:
+        found = repr(value)
+    except Exception:  # noqa: BLE001  # an int of thousands of digits, or a class of the caller's own
+        return f"{type(value).__name__} that cannot be shown"
+    return found if len(found) <= SHOWN_CHARACTERS else f"{found[: SHOWN_CHARACTERS - 1]}…"
 
 
 class LayerStreamError(Exception):
@@ -56,7 +69,7 @@ class InvalidSamplingParams(ConfigurationError):
     """A sampling field outside its range."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"SamplingParams.{field} is {value!r}; expected {expected}")
+        super().__init__(f"SamplingParams.{field} is {shown(value)}; expected {expected}")
         self.field = field
 
 
@@ -166,5 +179,21 @@ class RequestTimeout(LayerStreamError, TimeoutError):
     """The answer was not there in time: the request was given up if it had a time-out of its own, else it goes on."""
 
 
+class QueueFull(LayerStreamError, RuntimeError):
+    """As many answers wait as may; nothing was handed in."""
+
+    def __init__(self, num_waiting: int, num_more: int, max_queued: int) -> None:
+        super().__init__(
+            f"{num_waiting} answers wait already and {num_more} more were asked for, and {max_queued} may wait: take "
+            "some results first and submit again, or give the engine a larger max_queued"
+        )
+        self.num_waiting = num_waiting
+        self.max_queued = max_queued
+
+
+class WaitsForItself(LayerStreamError, RuntimeError):
+    """A callback on the engine's thread waits for an answer that only this thread can bring."""
+
+
 class EngineClosed(LayerStreamError, RuntimeError):
-    """The engine was closed while, or before, the request ran."""
+    """The engine was closed, or came to an end, while or before the request ran; or it is another process's."""

@@ -3,15 +3,21 @@
 Three things hold arrivals back, each for a bounded time: an engine that is idle waits for a moment after the first
 arrival, a small part of a sweep, because who comes a millisecond later would wait for a whole sweep; an open gang
 holds everybody until its members are there; and a sweep under way is never interrupted. Who runs already goes on.
+
+What is held is the *roster* of those that were not taken in yet: who is cancelled, or has run out of time, is found
+there and removed, whatever holds it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from layerstream.answer import Answer
+from layerstream.errors import QueueFull
+from layerstream.roster import Roster
 
 
 @dataclass(eq=False, slots=True)
@@ -24,25 +30,37 @@ class Gang:
 
 
 class Inbox:
-    """Answers that the loop has not taken in yet.
+    """Answers that the loop has not taken in yet: the *roster*.
 
     Args:
         moment: seconds that an idle engine waits after the first arrival.
+        most: answers that may wait at a time, here or in the scheduler; ``None``: no bound.
     """
 
-    def __init__(self, moment: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, moment: Callable[[], float], most: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.roster = Roster()
         self._moment = moment
+        self._most = most
         self._clock = clock
-        self._answers: list[Answer] = []
         self._first_came: float | None = None
         self._gangs: list[Gang] = []
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self.roster)
 
-    def put(self, answers: Iterable[Answer], num_requests: int) -> None:
-        """*answers* of *num_requests* requests arrive."""
-        self._answers.extend(answers)
+    def put(self, answers: Seq[Answer], num_requests: int, num_waiting: int = 0) -> None:
+        """*answers* of *num_requests* requests arrive, beside *num_waiting* that wait elsewhere.
+
+        Raises:
+            QueueFull: more than may wait; none of them arrives.
+        """
+        num_waiting += len(self.roster)
+        if self._most is not None and num_waiting + len(answers) > self._most:
+            raise QueueFull(num_waiting, len(answers), self._most)
+        for answer in answers:
+            self.roster.add(answer)
         if self._first_came is None:
             self._first_came = self._clock()
         for gang in self._gangs:
@@ -65,7 +83,8 @@ class Inbox:
 
     def take(self, *, is_idle: bool) -> tuple[list[Answer], float | None]:
         """What may join the next sweep, and in how many seconds to ask again (``None``: when something happens)."""
-        if not self._answers or self._first_came is None:
+        if not len(self.roster) or self._first_came is None:
+            self._first_came = None
             return [], None
         now = self._clock()
         waits = [gang.deadline - now for gang in self._gangs if gang.num_arrived < gang.size]
@@ -74,15 +93,5 @@ class Inbox:
         longest = max(waits, default=0.0)
         if longest > 0:
             return [], longest
-        taken, self._answers, self._first_came = self._answers, [], None
-        return taken, None
-
-    def remove(self, wanted: Callable[[Answer], bool]) -> list[Answer]:
-        """Take out the answers that are *wanted*, whatever holds them."""
-        found = [answer for answer in self._answers if wanted(answer)]
-        self._answers = [answer for answer in self._answers if not wanted(answer)]
-        return found
-
-    def drain(self) -> list[Answer]:
-        """Take out everything."""
-        return self.remove(lambda answer: True)
+        self._first_came = None
+        return self.roster.drain(), None

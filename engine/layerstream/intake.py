@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
+from layerstream import arguments
 from layerstream.answer import Answer
 from layerstream.assembly import Assembly
 from layerstream.beams import BeamAnswer
@@ -20,7 +21,8 @@ from layerstream.chat.turn import TurnMaker
 from layerstream.completion import Completion
 from layerstream.constraint import Constraint
 from layerstream.errors import ConfigurationError
-from layerstream.params import SamplingParams
+from layerstream.home import Home
+from layerstream.params import SamplingParams, derive_seed
 from layerstream.request import Request
 from layerstream.scheduling.beam import BeamSearch
 from layerstream.scheduling.grammar import Grammars
@@ -34,19 +36,26 @@ logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 30 * 60  # the default max_tokens fits in this much time
 DEFAULT_MAX_TOKENS = 256
 MIN_DEFAULT_MAX_TOKENS = 16
+MOST_PRIORITY = 10**6
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which terms a request is taken: seconds until it is given up, and its place in the queue."""
+    """On which terms a request is taken: seconds until it is given up, and its place in the queue.
+
+    Raises:
+        ConfigurationError: one of them cannot be meant; names it.
+    """
 
     timeout: float | None = None
     priority: int = 0
     client: str = ""
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise ConfigurationError(f"timeout is {self.timeout!r}; expected a number of seconds > 0, or None")
+        set_ = object.__setattr__
+        set_(self, "timeout", arguments.seconds("timeout", self.timeout, above_zero=True))
+        set_(self, "priority", arguments.whole_number("priority", self.priority, -MOST_PRIORITY, MOST_PRIORITY))
+        set_(self, "client", arguments.text("client", self.client))
 
 
 class Intake:
@@ -55,15 +64,17 @@ class Intake:
     Args:
         cancel: takes a request out of the loop.
         seconds_per_sweep: as measured so far; decides how many tokens an answer may have if nobody said.
+        home: where the engine lives.
     """
 
     def __init__(
-        self, parts: Assembly, cancel: Callable[[Request], None], seconds_per_sweep: Callable[[], float]
+        self, parts: Assembly, cancel: Callable[[Request], None], seconds_per_sweep: Callable[[], float], home: Home
     ) -> None:
         self.encoder = PromptEncoder(
             parts.tokenizer, max_context=parts.context_length, vocab_size=parts.plan.facts.vocab_size
         )
         self._parts = parts
+        self._home = home
         self._cancel = cancel
         self._seconds_per_sweep = seconds_per_sweep
         self._end_token_ids = parts.defaults.eos_token_ids
@@ -71,16 +82,14 @@ class Intake:
         self.turns = TurnMaker(self.encoder, parts.tokenizer, self._grammars.special_tokens)
         self._numbers = itertools.count()
 
-    def take(
-        self, prompts: Seq[Prompt], params: SamplingParams | None, terms: Terms
-    ) -> tuple[list[Request], list[Answer]]:
+    def take(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> tuple[list[Request], list[Answer]]:
         """A request for each of *prompts*, and the answers that they wait for."""
         submitted = time.perf_counter()
-        wanted = (params or SamplingParams()).with_defaults(self._parts.defaults.sampling)
+        wanted = params.with_defaults(self._parts.defaults.sampling)
         requests, answers = [], []
         for token_ids in [self.encoder.encode(prompt) for prompt in prompts]:
             choose = None if wanted.best_of is None else functools.partial(_most_probable, wanted)
-            request = Request(wanted.best_of or wanted.n, self._cancel, choose)
+            request = Request(wanted.best_of or wanted.n, self._cancel, choose, self._home)
             requests.append(request)
             answers.extend(self._answers(request, token_ids, wanted, submitted))
         for answer in answers:
@@ -95,17 +104,20 @@ class Intake:
         if params.best_of is not None and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
+        keys = self._parts.scheduler.prefixes.keys_of(token_ids)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self._end_token_ids
 
         def make(index: int, kind: Callable[..., Answer] = Answer, **more: Any) -> Answer:
-            own = dataclasses.replace(params, seed=(seed + index) % 2**63)
+            own = dataclasses.replace(params, seed=derive_seed(seed, index))
             number = next(self._numbers)
             return kind(
                 request=request,
                 index=index,
-                sequence=Sequence(number, list(token_ids), len(token_ids), own, constraint=self._constraint(own)),
+                sequence=Sequence(
+                    number, list(token_ids), len(token_ids), own, prefix_keys=keys, constraint=self._constraint(own)
+                ),
                 detokenizer=Detokenizer(
                     self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=own.skip_special_tokens
                 ),

@@ -1,9 +1,22 @@
-"""The engine's one thread: schedule, run and commit (:mod:`layerstream.step`), sample, deliver.
+"""The engine's one thread: schedule, compute and commit (:mod:`layerstream.step`), sample, deliver.
 
-Callers on any thread put answers into the inbox and wait on their requests; everything else here belongs to the
-engine's thread. Invariants: an answer is in the inbox, or the scheduler knows its sequence, or its request is done;
-a sweep that fails ends the requests it carried, with the cause, and the engine serves the next; one that only missed a
-stored page is run again without it; after ``close`` returns, no thread is left and every request is done.
+Callers on any thread leave answers at the reception (:mod:`layerstream.reception`) and wait on their requests;
+everything else belongs to the engine's thread. Invariants: an answer is at the reception, or the loop has it, or its
+request is done; whose sequences the scheduler knows, the loop has; a sweep that only missed a stored page is run again
+without it; after ``close`` returns, on any other thread, no thread of the engine is left and every request is done.
+
+Whose an error is, :mod:`layerstream.blame` decides, for all errors, and :meth:`EngineLoop._judge` acts on it:
+
+* what is one request's own, from taking it in to telling it, ends that request with the cause;
+* a sweep ends the requests that it carried, or those whose rows were at fault;
+* guesses end nobody: there are none any more. A store that fails is off, a listener that raises is not called again,
+  callbacks are logged: they see to that themselves, so none of their errors arrives here;
+* an error in the books that all share (who waits, whose pages) ends all requests that were taken in, and the books
+  begin anew, for those at the reception and later ones. What cannot be begun anew, or an accelerator that is lost,
+  ends the engine: everybody gets the reason, later callers too.
+
+What is wrong with arguments is none of this: it is said where they enter, on the caller's thread. No lock is held while
+anything of a caller's is called.
 """
 
 from __future__ import annotations
@@ -12,27 +25,31 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from layerstream.answer import Answer
 from layerstream.beams import BeamAnswer
+from layerstream.blame import Doing, Victims, blame
 from layerstream.draft import DraftTree
-from layerstream.errors import DeviceLost, EngineClosed, GrammarError
+from layerstream.errors import DeviceLost, EngineClosed
 from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
+from layerstream.guesses import Guesses
+from layerstream.home import Home
 from layerstream.inbox import Inbox
 from layerstream.model.placed import ModelWeights
+from layerstream.reception import Reception
 from layerstream.request import Request
+from layerstream.roster import Roster
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.sampler import sample
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.scheduling.verify import verify
 from layerstream.sequence import Sequence
 from layerstream.step import SweepStep
-from layerstream.streaming.device import Device
 from layerstream.sweep import Sweep, SweepFailed
 
 logger = logging.getLogger(__name__)
@@ -58,37 +75,47 @@ class LoopCounters:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenGang:
-    """Requests that wait for each other; ``leave()``: one of them is not going to come, do not wait for it."""
+class Outside:
+    """What the loop has to do with the rest.
 
-    leave: Callable[[], None]
+    Attributes:
+        home: where it lives.
+        listener: is told what goes on; does not raise.
+        max_queued: answers that may wait; ``None``: no bound.
+        at_end: closes what the thread used, as the last thing that it does; does not raise.
+    """
+
+    home: Home = field(default_factory=Home)
+    listener: Listener | None = None
+    max_queued: int | None = None
+    at_end: Callable[[], None] = lambda: None
+
+
+class _BooksBroken(Exception):
+    """A sequence could not be taken out of the books: whoever it was for, they are everybody's."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class EngineLoop:
     """Runs sweeps as long as there is something to run."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        step: SweepStep,
-        drafting: TreeDrafting,
-        weights: ModelWeights,
-        listener: Listener | None,
-        devices: Seq[Device] = (),
+        self, scheduler: Scheduler, step: SweepStep, drafting: TreeDrafting, weights: ModelWeights, outside: Outside
     ) -> None:
         self.counters = LoopCounters()
         self._scheduler = scheduler
         self._sweep_step = step
-        self._drafting = drafting
+        self._guesses = Guesses(drafting, lambda error: self._judge(Doing.GUESSES, error))
         self._weights = weights
-        self._listener = listener
-        self._devices = devices
-        self._lost: DeviceLost | None = None
-        self._changed = threading.Condition()
-        self._inbox = Inbox(self._moment)
-        self._cancelled: set[Request] = set()
+        self._outside = outside
+        self.reception = Reception(outside.home, Inbox(self._moment, outside.max_queued))
+        self._here = Roster()
         self._answers: dict[Sequence, Answer] = {}
-        self._is_closing = False
+        self._sequences: dict[Answer, list[Sequence]] = {}
+        self._is_idle = True
         self._unit = 0
         self._unit_bytes = 0
         weights.tell(self._unit_done)
@@ -96,128 +123,165 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, answers: Seq[Answer]) -> None:
-        """Let *answers* join at the next sweep, all of them at the same one."""
-        with self._changed:
-            if self._is_closing:
-                raise self._lost or EngineClosed("the engine is closed; make a new LayerStream")
-            self._inbox.put(answers, len({answer.request for answer in answers}))
-            self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def gang(self, size: int, seconds: float) -> Iterator[OpenGang]:
-        """Hold what arrives until *size* requests are there, or *seconds* are over."""
-        with self._changed:
-            gang = self._inbox.open_gang(size, seconds)
-
-        def leave() -> None:
-            with self._changed:
-                self._inbox.leave_gang(gang)
-                self._changed.notify_all()
-
-        try:
-            yield OpenGang(leave)
-        finally:
-            with self._changed:
-                self._inbox.close_gang(gang)
-                self._changed.notify_all()
-
-    def cancel(self, request: Request) -> None:
-        """Drop *request* by the next sweep."""
-        with self._changed:
-            self._cancelled.add(request)
-            self._changed.notify_all()
+        """Let *answers* join at the next sweep; raises as :meth:`Reception.submit`."""
+        self.reception.submit(answers, self._scheduler.num_waiting)
 
     def close(self) -> None:
-        """Stop by the next unit, fail what is left, join the thread. Idempotent."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify_all()
+        """Stop by the next unit, fail what is left, end the thread and what it used. Never raises. Idempotent.
+
+        On the engine's own thread, in a callback, all of it happens when the callback has returned. A forked child has
+        nothing to close.
+        """
+        if not self._outside.home.is_here:
+            return
+        self.reception.close()
         if self._weights.streamer is not None:
-            self._weights.streamer.interrupt(_closed())
+            with contextlib.suppress(Exception):  # then the sweep ends after the unit
+                self._weights.streamer.interrupt(self.reception.reason())
         if self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:
+        self._outside.home.move_in()
         try:
-            while self._wait_for_work():
-                self._step()
-        except EngineClosed:
-            pass
-        except BaseException:
-            logger.exception("the engine's thread died")
-            raise
+            while not self.reception.is_closing:
+                try:
+                    if self._wait_for_work():
+                        self._step()
+                except BaseException as error:  # noqa: BLE001  # the rule is in blame.py
+                    with contextlib.suppress(EngineClosed):
+                        self._judge(Doing.BOOKS, error.error if isinstance(error, _BooksBroken) else error)
         finally:
             self._shut_down()
 
+    def _judge(self, doing: Doing, error: BaseException, requests: Iterable[Request] = ()) -> None:
+        """*error* was met while *doing* something, for *requests* if it was for some: whoever it belongs to ends.
+
+        Raises:
+            EngineClosed: the engine ends.
+        """
+        is_lost = self._sweep_step.is_lost(error)
+        match blame(doing, is_device_lost=is_lost, is_ending=self.reception.is_closing):
+            case Victims.REQUESTS:
+                for request in requests:
+                    self._fail(request, error)
+            case Victims.ALL_REQUESTS:
+                logger.error("all requests that were taken in fail: %s", error, exc_info=error)
+                try:
+                    self._start_over(error)
+                except BaseException as worse:  # noqa: BLE001
+                    self._judge(Doing.NEW_BOOKS, worse)
+            case Victims.ENGINE:
+                if not self.reception.is_closing:
+                    logger.error("the engine ends: %s", error, exc_info=error)
+                    self.reception.close(_lost(error) if is_lost else _ended(error))
+                raise self.reception.reason() from error
+            case Victims.NOBODY:
+                pass
+
+    def _start_over(self, error: BaseException) -> None:
+        """Forget whatever was taken in, and begin with empty books."""
+        sequences, self._answers, self._sequences = list(self._answers), {}, {}
+        requests = dict.fromkeys(answer.request for answer in self._here.drain())
+        try:
+            for sequence in sequences:
+                self._guesses.forget(sequence)
+            self._scheduler.reset()
+        finally:
+            for request in requests:
+                request.fail(error)
+
     def _step(self) -> None:
-        sweep = self._scheduler.schedule(self._drafting)
+        sweep = self._scheduler.schedule(self._guesses)
         failed = self._scheduler.take_failed()
         for sequence, error in failed:
-            self._drop(self._answers[sequence]).request.fail(error)
+            if (answer := self._answers.get(sequence)) is not None:
+                self._judge(Doing.REQUEST, error, [answer.request])
         if failed:
             return  # the sweep may have been theirs
         if sweep is None:  # all that is left waits for another process
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closing or len(self._inbox) or self._cancelled, POLL_SECONDS)
+            self.reception.wait(POLL_SECONDS)
             return
         started, streamed = self._begin(sweep)
-        try:
-            logits = self._sweep_step.run(sweep)
-        except EngineClosed:
-            raise
-        except SweepFailed as failed:
-            self._fail(failed.sequences, failed.error)
-            return
-        except Exception as error:  # whatever a sweep dies of, only its own requests die with it
-            if any(device.is_lost(error) for device in self._devices):
-                self._lost = _lost(error)
-                raise EngineClosed("the device is lost") from error
-            self._fail({span.sequence for _, span in sweep.spans()}, error)
-            return
+        logits = self._compute(sweep)
         if logits is None:
             return
+        self._sweep_step.commit(sweep)
         streamed = self._streamed_bytes() - streamed
         seconds = time.perf_counter() - started
         self._count(sweep, seconds, streamed)
-        tokens_out, searching = 0, set[BeamAnswer]()
-        for sequence, rows in sweep.logit_rows():
-            answer = self._answers[sequence]
-            if isinstance(answer, BeamAnswer):
-                answer.collect(sequence, logits[rows.start])
-                searching.add(answer)
-            else:
-                tokens_out += self._continue(answer, sweep.drafts.get(sequence), logits[rows])
-        tokens_out += sum(map(self._search, searching))  # last: beams that fork may take the memory of others
+        tokens_out = self._draw(sweep, logits)
         self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed))
 
+    def _compute(self, sweep: Sweep) -> torch.Tensor | None:
+        """The logits of *sweep*; ``None`` if it had no effect."""
+        try:
+            return self._sweep_step.compute(sweep)
+        except BaseException as error:  # noqa: BLE001  # whatever it dies of
+            cause = error.error if isinstance(error, SweepFailed) else error
+            carried = (
+                error.sequences if isinstance(error, SweepFailed) else {span.sequence for _, span in sweep.spans()}
+            )
+            if not self.reception.is_closing:
+                logger.error("sweep %d failed: %s", self.counters.sweeps, cause)
+            self._judge(Doing.SWEEP, cause, {self._answers[sequence].request for sequence in carried})
+            return None
+
+    def _draw(self, sweep: Sweep, logits: torch.Tensor) -> int:
+        """Every sampled sequence goes on; tokens that came out of it."""
+        tokens_out, searching = 0, dict[BeamAnswer, None]()
+        for sequence, rows in sweep.logit_rows():
+            answer = self._answers.get(sequence)  # its request may have failed with another of its answers
+            if answer is None:
+                continue
+            with self._for_request(answer.request):
+                if isinstance(answer, BeamAnswer):
+                    answer.collect(sequence, logits[rows.start])
+                    searching[answer] = None
+                else:
+                    tokens_out += self._continue(answer, sweep.drafts.get(sequence), logits[rows])
+        for answer in searching:  # last: beams that fork may take the memory of others
+            with self._for_request(answer.request):
+                tokens_out += self._search(answer)
+        return tokens_out
+
+    @contextlib.contextmanager
+    def _for_request(self, request: Request) -> Iterator[None]:
+        """What is done within is *request*'s own, and so is an error in it."""
+        try:
+            yield
+        except _BooksBroken:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            self._judge(Doing.REQUEST, error, [request])
+
     def _wait_for_work(self) -> bool:
-        """Take arrivals in, drop the cancelled and the expired; wait while there is nothing to do. False: closing."""
-        with self._changed:
-            while not self._is_closing:
-                arrived, seconds = self._inbox.take(is_idle=not self._answers)
-                for answer in arrived:
-                    self._take_in(answer)
-                self._drop_unwanted()
-                if self._answers:
-                    return True
-                if not len(self._inbox):
-                    self._emit(EngineIdle())
-                self._changed.wait(seconds)
-            return False
+        """Take arrivals in, drop the cancelled and the expired. False: there is nothing to do yet; it was waited."""
+        arrivals = self.reception.take(is_idle=not len(self._here))
+        for answer in (*arrivals.answers, *arrivals.unwanted):
+            self._here.add(answer)
+        self._drop_unwanted(arrivals.cancelled)
+        for answer in arrivals.answers:
+            if answer in self._here:
+                self._take_in(answer)
+        if len(self._here):
+            self._is_idle = False
+            return True
+        if not self._is_idle and self.reception.is_empty:
+            self._is_idle = True
+            self._emit(EngineIdle())
+        self.reception.wait(arrivals.seconds)
+        return False
 
-    def _drop_unwanted(self) -> None:
+    def _drop_unwanted(self, cancelled: Iterable[Request]) -> None:
         """Whoever was cancelled, or has run out of time, leaves."""
-        now = time.perf_counter()
-        self._leave(lambda answer: answer.is_expired(now), lambda answer: answer.request.fail(answer.timed_out()))
-        cancelled, self._cancelled = self._cancelled, set()
-        self._leave(lambda answer: answer.request in cancelled, Answer.cancel)
-
-    def _leave(self, goes: Callable[[Answer], bool], tell: Callable[[Answer], None]) -> None:
-        for answer in self._all_answers():
-            if goes(answer):
-                tell(self._drop(answer))
-        for answer in self._inbox.remove(goes):
-            tell(answer)
+        for answer in self._here.expired(time.perf_counter()):
+            self._fail(answer.request, answer.timed_out())
+        for request in cancelled:
+            for answer in self._here.of(request):
+                with self._for_request(request):
+                    self._drop(answer)
+                    answer.cancel()
 
     def _moment(self) -> float:
         """What an idle engine waits for others after the first arrival."""
@@ -226,16 +290,13 @@ class EngineLoop:
 
     def _take_in(self, answer: Answer) -> None:
         """Let *answer* wait for its first sweep, with the tokens that its grammar begins with; they may be all."""
-        self._answers[answer.sequence] = answer
-        self._scheduler.add(answer.sequence)
-        try:
+        with self._for_request(answer.request):
+            self._own(answer.sequence, answer)
+            self._scheduler.add(answer.sequence)
             self.counters.forced_tokens += len(answer.force())
-        except GrammarError as error:
-            self._drop(answer).request.fail(error)
-            return
-        if answer.is_over:
-            answer.deliver()
-            self._drop(answer)
+            if answer.is_over:
+                self._drop(answer)
+                answer.deliver()
 
     def _begin(self, sweep: Sweep) -> tuple[float, int]:
         self._unit = self._unit_bytes = 0
@@ -261,7 +322,7 @@ class EngineLoop:
             answer.took_part(streamed_bytes)
 
     def _continue(self, answer: Answer, tree: DraftTree | None, logits: torch.Tensor) -> int:
-        """Draw how *answer* goes on, as far as its draft was right; an error in it is its own.
+        """Draw how *answer* goes on, as far as its draft was right.
 
         Args:
             logits: ``(1 + nodes, vocabulary)``.
@@ -277,80 +338,82 @@ class EngineLoop:
             answer.accept(token)
             return [token.token_id, *answer.force()], not answer.is_over
 
-        try:
-            right = verify(tree, draw)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the other requests go on
-            self._drop(answer).request.fail(error)
-            return 0
+        right = verify(tree, draw)
         if tree is not None:
-            self._drafting.learn(sequence, tree, right, sequence.token_ids[before:])
+            self._guesses.learn(sequence, tree, right, sequence.token_ids[before:])
             answer.verified(len(tree), len(right))
             self.counters.drafted_tokens += len(tree)
             self.counters.accepted_tokens += len(right)
         self.counters.tokens_out += sequence.num_tokens - before
         self.counters.forced_tokens += answer.num_forced - forced
-        if answer.deliver():
-            self._drafting.finish(sequence)
+        if answer.is_over:
+            self._guesses.finish(sequence)
             self._drop(answer)
         else:
             self._sweep_step.accept(sequence, right)
+        answer.deliver()
         return sequence.num_tokens - before
 
     def _search(self, answer: BeamAnswer) -> int:
         """All beams of *answer* have logits: choose the next ones; tokens that came out of it."""
 
         def fork(parent: Sequence, child: Sequence) -> None:
+            self._own(child, answer)
             self._sweep_step.fork(parent, child)
-            self._answers[child] = answer
 
-        try:
-            gone = answer.advance(fork)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the other requests go on
-            self._drop(answer).request.fail(error)
-            return 0
+        gone = answer.advance(fork)
         for beam in gone:
+            self._sequences[answer].remove(beam)
             self._forget(beam)
         self.counters.tokens_out += 1
-        if answer.deliver():
+        if answer.is_over:
             self._drop(answer)
+        answer.deliver()
         return 1
 
-    def _fail(self, carried: Set[Sequence], error: BaseException) -> None:
-        """The sweep failed for the sequences *carried*."""
-        logger.error("sweep %d failed: %s", self.counters.sweeps, error)
-        failed = {self._answers[sequence].request for sequence in carried}
-        for answer in self._all_answers():
-            if answer.request in failed:
-                self._drop(answer).request.fail(error)
+    def _own(self, sequence: Sequence, answer: Answer) -> None:
+        self._answers[sequence] = answer
+        self._sequences.setdefault(answer, []).append(sequence)
 
-    def _all_answers(self) -> list[Answer]:
-        return list(dict.fromkeys(self._answers.values()))
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """*request* ends with *error*; none of its answers needs a sweep any more."""
+        try:
+            for answer in self._here.of(request):
+                self._drop(answer)
+        finally:
+            request.fail(error)
 
-    def _drop(self, answer: Answer) -> Answer:
+    def _drop(self, answer: Answer) -> None:
         """*answer* needs no sweep any more."""
-        for sequence in [sequence for sequence, other in self._answers.items() if other is answer]:
+        for sequence in self._sequences.pop(answer, []):
             self._forget(sequence)
-        return answer
+        if answer in self._here:
+            self._here.remove(answer)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        self._drafting.forget(sequence)
         del self._answers[sequence]
+        self._guesses.forget(sequence)
+        try:
+            self._scheduler.remove(sequence)
+        except Exception as error:
+            raise _BooksBroken(error) from error
 
     def _shut_down(self) -> None:
-        with self._changed:
-            self._is_closing = True
-            left = [*self._all_answers(), *self._inbox.drain()]
-            self._answers.clear()
+        """Tell everybody that it is over, then close what this thread used."""
+        self.reception.close()
+        left = [*self._here.drain(), *self.reception.drain()]
+        self._answers.clear()
+        self._sequences.clear()
+        for request in dict.fromkeys(answer.request for answer in left):
+            request.fail(self.reception.reason())
         if self._weights.streamer is not None:
-            with contextlib.suppress(*([Exception] if self._lost else [])):
+            with contextlib.suppress(Exception):  # it is closed next, which says what is wrong with it
                 self._weights.streamer.abort()
-        for answer in left:
-            answer.request.fail(self._lost or _closed())
+        self._outside.at_end()
 
     def _unit_done(self, num_bytes: int) -> None:
-        if self._is_closing:
-            raise _closed()
+        if self.reception.is_closing:
+            raise self.reception.reason()
         self._unit += 1
         self._unit_bytes += num_bytes
         self._emit(UnitFinished(self._unit - 1, len(self._weights.plan.units), self._unit_bytes))
@@ -359,11 +422,11 @@ class EngineLoop:
         return 0 if self._weights.streamer is None else self._weights.streamer.streamed_bytes
 
     def _emit(self, event: Event) -> None:
-        if self._listener is not None:
-            self._listener(event)
+        if self._outside.listener is not None:
+            self._outside.listener(event)
 
 
-def _lost(error: Exception) -> DeviceLost:
+def _lost(error: BaseException) -> DeviceLost:
     lost = DeviceLost(
         f"the accelerator failed and will not compute again in this process: {error}; what the KV store has is kept: "
         "start a new process, and look at the driver's log (dmesg, nvidia-smi) if it happens again"
@@ -372,5 +435,10 @@ def _lost(error: Exception) -> DeviceLost:
     return lost
 
 
-def _closed() -> EngineClosed:
-    return EngineClosed("the engine was closed before the answer was complete")
+def _ended(error: BaseException) -> EngineClosed:
+    ended = EngineClosed(
+        f"the engine came to an end because of {type(error).__name__}: {error}; make a new LayerStream, and report "
+        "what the log says, for this is a fault of the engine"
+    )
+    ended.__cause__ = error
+    return ended

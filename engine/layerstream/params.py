@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from layerstream.errors import InvalidSamplingParams
+from layerstream import arguments
+from layerstream.errors import ConfigurationError, InvalidSamplingParams
+
+MOST_STOPS = 4096  # stop strings, or ids: whoever passes something without an end is told so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +89,8 @@ class SamplingParams:
         self._check_float("length_penalty", -10.0, 10.0)
         self._check_int("logprobs", 0, 100)
         self._check_beams()
-        for flag in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, flag), bool):
-                raise InvalidSamplingParams(flag, getattr(self, flag), "True or False")
+        for field in ("ignore_eos", "skip_special_tokens"):
+            _set(self, field, arguments.flag(field, getattr(self, field), InvalidSamplingParams))
 
     @property
     def is_greedy(self) -> bool:
@@ -120,29 +124,63 @@ class SamplingParams:
 
     def _check_int(self, field: str, low: int, high: int | None) -> None:
         value = getattr(self, field)
-        if value is None and field != "n":
-            return
-        expected = f"a whole number >= {low}" if high is None else f"a whole number in [{low}, {high}]"
-        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-            raise InvalidSamplingParams(field, value, expected)
+        if value is not None or field == "n":
+            object.__setattr__(self, field, arguments.whole_number(field, value, low, high, InvalidSamplingParams))
 
     def _check_float(self, field: str, low: float, high: float | None, *, above_low: bool = False) -> None:
         value = getattr(self, field)
-        if value is None:
-            return
-        bracket = "(" if above_low else "["
-        expected = (
-            f"a number {'>' if above_low else '>='} {low:g}"
-            if high is None
-            else f"a number in {bracket}{low:g}, {high:g}]"
-        )
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidSamplingParams(field, value, expected)
-        if value < low or (above_low and value == low) or (high is not None and value > high):
-            raise InvalidSamplingParams(field, value, expected)
+        if value is not None:
+            check = functools.partial(arguments.number, refuse=InvalidSamplingParams)
+            object.__setattr__(self, field, check(field, value, low, high, above_low=above_low))
 
 
 SAMPLING_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_HABITS = {
+    "max_new_tokens": "'max_tokens'",
+    "max_completion_tokens": "'max_tokens'",
+    "max_length": "'max_tokens', which counts new tokens alone",
+    "do_sample": "'temperature', where 0 draws nothing",
+    "num_beams": "'beam_width'",
+    "num_return_sequences": "'n'",
+    "repeat_penalty": "'repetition_penalty'",
+    "stop_strings": "'stop'",
+    "stop_sequences": "'stop'",
+    "eos_token_id": "'stop_token_ids', which come beside the model's own",
+    "top_logprobs": "'logprobs', a number",
+    "guided_json": "'response_format'",
+    "timeout": "the call's own timeout=",
+    "priority": "the call's own priority=",
+    "client": "the call's own client=",
+}
+"""What others call a field, and what it is here."""
+
+
+def as_params(params: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:
+    """What a caller means by *params*: parameters, a dict of their fields, or ``None`` for the model's own.
+
+    Raises:
+        ConfigurationError: something else, or a field that is not there; says which may be meant.
+    """
+    if isinstance(params, SamplingParams):
+        return params
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, Mapping):
+        raise arguments.refusal("params", params, "SamplingParams, a dict of their fields, or None")
+    for name in params:
+        if name not in SAMPLING_NAMES:
+            hint = arguments.suggestion(name, SAMPLING_NAMES, _HABITS)
+            raise ConfigurationError(f"SamplingParams has no field {arguments.shown(name)}{hint}")
+    return SamplingParams(**params)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of answer *index* of those that *seed* was given for: the first keeps it, the others' follow from both,
+    so that neighbouring seeds have no answer in common."""
+    if not index:
+        return seed
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def merge_params(own: Mapping[str, Any], call: Mapping[str, Any]) -> SamplingParams:
@@ -164,19 +202,29 @@ def join_stops(*stops: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(string for some in stops for string in _as_strings("stop", some)))
 
 
-def _as_strings(field: str, value: str | Iterable[str] | None) -> tuple[str, ...]:
+def _as_strings(field: str, value: Any) -> tuple[str, ...]:
     value = () if value is None else (value,) if isinstance(value, str) else value
-    strings = tuple(value) if isinstance(value, Iterable) else (value,)
-    if not all(isinstance(item, str) and item for item in strings):
+    strings = _items(value)
+    if strings is None or not all(isinstance(item, str) and item for item in strings):
         raise InvalidSamplingParams(field, value, "a non-empty string or several of them")
-    return strings
+    return tuple(map(str.__str__, strings))
 
 
-def _as_token_ids(field: str, value: Iterable[int] | None) -> tuple[int, ...]:
-    ids = () if value is None else tuple(value)
-    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+def _as_token_ids(field: str, value: Any) -> tuple[int, ...]:
+    value = () if value is None else value
+    ids = _items(arguments.plain(value)) if not isinstance(arguments.plain(value), int) else (value,)
+    if ids is None:
         raise InvalidSamplingParams(field, value, "token ids >= 0")
-    return ids
+    refuse: arguments.Refusal = lambda field, item, expected: InvalidSamplingParams(field, value, "token ids >= 0")  # noqa: E731
+    return tuple(arguments.whole_number(field, item, 0, None, refuse) for item in ids)
+
+
+def _items(value: Any) -> tuple[Any, ...] | None:
+    """The items of a list, a set, a generator; ``None``: it is nothing of the kind, or has no end."""
+    if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes | bytearray | str):
+        return None
+    items = tuple(islice(value, MOST_STOPS + 1))
+    return items if len(items) <= MOST_STOPS else None
 
 
 def _as_response_format(value: Any) -> dict[str, Any] | None:
@@ -184,17 +232,25 @@ def _as_response_format(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
     if isinstance(value, type) and hasattr(value, "model_json_schema"):
-        return {"type": "json_schema", "schema": value.model_json_schema()}
+        return {"type": "json_schema", "schema": _schema_of(value)}
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "json_object":
         return {"type": kind}
     if kind == "json_schema":
         nested = value.get("json_schema")
         value = nested if isinstance(nested, Mapping) else value
-    field, is_right, expected = _FORMATS.get(kind, ("type", lambda item: False, f"one of {', '.join(_FORMATS)}"))
+    known = _FORMATS.get(kind) if isinstance(kind, str) else None
+    field, is_right, expected = known or ("type", lambda item: False, f"one of {', '.join(_FORMATS)}")
     if not isinstance(value, Mapping) or not is_right(value.get(field)):
         raise InvalidSamplingParams("response_format", value, f"a mapping whose {field!r} is {expected}")
     return {"type": kind, field: value[field]}
+
+
+def _schema_of(model: Any) -> Any:
+    try:
+        return model.model_json_schema()
+    except Exception as error:  # whatever pydantic, or the class, says of itself
+        raise InvalidSamplingParams("response_format", model, f"a class with a JSON schema ({error})") from error
 
 
 def _is_text(value: object) -> bool:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TextIO
 from weakref import WeakSet
 
+from layerstream.arguments import refusal
 from layerstream.events import (
     EngineIdle,
     Event,
@@ -46,9 +47,14 @@ def make_listener(progress: Literal["auto"] | bool | Listener) -> Listener | Non
     Args:
         progress: a function: itself, kept from raising into the engine; True: a :class:`ProgressLine`; ``"auto"``: one
             if stderr is a terminal or the program runs in a notebook; False: nothing.
+
+    Raises:
+        ConfigurationError: something else.
     """
     if callable(progress):
         return _Guarded(progress)
+    if not isinstance(progress, bool | None) and not (isinstance(progress, str) and progress == "auto"):
+        raise refusal("progress", progress, "'auto', True, False, or a function that is called with events")
     if progress is True or (progress == "auto" and (_is_terminal(sys.stderr) or _is_notebook())):
         return _Guarded(ProgressLine())
     return None
@@ -156,7 +162,7 @@ class _Guarded:
             return
         try:
             self._listener(event)
-        except Exception:  # whatever it was: an answer matters more than its progress
+        except BaseException:  # whatever it was, even sys.exit(): an answer matters more than its progress
             logger.exception("the progress listener failed; it is switched off")
             self._listener = None
 

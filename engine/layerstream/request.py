@@ -2,7 +2,8 @@
 
 The engine's thread writes (``push``, ``finish``, ``fail``), any thread or event loop reads. Invariants: deltas are
 only appended; a request is done exactly once, with a completion per answer or with an error; callbacks run once, on
-the thread that finished it (or at once, if it was done before).
+the thread that finished it (or at once, if it was done before), and what they raise is logged and goes no further. In
+a forked child, and for waiting on the engine's own thread, a request answers with an error (:mod:`layerstream.home`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
+from layerstream import arguments
 from layerstream.completion import Completion, Delta
 from layerstream.errors import RequestTimeout
+from layerstream.home import Home
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,9 @@ class Request:
         num_answers: int,
         on_cancel: Callable[[Request], None],
         choose: Callable[[list[Completion]], list[Completion]] | None = None,
+        home: Home | None = None,
     ) -> None:
+        self._home = home or Home()
         self._on_cancel = on_cancel
         self._choose = choose
         self._changed = threading.Condition()
@@ -51,9 +56,13 @@ class Request:
 
     def completions(self, timeout: float | None = None) -> list[Completion]:
         """All ``n`` completions; raises as :meth:`result` does."""
+        wait = arguments.seconds("timeout", timeout)
+        self._home.check()
         with self._changed:
-            if not self._changed.wait_for(lambda: self._is_done, timeout):
-                raise RequestTimeout(f"no answer within {timeout:g} seconds; the request goes on: wait again or cancel")
+            if not self._is_done:
+                self._home.check_may_wait()
+            if not self._changed.wait_for(lambda: self._is_done, wait):
+                raise RequestTimeout(f"no answer within {wait:g} seconds; the request goes on: wait again or cancel")
             if self._error is not None:
                 raise self._error
             return [completion for completion in self._completions if completion is not None]
@@ -65,26 +74,45 @@ class Request:
 
     def done(self) -> bool:
         """Whether the completions, or an error, are there."""
+        self._home.check()
         with self._changed:
             return self._is_done
 
     def exception(self) -> BaseException | None:
         """Why the request failed; ``None`` if it did not, or is not done."""
+        self._home.check()
         with self._changed:
             return self._error
 
     def add_done_callback(self, callback: Callable[[Request], Any]) -> None:
-        """Call *callback* with this request when it is done, on the engine's thread; at once if it is."""
+        """Call *callback* with this request when it is done, on the engine's thread; at once if it is.
+
+        It has to be quick: the engine waits for it. What it raises is logged.
+        """
+        arguments.function("callback", callback)
+        self._home.check()
+
+        def watcher() -> None:
+            if self._is_done:
+                callback(self)
+
         with self._changed:
             if not self._is_done:
-                self._watchers.append(lambda: callback(self) if self._is_done else None)
+                self._watchers.append(watcher)
                 return
-        callback(self)
+        _call(watcher)
 
     def __iter__(self) -> Iterator[Delta]:
+        self._home.check()
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Delta]:
         position = 0
         while True:
+            self._home.check()
             with self._changed:
+                if not self._is_done and len(self._deltas) <= position:
+                    self._home.check_may_wait()
                 self._changed.wait_for(lambda at=position: self._is_done or len(self._deltas) > at)
                 fresh, error, is_done = self._deltas[position:], self._error, self._is_done
             yield from fresh
@@ -103,6 +131,7 @@ class Request:
         return self.result()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
+        self._home.check()
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
         watcher = lambda: _wake(loop, changed)  # noqa: E731  # compared by identity below
@@ -133,13 +162,16 @@ class Request:
     def push(self, delta: Delta) -> None:
         """The engine: a sweep added *delta*; with a completion, that answer is finished."""
         with self._changed:
+            if self._is_done:
+                return
             if self._choose is None:
                 self._deltas.append(delta)
             if delta.completion is not None:
                 self._completions[delta.index] = delta.completion
-                self._is_done = all(completion is not None for completion in self._completions)
-            if self._is_done and self._choose is not None:
-                self._deliver_chosen(self._choose)
+                if all(completion is not None for completion in self._completions):
+                    if self._choose is not None:
+                        self._deliver_chosen(self._choose)
+                    self._is_done = True
         self._tell()
 
     def _deliver_chosen(self, choose: Callable[[list[Completion]], list[Completion]]) -> None:
@@ -165,10 +197,14 @@ class Request:
             if self._is_done:
                 self._watchers.clear()
         for watcher in watchers:
-            try:
-                watcher()
-            except Exception:  # a caller's callback must not stop the engine
-                logger.exception("a request's callback failed")
+            _call(watcher)
+
+
+def _call(watcher: Callable[[], None]) -> None:
+    try:
+        watcher()
+    except BaseException:  # even sys.exit() in a caller's callback must not stop the engine
+        logger.exception("a request's callback failed")
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

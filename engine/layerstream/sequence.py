@@ -49,6 +49,7 @@ class Sequence:
         num_group_pages: pages that all beams of its search together may need.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
+        num_waited: sweeps that it has waited for its admission, before it was suspended too.
     """
 
     sequence_id: int
@@ -70,6 +71,7 @@ class Sequence:
     num_group_pages: int = 0
     priority: int = 0
     client: str = ""
+    num_waited: int = 0
 
     @property
     def num_tokens(self) -> int:

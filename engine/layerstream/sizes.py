@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from layerstream.errors import InvalidSize
+from layerstream.arguments import plain
+from layerstream.errors import InvalidSize, shown
 
 _UNITS = {
     "": 1,
@@ -14,6 +15,7 @@ _UNITS = {
     "g": 2**30, "gib": 2**30, "gb": 10**9,
     "t": 2**40, "tib": 2**40, "tb": 10**12,
 }  # fmt: skip
+MOST_BYTES = 2**60
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -22,20 +24,21 @@ def parse_size(size: int | str) -> int:
 
     ``K``, ``M``, ``G``, ``T`` alone are binary. Raises :class:`InvalidSize`.
     """
+    size = plain(size)
     if isinstance(size, bool) or not isinstance(size, int | str):
-        raise InvalidSize(f"a size is an int or a string such as '3GiB', not {size!r}")
-    if isinstance(size, int):
-        if size <= 0:
-            raise InvalidSize(f"a size is positive, not {size}")
-        return size
+        raise InvalidSize(f"a size is an int or a string such as '3GiB', not {shown(size)}")
+    num_bytes = size if isinstance(size, int) else _parse(size)
+    if not 1 <= num_bytes < MOST_BYTES:
+        raise InvalidSize(f"a size is positive and less than {format_size(MOST_BYTES)}, not {shown(size)}")
+    return int(num_bytes)
+
+
+def _parse(size: str) -> float:
     match = _SIZE.fullmatch(size)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise InvalidSize(f"cannot read {size!r} as a size; write for example '3GiB', '512MiB' or '2.5GB'")
-    num_bytes = int(float(match[1]) * unit)
-    if num_bytes <= 0:
-        raise InvalidSize(f"a size is positive, not {size!r}")
-    return num_bytes
+        raise InvalidSize(f"cannot read {shown(size)} as a size; write for example '3GiB', '512MiB' or '2.5GB'")
+    return float(match[1]) * unit
 
 
 def format_size(num_bytes: float, *, exact: bool = False) -> str:

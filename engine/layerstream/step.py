@@ -48,9 +48,17 @@ class SweepStep:
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
+        self._computed = 0.0  # seconds that the last sweep took, waiting left out
 
     def run(self, sweep: Sweep) -> torch.Tensor | None:
-        """Logits of the sampled rows; the pages are committed, and those of prompts on their way to the store.
+        """:meth:`compute`, and :meth:`commit` if it had an effect."""
+        logits = self.compute(sweep)
+        if logits is not None:
+            self.commit(sweep)
+        return logits
+
+    def compute(self, sweep: Sweep) -> torch.Tensor | None:
+        """Logits of the sampled rows. What it computed is in the pages, and counts when it is committed.
 
         Returns:
             ``None`` if a stored page turned out damaged or gone, or memory ran out: nothing happened, and the next
@@ -58,7 +66,7 @@ class SweepStep:
 
         Raises:
             OutOfMemory: and sweeps cannot carry less.
-            Whatever the sweep died of; nothing was committed then.
+            Whatever the sweep died of; there is nothing to commit then.
         """
         started, waited = time.perf_counter(), self._waited_seconds()
         try:
@@ -75,23 +83,30 @@ class SweepStep:
             self._shrink(error)
             return None
         waiting = self._waited_seconds() - waited
-        computed = max(0.0, time.perf_counter() - started - waiting)
+        self._computed = max(0.0, time.perf_counter() - started - waiting)
         self._scheduler.budget.observe(
-            sweep.num_decode_blocks, sweep.num_prompt_rows, computed, sweep.num_decode_rows, waiting
+            sweep.num_decode_blocks, sweep.num_prompt_rows, self._computed, sweep.num_decode_rows, waiting
         )
+        return logits
+
+    def commit(self, sweep: Sweep) -> None:
+        """*sweep* was computed: its pages are committed, and those of prompts on their way to the store."""
         if sweep.num_tokens >= self._scheduler.limits.chunk_tokens:
             self.prefill_tokens += sweep.num_tokens
-            self.prefill_seconds += computed
+            self.prefill_seconds += self._computed
         self.num_sweeps += 1
         published_pages = self._scheduler.commit(sweep)
         if self._store is not None:
             self._store.count_loaded(len(sweep.loads))
             for published in published_pages:
                 num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
-                self._store.publish(published, computed * num_tokens / sweep.num_tokens)
+                self._store.publish(published, self._computed * num_tokens / sweep.num_tokens)
         if self._statistics is not None and self._weights.experts is not None:
             self._statistics.save_sometimes(self._weights.experts.shares)
-        return logits
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether *error* says that an accelerator will not compute again."""
+        return any(device.is_lost(error) for device in self._devices)
 
     def close(self) -> None:
         """Remember which experts were used. Idempotent."""

@@ -110,8 +110,11 @@ class Frames:
         if is_whole:
             assert suspension is not None and suspension.number is not None and self._swap is not None
             first, stop = num_shared - suspension.kept, suspension.kept + suspension.num_pages
-            self._swap.read(suspension.number, first, sequence.pages[num_shared:stop])
-            sequence.num_computed = suspension.num_computed
+            try:
+                self._swap.read(suspension.number, first, sequence.pages[num_shared:stop])
+                sequence.num_computed = suspension.num_computed
+            except OSError:
+                is_whole = False
         self.forget(sequence)
         return is_whole
 

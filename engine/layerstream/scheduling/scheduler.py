@@ -24,13 +24,16 @@ Rules:
   a sequence never gets guesses past its longest answer;
 * a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
   (:mod:`layerstream.scheduling.spill`);
-* a removed sequence is in no later sweep and its pages are free at once.
+* a removed sequence is in no later sweep and its pages are free at once;
+* what a sequence fails of while it is admitted is its own (``take_failed``); after any other error here, ``reset``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import closing
 from dataclasses import replace
 from typing import Protocol
 
@@ -92,7 +95,8 @@ class Scheduler:
         self.pool = pool
         self._store = store
         self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1)
-        self._failed: list[tuple[Sequence, StorageFull]] = []
+        self._failed: list[tuple[Sequence, Exception]] = []
+        self._swap = swap
         self.prefixes = PrefixTable(pool)
         self._frames = Frames(pool, self.prefixes, store, swap)
         self._waiting = WaitingQueue()
@@ -110,22 +114,51 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let *sequence* wait for its pages. The caller made sure that the pool as a whole could hold it."""
-        sequence.prefix_keys = self.prefixes.keys_of(sequence.token_ids[: sequence.num_prompt_tokens])
-        self._waiting.add(sequence, self._running)
+        if not sequence.prefix_keys:
+            sequence.prefix_keys = self.prefixes.keys_of(sequence.token_ids[: sequence.num_prompt_tokens])
+        self._waiting.enter(sequence)
+        self._waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """*sequence* is finished, cancelled or failed: forget it and free its pages."""
+        """*sequence* is finished, cancelled or failed: forget it and free its pages. One that is not here is left."""
         if sequence in self._running:
             self._running.remove(sequence)
+            self._waiting.leave(sequence)
             if sequence.is_long:
                 self._spill.remove(sequence)
                 return
             self._abandon(sequence)
             self.pool.release(sequence.pages)
             sequence.pages = []
-        else:
+        elif sequence in self._waiting:
             self._waiting.remove(sequence)
+            self._waiting.leave(sequence)
             self._frames.forget(sequence)
+
+    def reset(self) -> None:
+        """Forget all sequences and prefixes, in whatever state an error left them. Frames that the store holds stay
+        its own.
+
+        Raises:
+            AssertionError: pages are lost all the same.
+        """
+        frames, running, waiting = self._frames, self._running, list(self._waiting)
+        self._running, self._waiting, self._failed = [], WaitingQueue(), []
+        self.prefixes = PrefixTable(self.pool)
+        self._frames = Frames(self.pool, self.prefixes, self._store, self._swap)
+        self._frames.held_by_store = frames.held_by_store
+        self._spill = self._spill.renewed()
+        for sequence in waiting:
+            frames.forget(sequence)
+        for sequence in (*running, *waiting):
+            if self._store is not None:
+                self._store.abandon(sequence.prefix_keys[sequence.num_computed // self.pool.page_tokens :])
+                self._store.unhold(sequence.sequence_id)
+            sequence.pages, sequence.reserve, sequence.slots = [], [], []
+        held = Counter(self._frames.held_by_store)
+        for page in range(self.pool.num_pages + self.pool.num_transit):
+            self.pool.release([page] * (self.pool.refcount(page) - held[page]))
+        self.check_integrity()
 
     def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
         """*child*, a copy of the running *parent*, runs beside it and shares its whole pages.
@@ -148,6 +181,7 @@ class Scheduler:
         child.pages = [*shared, *(own or [])]
         child.num_computed, child.prefix_keys = parent.num_computed, parent.prefix_keys
         self._running.insert(self._running.index(parent) + 1, child)
+        self._waiting.enter(child)
         return (parent.pages[num_whole], child.pages[num_whole]) if own else None
 
     def schedule(self, drafting: Drafting = _NO_DRAFTING) -> Sweep | None:
@@ -210,7 +244,7 @@ class Scheduler:
         self.budget.max_draft_rows = max_draft_rows
         return True
 
-    def take_failed(self) -> list[tuple[Sequence, StorageFull]]:
+    def take_failed(self) -> list[tuple[Sequence, Exception]]:
         """Sequences that cannot go on, and why; they are still to be removed."""
         failed, self._failed = self._failed, []
         return failed
@@ -232,21 +266,23 @@ class Scheduler:
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
     def _admit(self) -> None:
-        for sequence in self._waiting.in_order(self._num_cached):
-            if self._spill.wants(sequence):
-                if not self._admit_long(sequence):
+        with closing(self._waiting.in_order(self._num_cached)) as waiting:
+            for sequence in waiting:
+                if self._spill.wants(sequence):
+                    if not self._admit_long(sequence):
+                        return
+                    continue
+                if sequence.fork_of is not None and not self._has_room_for_beams(sequence):
                     return
-                continue
-            if sequence.fork_of is not None and not self._has_room_for_beams(sequence):
-                return
-            shared = self.prefixes.match(sequence.prefix_keys)
-            self.pool.share(shared)
-            own = self._acquire(sequence, shared)
-            if own is None:
-                self.pool.release(shared)
-                return
-            if not self._begin(sequence, shared, own):  # being computed elsewhere
-                self.pool.release(shared + own)
+                shared = self.prefixes.match(sequence.prefix_keys)
+                self.pool.share(shared)
+                own = self._acquire(sequence, shared)
+                if own is None:
+                    self.pool.release(shared)
+                    return
+                if not self._begin_or_fail(sequence, shared, own):  # it failed, or is being computed elsewhere
+                    sequence.pages = []
+                    self.pool.release(shared + own)
 
     def _acquire(self, sequence: Sequence, shared: list[int]) -> list[int] | None:
         """Frames for *sequence* behind those that it shares.
@@ -262,6 +298,18 @@ class Scheduler:
         spare = min(len(self._running), most - least)
         return self._frames.acquire(least + spare, after, self._running)
 
+    def _begin_or_fail(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
+        """:meth:`_begin`; what it could not bring back, from the store or from the swap file, is its own misfortune."""
+        try:
+            return self._begin(sequence, shared, own)
+        except Exception as error:  # noqa: BLE001  # nothing has changed for the others
+            self._fail(sequence, error)
+            return False
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        if all(other is not sequence for other, _ in self._failed):
+            self._failed.append((sequence, error))
+
     def _begin(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
         """*sequence* runs, in pages that it shares and its own; False, and no change, if another process is at it."""
         size = self.pool.page_tokens
@@ -270,7 +318,6 @@ class Scheduler:
         if is_first or not self._frames.resume(sequence, len(shared)):
             found = self._take(sequence, len(shared))
             if found is None:
-                sequence.pages = []
                 return False
             stored = found
             sequence.num_computed = (len(shared) + stored.num_pages) * size
@@ -305,7 +352,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._frames.suspend(sequence)
         self._abandon(sequence)
-        self._waiting.add(sequence, self._running)
+        self._waiting.add(sequence)
 
     def _abandon(self, sequence: Sequence) -> None:
         """*sequence* does not run any more: prefixes that it was to compute are another's, or nobody's."""
@@ -325,8 +372,7 @@ class Scheduler:
             if not self._spill.admit(sequence):
                 return False
         except StorageFull as error:
-            if all(other is not sequence for other, _ in self._failed):
-                self._failed.append((sequence, error))
+            self._fail(sequence, error)
             return True
         self._waiting.remove(sequence)
         self._running.append(sequence)
@@ -339,14 +385,14 @@ class Scheduler:
                 if not self._spill.settle(sequence):
                     self._restart(sequence)
             except StorageFull as error:
-                self._failed.append((sequence, error))
+                self._fail(sequence, error)
 
     def _restart(self, sequence: Sequence) -> None:
         """A long sequence lost a page: it is admitted again, with what the store has of it."""
         self._running.remove(sequence)
         self._spill.remove(sequence)
         sequence.num_computed = sequence.num_cached = sequence.num_loaded = 0
-        self._waiting.add(sequence, self._running)
+        self._waiting.add(sequence)
 
     def _publish(self, sequence: Sequence, start: int) -> Published | None:
         """What of *sequence*, from token *start* on, may be stored."""

@@ -40,6 +40,10 @@ class Spill:
         self._slots: dict[Key, int] = {}
         self._running: list[Sequence] = []
 
+    def renewed(self) -> Spill:
+        """One for the same pool and store, with no sequence in it."""
+        return Spill(self._pool, self._store, self._sweep_pages)
+
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens that the longest prompt may have; 0 if nothing can be spilled."""
