@@ -355,7 +355,7 @@ class LayerStream:
         scheduler, store = self._parts.scheduler, self._parts.store
         keys = scheduler.prefixes.keys_of(self.encode(prompt))
         in_memory = scheduler.prefixes.count_known(keys)
-        stored = 0 if store is None else store.count_stored(keys)
+        stored = 0 if store is None else store.look_up(keys)
         return max(in_memory, stored) * self.plan.page_tokens
 
     def warm(
@@ -429,7 +429,7 @@ class LayerStream:
             raise ConfigurationError("this engine has no KV store to warm: pass kv_store='auto' or a folder")
         store.wait_until_open()
         if store.tier is None:
-            raise ConfigurationError("the KV store of this engine cannot be used; the log says why")
+            raise ConfigurationError(f"the KV store of this engine cannot be used: {store.reason}")
         return store
 
     def close(self) -> None:

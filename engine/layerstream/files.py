@@ -20,17 +20,19 @@ def writer_of(temporary: Path) -> int | None:
     return int(pid) if pid.isdigit() else None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Have *path* hold *text*; on failure it is as it was.
+def write_whole(path: Path, text: str, *, is_private: bool = False) -> None:
+    """Have *path* hold *text*, for its owner alone if *is_private*; on failure it is as it was.
 
     Raises:
         OSError: the folder is not there, or the disk is full.
     """
     temporary = temporary_path(path)
     try:
-        temporary.write_text(text, "utf-8")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if is_private else 0o666)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

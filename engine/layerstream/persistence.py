@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from layerstream.kv import fingerprint
 from layerstream.kv.choice import Rates
 from layerstream.kv.codecs import CODECS
 from layerstream.kv.config import KVStoreConfig
-from layerstream.kv.fingerprint import WeightFiles
+from layerstream.kv.fingerprint import DigestMemory, WeightFiles
+from layerstream.kv.index import new_owner
 from layerstream.kv.state import LayerState
 from layerstream.kv.store import PrefixStore
-from layerstream.kv.tiers.folder import Bounds, StoreFolder
+from layerstream.kv.tiers.folder import Access, Bounds, StoreFolder, StoreUnavailable
 from layerstream.kv.tiers.local import LocalTier
+from layerstream.kv.tiers.opened import OpenSegments
 from layerstream.machine import processor
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
@@ -32,6 +35,7 @@ from layerstream.streaming.reader import DirectReader
 logger = logging.getLogger(__name__)
 
 HOPED_READ_RATE = 3e9  # bytes per second, before one was measured: what is stored is then rather loaded than computed
+BUSY_SECONDS = 2.0  # for a process that writes to the index; after that it is off
 HASHED_AT_ONCE = 256 * 2**20  # bytes of weights whose digest is taken before the engine starts: a tenth of a second
 
 
@@ -47,57 +51,134 @@ def open_store(
     reader: DirectReader,
     computes: str,
     sweep_seconds: Callable[[], float],
-) -> PrefixStore | None:
+) -> PrefixStore:
     """The store that *config* asks for.
 
     Args:
         computes: what computes, and how.
+        is_default: nobody asked for it, so it is only logged if its folder cannot be used.
         sweep_seconds: what moving the streamed weights of a sweep takes.
 
-    Returns:
-        ``None`` where *is_default* and the folder cannot be used: nobody asked for it, so it is only logged.
-
     Raises:
-        KVStoreUnusable: the folder cannot be a store.
+        KVStoreUnusable: the folder cannot be a store, and it is not the default one. One whose disk is full, failing
+            or read-only may be had later: the store is off until then.
     """
-    try:
-        store_folder = StoreFolder(config.path)
-    except (KVStoreUnusable, OSError, sqlite3.Error) as error:
-        if is_default:
-            logger.warning("no KV store: %s", error)
-            return None
-        if isinstance(error, KVStoreUnusable):
-            raise
-        raise KVStoreUnusable(f"{config.path} cannot be used as a KV store: {error}") from error
     files = WeightFiles.of(weight_paths(skeleton))
-    bounds = Bounds(config.bound(store_folder.total_bytes()), config.min_free)
 
-    def open_tier(digests: list[str]) -> LocalTier:
-        about = describe(config, folder, skeleton, plan, digests, computes)
-        name = fingerprint.namespace(about, config.salt)
-        return LocalTier(store_folder, name, {"model": model, "fingerprint": about}, bounds, reader)
-
-    def open_later(is_stopped: Callable[[], bool]) -> LocalTier | None:
-        taken = files.take_digests(store_folder.index, is_stopped)
-        return None if taken is None else open_tier(taken)
+    def about(digests: list[str]) -> dict[str, Any]:
+        return describe(config, folder, skeleton, plan, digests, computes)
 
     def rates() -> Rates:
         return Rates(reader.rate() or HOPED_READ_RATE, sweep_seconds(), plan.max_sweep_tokens)
 
-    digests = None if store_folder.read_only else files.known_digests(store_folder.index)
-    if digests is None and files.num_bytes <= HASHED_AT_ONCE:
-        digests = files.take_digests(None if store_folder.read_only else store_folder.index)
+    opener = _TierOpener(config, model, files, about, reader)
+    tier, failure = None, None
+    try:
+        tier = opener.open_at_once()
+    except (KVStoreUnusable, OSError, sqlite3.Error) as error:
+        if isinstance(error, KVStoreUnusable) and not (is_default or isinstance(error, StoreUnavailable)):
+            raise
+        failure = error
     return PrefixStore(
         states,
         plan.page_tokens,
         CODECS[config.compression],
         rates,
-        tier=None if digests is None else open_tier(digests),
-        open_tier=open_later,
+        tier=tier,
+        open_tier=opener.open,
         is_current=files.is_unchanged,
         load=config.load,
-        on_close=store_folder.close,
+        failure=failure,
     )
+
+
+class _TierOpener:
+    """Opens the local tier of an engine, as often as it has to be.
+
+    What is known of the weights, who takes leases and what is open stay the same.
+
+    Args:
+        about: the fingerprint, from the digests of *files*.
+    """
+
+    def __init__(
+        self,
+        config: KVStoreConfig,
+        model: str,
+        files: WeightFiles,
+        about: Callable[[list[str]], dict[str, Any]],
+        reader: DirectReader,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._files = files
+        self._about = about
+        self._reader = reader
+        self._owner = new_owner()
+        self._digests: list[str] | None = None
+        self._opened: OpenSegments | None = None
+        self._has_opened = False
+
+    def open_at_once(self) -> LocalTier | None:
+        """The tier, unless hashing the weights takes longer than the engine should wait."""
+        folder = self._open_folder()
+        try:
+            self._digests = self._files.known_digests(folder.index)
+        except BaseException:
+            folder.close()
+            raise
+        if self._digests is None and self._files.num_bytes > HASHED_AT_ONCE:
+            folder.close()
+            return None
+        return self._tier(folder, lambda: False)
+
+    def open(self, is_stopped: Callable[[], bool]) -> LocalTier | None:
+        """The tier; ``None`` if *is_stopped*, or the weights are not those that the engine has."""
+        return self._tier(self._open_folder(), is_stopped)
+
+    def _open_folder(self) -> StoreFolder:
+        access = Access(self._owner, BUSY_SECONDS, is_suspect=self._has_opened)
+        return StoreFolder(self._config.path, access)
+
+    def _tier(self, folder: StoreFolder, is_stopped: Callable[[], bool]) -> LocalTier | None:
+        try:
+            if self._digests is None:
+                self._digests = self._files.take_digests(_Digests(folder.index), is_stopped)
+            if self._digests is None:
+                folder.close()
+                return None
+            about = self._about(self._digests)
+            name = fingerprint.namespace(about, self._config.salt)
+            bounds = Bounds(self._config.bound(folder.total_bytes()), self._config.min_free)
+            if not folder.read_only:
+                folder.index.give_back_leases()  # of before a failure
+            described = {"model": self._model, "fingerprint": about}
+            tier = LocalTier(folder, name, described, bounds, self._reader, self._opened)
+        except BaseException:
+            folder.close()
+            raise
+        self._opened, self._has_opened = tier.opened, True
+        if folder.read_only:
+            logger.warning("the KV store %s is read-only: what is there is used, nothing is stored", folder.path)
+        return tier
+
+
+class _Digests:
+    """Remembers digests where that is possible: a minute's hashing is not lost to a full disk."""
+
+    def __init__(self, memory: DigestMemory) -> None:
+        self._memory = memory
+
+    def digest(self, path: Path, stat: os.stat_result) -> str | None:
+        """The digest of *path*, if it is known for exactly this file."""
+        return self._memory.digest(path, stat)
+
+    def remember_digest(self, path: Path, stat: os.stat_result, sha256: str) -> None:
+        """Remember it."""
+        try:
+            self._memory.remember_digest(path, stat, sha256)
+        except (OSError, sqlite3.Error) as error:
+            logger.info("the digest of %s is not remembered: %s", path, error)
 
 
 def describe(

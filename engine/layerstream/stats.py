@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from layerstream.assembly import Assembly
-from layerstream.kv.store import KVStats, PrefixStore
+from layerstream.kv.counters import KVStats
+from layerstream.kv.store import PrefixStore
 from layerstream.loop import LoopCounters
 from layerstream.scheduling.drafting.trees import DrafterCounters
 from layerstream.streaming.expert_bank import ExpertBank
@@ -138,6 +139,7 @@ def _kv_stats(store: PrefixStore | None, counters: LoopCounters) -> KVStats:
     counted = dataclasses.asdict(store.counters)
     return KVStats(
         state=store.state,
+        reason=store.reason,
         hits=counters.prefix_hits,
         reused_tokens=counters.reused_tokens,
         loaded_bytes=store.loader.counters.num_bytes,

@@ -129,7 +129,7 @@ class Prefixes:
         """The chains that are not wholly stored, each with the keys that no earlier one has."""
         seen: set[bytes] = set()
         for ids, keys in self.chains:
-            new = [key for key in keys[store.count_stored(keys) :] if key not in seen]
+            new = [key for key in keys[store.look_up(keys) :] if key not in seen]
             seen.update(new)
             if new:
                 yield ids, new

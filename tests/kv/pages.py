@@ -60,6 +60,7 @@ def open_tier(path: Path, namespace: str = "a" * 40, bounds: Bounds = ROOMY, rea
 def read_back(tier: LocalTier, keys: Sequence[bytes]) -> dict[tuple[bytes, int], bytes]:
     """The encoded page-layers of *keys*, as far as the tier has them."""
     found = {}
+    tier.contains(keys)
     for run in tier.open(keys):
         segment = run._segment  # type: ignore[attr-defined]
         data = segment.path.read_bytes()
@@ -67,9 +68,10 @@ def read_back(tier: LocalTier, keys: Sequence[bytes]) -> dict[tuple[bytes, int],
             for layer, size in enumerate(run.info.encoded_bytes):
                 at = run.info.layer_offsets[layer] + slot * padded(size)
                 found[run.info.keys[slot], layer] = data[at : at + size]
-        segment_reader, tier._reader = tier._reader, _Forgetful()  # type: ignore[assignment]
+        opened = tier.opened
+        segment_reader, opened._reader = opened._reader, _Forgetful()  # type: ignore[assignment]
         run.close()
-        tier._reader = segment_reader
+        opened._reader = segment_reader
     return found
 
 

@@ -81,7 +81,7 @@ def test_a_folder_keeps_to_its_bound_and_holds_no_orphans(rng: random.Random) ->
             if held and rng.random() < 0.3:
                 run = held.pop()
                 assert run._segment.path.exists(), "a segment in use is never removed"
-                tier._reader = type("R", (), {"forget": lambda self, path: None})()
+                tier.opened._reader = type("R", (), {"forget": lambda self, path: None})()
                 run.close()
             index.check_integrity()
             assert sum(path.stat().st_size for path in (Path(name) / "b").glob("*/*.kv")) <= bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from layerstream.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from layerstream.kv.maintenance import NamespaceSummary
-    from layerstream.kv.tiers.folder import StoreFolder
+    from layerstream.kv.tiers.folder import Access, StoreFolder
 
 app = typer.Typer(help="Look after the store of computed prefixes.", no_args_is_help=True)
 
@@ -29,8 +30,13 @@ SHORT = 8  # characters of an id that are shown
 def list_(store: Store = None) -> None:
     """Show what is stored for which model, how large, how often used."""
     from layerstream.kv.maintenance import summarise
+    from layerstream.kv.tiers.folder import StoreUnavailable
 
-    folder = _open(store)
+    try:
+        folder = _open(store)
+    except StoreUnavailable as error:
+        folder = _open_files(store)
+        typer.echo(f"{error}; this is what the files alone say, without pins and answers", err=True)
     try:
         summaries = summarise(folder)
         table = Table(box=None, pad_edge=False)
@@ -53,8 +59,9 @@ def list_(store: Store = None) -> None:
 def verify(store: Store = None) -> None:
     """Read everything, drop what is damaged; exits 1 if something was."""
     from layerstream.kv.maintenance import verify_all
+    from layerstream.kv.tiers.folder import Access
 
-    folder = _open(store)
+    folder = _open(store, Access(is_suspect=True))
     try:
         count = damaged = 0
         for path, damage in verify_all(folder):
@@ -80,23 +87,70 @@ def prune(
     wanted = parse_size(to)
     folder = _open(store)
     try:
-        typer.echo(f"{format_size(prune_to(folder, wanted))} freed, {format_size(folder.total_bytes())} left")
+        freed, left = prune_to(folder, wanted), folder.total_bytes()
+        typer.echo(f"{format_size(freed)} freed, {format_size(left)} left")
+        if left > wanted:
+            typer.echo(_why_not(left, wanted, sum(row.num_bytes for row in folder.index.segments() if row.pinned)))
     finally:
         folder.close()
 
 
 @app.command()
-def clear(which: Which = None, store: Store = None) -> None:
-    """Remove what is stored for a model, or everything, pinned or not."""
-    from layerstream.kv.maintenance import choose
-    from layerstream.kv.maintenance import clear as clear_namespace
+def clear(
+    which: Which = None,
+    store: Store = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove what is stored for a model, or everything, pinned or not, with the answers that are remembered."""
+    from layerstream.kv.maintenance import choose, summarise
+    from layerstream.kv.tiers.folder import StoreUnavailable
 
-    folder = _open(store)
     try:
-        freed = sum(clear_namespace(folder, summary) for summary in choose(folder, which))
+        folder, has_index = _open(store), True
+    except StoreUnavailable:  # a full disk: files first, then there is room for the index
+        folder, has_index = _open_files(store), False
+    try:
+        if folder.read_only:
+            raise KVStoreUnusable(f"{folder.path} is read-only: nothing can be removed from it")
+        chosen = choose(folder, which)
+        if chosen and not yes and sys.stdin.isatty():
+            names = ", ".join(f"{_model(summary)} ({format_size(summary.num_bytes)})" for summary in chosen)
+            typer.confirm(f"remove what is stored for {names}?", abort=True)
+        freed = _clear(folder, chosen)
         typer.echo(f"{format_size(freed)} freed, {format_size(folder.total_bytes())} left")
     finally:
         folder.close()
+    if not has_index:
+        folder = _open(store)
+        try:
+            _clear(folder, [summary for summary in summarise(folder) if summary.name in {s.name for s in chosen}])
+        finally:
+            folder.close()
+
+
+def _clear(folder: StoreFolder, chosen: list[NamespaceSummary]) -> int:
+    """Clear *chosen*, say what had to stay; the bytes that became free."""
+    from layerstream.kv.maintenance import clear as clear_namespace
+    from layerstream.kv.maintenance import remaining_segments
+
+    freed = sum(clear_namespace(folder, summary) for summary in chosen)
+    stayed = [row for summary in chosen for row in remaining_segments(folder, summary)]
+    if stayed:
+        typer.echo(
+            f"{len(stayed)} segments ({format_size(sum(row.num_bytes for row in stayed))}) stay, as an engine is "
+            "reading them: close it, and clear again"
+        )
+    return freed
+
+
+def _why_not(left: int, wanted: int, pinned: int) -> str:
+    text = f"that is more than {format_size(wanted)}: "
+    if pinned:
+        text += f"{format_size(pinned)} are pinned, as what was warmed is, and stay until `layerstream kv clear MODEL`"
+    rest = left - pinned
+    if rest > wanted or not pinned:
+        text += f"{'; ' if pinned else ''}{format_size(rest)} are continued by what stays, or are being read"
+    return text
 
 
 @app.command()
@@ -145,18 +199,36 @@ def import_(
             EngineConfig(model, memory_bytes=budget, dtype=dtype, kv_store=config), config, folder.index
         )
         bounds = Bounds(config.bound(folder.total_bytes()), config.min_free)
-        typer.echo(f"{import_file(folder, source, namespace, about, bounds)} segments are new")
+        done = import_file(folder, source, namespace, about, bounds)
+        typer.echo(f"{done.new} segments are new")
+        for count, what in (
+            (done.damaged, "are damaged and were left out"),
+            (done.without_room, f"found no room within {format_size(bounds.max_bytes)}, or lack their beginning"),
+        ):
+            if count:
+                typer.echo(f"{count} segments {what}")
     finally:
         folder.close()
 
 
-def _open(store: Path | None, *, must_exist: bool = True) -> StoreFolder:
-    from layerstream.kv.tiers.folder import StoreFolder
+def _open(store: Path | None, access: Access | None = None, *, must_exist: bool = True) -> StoreFolder:
+    from layerstream.kv.tiers.folder import Access, StoreFolder
 
+    return StoreFolder(_path(store, must_exist), access or Access())
+
+
+def _open_files(store: Path | None) -> StoreFolder:
+    """The files alone, where there is no room for the index."""
+    from layerstream.kv.tiers.folder import Access
+
+    return _open(store, Access(without_index=True))
+
+
+def _path(store: Path | None, must_exist: bool) -> Path:
     path = store if store is not None else default_folder()
     if must_exist and not path.exists():
         raise KVStoreUnusable(f"{path}: there is no KV store yet")
-    return StoreFolder(path)
+    return path
 
 
 def _model(summary: NamespaceSummary) -> str:

@@ -2,7 +2,8 @@
 
 An answer hangs on a stored page and goes with it: evicting, clearing or dropping the page forgets its answers (a
 foreign key sees to that). Answers of prompts shorter than a page hang on their namespace alone. The namespace keeps
-models and tenants apart, as for pages. Nothing here can change what is answered: it is only ever a guess to verify.
+models and tenants apart, as for pages; every answer carries its namespace's name besides, which is checked when it is
+asked for. Nothing here can change what is answered: it is only ever a guess to verify.
 """
 
 from __future__ import annotations
@@ -57,8 +58,11 @@ class Answers:
     def __init__(self, index: Index) -> None:
         self._index = index
 
-    def remember(self, namespace: int, item: RememberedAnswer) -> bool:
-        """Keep *item*; whether that was done: its page has to be here. The oldest go when there are too many."""
+    def remember(self, namespace: int, tenant: str, item: RememberedAnswer) -> bool:
+        """Keep *item* of the namespace with that number and name; whether that was done: its page has to be here.
+
+        The oldest go when there are too many.
+        """
         if item.prefix and not self._index.find(namespace, [item.prefix]):
             return False
         prefix = item.prefix or None
@@ -68,8 +72,9 @@ class Answers:
                 (namespace, prefix, _packed(item.question)),
             )
             connection.execute(
-                "INSERT INTO answers (namespace, prefix, question, answer, last_used) VALUES (?, ?, ?, ?, ?)",
-                (namespace, prefix, _packed(item.question), _packed(item.answer), time.time()),
+                "INSERT INTO answers (namespace, tenant, prefix, question, answer, last_used) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (namespace, tenant, prefix, _packed(item.question), _packed(item.answer), time.time()),
             )
             connection.execute(
                 "DELETE FROM answers WHERE id IN (SELECT id FROM answers WHERE namespace = ? AND prefix IS ? "
@@ -83,16 +88,32 @@ class Answers:
             )
         return True
 
-    def recall(self, namespace: int, prefixes: Sequence[Key]) -> list[list[int]]:
+    def recall(self, namespace: int, tenant: str, prefixes: Sequence[Key]) -> list[list[int]]:
         """Questions with their answers that hang on *prefixes*, the most recent first."""
         marks = ",".join("?" * len(prefixes))
         without = " OR prefix IS NULL" if b"" in prefixes else ""
         rows = self._index.connection().execute(
-            f"SELECT question, answer FROM answers WHERE namespace = ? AND (prefix IN ({marks}){without}) "
-            "ORDER BY last_used DESC, id DESC LIMIT ?",
-            (namespace, *prefixes, MOST_RECALLED),
+            f"SELECT question, answer FROM answers WHERE namespace = ? AND tenant = ? "
+            f"AND (prefix IN ({marks}){without}) ORDER BY last_used DESC, id DESC LIMIT ?",
+            (namespace, tenant, *prefixes, MOST_RECALLED),
         )
         return [[*_unpacked(question), *_unpacked(answer)] for question, answer in rows]
+
+    def all(self, namespace: str) -> list[RememberedAnswer]:
+        """What is remembered in *namespace*, the oldest first."""
+        rows = self._index.connection().execute(
+            "SELECT a.prefix, a.question, a.answer FROM answers a JOIN namespaces n ON n.id = a.namespace "
+            "WHERE n.name = ? ORDER BY a.last_used, a.id",
+            (namespace,),
+        )
+        return [RememberedAnswer(prefix or b"", (*_unpacked(q),), (*_unpacked(a),)) for prefix, q, a in rows]
+
+    def forget(self, namespace: str) -> None:
+        """Nothing was answered in *namespace*."""
+        with self._index.transaction() as connection:
+            connection.execute(
+                "DELETE FROM answers WHERE namespace = (SELECT id FROM namespaces WHERE name = ?)", (namespace,)
+            )
 
     def count(self, namespace: str) -> int:
         """How many are remembered in *namespace*."""

@@ -1,17 +1,16 @@
 """What is where in a local store: one SQLite database, shared by all processes that use the folder.
 
 The index is an accelerator: everything that matters for correctness is in the segments' footers, from which
-:meth:`Index.add_segment` rebuilds it. What only the index has is use (frequency, pins, priorities), the digests of
-weight files, and leases.
+:meth:`Index.add_segment` rebuilds it. What only the index has is use (frequency, pins, priorities), answers, the
+digests of weight files, and leases.
 
 Invariants, each kept by one transaction:
 
 * a page's row points to a segment that is whole: rows of pages appear in the transaction that ends the writing;
 * a page's parent is there too, or is the root (an empty key);
 * bytes are reserved before a segment is written, so all writers together keep to the bound;
-* a lease that its owner does not renew ends by itself; an owner whose process is gone has none.
-
-Connections belong to threads (:mod:`sqlite3` wants it); every thread gets its own on first use.
+* a lease that its owner does not renew ends by itself; an owner whose process is gone has none;
+* a number that stood for a namespace or a segment never stands for another one.
 """
 
 from __future__ import annotations
@@ -20,19 +19,18 @@ import contextlib
 import os
 import socket
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from layerstream.kv.database import BUSY_SECONDS, Database, IndexReplaced
 from layerstream.kv.eviction import Candidate
 from layerstream.kv.migrations import migrate
 from layerstream.kv.segment import Key, SegmentInfo
 
-BUSY_SECONDS = 30.0
 LEASE_SECONDS = 15.0
 _AT_ONCE = 500  # parameters of one statement
 
@@ -65,29 +63,40 @@ class SegmentRow:
     last_used: float
 
 
-class Index:
-    """The database at *path*; made if it is not there, unless *read_only*."""
+class Index(Database):
+    """The database at *path*; made if it is not there, unless *read_only*.
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self._path = path
+    Args:
+        path: ``None``: in memory, for one thread.
+        owner: whom leases are given to; ``None``: somebody new.
+        busy_seconds: how long a statement waits for another process that writes.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        read_only: bool = False,
+        owner: str | None = None,
+        busy_seconds: float = BUSY_SECONDS,
+    ) -> None:
+        super().__init__(path, read_only=read_only, busy_seconds=busy_seconds)
         self._read_only = read_only
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}:{os.urandom(4).hex()}"
-        connection = self.connection()
+        self.owner = owner or new_owner()
         if not read_only:
-            migrate(connection, path)
-            self._drop_unfinished()
+            try:
+                migrate(self.connection(), path)
+                self._drop_unfinished()
+            except BaseException:
+                super().close()
+                raise
 
     def close(self) -> None:
-        """Give leases back, close all connections."""
+        """Give leases back, close all connections. Never raises."""
         if not self._read_only:
-            with contextlib.suppress(sqlite3.Error), self.transaction() as connection:
-                connection.execute("DELETE FROM leases WHERE owner = ?", (self.owner,))
-        for connection in self._connections:
-            connection.close()
-        self._connections.clear()
-        self._local = threading.local()
+            with contextlib.suppress(sqlite3.Error, OSError):
+                self.give_back_leases()
+        super().close()
 
     # Namespaces
 
@@ -97,19 +106,29 @@ class Index:
         if row is None and not self._read_only:
             with self.transaction() as connection:
                 connection.execute(
-                    "INSERT OR IGNORE INTO namespaces (name, description) VALUES (?, ?)", (name, description)
+                    "INSERT OR IGNORE INTO namespaces (id, name, description) VALUES (?, ?, ?)",
+                    (_new_id(connection), name, description),
                 )
                 row = connection.execute("SELECT id FROM namespaces WHERE name = ?", (name,)).fetchone()
         return row and row[0]
+
+    def check_namespace(self, number: int, name: str) -> None:
+        """Raise :class:`IndexReplaced` unless *number* still stands for namespace *name*."""
+        row = self.connection().execute("SELECT name FROM namespaces WHERE id = ?", (number,)).fetchone()
+        if row != (name,):
+            raise IndexReplaced(f"{self._path}: namespace {name} was removed")
 
     def namespaces(self) -> dict[str, str]:
         """Name and description of each."""
         return dict(self.connection().execute("SELECT name, description FROM namespaces"))
 
     def remove_namespace(self, name: str) -> None:
-        """Forget *name* and all its segments."""
-        with self.transaction() as connection:
+        """Forget *name* and all its segments and answers, so that they are not in the file any more either."""
+        connection = self.connection()
+        connection.execute("PRAGMA secure_delete = ON")
+        with self.transaction():
             connection.execute("DELETE FROM namespaces WHERE name = ?", (name,))
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # as far as nobody else reads just now
 
     # Pages
 
@@ -148,13 +167,14 @@ class Index:
         """Count *num_bytes* for a segment about to be written; its number, or ``None`` if it is there already."""
         now = time.time()
         with self.transaction() as connection:
+            number = _new_id(connection)
             cursor = connection.execute(
                 "INSERT OR IGNORE INTO segments "
-                "(namespace, name, num_bytes, num_pages, seconds, priority, created, last_used, writer) "
-                "VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?)",
-                (namespace, name, num_bytes, now, now, self.owner),
+                "(id, namespace, name, num_bytes, num_pages, seconds, priority, created, last_used, writer) "
+                "VALUES (?, ?, ?, ?, 0, 0, 0, ?, ?, ?)",
+                (number, namespace, name, num_bytes, now, now, self.owner),
             )
-            return cursor.lastrowid if cursor.rowcount else None
+            return number if cursor.rowcount else None
 
     def add_segment(self, namespace: int, info: SegmentInfo, num_bytes: int, *, pinned: bool = False) -> bool:
         """The segment of *info* is whole: enter its pages, end its reservation.
@@ -168,11 +188,11 @@ class Index:
             row = (namespace, info.name, num_bytes, len(info.keys), info.seconds, int(pinned), now, now)
             (segment,) = connection.execute(
                 "INSERT INTO segments "
-                "(namespace, name, num_bytes, num_pages, seconds, pinned, created, last_used, priority) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (namespace, name) DO UPDATE SET "
+                "(id, namespace, name, num_bytes, num_pages, seconds, pinned, created, last_used, priority) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (namespace, name) DO UPDATE SET "
                 "num_bytes = excluded.num_bytes, num_pages = excluded.num_pages, seconds = excluded.seconds, "
                 "pinned = max(pinned, excluded.pinned), writer = NULL RETURNING id",
-                row,
+                (_new_id(connection), *row),
             ).fetchone()
             connection.executemany(
                 "INSERT OR IGNORE INTO pages (namespace, key, parent, segment, slot) VALUES (?, ?, ?, ?, ?)",
@@ -204,6 +224,11 @@ class Index:
                 break
             left = refused
         return left
+
+    def names(self, namespace: int) -> dict[str, tuple[int, bool]]:
+        """Number of each segment of *namespace*, and whether it is whole, by name."""
+        rows = self.connection().execute("SELECT name, id, writer FROM segments WHERE namespace = ?", (namespace,))
+        return {name: (number, writer is None) for name, number, writer in rows}
 
     def cancel(self, segment: int) -> None:
         """Nothing came of the reservation *segment*."""
@@ -272,8 +297,12 @@ class Index:
         )
         return row.fetchone()
 
-    def remove(self, segment: int) -> bool:
-        """Forget *segment*, unless another one has come to depend on it; whether that was done. Ages the clock."""
+    def remove(self, segment: int, unlink: Callable[[], None] = lambda: None) -> bool:
+        """Forget *segment*, unless another one has come to depend on it; whether that was done. Ages the clock.
+
+        Args:
+            unlink: called before anything is written, so that a full disk has room for it.
+        """
         with self.transaction() as connection:
             dependants = connection.execute(
                 "SELECT 1 FROM pages parent JOIN pages child ON child.namespace = parent.namespace "
@@ -282,6 +311,7 @@ class Index:
             ).fetchone()
             if dependants:
                 return False
+            unlink()
             connection.execute(
                 "UPDATE clock SET value = max(value, coalesce((SELECT priority FROM segments WHERE id = ?), 0))",
                 (segment,),
@@ -322,6 +352,11 @@ class Index:
                 "DELETE FROM leases WHERE namespace = ? AND key = ? AND owner = ?",
                 [(namespace, key, self.owner) for key in keys],
             )
+
+    def give_back_leases(self) -> None:
+        """This process computes nothing."""
+        with self.transaction() as connection:
+            connection.execute("DELETE FROM leases WHERE owner = ?", (self.owner,))
 
     # Digests of files
 
@@ -370,51 +405,14 @@ class Index:
         ).fetchall()
         return [name for (name,) in rows]
 
-    def connection(self) -> sqlite3.Connection:
-        """The calling thread's."""
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
-            mode = "ro" if self._read_only else "rwc"
-            immutable = "&immutable=1" if self._read_only else ""
-            connection = sqlite3.connect(
-                f"{self._path.absolute().as_uri()}?mode={mode}{immutable}",
-                uri=True,
-                timeout=BUSY_SECONDS,
-                isolation_level=None,
-                check_same_thread=False,  # closed by whoever closes the index
-            )
-            connection.execute("PRAGMA foreign_keys = ON")
-            if not self._read_only:
-                _write_ahead(connection)
-                connection.execute("PRAGMA synchronous = NORMAL")
-            self._local.connection = connection
-            self._connections.append(connection)
-        return connection
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing."""
-        connection = self.connection()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+def new_owner() -> str:
+    """Somebody in this process whom leases can be given to."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}:{os.urandom(4).hex()}"
 
 
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to a write-ahead log; SQLite itself does not wait for others who make or leave the database just now."""
-    patience = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
-                raise
-            time.sleep(0.01)
+def _new_id(connection: sqlite3.Connection) -> int:
+    return connection.execute("UPDATE numbers SET last = last + 1 RETURNING last").fetchone()[0]
 
 
 def _has_page(connection: sqlite3.Connection, namespace: int, key: Key) -> bool:

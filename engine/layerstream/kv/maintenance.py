@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-import tarfile
-import tempfile
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from layerstream.errors import KVStoreUnusable
-from layerstream.files import TEMPORARY
+from layerstream.errors import KVStoreUnusable, StorageFull
+from layerstream.files import temporary_path
 from layerstream.kv import fingerprint
 from layerstream.kv.answers import Answers
-from layerstream.kv.segment import SUFFIX, DamagedSegment, read_info, sync_folder, verify
+from layerstream.kv.archive import Archive, Kept, Packed, open_archive, parents_first, write_archive
+from layerstream.kv.index import SegmentRow
+from layerstream.kv.segment import DamagedSegment, read_info, sync_folder, verify
 from layerstream.kv.tiers.folder import ABOUT, Bounds, StoreFolder
+from layerstream.kv.tiers.locks import open_locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +105,10 @@ def verify_all(folder: StoreFolder) -> Iterator[tuple[Path, Damage | None]]:
             bad = verify(path, info)
             if bad:
                 damage = Damage(path, len(bad), f"{len(bad)} of {len(info.keys)} pages differ from their checksum")
-                _drop(folder, row.namespace, info.keys[bad[0]])
+                _drop(folder, row.namespace, [info.keys[bad[0]]])
         except (DamagedSegment, OSError) as error:
             damage = Damage(path, row.num_pages, str(error))
-            _drop_segment(folder, row.namespace, row.segment)
+            _drop(folder, row.namespace, folder.index.keys_of(row.segment))
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         yield path, damage
@@ -119,16 +122,21 @@ def prune(folder: StoreFolder, max_bytes: int) -> int:
 
 
 def clear(folder: StoreFolder, namespace: NamespaceSummary) -> int:
-    """Remove all of *namespace* that no process reads, pins included; the bytes that became free."""
+    """Remove all of *namespace* that no process reads, pins and answers included; the bytes that became free.
+
+    Files go before the index hears of it, so a full disk is no obstacle.
+    """
     before = folder.total_bytes()
-    folder.index.unpin(namespace.name)
-    remaining = [row for row in folder.index.segments() if row.namespace == namespace.name]
+    remaining = remaining_segments(folder, namespace)
     while remaining:  # leaves first: whatever nothing depends on goes in each round
         left = [row for row in remaining if not folder.remove(row.segment)]
         if len(left) == len(remaining):
             break
         remaining = left
-    if not remaining:
+    if remaining:
+        folder.index.unpin(namespace.name)
+        Answers(folder.index).forget(namespace.name)
+    else:
         folder.index.remove_namespace(namespace.name)
         own = folder.path / namespace.name
         (own / ABOUT).unlink(missing_ok=True)
@@ -137,93 +145,138 @@ def clear(folder: StoreFolder, namespace: NamespaceSummary) -> int:
     return before - folder.total_bytes()
 
 
+def remaining_segments(folder: StoreFolder, namespace: NamespaceSummary) -> list[SegmentRow]:
+    """What there is of *namespace*: after :func:`clear`, what other processes are reading."""
+    return [row for row in folder.index.segments() if row.namespace == namespace.name]
+
+
 def export(folder: StoreFolder, namespace: NamespaceSummary, out: Path) -> int:
-    """Write *namespace* to the tar file *out*; the number of segments.
+    """Write *namespace*, with its pins and answers, to the tar file *out*; the number of segments.
 
     Raises:
-        FileExistsError: *out* is there already.
+        FileExistsError: *out* is there already. StorageFull: there is no room for it. Nothing is left of it then.
     """
-    count = 0
-    with tarfile.open(out, "x") as archive:
-        own = folder.path / namespace.name
-        archive.add(own / ABOUT, ABOUT)
-        for row in folder.index.segments():
-            path = own / row.name
-            if row.namespace == namespace.name and path.exists():
-                archive.add(path, row.name)
-                count += 1
-    return count
+    rows = remaining_segments(folder, namespace)
+    pinned = frozenset(row.name for row in rows if row.pinned)
+    kept = Kept(pinned, tuple(Answers(folder.index).all(namespace.name)))
+    about = json.dumps(namespace.about, indent=1, sort_keys=True).encode()
+    with _full_disk(out):
+        return write_archive(out, about, kept, _opened(folder.segment_path(row.namespace, row.name) for row in rows))
 
 
-def import_(folder: StoreFolder, source: Path, namespace: str, about: dict[str, Any], bounds: Bounds) -> int:
-    """Take over the segments of the archive *source* for the engine whose namespace and description these are.
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of an archive's segments: *new* ones, *known* before, *damaged*, and without *room* or beginning."""
 
-    Every segment is verified; damaged ones are left out. Returns the number of segments that are new.
+    new: int
+    known: int
+    damaged: int
+    without_room: int
+
+
+def import_(folder: StoreFolder, source: Path, namespace: str, about: dict[str, Any], bounds: Bounds) -> Imported:
+    """Take over the archive *source* for the engine whose namespace and description these are, within *bounds*.
+
+    Every segment is verified before anything makes room for it.
 
     Raises:
         KVStoreUnusable: not an export, or one of another model, arithmetic or tenant: says in what they differ.
+        StorageFull: the disk is full; what was taken over until then stays.
     """
-    try:
-        archive = tarfile.open(source)  # noqa: SIM115  # closed below
-    except tarfile.TarError as error:
-        raise KVStoreUnusable(f"{source} is not an export of a KV store: {error}") from error
-    with archive:
-        member = next((member for member in archive if member.name == ABOUT and member.isfile()), None)
-        handle = None if member is None else archive.extractfile(member)
-        if handle is None:
-            raise KVStoreUnusable(f"{source} is not an export of a KV store: it has no {ABOUT}")
-        theirs = json.loads(handle.read())
-        differing = fingerprint.differences(about["fingerprint"], theirs.get("fingerprint", {}))
+    with open_archive(source) as archive:
+        theirs = archive.about.get("fingerprint")
+        differing = fingerprint.differences(about["fingerprint"], theirs if isinstance(theirs, dict) else {})
         if differing:
             raise KVStoreUnusable(
-                f"{source} holds KV of {theirs.get('model')!r} that this engine must not use; they differ in "
+                f"{source} holds KV of {archive.about.get('model')!r} that this engine must not use; they differ in "
                 + "; ".join(differing[:5])
             )
-        folder.describe(namespace, about)
-        number = folder.index.namespace_id(namespace, json.dumps(about, sort_keys=True))
-        assert number is not None
-        return _take_over(folder, archive, namespace, number, bounds)
+        packed, damaged = archive.segments()
+        if any(item.info.namespace != namespace for item in packed):
+            raise KVStoreUnusable(f"{source} was written for another tenant (salt)")
+        with _full_disk(folder.path):
+            folder.describe(namespace, about)
+            number = folder.index.namespace_id(namespace, json.dumps(about, sort_keys=True))
+            assert number is not None
+            return _take_over(folder, archive, _Target(namespace, number, bounds), packed, damaged)
 
 
-def _take_over(folder: StoreFolder, archive: tarfile.TarFile, namespace: str, number: int, bounds: Bounds) -> int:
-    own = folder.path / namespace
-    found = []
-    for member in archive:
-        name = Path(member.name).name
-        if not member.isfile() or not name.endswith(SUFFIX) or (own / name).exists():
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where an archive goes."""
+
+    namespace: str
+    number: int
+    bounds: Bounds
+
+
+def _take_over(folder: StoreFolder, archive: Archive, target: _Target, packed: list[Packed], damaged: int) -> Imported:
+    index, mine, known, new = folder.index, [], 0, 0
+    there = [item.info.parent for item in packed if index.find(target.number, [item.info.parent])]
+    names = index.names(target.number)
+    for item in parents_first(packed, there):
+        info = item.info
+        if info.name in names:
+            known += 1
             continue
-        data = archive.extractfile(member)
-        if data is None or not folder.make_room(member.size, bounds):
+        if not archive.is_sound(item):
+            damaged += 1
             continue
-        with tempfile.NamedTemporaryFile(dir=own, suffix=TEMPORARY, delete=False) as temporary:
-            while block := data.read(2**20):
-                temporary.write(block)
-        path = Path(temporary.name)
-        try:
-            info = read_info(path)
-            if info.namespace != namespace:
-                raise KVStoreUnusable(f"{archive.name} was written for another tenant (salt)")
-            if verify(path, info) or info.name != name:
-                continue
-            path.replace(own / name)
-            found.append((info, member.size))
-        except DamagedSegment:
+        if not folder.make_room(item.num_bytes, target.bounds, mine):
             continue
-        finally:
+        segment = index.reserve(target.number, info.name, item.num_bytes)
+        if segment is not None and _copy(folder, archive, target, item, segment):
+            mine.append(segment)
+            new += 1
+    answers = Answers(index)
+    for answer in archive.kept.answers:
+        answers.remember(target.number, target.namespace, answer)
+    return Imported(new, known, damaged, len(packed) + damaged - new - known - damaged)
+
+
+def _copy(folder: StoreFolder, archive: Archive, target: _Target, item: Packed, segment: int) -> bool:
+    """Have *item* lie in its place, and in the index; whether it could be entered."""
+    path = folder.segment_path(target.namespace, item.info.name)
+    temporary, is_entered = temporary_path(path), False
+    try:
+        archive.copy(item, temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+        pinned = item.info.name in archive.kept.pinned
+        is_entered = folder.index.add_segment(target.number, item.info, item.num_bytes, pinned=pinned)
+    finally:
+        if not is_entered:
+            temporary.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-    sync_folder(own)
-    refused = folder.index.add_segments(number, found)
-    for info, _ in refused:
-        (own / info.name).unlink(missing_ok=True)
-    return len(found) - len(refused)
+            folder.index.cancel(segment)
+    return is_entered
 
 
-def _drop(folder: StoreFolder, namespace: str, key: bytes) -> None:
+def _opened(paths: Iterable[Path]) -> Iterator[tuple[str, IO[bytes]]]:
+    """The segments at *paths* that are still there, kept from eviction while they are read."""
+    for path in paths:
+        try:
+            descriptor = open_locked(path)
+        except OSError:
+            continue
+        with open(descriptor, "rb") as file:
+            yield path.name, file
+
+
+@contextlib.contextmanager
+def _full_disk(where: Path) -> Iterator[None]:
+    """Says so where it is full."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+            raise StorageFull(f"{where}: the disk is full; free some of it and try again") from error
+        raise
+
+
+def _drop(folder: StoreFolder, namespace: str, keys: Iterable[bytes]) -> None:
     number = folder.index.namespace_id(namespace)
     if number is not None:
-        folder.forget(namespace, number, key)
-
-
-def _drop_segment(folder: StoreFolder, namespace: str, segment: int) -> None:
-    for key in folder.index.keys_of(segment):
-        _drop(folder, namespace, key)
+        for key in keys:
+            folder.forget(namespace, number, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 
 from layerstream.errors import KVStoreUnusable
@@ -67,7 +68,15 @@ STEPS = (
     CREATE INDEX answers_by_prefix ON answers (namespace, prefix);
     CREATE INDEX answers_by_use ON answers (last_used);
     """,
+    """
+    CREATE TABLE numbers (last INTEGER NOT NULL);  -- ids of namespaces and segments: counted up, never used again
+    INSERT INTO numbers SELECT max(coalesce((SELECT max(id) FROM namespaces), 0),
+        coalesce((SELECT max(id) FROM segments), 0));
+    ALTER TABLE answers ADD COLUMN tenant TEXT NOT NULL DEFAULT '';  -- the name of its namespace, checked at use
+    UPDATE answers SET tenant = (SELECT name FROM namespaces WHERE namespaces.id = answers.namespace);
+    """,
 )
+_TABLE = re.compile(r"CREATE TABLE (\w+)")
 
 
 def migrate(connection: sqlite3.Connection, where: object) -> None:
@@ -75,6 +84,7 @@ def migrate(connection: sqlite3.Connection, where: object) -> None:
 
     Raises:
         KVStoreUnusable: it is another program's, or from a newer version. Nothing is changed then.
+        DatabaseError: tables are missing that were there once.
     """
     connection.execute("BEGIN IMMEDIATE")  # the lock first: another process may be making the same database
     try:
@@ -102,4 +112,8 @@ def _check_version(connection: sqlite3.Connection, where: object) -> int:
             f"{where} was written by a newer version of LayerStream (schema {version}, this one knows {len(STEPS)}): "
             "update layerstream, or choose another folder for the KV store"
         )
+    wanted = {name for step in STEPS[:version] for name in _TABLE.findall(step)}
+    there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if wanted - there:
+        raise sqlite3.DatabaseError(f"tables are missing: {', '.join(sorted(wanted - there))}")
     return version

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 from layerstream.errors import LayerStreamError
 from layerstream.files import temporary_path
@@ -226,38 +227,48 @@ def read_info(path: Path) -> SegmentInfo:
         DamagedSegment: it is not a whole segment of this version. OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size < _TRAILER.size:
-            raise DamagedSegment(f"{path}: {size} bytes are no segment")
-        file.seek(size - _TRAILER.size)
-        magic, version, checksum, length = _TRAILER.unpack(file.read(_TRAILER.size))
-        if magic != _MAGIC or version != VERSION:
-            raise DamagedSegment(f"{path}: not a segment of version {VERSION}")
-        if length > min(_MAX_FOOTER, size - _TRAILER.size):
-            raise DamagedSegment(f"{path}: a footer of {length} bytes in a file of {size}")
-        file.seek(size - _TRAILER.size - length)
-        text = file.read(length)
+        return read_footer(file, str(path))
+
+
+def read_footer(file: IO[bytes], name: str) -> SegmentInfo:
+    """What the segment *file*, called *name*, says of itself; raises as :func:`read_info`."""
+    size = file.seek(0, os.SEEK_END)
+    if size < _TRAILER.size:
+        raise DamagedSegment(f"{name}: {size} bytes are no segment")
+    file.seek(size - _TRAILER.size)
+    magic, version, checksum, length = _TRAILER.unpack(file.read(_TRAILER.size))
+    if magic != _MAGIC or version != VERSION:
+        raise DamagedSegment(f"{name}: not a segment of version {VERSION}")
+    if length > min(_MAX_FOOTER, size - _TRAILER.size):
+        raise DamagedSegment(f"{name}: a footer of {length} bytes in a file of {size}")
+    file.seek(size - _TRAILER.size - length)
+    text = file.read(length)
     if zlib.crc32(text) != checksum:
-        raise DamagedSegment(f"{path}: its footer is damaged")
+        raise DamagedSegment(f"{name}: its footer is damaged")
     try:
         info = _parse(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedSegment(f"{path}: its footer cannot be understood: {error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        raise DamagedSegment(f"{name}: its footer cannot be understood: {error}") from error
     if info.layer_offsets[-1] + length + _TRAILER.size != size:
-        raise DamagedSegment(f"{path}: {size} bytes, its footer speaks of others")
+        raise DamagedSegment(f"{name}: {size} bytes, its footer speaks of others")
     return info
 
 
 def verify(path: Path, info: SegmentInfo) -> list[int]:
     """The pages of the segment at *path* that are damaged, by reading all of it."""
-    damaged = set()
     with open(path, "rb") as file:
-        for layer, checksums in enumerate(info.checksums):
-            size = info.encoded_bytes[layer]
-            for page, checksum in enumerate(checksums):
-                file.seek(info.layer_offsets[layer] + page * padded(size))
-                if zlib.crc32(file.read(size)) != checksum:
-                    damaged.add(page)
+        return damaged_pages(file, info)
+
+
+def damaged_pages(file: IO[bytes], info: SegmentInfo) -> list[int]:
+    """The pages of the segment *file* that are damaged, by reading all of it."""
+    damaged = set()
+    for layer, checksums in enumerate(info.checksums):
+        size = info.encoded_bytes[layer]
+        for page, checksum in enumerate(checksums):
+            file.seek(info.layer_offsets[layer] + page * padded(size))
+            if zlib.crc32(file.read(size)) != checksum:
+                damaged.add(page)
     return sorted(damaged)
 
 

@@ -1,8 +1,19 @@
 """The persistent prefix store as the engine sees it: take what is there, publish what was computed.
 
-Threads: ``take``, ``publish``, ``collect``, ``give_back`` and the loader belong to the engine's thread; one writer
-thread takes digests of the weights, encodes, writes and keeps leases alive. Writing happens behind the sweeps: nobody
-waits for it but ``close``.
+**A store that fails is a store that is off**: answers go on, one warning says why, it is tried again later. After
+``kv clear``, or when its folder was deleted under a running engine, it stores again. What is published while it is off
+waits, as long as nobody wants the frames. :class:`~layerstream.kv.connection.TierConnection` decides all that.
+
+Threads, and what they may wait for:
+
+| thread | does | waits for |
+|---|---|---|
+| the engine's, callers' | every method here | nothing; ``take`` and ``recall`` a moment, if at all |
+| index | opens the tier, takes digests, looks up, claims, pins, drops | disk, other processes |
+| writer | encodes, writes, keeps leases alive | disk, other processes |
+
+A ``take`` that was not answered within its moment is asked again; a ``recall`` does without. Only ``look_up``,
+``room``, ``flush``, ``wait_until_open`` and ``close`` wait longer, and are not for the engine's thread.
 
 What a page goes through:
 
@@ -10,89 +21,48 @@ What a page goes through:
 |---|---|---|
 | computed | the prefix table, and whoever shares it | queued, if there is a store |
 | queued | the queue as well | being written; or given back, if a request needs the frame |
-| being written | the writer as well | stored |
+| being written | the writer as well | stored; queued once more, if the store fails |
 | stored | not for the store's sake | loaded again, evicted, or dropped as damaged |
 
 Invariants: a page is published only under the digests of the very files that its weights came from; it is published
 after its parent; a frame that ``publish`` was given comes back from ``collect`` or ``give_back`` exactly once. While
-the digests are not known nothing is taken. An error of the store costs a reuse, never a request.
+the digests are not known nothing is taken. No method raises an error of the tier. After ``close`` no thread,
+descriptor, lock or temporary file is left.
 """
 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from layerstream.kv.answers import RememberedAnswer, note, places
 from layerstream.kv.choice import Rates, load_seconds, recompute_seconds
 from layerstream.kv.codecs import PageCodec
+from layerstream.kv.connection import STORE_ERRORS, OpenTier, Question, State, TierConnection
+from layerstream.kv.counters import StoreCounters
 from layerstream.kv.loader import PageLoader
 from layerstream.kv.prefix import Published, Stored
 from layerstream.kv.segment import MAX_PAGES, Key, PageShape, padded
 from layerstream.kv.state import LayerState
-from layerstream.kv.tiers.base import NewPages, StoredRun, Tier
+from layerstream.kv.tiers.base import NewPages, PageFacts, StoredRun, Tier
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 3.0
-
-OpenTier = Callable[[Callable[[], bool]], Tier | None]
-"""Takes the digests it needs (asked now and then whether to stop) and opens the tier; ``None`` if it cannot be used."""
-
-
-State = Literal["off", "hashing", "ready", "unusable"]
-
-
-@dataclass(slots=True)
-class StoreCounters:
-    """What the store did so far."""
-
-    loaded_tokens: int = 0
-    declined_tokens: int = 0
-    written_pages: int = 0
-    written_bytes: int = 0
-    skipped_pages: int = 0
-    lost_pages: int = 0
-    saved_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class KVStats:
-    """What the prefix cache did since the engine started.
-
-    Attributes:
-        state: "ready"; "hashing" while the weights' digests are taken; "off"; "unusable", as the log says why.
-        hits: prompts that found a part of their KV, in memory or on disk.
-        reused_tokens: prompt tokens whose KV was there.
-        loaded_tokens: those among them that came from disk; ``loaded_bytes`` were read for them.
-        recomputed_tokens: tokens that were on disk and that it was faster to compute again.
-        written_bytes: written in ``written_pages`` pages; ``skipped_pages`` were not, for want of room or time.
-        lost_pages: found damaged or gone, and computed again.
-        saved_seconds: what computing the loaded tokens would have cost, less what loading them did.
-    """
-
-    state: State = "off"
-    hits: int = 0
-    reused_tokens: int = 0
-    loaded_tokens: int = 0
-    loaded_bytes: int = 0
-    recomputed_tokens: int = 0
-    written_pages: int = 0
-    written_bytes: int = 0
-    skipped_pages: int = 0
-    lost_pages: int = 0
-    saved_seconds: float = 0.0
+CALLER_SECONDS = 5.0  # that callers wait for an answer
+MOST_NOTED = 2**17  # keys that are known to be stored
+MOST_ANSWERS = 1000  # that wait to be written
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
     published: Published
     seconds: float
+    has_failed: bool = False
 
 
 @dataclass(slots=True)
@@ -100,21 +70,30 @@ class _Queue:
     """What the writer has before it, and the frames that it is done with."""
 
     batches: deque[_Batch] = field(default_factory=deque)
-    answers: deque[RememberedAnswer] = field(default_factory=deque)
+    answers: deque[RememberedAnswer] = field(default_factory=lambda: deque(maxlen=MOST_ANSWERS))
     done: list[int] = field(default_factory=list)
     is_busy: bool = False
     is_closing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a tier has of a prefix; ``None`` for facts: another process computes the next page. Claimed: the rest."""
+
+    facts: list[PageFacts] | None
+    claimed: Sequence[Key] = ()
 
 
 class PrefixStore:
     """Pages of earlier prompts, on a tier that outlives the process.
 
     Args:
-        tier: where pages are kept; ``None``: *open_tier*, run on the writer thread, will say.
+        tier: where pages are kept; ``None``: *open_tier* will say.
+        open_tier: opens the tier, also again when it has failed.
         is_current: whether the model's files are still those that the digests were taken of.
-        on_close: called last.
         rates: what was measured so far.
         load: as in :class:`~layerstream.kv.config.KVStoreConfig`.
+        failure: why there is no tier yet, if that was tried.
     """
 
     def __init__(
@@ -128,7 +107,7 @@ class PrefixStore:
         open_tier: OpenTier,
         is_current: Callable[[], bool],
         load: Literal["auto", "always", "never"] = "auto",
-        on_close: Callable[[], None] = lambda: None,
+        failure: Exception | None = None,
     ) -> None:
         self.counters = StoreCounters()
         self.rates = rates
@@ -136,54 +115,76 @@ class PrefixStore:
         self._states = states
         self._page_tokens = page_tokens
         self._codec = codec
-        self._tier = tier
-        self._open_tier = open_tier
         self._is_current = is_current
         self._load = load
-        self._on_close = on_close
         self._changed = threading.Condition()
         self._queue = _Queue()
         self._pinned: set[Key] = set()
-        self._is_unusable = False
         self._given_up: set[Key] = set()
+        self._stored: OrderedDict[Key, None] = OrderedDict()
+        self._lost: set[Key] = set()
         self._held: dict[int, list[StoredRun]] = {}
+        self._questions: dict[tuple[Key, int], Question[_Found]] = {}
+        self._last_tier = tier
+        self._connection = TierConnection(open_tier, tier, failure, self._tier_changed)
         self._thread = threading.Thread(target=self._work, name="layerstream-kv-writer", daemon=True)
         self._thread.start()
 
     @property
     def state(self) -> State:
         """Whether there is anything to find."""
-        if self._tier is not None:
-            return "ready"
-        return "unusable" if self._is_unusable else "hashing"
+        return self._connection.state
+
+    @property
+    def reason(self) -> str:
+        """Why it is off or unusable; empty if it never was."""
+        return self._connection.reason
 
     @property
     def tier(self) -> Tier | None:
-        """Where pages go; ``None`` until the digests are known, or if the tier cannot be used."""
-        return self._tier
+        """Where pages go; ``None`` while there is no such place."""
+        return self._connection.tier
 
     def take(self, keys: Sequence[Key], start: int) -> Stored | None:
         """What to do about the pages ``keys[start:]``: load the first of them, compute the rest.
 
         Returns:
-            ``None`` if another process is computing the next one that is not there: ask again later.
+            ``None`` if another process is computing the next one that is not there, or the tier has not answered yet:
+            ask again later.
         """
         wanted = keys[start:]
-        if self._tier is None or not wanted:
+        if not wanted:
             return Stored(0, 0)
-        try:
-            facts = self._tier.contains(wanted)
-            if len(facts) < len(wanted):
-                if not self._tier.claim(wanted[len(facts) :]):
-                    return None
-                facts = self._tier.contains(wanted)  # it may have been finished in between
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("the KV store could not be asked: %s", error)
+        name = keys[-1], start
+        question = self._questions.get(name)
+        if question is None:
+            if self.tier is None:
+                return Stored(0, 0)
+            question = self._questions[name] = Question(lambda tier: _find(tier, wanted), self._nobody_came(name))
+        is_answered = self._connection.ask(question)
+        if not is_answered and self.tier is not None:
+            return None
+        self._questions.pop(name, None)
+        if not is_answered or question.answer is None:
             return Stored(0, 0)
-        num_tokens = len(facts) * self._page_tokens
-        num_bytes, seconds = sum(fact.num_bytes for fact in facts), sum(fact.seconds for fact in facts)
+        return None if question.answer.facts is None else self._choose(question.answer.facts)
+
+    def _nobody_came(self, name: tuple[Key, int]) -> Callable[[Tier, _Found], None]:
+        def undo(tier: Tier, found: _Found) -> None:
+            self._questions.pop(name, None)
+            tier.unclaim(found.claimed)
+
+        return undo
+
+    def _choose(self, facts: Sequence[PageFacts]) -> Stored:
+        """Load the pages of *facts*, or compute them again."""
+        lost = next((at for at, fact in enumerate(facts) if fact.key in self._lost), len(facts))
+        facts = facts[:lost]
         if not facts:
             return Stored(0, 0)
+        self._note(fact.key for fact in facts)
+        num_tokens = len(facts) * self._page_tokens
+        num_bytes, seconds = sum(fact.num_bytes for fact in facts), sum(fact.seconds for fact in facts)
         rates = self.rates()
         loading, computing = load_seconds(num_bytes, rates), recompute_seconds(num_tokens, seconds, rates)
         if self._load == "never" or (self._load == "auto" and computing < loading):
@@ -194,8 +195,8 @@ class PrefixStore:
 
     def abandon(self, keys: Sequence[Key]) -> None:
         """*keys*, which were claimed, are not going to be computed."""
-        if self._tier is not None and keys:
-            self._tier.unclaim(keys)
+        if keys:
+            self._connection.post(lambda tier: tier.unclaim(keys))
 
     def count_loaded(self, num_pages: int) -> None:
         """A sweep that loaded *num_pages* was committed."""
@@ -204,15 +205,16 @@ class PrefixStore:
     def lose(self, key: Key) -> None:
         """Page *key* is damaged or gone: forget it and all that descend from it."""
         self.counters.lost_pages += 1
-        if self._tier is not None:
-            self._tier.drop(key)
+        with self._changed:
+            self._stored.pop(key, None)
+            self._lost.add(key)
+        self._connection.post(lambda tier: tier.drop(key))
 
     def pin(self, keys: Sequence[Key]) -> None:
         """Keep *keys* from eviction, those that are there and those that will be."""
         with self._changed:
             self._pinned.update(keys)
-        if self._tier is not None:
-            self._tier.pin(keys)
+        self._connection.post(lambda tier: tier.pin(keys))
 
     @property
     def can_spill(self) -> bool | None:
@@ -220,7 +222,7 @@ class PrefixStore:
         return {"ready": True, "hashing": None}.get(self.state, False)
 
     def has_given_up(self, key: Key) -> bool:
-        """Whether page *key* was published and could not be stored."""
+        """Whether page *key* was published for a sequence that waits for it, and could not be stored."""
         return key in self._given_up
 
     def hold(self, owner: int, keys: Sequence[Key]) -> None:
@@ -234,12 +236,21 @@ class PrefixStore:
             run.close()
 
     def count_stored(self, keys: Sequence[Key]) -> int:
+        """How many of *keys*, from the first on, are stored as far as was seen here: asked for, or written."""
+        with self._changed:
+            return next((count for count, key in enumerate(keys) if key not in self._stored), len(keys))
+
+    def look_up(self, keys: Sequence[Key]) -> int:
         """How many of *keys*, from the first on, are stored."""
-        return 0 if self._tier is None else len(self._tier.contains(keys))
+        question = Question(lambda tier: len(tier.contains(keys)))
+        is_answered = self._connection.ask(question, CALLER_SECONDS, is_patient=True)
+        return question.answer or 0 if is_answered else 0
 
     def room(self) -> tuple[int, int]:
         """Bytes that are stored, and how many may be."""
-        return (0, 0) if self._tier is None else self._tier.room()
+        question = Question(lambda tier: tier.room())
+        is_answered = self._connection.ask(question, CALLER_SECONDS, is_patient=True)
+        return question.answer or (0, 0) if is_answered else (0, 0)
 
     def page_bytes(self, kv_token_bytes: int) -> int:
         """Bytes of a page on disk; before anything was computed, what it takes without compression."""
@@ -257,8 +268,10 @@ class PrefixStore:
     def publish(self, published: Published, seconds: float) -> None:
         """Write pages behind the sweeps; *seconds* is what computing them took. Their frames are held until then."""
         with self._changed:
+            self._given_up.difference_update(published.keys)
             self._queue.batches.append(_Batch(published, seconds))
             self._changed.notify_all()
+        self._give_up_hopeless()
 
     def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Keep *answer* to *prompt*, whose whole pages are *keys*, behind the sweeps and after its pages."""
@@ -267,14 +280,10 @@ class PrefixStore:
             self._changed.notify_all()
 
     def recall(self, keys: Sequence[Key], num_prompt_tokens: int) -> list[list[int]]:
-        """Questions with their answers near the end of a prompt, the most recent first."""
-        if self._tier is None:
-            return []
-        try:
-            return self._tier.recall(places(keys, self._page_tokens, num_prompt_tokens))
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("the KV store could not be asked for answers: %s", error)
-            return []
+        """Questions with their answers near the end of a prompt, the most recent first; none if that takes long."""
+        wanted = places(keys, self._page_tokens, num_prompt_tokens)
+        question = Question(lambda tier: tier.recall(wanted))
+        return question.answer or [] if self._connection.ask(question) else []
 
     def collect(self) -> list[int]:
         """Frames whose pages were written, or will not be."""
@@ -284,21 +293,17 @@ class PrefixStore:
 
     def give_back(self) -> list[int]:
         """Frames of pages that nobody has begun to write and nobody waits for: those are not written."""
-        with self._changed:
-            dropped = [batch.published for batch in self._queue.batches if not batch.published.is_spilled]
-            self._queue.batches = deque(batch for batch in self._queue.batches if batch.published.is_spilled)
-        for published in dropped:
-            self._skip(published.keys)
+        dropped = self._withdraw(lambda published: not published.is_spilled)
         return [page for published in dropped for page in published.pages]
 
     def flush(self) -> None:
-        """Wait until all that was published is written."""
+        """Wait until all that was published is written; no longer, once the store is off."""
         with self._changed:
-            while (self._queue.batches or self._queue.answers or self._queue.is_busy) and self._thread.is_alive():
-                self._changed.wait(timeout=1.0)
+            while self._has_work() and self.state in ("ready", "hashing") and self._thread.is_alive():
+                self._changed.wait(timeout=0.1)
 
     def close(self) -> None:
-        """Write what is queued (nothing, if the digests are not known yet), let go of the tier. Idempotent."""
+        """Write what is queued (nothing, if there is no tier), let go of the tier. Idempotent; never raises."""
         with self._changed:
             self._queue.is_closing = True
             self._changed.notify_all()
@@ -306,87 +311,145 @@ class PrefixStore:
         self.loader.abort()
         for owner in list(self._held):
             self.unhold(owner)
-        tier, self._tier = self._tier, None
-        if tier is not None:
-            tier.close()
-        on_close, self._on_close = self._on_close, lambda: None
-        on_close()
+        self._connection.close()
 
     def _open_runs(self, keys: Sequence[Key]) -> list[StoredRun]:
-        return [] if self._tier is None else self._tier.open(keys)
+        tier = self.tier or self._last_tier  # what it has found can still be read
+        try:
+            return [] if tier is None else tier.open(keys)
+        except STORE_ERRORS as error:
+            logger.warning("a stored prefix is computed again: %s", error)
+            return []
+
+    def _note(self, keys: Iterable[Key]) -> None:
+        """*keys* are stored."""
+        with self._changed:
+            self._stored.update(dict.fromkeys(keys))
+            while len(self._stored) > MOST_NOTED:
+                self._stored.popitem(last=False)
+
+    def _tier_changed(self) -> None:
+        """The tier is there, or not any more."""
+        tier = self.tier
+        self._last_tier = tier or self._last_tier
+        with self._changed:
+            pinned = tuple(self._pinned)
+            self._changed.notify_all()
+        if tier is None:
+            self._questions.clear()
+        if tier is not None and pinned:
+            self._connection.post(lambda tier: tier.pin(pinned))
+        self._give_up_hopeless()
+
+    def _give_up_hopeless(self) -> None:
+        """Whoever waits for pages to be stored is not kept waiting by a store that is off."""
+        if self.state in ("off", "unusable"):
+            gone = self._withdraw(lambda published: published.is_spilled or self.state == "unusable")
+            with self._changed:
+                self._queue.done.extend(page for published in gone for page in published.pages)
+
+    def _withdraw(self, goes: Callable[[Published], bool]) -> list[Published]:
+        """What is queued and *goes* is not written."""
+        with self._changed:
+            gone = [batch.published for batch in self._queue.batches if goes(batch.published)]
+            self._queue.batches = deque(batch for batch in self._queue.batches if not goes(batch.published))
+        for published in gone:
+            self._skip(published, published.keys)
+        return gone
+
+    def _has_work(self) -> bool:
+        return bool(self._queue.batches or self._queue.answers or self._queue.is_busy)
 
     def _work(self) -> None:
-        try:
-            if self._tier is None:
-                self._tier = self._open_tier(lambda: self._queue.is_closing)
-                self._is_unusable = self._tier is None
-        except Exception as error:  # noqa: BLE001  # whatever it is, the engine answers without the store
-            self._is_unusable = True
-            logger.warning("the KV store cannot be used: %s", error)
         while (work := self._next()) is not None:
+            left = None
             try:
-                if isinstance(work, _Batch):
-                    self._write(work)
-                elif self._tier is not None:
-                    self._tier.remember(work)
-            except Exception as error:  # noqa: BLE001
+                with self._connection.borrow() as tier:
+                    if isinstance(work, RememberedAnswer):
+                        if tier is not None:
+                            tier.remember(work)
+                    elif tier is None:
+                        left = work
+                    else:
+                        self._write(tier, work)
+            except STORE_ERRORS as error:
+                logger.info("a prefix or an answer was not stored: %s", error)
+                if isinstance(work, _Batch) and not (work.has_failed or work.published.is_spilled):
+                    left = replace(work, has_failed=True)
+                elif isinstance(work, _Batch):
+                    self._skip(work.published, work.published.keys)
+            except Exception as error:  # noqa: BLE001  # whatever it is, others are stored
                 logger.warning("a prefix or an answer was not stored: %s", error)
                 if isinstance(work, _Batch):
-                    self._skip(work.published.keys)
+                    self._skip(work.published, work.published.keys)
             with self._changed:
-                if isinstance(work, _Batch):
+                if left is not None:
+                    self._queue.batches.appendleft(left)
+                elif isinstance(work, _Batch):
                     self._queue.done.extend(work.published.pages)
                 self._queue.is_busy = False
                 self._changed.notify_all()
+        with self._changed:
+            self._queue.done.extend(page for batch in self._queue.batches for page in batch.published.pages)
+            self._queue.batches.clear()
 
     def _next(self) -> _Batch | RememberedAnswer | None:
         """What to write next; ``None`` if nothing is left and the store is closing. Keeps leases alive meanwhile."""
         while True:
             with self._changed:
-                queue = self._queue
-                if not (queue.batches or queue.answers or queue.is_closing):
-                    self._changed.wait(timeout=TICK_SECONDS)
-                if queue.batches or queue.answers:
+                queue, is_there = self._queue, self.tier is not None
+                if is_there and (queue.batches or queue.answers):
                     queue.is_busy = True
                     return queue.batches.popleft() if queue.batches else queue.answers.popleft()
                 if queue.is_closing:
                     return None
-            if self._tier is not None:
-                try:
-                    self._tier.tick()
-                except (OSError, sqlite3.Error) as error:
-                    logger.warning("the KV store could not be told what was used: %s", error)
+                if self._changed.wait(timeout=TICK_SECONDS):
+                    continue
+            try:
+                with self._connection.borrow() as tier:
+                    if tier is not None:
+                        tier.tick()
+            except Exception as error:  # noqa: BLE001  # the store is off, then
+                logger.info("the KV store could not be told what was used: %s", error)
 
-    def _write(self, batch: _Batch) -> None:
-        tier, published = self._tier, batch.published
-        if tier is None:
-            return
+    def _write(self, tier: Tier, batch: _Batch) -> None:
+        published = batch.published
         tier.tick()
         if not self._is_current():
-            logger.warning("the model's files were changed while in use: nothing is stored from here on")
-            self._tier, self._is_unusable = None, True
+            self._connection.give_up("the model's files were changed while in use")
+            self._skip(published, published.keys)
             return
+        self._connection.settle()  # what was lost is dropped before it is written again
         shapes = tuple(state.shape for state in self._states)
         assert all(shapes), "published pages were written"
         num_there = len(tier.contains(published.keys))
         tier.unclaim(published.keys[:num_there])
+        self._written(published.keys[:num_there])
         for at in range(num_there, len(published.keys), MAX_PAGES):
             keys, pages = published.keys[at : at + MAX_PAGES], published.pages[at : at + MAX_PAGES]
             parent = published.keys[at - 1] if at else published.parent
             if parent and not tier.contains([parent]):
-                self._skip(keys)
+                self._skip(published, keys)
                 continue
             seconds = batch.seconds * len(keys) / len(published.keys)
             written = tier.put(self._new_pages(keys, parent, pages, shapes, seconds))  # type: ignore[arg-type]
             if not written:
-                self._skip(keys)
+                self._skip(published, keys)
                 continue
+            self._written(keys)
             self.counters.written_pages += len(keys)
             self.counters.written_bytes += written
 
-    def _skip(self, keys: Sequence[Key]) -> None:
+    def _written(self, keys: Sequence[Key]) -> None:
+        self._note(keys)
+        self._lost.difference_update(keys)
+
+    def _skip(self, published: Published, keys: Sequence[Key]) -> None:
+        """*keys* of *published* are not going to be stored."""
         self.counters.skipped_pages += len(keys)
-        self._given_up.update(keys)
+        if published.is_spilled:
+            with self._changed:
+                self._given_up.update(keys)
         self.abandon(keys)
 
     def _new_pages(
@@ -404,3 +467,15 @@ class PrefixStore:
             seconds=seconds,
             pinned=not self._pinned.isdisjoint(keys),
         )
+
+
+def _find(tier: Tier, wanted: Sequence[Key]) -> _Found:
+    """What *tier* has of *wanted*; the rest is going to be computed here."""
+    facts = tier.contains(wanted)
+    if len(facts) < len(wanted):
+        missing = wanted[len(facts) :]
+        if not tier.claim(missing):
+            return _Found(None)
+        facts = tier.contains(wanted)  # it may have been finished in between
+        return _Found(facts, missing)
+    return _Found(facts)

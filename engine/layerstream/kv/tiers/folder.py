@@ -3,21 +3,23 @@
 ::
 
     folder/layerstream-kv.json      says what the folder is
-    folder/index.sqlite             the index; rebuilt from the segments' footers if it is lost or damaged
+    folder/index.sqlite             the index; made to agree with the files at every opening, so it may be lost
     folder/<namespace>/about.json   what the namespace stands for
     folder/<namespace>/*.kv         segments
     folder/*-layerstream-kv.json.tmp, folder/<namespace>/*.tmp
                                     files being written; swept away once their writer is gone
 
 Invariants: a segment is removed only under an exclusive lock on its file, so nobody's pages go away under a reading
-process; the sum of all segments keeps to the bound, reservations of all writers included; nothing is ever deleted from
-a folder that is not a store; any number of processes and threads may make the same folder a store at once, or die
-while they do.
+process; the sum of all segments keeps to the bound, reservations of all writers included; once the folder is open, a
+file that is neither in the index nor being written is not there, whoever died when, so nothing escapes the bound or
+``kv clear``; nothing is ever deleted from a folder that is not a store; all is its owner's alone; any number of
+processes and threads may make the same folder a store at once, or die while they do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -25,7 +27,7 @@ import shutil
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +35,11 @@ import psutil
 
 from layerstream.errors import KVStoreUnusable
 from layerstream.files import TEMPORARY, write_whole, writer_of
+from layerstream.kv.database import BUSY_SECONDS, explain
 from layerstream.kv.eviction import choose_victims
 from layerstream.kv.index import Index
 from layerstream.kv.segment import SUFFIX, DamagedSegment, Key, SegmentInfo, read_info
+from layerstream.kv.tiers.locks import locked_for_removal
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,12 @@ REMOTE_FILE_SYSTEMS = frozenset(
 )
 
 
+PASSING = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY)
+)
+"""Errors that are the disk's or the machine's, not the choice of the folder."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """How much the folder may hold, and how much of the disk must stay free."""
@@ -57,25 +67,58 @@ class Bounds:
     min_free_bytes: int
 
 
+class StoreUnavailable(KVStoreUnusable):
+    """A folder that could be a store, were its disk not full, failing, read-only or held by others just now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a folder is used.
+
+    Attributes:
+        owner: who it is that takes leases; ``None``: somebody new.
+        busy_seconds: how long to wait for another process that writes.
+        is_suspect: something went wrong, so all of the index is checked.
+        without_index: look at the files alone, which needs no room on the disk; what only the index knows is not there.
+    """
+
+    owner: str | None = None
+    busy_seconds: float = BUSY_SECONDS
+    is_suspect: bool = False
+    without_index: bool = False
+
+
 class StoreFolder:
     """A folder of segments and its index, for all namespaces.
 
     Raises:
+        StoreUnavailable: it may be had at another time.
         KVStoreUnusable: says why, and what to do; nothing was changed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, access: Access = Access()) -> None:
         self.path = path
-        _check(path)
-        self.read_only = path.is_dir() and not os.access(path, os.W_OK)
-        if not self.read_only:
-            _initialise(path)
-        self.index = self._open_index()
-        if not self.read_only:
-            self._sweep_temporaries()
+        self._access = access
+        try:
+            _check(path)
+            self.read_only = path.is_dir() and not os.access(path, os.W_OK)
+            if not (self.read_only or access.without_index):
+                _initialise(path)
+            self.index = self._open_index()
+            try:
+                if not self.read_only:
+                    self._sweep_temporaries()
+                    self._reconcile()
+            except BaseException:
+                self.index.close()
+                raise
+        except KVStoreUnusable:
+            raise
+        except (OSError, sqlite3.Error) as error:
+            raise StoreUnavailable(f"{path} cannot be used as a KV store: {explain(error)}") from error
 
     def close(self) -> None:
-        """Close the index."""
+        """Close the index. Never raises."""
         self.index.close()
 
     def segment_path(self, namespace: str, name: str) -> Path:
@@ -106,12 +149,9 @@ class StoreFolder:
         if location is None:
             return 0
         path = self.segment_path(*location)
-        with _locked_for_removal(path) as is_mine:
-            if not is_mine or not self.index.remove(segment):
-                return 0
-            with contextlib.suppress(FileNotFoundError):
-                size = path.stat().st_size
-                path.unlink()
+        with locked_for_removal(path) as is_mine:
+            size = path.stat().st_size if is_mine and path.exists() else 0
+            if is_mine and self.index.remove(segment, lambda: path.unlink(missing_ok=True)):
                 return size
         return 0
 
@@ -128,43 +168,71 @@ class StoreFolder:
             _write_json(folder / ABOUT, about)
 
     def _open_index(self) -> Index:
-        path = self.path / INDEX
-        is_new = not path.exists()
+        access, path = self._access, self.path / INDEX
+        if access.without_index:
+            return Index(None)
         try:
-            index = Index(path, read_only=self.read_only)
-            if not is_new:
-                index.total_bytes()
+            return self._try_index(path)
         except sqlite3.DatabaseError as error:
             if self.read_only or isinstance(error, sqlite3.OperationalError):
-                raise KVStoreUnusable(
-                    f"{path}: {error}; if nothing else uses the KV store, remove this file: it is rebuilt from the "
-                    "segments"
-                ) from error
+                raise
             logger.warning("%s is damaged (%s): rebuilding it from the segments", path, error)
             for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(f"{path}{suffix}", f"{path}{suffix}.damaged")
-            index, is_new = Index(path), True
-        if is_new and not self.read_only:
-            self._rebuild(index)
+                Path(f"{path}{suffix}").unlink(missing_ok=True)  # not kept: it has questions in it
+            return self._try_index(path)
+
+    def _try_index(self, path: Path) -> Index:
+        access = self._access
+        index = Index(path, read_only=self.read_only, owner=access.owner, busy_seconds=access.busy_seconds)
+        try:
+            index.check() if access.is_suspect else index.total_bytes()
+        except BaseException:
+            index.close()
+            raise
         return index
 
-    def _rebuild(self, index: Index) -> None:
-        """Enter every whole segment that lies in the folder, parents first."""
-        for about in sorted(self.path.glob(f"*/{ABOUT}")):
-            namespace = about.parent.name
-            found: list[tuple[SegmentInfo, int]] = []
-            for path in sorted(about.parent.glob(f"*{SUFFIX}")):
-                try:
-                    info = read_info(path)
-                except (DamagedSegment, OSError) as error:
-                    logger.warning("left out of the index: %s", error)
-                    continue
-                if info.namespace == namespace and info.name == path.name:
-                    found.append((info, path.stat().st_size))
-            number = index.namespace_id(namespace, about.read_text("utf-8"))
+    def _reconcile(self) -> None:
+        """Have the index know exactly the segments that are there."""
+        known = self.index.namespaces()
+        folders = {path.parent.name for pattern in (ABOUT, f"*{SUFFIX}") for path in self.path.glob(f"*/{pattern}")}
+        for namespace in sorted({*known, *folders}):
+            paths = {
+                path.name: path for path in (self.path / namespace).glob(f"*{SUFFIX}")
+            }  # before the index is asked
+            number = self.index.namespace_id(namespace) if namespace in known else None
+            entered = {} if number is None else self.index.names(number)
+            strays = [path for name, path in sorted(paths.items()) if name not in entered]
+            if number is None:
+                number = self.index.namespace_id(namespace, _read_about(self.path / namespace / ABOUT))
             assert number is not None
-            index.add_segments(number, found)
+            if strays:
+                self._adopt(namespace, number, strays)
+            for name, (segment, is_whole) in self.index.names(number).items():
+                if is_whole and name not in paths and not self.segment_path(namespace, name).exists():
+                    for key in self.index.keys_of(segment):
+                        self.forget(namespace, number, key)
+
+    def _adopt(self, namespace: str, number: int, paths: Sequence[Path]) -> None:
+        """Enter those segments of *paths* that are whole, parents first; the others can be of no use."""
+        found: list[tuple[SegmentInfo, int]] = []
+        useless = []
+        for path in paths:
+            try:
+                info = read_info(path)
+                if info.namespace != namespace or info.name != path.name:
+                    raise DamagedSegment(f"{path} is not what its name says")
+                found.append((info, path.stat().st_size))
+            except FileNotFoundError:
+                continue  # evicted just now
+            except DamagedSegment as error:
+                logger.warning("a stored prefix is dropped: %s", error)
+                useless.append(path)
+        useless += [self.segment_path(namespace, info.name) for info, _ in self.index.add_segments(number, found)]
+        for path in useless:
+            with locked_for_removal(path) as is_mine:
+                if is_mine:
+                    path.unlink(missing_ok=True)
+        logger.info("%d segments of %s are known again", len(paths) - len(useless), namespace)
 
     def _sweep_temporaries(self) -> None:
         for path in (*self.path.glob(f"*{MARKER_TO_BE}"), *self.path.glob(f"*/*{TEMPORARY}")):
@@ -177,7 +245,7 @@ class StoreFolder:
 
 def _check(path: Path) -> None:
     """Refuse what cannot or must not be a store, before anything is written."""
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
     kind = _file_system(existing)
     if kind in REMOTE_FILE_SYSTEMS:
         raise KVStoreUnusable(
@@ -232,11 +300,22 @@ def _initialise(path: Path) -> None:
         if not (path / MARKER).exists():
             _write_json(path / MARKER, {"format": FORMAT, "what": "LayerStream's KV store: made by it, safe to remove"})
     except OSError as error:
+        if error.errno in PASSING:
+            raise
         raise KVStoreUnusable(f"{path} cannot be made a KV store: {error}; pass another folder as kv_store") from error
 
 
+def _read_about(path: Path) -> str:
+    """The description at *path*; empty if there is none that can be understood."""
+    try:
+        text = path.read_text("utf-8")
+        return text if isinstance(json.loads(text), dict) else "{}"
+    except (FileNotFoundError, ValueError, RecursionError):
+        return "{}"
+
+
 def _write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=1, sort_keys=True))
+    write_whole(path, json.dumps(content, indent=1, sort_keys=True), is_private=True)
 
 
 def _file_system(path: Path) -> str:
@@ -248,27 +327,3 @@ def _file_system(path: Path) -> str:
             if inside and len(part.mountpoint) >= len(best):
                 best, kind = part.mountpoint, part.fstype
     return kind.lower()
-
-
-@contextlib.contextmanager
-def _locked_for_removal(path: Path) -> Iterator[bool]:
-    """Whether nobody reads *path*, while inside; a file that is not there is read by nobody."""
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
