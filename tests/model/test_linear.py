@@ -66,3 +66,18 @@ def test_joined_linears_take_one_input_at_a_time() -> None:
         assert torch.allclose(modules[1](second), second @ weight[16:].T, atol=1e-5), "another input"
         assert torch.allclose(modules[1](second), second @ weight[16:].T, atol=1e-5), "the last one, alone"
         assert torch.allclose(modules[0](second), second @ weight[:16].T, atol=1e-5)
+
+
+def test_expanded_latents_are_all_computed_even_if_they_are_as_many_as_the_rows_in_hand() -> None:
+    class Doubling(BnbInt8):
+        def product(self, planes: object, inputs: torch.Tensor) -> torch.Tensor:
+            return 2 * inputs
+
+    matrix = PackedMatrix(Doubling(), {}, 0, 8, 8, torch.empty(0), fused_rows=16)
+    module = torch.nn.Linear(8, 8, bias=False)
+    whole(matrix, 8).install(module)
+    sequence = Sequence(0, [1, 2, 3, 4], 1, SamplingParams())
+    sweep = Sweep((RowBlock((Span(sequence, 3, 4),), 4),), ())
+    latents = torch.randn(1, 1, 4, 8)
+    with sweeping(SweepContext(sweep, [])):
+        assert torch.equal(module(latents), 2 * latents)

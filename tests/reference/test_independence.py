@@ -30,6 +30,38 @@ def test_alone_equals_among_others(family: str, mode: str, dtype: str, tmp_path:
     assert alone.tokens[0] == among.tokens[1]
 
 
+@pytest.mark.parametrize("family", ["deepseek-v3", "llama4-text"])
+def test_a_last_chunk_of_one_row_keeps_its_bits(family: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Cold, behind its other chunks; warm, alone in its sweep; and among others' rows. Experts come as they are routed
+    to, and see one row block in one sweep, several in another."""
+    make_model(family, tmp_path)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    parts = assemble(config_for(tmp_path, "layers"), None)
+    try:
+        assert parts.plan.weights.expert_slots
+        for length in (1, 33):
+            prompt = draw_prompt(length)
+            cold, warm = (step_greedily(parts, [prompt], 2)[1][0] for _ in range(2))
+            among = step_greedily(parts, [draw_prompt(40, seed=length), prompt, draw_prompt(1)], 2)[1][1]
+            assert torch.equal(cold, warm), f"{length} tokens, warm"
+            assert torch.equal(cold, among), f"{length} tokens, among others"
+    finally:
+        parts.close()
+
+
+def test_equal_requests_get_equal_bits_in_every_place_of_a_block(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """The sigmoids of six experts are no whole vectors."""
+    make_model("glm4-moe", tmp_path)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    parts = assemble(config_for(tmp_path, "resident"), None)
+    try:
+        logits = step_greedily(parts, [draw_prompt(5)] * parts.plan.decode_rows, 8)[1]
+    finally:
+        parts.close()
+    for other in logits[1:]:
+        assert torch.equal(other, logits[0])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_suspended_and_resumed(
     dtype: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch

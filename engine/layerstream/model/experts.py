@@ -27,13 +27,14 @@ from transformers.integrations.moe import ExpertsInterface
 from layerstream.checkpoint.codecs.base import Codec, Planes
 from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import InvalidRouting
+from layerstream.model import elementwise
 from layerstream.model.context import current
 from layerstream.streaming.expert_bank import ExpertLost, Wish
 from layerstream.sweep import Span, SweepFailed
 
 IMPLEMENTATION = "layerstream"
 EARLY_ROWS = 64  # that may be computed before their turn, however few rows there are
-EXPERT_ROWS = 16  # rows per expert and call; 1 where the row block itself is one row
+EXPERT_ROWS = 16  # rows per expert and call
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ def compute_experts(
 def _answer(module: torch.nn.Module, calls: Sequence[_Call]) -> list[torch.Tensor]:
     """What the experts give the rows of all *calls*."""
     if len(calls) == 1:
-        return [_compute(module, calls[0], 1 if len(calls[0].hidden) == 1 else EXPERT_ROWS)]
+        return [_compute(module, calls[0])]
     sizes = [len(call.hidden) for call in calls]
     starts = accumulate(sizes, initial=0)
     together = _Call(
@@ -203,18 +204,28 @@ def _answer(module: torch.nn.Module, calls: Sequence[_Call]) -> list[torch.Tenso
         torch.cat([call.weights for call in calls]),
         tuple((start + at, span) for start, call in zip(starts, calls, strict=False) for at, span in call.spans),
     )
-    return list(_compute(module, together, EXPERT_ROWS).split(sizes))
+    return list(_compute(module, together).split(sizes))
 
 
-def _compute(module: torch.nn.Module, call: _Call, rows_per_call: int) -> torch.Tensor:
-    """Each expert's rows in calls of *rows_per_call*; added up in the order of the experts' numbers.
+def _rows_per_call(module: torch.nn.Module, num_rows: int) -> int:
+    """Of an expert, for *num_rows* in hand.
+
+    A row block of one row that is computed alone whatever the sweep holds is called as one row: where everything is
+    there, all are. Where experts come as they are routed to, the rows in hand are those of one row block or of all, so
+    that their number says nothing of a row.
+    """
+    return 1 if num_rows == 1 and getattr(module, "routed", None) is None else EXPERT_ROWS
+
+
+def _compute(module: torch.nn.Module, call: _Call) -> torch.Tensor:
+    """Each expert's rows in calls of a constant size; added up in the order of the experts' numbers.
 
     Raises:
         SweepFailed: an expert could not be read, and these sequences have rows that are routed to it.
     """
     routes = _Routes(call.index, int(module.num_experts), type(module).__name__)  # type: ignore[arg-type]
     try:
-        return _sum(module, call, routes, rows_per_call)
+        return _sum(module, call, routes, _rows_per_call(module, len(call.hidden)))
     except ExpertLost as lost:
         rows = routes.of(lost.expert)[0].tolist()
         owners = {span.sequence for at, span in call.spans for row in rows if at <= row < at + len(span)}
@@ -348,7 +359,8 @@ def _all_there(module: torch.nn.Module, experts: list[int]) -> Iterator[tuple[in
 def _run_expert(module: torch.nn.Module, matrices: Matrices, inputs: torch.Tensor, num_used: int) -> torch.Tensor:
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     hidden = _project(module, up_name, matrices, inputs, num_used)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
+    with elementwise.steady():
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
     output = _project(module, "down_proj", matrices, hidden, num_used)
     if module.has_post_expert_norm:
         output = module.post_expert_norm(output)  # type: ignore[operator]

@@ -160,8 +160,10 @@ class SlicedLinear:
         """``(…, in)`` to ``(…, out)`` by the sweep's row blocks."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         context = current()
-        whole = flat.shape[0] != context.num_rows  # not rows of the sweep: expanded latents
-        blocks = [Rows(0, flat.shape[0], flat.shape[0])] if whole else context.rows_in_hand()
+        # Rows of the sweep are (1, rows, in) or (rows, in). What else comes is latents, (1, 1, past + new, in), to be
+        # expanded: at times as many as there are rows, and yet all of one sequence and none of them padding.
+        is_sweep = inputs.dim() <= 3 and flat.shape[0] == context.num_rows
+        blocks = context.rows_in_hand() if is_sweep else [Rows(0, flat.shape[0], flat.shape[0])]
         return self.project(flat, blocks).view(*inputs.shape[:-1], -1)
 
     def install(self, module: torch.nn.Module) -> None:

@@ -19,7 +19,7 @@ from layerstream.checkpoint.folder import open_folder
 from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
 from layerstream.checkpoint.names import PackedSource, Source, language_model_names, resolve_parameters
 from layerstream.errors import ConfigurationError, UnsupportedModel
-from layerstream.model import attention, experts, llama4
+from layerstream.model import attention, elementwise, experts, llama4
 from layerstream.model.families import check_supported
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.weighing import Weigher, is_fused_experts
@@ -228,6 +228,7 @@ def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any
         )
     model.eval()
     llama4.adapt(model)
+    elementwise.install(model)
     for module in model.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
