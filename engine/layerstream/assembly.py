@@ -340,6 +340,7 @@ def _scheduler(
         prompt_rows=plan.prompt_rows,
         one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
         max_draft_rows=plan.max_draft_rows,
+        max_sequences=plan.max_sequences,
     )
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)

@@ -50,6 +50,7 @@ class Plan:
         num_transit: pages that may stream from the store for sequences that do not fit those.
         activation_bytes: what a sweep computes with, at most.
         max_draft_rows: guesses that a sweep may verify.
+        max_sequences: sequences that may run at once: there is room for a row of logits of each.
         host: what is in host memory, where an accelerator computes.
         parts: where several accelerators compute, a plan for each, of its own layers alone.
         devices: then, the number of each part's device.
@@ -65,6 +66,7 @@ class Plan:
     activation_bytes: int
     max_sweep_tokens: int
     max_draft_rows: int
+    max_sequences: int
     num_transit: int = 0
     host: HostPlan | None = None
     parts: tuple[Plan, ...] = ()
@@ -117,6 +119,11 @@ class Plan:
     def max_sweep_rows(self) -> int:
         """Rows of one sweep at most: the last chunk may reach past the token budget, and guesses come on top."""
         return self.max_sweep_tokens + self.page_tokens + self.max_draft_rows
+
+    @property
+    def logit_bytes(self) -> int:
+        """Logits of all rows that a sweep may sample from."""
+        return (self.max_sequences + self.max_draft_rows) * self.facts.vocab_size * self.facts.itemsize
 
     @property
     def resident_bytes(self) -> int:
