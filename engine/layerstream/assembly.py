@@ -18,6 +18,7 @@ from layerstream.draft_model import ModelDrafter, check_same_tokens, draft_confi
 from layerstream.errors import ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
 from layerstream.expert_statistics import ExpertStatistics
+from layerstream.footprint import Footprint
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.on_device import DeviceKV
@@ -240,6 +241,7 @@ def _assemble(
     placement: Placement | None,
 ) -> Assembly:
     devices = () if placement is None else placement.devices
+    footprint = Footprint() if draft is None else draft.step.footprint  # before any of the budget is taken
     kv_bytes = plan.kv_bytes if plan.host is None else plan.host.kv_bytes
     memory = PageMemory(kv_bytes, devices[0] if devices else None)
     transit = Transit(plan.num_transit, plan.page_tokens)
@@ -308,7 +310,7 @@ def _assemble(
             reader=reader,
             weights=weights,
             scheduler=scheduler,
-            step=SweepStep(scheduler, runner, weights, store, devices, statistics),
+            step=SweepStep(scheduler, runner, weights, store, devices, statistics, footprint),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
             swap=swap,

@@ -10,6 +10,7 @@ import torch
 
 from layerstream.errors import OutOfMemory
 from layerstream.expert_statistics import ExpertStatistics
+from layerstream.footprint import Footprint
 from layerstream.kv.loader import PagesLost
 from layerstream.kv.store import PrefixStore
 from layerstream.model.placed import ModelWeights
@@ -28,6 +29,7 @@ class SweepStep:
     Attributes:
         prefill_tokens, prefill_seconds: of sweeps with at least one whole chunk: tokens, and the time that computing
             took, waiting for the disk left out.
+        footprint: looked at before every sweep, when the last one was sampled from, and after it, with its logits.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class SweepStep:
         store: PrefixStore | None,
         devices: Seq[Device] = (),
         statistics: ExpertStatistics | None = None,
+        footprint: Footprint | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -45,6 +48,7 @@ class SweepStep:
         self._store = store
         self._devices = devices
         self._statistics = statistics
+        self.footprint = footprint or Footprint()
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
@@ -60,6 +64,7 @@ class SweepStep:
             OutOfMemory: and sweeps cannot carry less.
             Whatever the sweep died of; nothing was committed then.
         """
+        self.footprint.look()
         started, waited = time.perf_counter(), self._waited_seconds()
         try:
             logits = self._runner.run(sweep)
@@ -74,6 +79,7 @@ class SweepStep:
                 raise
             self._shrink(error)
             return None
+        self.footprint.look()
         waiting = self._waited_seconds() - waited
         computed = max(0.0, time.perf_counter() - started - waiting)
         self._scheduler.budget.observe(

@@ -6,12 +6,12 @@ the sequence is sampled.
 
 Rules:
 
-* a sequence is admitted when there is memory for its prompt and for the logits of its rows, in the order of :mod:`layerstream.scheduling.queue`; until
-  then it waits. Its answer gets memory as it grows, and where there is none, the sequence that was admitted last waits
-  again, with what it has computed (:mod:`layerstream.scheduling.frames`). Pages of its prompt
-  that others have computed, or are going to, it shares; prefixes that nobody uses any more are evicted when their
-  pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes on; what another
-  process is just computing is waited for, and others go ahead meanwhile;
+* a sequence is admitted when there is memory for its prompt and for the logits of its row, in the order of
+  :mod:`layerstream.scheduling.queue`; until then it waits. Its answer gets memory as it grows, and where there is none,
+  the sequence that was admitted last waits again, with what it has computed (:mod:`layerstream.scheduling.frames`).
+  Pages of its prompt that others have computed, or are going to, it shares; prefixes that nobody uses any more are
+  evicted when their pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes
+  on; what another process is just computing is waited for, and others go ahead meanwhile;
 * a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
   blocks: every layer appends a block's KV before it turns to the next block. Owners were admitted before sharers,
   so the first sequence never waits for another;
