@@ -19,6 +19,7 @@ from layerstream.errors import ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
 from layerstream.expert_statistics import ExpertStatistics
 from layerstream.footprint import Footprint
+from layerstream.known_rates import correct
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.on_device import DeviceKV
@@ -79,10 +80,12 @@ class Assembly:
     draft: Assembly | None
     devices: tuple[Device, ...]
     page_memory: PageMemory
+    dtype: torch.dtype
 
     def close(self) -> None:
         """Write what is to be stored, let go of all files. Idempotent."""
         self.step.close()
+        self._correct_rates()
         if self.draft is not None:
             self.draft.close()
         if self.store is not None:
@@ -91,6 +94,12 @@ class Assembly:
         self.weights.close()
         self.page_memory.close()
         self.reader.close()
+
+    def _correct_rates(self) -> None:
+        """What sweeps took says how fast the processor is, if forecasts believe it to be slower."""
+        seconds, self.step.block_seconds = self.step.block_seconds, None
+        if seconds is not None and not self.devices:
+            correct(self.plan, str(self.dtype).removeprefix("torch."), torch.device("cpu"), seconds)
 
     def record(self, timeline: Timeline | None) -> None:
         """Have *timeline* told what goes on from here, between two sweeps; ``None``: no more."""
@@ -317,6 +326,7 @@ def _assemble(
             draft=draft,
             devices=devices,
             page_memory=memory,
+            dtype=skeleton.dtype,
         )
     except BaseException:
         if store is not None:

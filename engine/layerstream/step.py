@@ -29,6 +29,7 @@ class SweepStep:
     Attributes:
         prefill_tokens, prefill_seconds: of sweeps with at least one whole chunk: tokens, and the time that computing
             took, waiting for the disk left out.
+        block_seconds: the least that computing a sweep of one row block took, which decoded; ``None``: there was none.
         footprint: looked at before every sweep, when the last one was sampled from, and after it, with its logits.
     """
 
@@ -52,6 +53,7 @@ class SweepStep:
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
+        self.block_seconds: float | None = None
 
     def run(self, sweep: Sweep) -> torch.Tensor | None:
         """Logits of the sampled rows; the pages are committed, and those of prompts on their way to the store.
@@ -85,6 +87,8 @@ class SweepStep:
         self._scheduler.budget.observe(
             sweep.num_decode_blocks, sweep.num_prompt_rows, computed, sweep.num_decode_rows, waiting
         )
+        if sweep.num_decode_blocks == len(sweep.blocks) == 1:
+            self.block_seconds = min(computed, self.block_seconds or computed)
         if sweep.num_tokens >= self._scheduler.limits.chunk_tokens:
             self.prefill_tokens += sweep.num_tokens
             self.prefill_seconds += computed
