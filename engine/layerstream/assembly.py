@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,10 @@ class Assembly:
     draft: Assembly | None
     devices: tuple[Device, ...]
     page_memory: PageMemory
-    dtype: torch.dtype
 
     def close(self) -> None:
         """Write what is to be stored, let go of all files. Idempotent."""
         self.step.close()
-        self._correct_rates()
         if self.draft is not None:
             self.draft.close()
         if self.store is not None:
@@ -94,12 +93,6 @@ class Assembly:
         self.weights.close()
         self.page_memory.close()
         self.reader.close()
-
-    def _correct_rates(self) -> None:
-        """What sweeps took says how fast the processor is, if forecasts believe it to be slower."""
-        seconds, self.step.block_seconds = self.step.block_seconds, None
-        if seconds is not None and not self.devices:
-            correct(self.plan, str(self.dtype).removeprefix("torch."), torch.device("cpu"), seconds)
 
     def record(self, timeline: Timeline | None) -> None:
         """Have *timeline* told what goes on from here, between two sweeps; ``None``: no more."""
@@ -306,6 +299,7 @@ def _assemble(
             rides = [part.facts.kv_rides for part in plan.by_device]
             device_kv = DeviceKV(placement, states, plan.num_pages, plan.page_tokens, rides)
         statistics = ExpertStatistics(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
+        learn = None if devices else partial(correct, plan, str(skeleton.dtype).removeprefix("torch."))
         runner = SweepRunner(
             skeleton, weights, embedding, states, plan.head_rows, loader, placement, device_kv, prefers_flash
         )
@@ -319,14 +313,13 @@ def _assemble(
             reader=reader,
             weights=weights,
             scheduler=scheduler,
-            step=SweepStep(scheduler, runner, weights, store, devices, statistics, footprint),
+            step=SweepStep(scheduler, runner, weights, store, devices, statistics, footprint, learn),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
             swap=swap,
             draft=draft,
             devices=devices,
             page_memory=memory,
-            dtype=skeleton.dtype,
         )
     except BaseException:
         if store is not None:

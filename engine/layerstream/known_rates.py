@@ -91,10 +91,10 @@ def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def correct(plan: Plan, dtype: str, device: torch.device, block_seconds: float) -> None:
-    """A sweep of *plan* with one row block that decodes computed for *block_seconds*: where that is less than the known
-    rates allow, they are faster by as much. Where none are known, nothing."""
-    known, name = KnownRates(), machine_name(device)
+def correct(plan: Plan, dtype: str, block_seconds: float) -> None:
+    """The processor computed a sweep of *plan* with one row block, which decodes, for *block_seconds*: where that is
+    less than the known rates allow, they are faster by as much. Where none are known, nothing."""
+    known, name = KnownRates(), machine_name(torch.device("cpu"))
     rates = known.rates(name)
     if rates is None or dtype not in rates.products:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -26,10 +27,12 @@ logger = logging.getLogger(__name__)
 class SweepStep:
     """Runs the sweeps that *scheduler* makes; one thread.
 
+    Args:
+        learn: told at the end the least that computing a sweep of one row block took, which decoded.
+
     Attributes:
         prefill_tokens, prefill_seconds: of sweeps with at least one whole chunk: tokens, and the time that computing
             took, waiting for the disk left out.
-        block_seconds: the least that computing a sweep of one row block took, which decoded; ``None``: there was none.
         footprint: looked at before every sweep, when the last one was sampled from, and after it, with its logits.
     """
 
@@ -42,6 +45,7 @@ class SweepStep:
         devices: Seq[Device] = (),
         statistics: ExpertStatistics | None = None,
         footprint: Footprint | None = None,
+        learn: Callable[[float], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -53,7 +57,8 @@ class SweepStep:
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
-        self.block_seconds: float | None = None
+        self._learn = learn
+        self._block_seconds: float | None = None
 
     def run(self, sweep: Sweep) -> torch.Tensor | None:
         """Logits of the sampled rows; the pages are committed, and those of prompts on their way to the store.
@@ -88,7 +93,7 @@ class SweepStep:
             sweep.num_decode_blocks, sweep.num_prompt_rows, computed, sweep.num_decode_rows, waiting
         )
         if sweep.num_decode_blocks == len(sweep.blocks) == 1:
-            self.block_seconds = min(computed, self.block_seconds or computed)
+            self._block_seconds = min(computed, self._block_seconds or computed)
         if sweep.num_tokens >= self._scheduler.limits.chunk_tokens:
             self.prefill_tokens += sweep.num_tokens
             self.prefill_seconds += computed
@@ -104,9 +109,12 @@ class SweepStep:
         return logits
 
     def close(self) -> None:
-        """Remember which experts were used. Idempotent."""
+        """Remember which experts were used, and how fast the processor was. Idempotent."""
         if self._statistics is not None and self._weights.experts is not None and self.num_sweeps:
             self._statistics.save(self._weights.experts.shares())
+        seconds, self._block_seconds = self._block_seconds, None
+        if self._learn is not None and seconds is not None:
+            self._learn(seconds)
 
     def _shrink(self, error: Exception) -> None:
         for device in self._devices:
