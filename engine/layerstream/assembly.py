@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from layerstream.draft_model import ModelDrafter, check_same_tokens, draft_confi
 from layerstream.errors import ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
 from layerstream.expert_statistics import ExpertStatistics
+from layerstream.footprint import Footprint
+from layerstream.known_rates import correct
 from layerstream.kv.config import KVStoreConfig
 from layerstream.kv.fingerprint import DigestMemory, WeightFiles, namespace
 from layerstream.kv.on_device import DeviceKV
@@ -239,6 +242,7 @@ def _assemble(
     placement: Placement | None,
 ) -> Assembly:
     devices = () if placement is None else placement.devices
+    footprint = Footprint() if draft is None else draft.step.footprint  # before any of the budget is taken
     kv_bytes = plan.kv_bytes if plan.host is None else plan.host.kv_bytes
     memory = PageMemory(kv_bytes, devices[0] if devices else None)
     transit = Transit(plan.num_transit, plan.page_tokens)
@@ -294,6 +298,7 @@ def _assemble(
             rides = [part.facts.kv_rides for part in plan.by_device]
             device_kv = DeviceKV(placement, states, plan.num_pages, plan.page_tokens, rides)
         statistics = ExpertStatistics(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
+        learn = None if devices else partial(correct, plan, str(skeleton.dtype).removeprefix("torch."))
         runner = SweepRunner(
             skeleton, weights, embedding, states, plan.head_rows, loader, placement, device_kv, prefers_flash
         )
@@ -307,7 +312,7 @@ def _assemble(
             reader=reader,
             weights=weights,
             scheduler=scheduler,
-            step=SweepStep(scheduler, runner, weights, store, devices, statistics),
+            step=SweepStep(scheduler, runner, weights, store, devices, statistics, footprint, learn),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
             swap=swap,
@@ -339,6 +344,7 @@ def _scheduler(
         prompt_rows=plan.prompt_rows,
         one_sequence_per_block=skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
         max_draft_rows=plan.max_draft_rows,
+        max_sequences=plan.max_sequences,
     )
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)

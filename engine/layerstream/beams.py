@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from layerstream.answer import Answer
@@ -33,15 +32,16 @@ class BeamAnswer(Answer):
     search: BeamSearch = field(kw_only=True)
     make_answer: Callable[[int], Answer] = field(kw_only=True)
     _beams: list[Sequence] = field(default_factory=list)
-    _logprobs: dict[Sequence, np.ndarray] = field(default_factory=dict)
+    _logits: dict[Sequence, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sequence.fork_of = self
         self._beams = [self.sequence]
 
     def collect(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """A sweep brought the logits ``(vocabulary,)`` that follow beam *sequence*."""
-        self._logprobs[sequence] = torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
+        """A sweep brought the logits ``(vocabulary,)`` that follow beam *sequence*; they are looked at before the next
+        one."""
+        self._logits[sequence] = logits
 
     def advance(self, fork: Fork) -> list[Sequence]:
         """Every beam has its logits: choose the next ones.
@@ -54,9 +54,9 @@ class BeamAnswer(Answer):
         """
         if self.first_token_seconds is None:
             self.first_token_seconds = time.perf_counter() - self.submitted
-        logprobs = [self._logprobs[beam] for beam in self._beams]
-        self._logprobs.clear()
+        logprobs = (torch.log_softmax(self._logits[beam].float(), dim=-1).cpu().numpy() for beam in self._beams)
         going = self.search.step(logprobs, [beam.output_ids for beam in self._beams])
+        self._logits.clear()
         parents = [self._beams[found.beam] for found in going]
         gone = [beam for beam in self._beams if beam not in parents]
         beams: list[Sequence] = []

@@ -112,12 +112,12 @@ class _Growing:
 
     def learn(self, logits: torch.Tensor, temperature: float) -> None:
         """``(1 + nodes, vocabulary)`` logits for the root and the nodes that were asked."""
-        shares = torch.softmax(logits.float() / temperature, dim=-1)
-        top = torch.topk(shares, min(CHILDREN, shares.shape[-1]), dim=-1)
         for row, path in enumerate(((), *self.asked)):
             if path in self.children:
                 continue
-            pairs = zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True)
+            shares = torch.softmax(logits[row].float() / temperature, dim=-1)
+            top = torch.topk(shares, min(CHILDREN, len(shares)))
+            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             self.children[path] = [(token, share) for token, share in pairs if share >= LEAST_SHARE]
             for token, share in self.children[path]:
                 self.probabilities[(*path, token)] = self.probabilities[path] * share

@@ -133,6 +133,7 @@ class Intake:
         search = BeamSearch(params.beam_width, params.max_tokens or 1, params.length_penalty, ends)
         answer = make(0, BeamAnswer, search=search, make_answer=make)
         answer.sequence.num_group_pages = self._num_beam_pages(len(token_ids), params)
+        answer.sequence.num_group_rows = params.beam_width
         yield answer
 
     def _num_beam_pages(self, num_prompt_tokens: int, params: SamplingParams) -> int:

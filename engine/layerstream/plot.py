@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,35 @@ COLOURS = {"read": "#4477aa", "copy": "#66ccee", "compute": "#228833"}
 MEASURED_SWEEPS = 4
 
 
+def check(path: Path) -> None:
+    """That a picture can be written to *path*, before anything is measured for it.
+
+    Raises:
+        MissingExtra, ConfigurationError: as :func:`draw`.
+    """
+    kinds = _figure(1).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ConfigurationError(f"{path}: a picture's name ends with one of {', '.join(f'.{kind}' for kind in kinds)}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigurationError(f"{path}: there is no folder {folder}: make it, or name another")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigurationError(f"{path} cannot be written: name a file in a folder of yours")
+
+
 def draw(config: EngineConfig, forecast: Forecast, path: Path, *, measured: bool = True) -> Path:
     """Write the picture to *path*; *measured*: run the model for a few sweeps, too.
 
     Raises:
-        MissingExtra: there is no matplotlib. ConfigurationError: *path* is of no kind that it writes.
+        MissingExtra: there is no matplotlib. ConfigurationError: *path* is of no kind that it writes, or cannot be
+            written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "plot") from error
+    check(path)
     rows: list[tuple[str, Sequence[Step]]] = [("predicted", simulate(forecast))]
     if measured:
         rows.append(("measured", measure(config)))
     rows = [(name, [step for step in steps if step.kind in KINDS]) for name, steps in rows]
-    figure = Figure(figsize=(12, 1.2 + 1.1 * len(rows)), layout="constrained")
+    figure = _figure(len(rows))
     axes: Any = figure.subplots()
     labels: list[tuple[float, str]] = []
     at = 0.0
@@ -51,9 +66,17 @@ def draw(config: EngineConfig, forecast: Forecast, path: Path, *, measured: bool
     axes.axvline(0, color="black", linewidth=0.5)
     try:
         figure.savefig(path, dpi=150)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ConfigurationError(f"{path}: {error}") from error
     return path
+
+
+def _figure(num_rows: int) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "plot") from error
+    return Figure(figsize=(12, 1.2 + 1.1 * num_rows), layout="constrained")
 
 
 def measure(config: EngineConfig) -> list[Step]:

@@ -1,18 +1,13 @@
-"""Measures what forecasts need: a few seconds, once per machine; disks and formats when they are first met.
+"""Measures what forecasts need: a few seconds, :data:`TIMES` times per machine; formats when they are first met.
 
-What was measured is kept in the file that ``LAYERSTREAM_RATES`` names, else in the user's cache folder, and holds until
-torch, the number of threads or the processor changes. A disk is known by its device number, so models on two disks have
-two rates.
+What was measured is kept (:mod:`layerstream.known_rates`), the best of it, and holds until torch, the number of threads
+or the processor changes. A disk is known by its device number, so models on two disks have two rates.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import os
-import statistics
 import threading
 import time
 from collections import deque
@@ -23,7 +18,6 @@ from typing import Any
 
 import psutil
 import torch
-from filelock import FileLock
 from torch.nn import functional as F
 
 from layerstream.assembly import assemble
@@ -31,9 +25,8 @@ from layerstream.checkpoint.codecs.bnb import Bnb4
 from layerstream.checkpoint.hub import are_weights_here, bundled_reader
 from layerstream.checkpoint.names import PackedSource
 from layerstream.config import EngineConfig
-from layerstream.files import write_whole
 from layerstream.kernels import sample_matrix
-from layerstream.machine import cache_folder, processor
+from layerstream.known_rates import KnownRates, disk_name, machine_name
 from layerstream.model.linear import TILE_VALUES, PackedMatrix, tile_rows
 from layerstream.model.matrices import packed_parts
 from layerstream.model.skeleton import Skeleton
@@ -49,7 +42,7 @@ from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest, lay_out
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "LAYERSTREAM_RATES"
+TIMES = 3  # forecasts that measure: the machine may be busy during one of them
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512)
 SIZE = 4096  # of the matrices that are multiplied by
 NUM_MATRICES = 6  # too many for any cache
@@ -61,23 +54,28 @@ REPEATS = 3
 
 
 def rates_for(skeleton: Skeleton, device: torch.device, *, again: bool = False) -> Rates:
-    """What the machine does with the model of *skeleton*; measured now where it is not known, or *again*."""
-    known = _Memory(Path(os.environ.get(VARIABLE) or cache_folder() / "machine.json").expanduser())
-    name, dtype = _machine(device), str(skeleton.dtype).removeprefix("torch.")
+    """What the machine does with the model of *skeleton*; measured now where it is not known well, or *again*, and then
+    nothing of what was known counts."""
+    known, name, dtype = KnownRates(), machine_name(device), str(skeleton.dtype).removeprefix("torch.")
     rates = None if again else known.rates(name)
-    if rates is None or dtype not in rates.products:
-        rates = _merged(rates, measure(device, skeleton.dtype))
+    is_sure = rates is not None and dtype in rates.products and rates.num_measured >= TIMES
+    if rates is None or not is_sure:
+        measured = measure(device, skeleton.dtype)
+        rates = measured if rates is None else rates.best_of(measured)
     file = weights_file(skeleton)
     is_here = are_weights_here(file.parent)
     if not is_here:  # then of the disk that this package is on
         file = bundled_reader() / "model.safetensors"
-    disk = f"disk {file.stat().st_dev}"
-    rate = (None if again else known.disk(disk)) or measure_disk(file)
+    disk = disk_name(file)
+    rate = (None if again else known.disk(disk)) or 0.0
+    if not rate or not is_sure:
+        rate = max(rate, measure_disk(file))
     formats = _formats(skeleton) if is_here else {}
     missing = [source for codec, source in formats.items() if again or codec not in rates.decode]
     decode = {source.codec.name: measure_decode(source, skeleton.dtype) for source in missing}
-    if device.type == "cpu" and (again or not rates.read_cost):
-        rates = dataclasses.replace(rates, read_cost=measure_read_cost(file, skeleton.dtype))
+    if device.type == "cpu" and (not is_sure or not rates.read_cost):
+        cost = measure_read_cost(file, skeleton.dtype)
+        rates = dataclasses.replace(rates, read_cost=min(rates.read_cost or cost, cost))
     rates = dataclasses.replace(rates, disk=rate, decode={**rates.decode, **decode})
     known.write(name, rates, disk)
     return rates
@@ -125,7 +123,7 @@ def measure_read_cost(file: Path, dtype: torch.dtype) -> float:
     """What reading takes from the compute beside it, as a share of the time that the read takes."""
     weights = [torch.ones((SIZE, SIZE), dtype=dtype) for _ in range(NUM_MATRICES)]
     inputs = torch.ones((1, SIZE), dtype=dtype)
-    one = _median(lambda: [F.linear(inputs, weight) for weight in weights])
+    one = _best(lambda: [F.linear(inputs, weight) for weight in weights])
     times = max(1, int(OVERLAP_SECONDS / one))
     rate = measure_disk(file)
     num_reads = max(1, int(OVERLAP_SECONDS * rate / (IN_FLIGHT * REQUEST_BYTES)))
@@ -176,6 +174,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         decode=decode,
         layer_seconds=_layer_seconds(device),
         value_seconds=_value_seconds(device, dtype),
+        num_measured=1,
         process_bytes=process_bytes,
         device_bytes=_device_bytes(device),
     )
@@ -185,14 +184,14 @@ def _products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, f
     weights = [torch.ones((SIZE, SIZE), dtype=dtype, device=device) for _ in range(NUM_MATRICES)]
     for rows in ROWS:
         inputs = torch.ones((rows, SIZE), dtype=dtype, device=device)
-        yield rows, _median(lambda x=inputs: [F.linear(x, weight) for weight in weights], device) / _values(weights)
+        yield rows, _best(lambda x=inputs: [F.linear(x, weight) for weight in weights], device) / _values(weights)
 
 
 def _cached_products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, float]]:
     tile = torch.ones((TILE_VALUES // SIZE, SIZE), dtype=dtype, device=device)
     for rows in ROWS:
         inputs = torch.ones((rows, SIZE), dtype=dtype, device=device)
-        yield rows, _median(lambda x=inputs: [F.linear(x, tile) for _ in range(8)], device) / (8 * tile.numel())
+        yield rows, _best(lambda x=inputs: [F.linear(x, tile) for _ in range(8)], device) / (8 * tile.numel())
 
 
 def _kernel_products(kernel: str) -> Iterator[tuple[int, float]]:
@@ -200,7 +199,7 @@ def _kernel_products(kernel: str) -> Iterator[tuple[int, float]]:
     rows_of, columns = matrices[0].last, matrices[0].columns
     for rows in ROWS[:5]:
         inputs = torch.ones((rows, columns), dtype=torch.bfloat16)
-        seconds = _median(lambda x=inputs: [matrix.product(x) for matrix in matrices])
+        seconds = _best(lambda x=inputs: [matrix.product(x) for matrix in matrices])
         yield rows, seconds / (NUM_MATRICES * rows_of * columns)
 
 
@@ -222,7 +221,7 @@ def _layer_seconds(device: torch.device) -> float:
 def _value_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """What an MLP does to gate and up, per value."""
     gate, up = (torch.ones((128, 2 * SIZE), dtype=dtype, device=device) for _ in range(2))
-    return _median(lambda: [F.silu(gate) * up for _ in range(8)], device) / (8 * gate.numel())
+    return _best(lambda: [F.silu(gate) * up for _ in range(8)], device) / (8 * gate.numel())
 
 
 def link_rate(device: torch.device) -> float:
@@ -237,7 +236,7 @@ def link_rate(device: torch.device) -> float:
             opened.inward.copy(target, arena.tensor)
             opened.inward.mark().wait()
 
-        return LINK_BYTES / _median(copy)
+        return LINK_BYTES / _best(copy)
     finally:
         opened.unpin(arena)
 
@@ -250,7 +249,8 @@ def _device_bytes(device: torch.device) -> int:
     return max(0, total - free - torch.cuda.memory_reserved(device))
 
 
-def _median(work: Callable[[], Any], device: torch.device | None = None) -> float:
+def _best(work: Callable[[], Any], device: torch.device | None = None) -> float:
+    """Seconds of the fastest of a few times: what else the machine did made the others longer."""
     seconds = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
@@ -258,7 +258,7 @@ def _median(work: Callable[[], Any], device: torch.device | None = None) -> floa
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return min(seconds)
 
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[str, PackedMatrix]]:
@@ -275,7 +275,7 @@ def _samples(dtype: torch.dtype) -> Iterator[tuple[str, PackedMatrix]]:
 
 def _decode_seconds(matrix: PackedMatrix) -> float:
     """Per weight."""
-    return _median(lambda: [None for _ in matrix.tiles()]) / ((matrix.last - matrix.first) * matrix.columns)
+    return _best(lambda: [None for _ in matrix.tiles()]) / ((matrix.last - matrix.first) * matrix.columns)
 
 
 def _values(weights: list[torch.Tensor]) -> int:
@@ -286,56 +286,3 @@ def _formats(skeleton: Skeleton) -> dict[str, PackedSource]:
     """A quantised matrix of each format."""
     packed = [source for source in skeleton.sources.values() if isinstance(source, PackedSource)]
     return {source.codec.name: source for source in packed if len(source.shape) == 2}
-
-
-def _merged(old: Rates | None, new: Rates) -> Rates:
-    if old is None:
-        return new
-    products, cached = {**old.products, **new.products}, {**old.cached, **new.cached}
-    return dataclasses.replace(new, products=products, cached=cached, decode=old.decode)
-
-
-def _machine(device: torch.device) -> str:
-    """What the rates depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = [processor(), name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__]
-    return f"{facts[0]}, {name}, {facts[3]} threads, {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
-
-
-class _Memory:
-    """A JSON file; whatever is wrong with it counts as nothing known."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._known: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            self._known = {}
-
-    def rates(self, name: str) -> Rates | None:
-        """Those of the machine *name*."""
-        try:
-            return Rates.from_json(self._known["machines"][name])
-        except (KeyError, TypeError, ValueError, AttributeError):
-            return None
-
-    def disk(self, name: str) -> float | None:
-        """Bytes per second of the disk *name*."""
-        try:
-            return float(self._known["disks"][name])
-        except (KeyError, TypeError, ValueError):
-            return None
-
-    def write(self, name: str, rates: Rates, disk: str) -> None:
-        """Remember them."""
-        machines, disks = self._known.get("machines"), self._known.get("disks")
-        known = {
-            "machines": {**(machines if isinstance(machines, dict) else {}), name: rates.as_json()},
-            "disks": {**(disks if isinstance(disks, dict) else {}), disk: rates.disk},
-        }
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._path.with_suffix(".lock")):
-                write_whole(self._path, json.dumps(known, indent=1))
-        except OSError as error:
-            logger.warning("%s cannot be written (%s): the next forecast measures again", self._path, error)

@@ -46,7 +46,8 @@ class Sequence:
         suspension: what it had computed, while it waits for memory that was taken from it.
         capacity: tokens that its pages have room for.
         fork_of: what beams of one search have in common; they are never guessed for, and never suspended.
-        num_group_pages: pages that all beams of its search together may need.
+        num_group_pages, num_group_rows: pages, and rows that are sampled in a sweep, that all beams of its search
+            together may need.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
         num_waited: sweeps that it has waited for its admission, before it was suspended too.
@@ -69,6 +70,7 @@ class Sequence:
     capacity: int = 0
     fork_of: object = None
     num_group_pages: int = 0
+    num_group_rows: int = 1
     priority: int = 0
     client: str = ""
     num_waited: int = 0

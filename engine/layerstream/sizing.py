@@ -24,7 +24,7 @@ from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.planner import facts as assumed
 from layerstream.planner.on_device import make_device_plan
 from layerstream.planner.several import make_devices_plan
-from layerstream.streaming.accelerators import all_devices, free_bytes, resolve_device
+from layerstream.streaming.accelerators import all_devices, free_bytes, is_there, resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,17 @@ def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
         raise ConfigurationError(
             "host_memory is the memory behind an accelerator, and the CPU computes in 'memory': leave it at None"
         )
-    return make_plan(facts, _budget(config, facts))
+    return _with_free(make_plan(facts, _budget(config, facts)), config)
+
+
+def _with_free(plan: Plan, config: EngineConfig) -> Plan:
+    """*plan*, which says so where its budget is more than there is."""
+    device = resolve_device(config.device)
+    if config.memory_bytes is not None and is_there(device) and config.memory_bytes > (free := available_bytes(device)):
+        plan = dataclasses.replace(plan, free_bytes=free)
+    if plan.host is not None and (config.host_memory_bytes or 0) > (free := available_memory_bytes()):
+        plan = dataclasses.replace(plan, host=dataclasses.replace(plan.host, free_bytes=free))
+    return plan
 
 
 def devices_of(config: EngineConfig) -> list[torch.device]:
@@ -91,7 +101,8 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         allow_untested=config.allow_untested,
         tile_values=DEVICE_TILE_VALUES if is_on_device else TILE_VALUES,
     )
-    context_length = min(usable_context(skeleton.config), config.max_context or 2**62)
+    longest, wanted = usable_context(skeleton.config), config.max_context or 0
+    context_length = min(longest, wanted or longest)
     facts = model_facts(
         skeleton,
         context_length,
@@ -99,6 +110,7 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         can_spill=config.kv_store is not None,
         is_on_device=is_on_device,
     )
+    facts = dataclasses.replace(facts, wanted_context=wanted if wanted > longest else 0)
     if config.device_map is not None:  # experts come with their blocks there
         facts = dataclasses.replace(facts, experts=())
     if facts.experts and is_on_device and config.host_compute == "auto":
@@ -113,7 +125,7 @@ def _device_plan(config: EngineConfig, facts: ModelFacts) -> Plan:
     host_bytes = config.host_memory_bytes or int(available_memory_bytes() * SPARE_SHARE)
     host_bytes -= config.reserved_host_bytes
     if config.device_map is None:
-        plan = make_device_plan(facts, _budget(config, facts), host_bytes)
+        plan = _with_free(make_device_plan(facts, _budget(config, facts), host_bytes), config)
     else:
         plan = make_devices_plan(facts, config.device_map, _memories(config), host_bytes)
     assert plan.host is not None

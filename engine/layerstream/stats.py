@@ -48,8 +48,13 @@ class EngineStats:
     Attributes:
         weight_bytes_streamed: brought to where they are computed with by sweeps, from disk or from host memory;
             resident weights, brought once, are not in it.
-        peak_memory_bytes: most the engine held at a time: resident weights, ring, KV pages in use, activations; on
-            accelerators what torch reserved of their memory at most.
+        peak_memory_bytes: the most that was measured of what ``budget_bytes`` is for. Where an accelerator computes,
+            what torch reserved of its memory. On the processor, memory of the process that no file is behind, over what
+            it had when the model's code and tokenizer were loaded and no weight yet; looked at before and after every
+            sweep, so what else the process allocates meanwhile is in it, and a peak within a sweep may not be. (Not on
+            Linux: all that is resident.)
+        planned_memory_bytes: what the plan says about the same: resident weights, ring, KV pages that were in use at a
+            time, activations.
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
         bytes_per_sweep: weights that a sweep brings; ``bits_per_weight``: of what it passes, as it is stored.
         kv: what the prefix cache did.
@@ -67,6 +72,7 @@ class EngineStats:
     sweep_seconds: float
     wait_seconds: float
     peak_memory_bytes: int
+    planned_memory_bytes: int
     budget_bytes: int
     resident_bytes: int
     model_bytes: int
@@ -96,7 +102,8 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         weight_bytes_streamed=streamer.streamed_bytes if streamer else 0,
         sweep_seconds=counters.sweep_seconds,
         wait_seconds=streamer.wait_seconds if streamer else 0.0,
-        peak_memory_bytes=sum(device.peak_bytes() for device in parts.devices) if parts.devices else planned,
+        peak_memory_bytes=_measured(parts),
+        planned_memory_bytes=planned,
         budget_bytes=plan.budget_bytes,
         resident_bytes=plan.resident_bytes,
         model_bytes=parts.model_bytes,
@@ -111,6 +118,12 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         declined_drafts=parts.drafting.num_declined,
         experts=_expert_stats(parts),
     )
+
+
+def _measured(parts: Assembly) -> int:
+    if parts.devices:
+        return sum(device.peak_bytes() for device in parts.devices)
+    return parts.step.footprint.peak_bytes
 
 
 def _expert_stats(parts: Assembly) -> ExpertStats | None:

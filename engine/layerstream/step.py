@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
 
 from layerstream.errors import OutOfMemory
 from layerstream.expert_statistics import ExpertStatistics
+from layerstream.footprint import Footprint
 from layerstream.kv.loader import PagesLost
 from layerstream.kv.store import PrefixStore
 from layerstream.model.placed import ModelWeights
@@ -25,9 +27,13 @@ logger = logging.getLogger(__name__)
 class SweepStep:
     """Runs the sweeps that *scheduler* makes; one thread.
 
+    Args:
+        learn: told at the end the least that computing a sweep of one row block took, which decoded.
+
     Attributes:
         prefill_tokens, prefill_seconds: of sweeps with at least one whole chunk: tokens, and the time that computing
             took, waiting for the disk left out.
+        footprint: looked at before every sweep, when the last one was sampled from, and after it, with its logits.
     """
 
     def __init__(
@@ -38,6 +44,8 @@ class SweepStep:
         store: PrefixStore | None,
         devices: Seq[Device] = (),
         statistics: ExpertStatistics | None = None,
+        footprint: Footprint | None = None,
+        learn: Callable[[float], None] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -45,10 +53,13 @@ class SweepStep:
         self._store = store
         self._devices = devices
         self._statistics = statistics
+        self.footprint = footprint or Footprint()
         self.prefill_tokens = 0
         self.prefill_seconds = 0.0
         self.num_sweeps = 0
         self._computed = 0.0  # seconds that the last sweep took, waiting left out
+        self._learn = learn
+        self._block_seconds: float | None = None
 
     def run(self, sweep: Sweep) -> torch.Tensor | None:
         """:meth:`compute`, and :meth:`commit` if it had an effect."""
@@ -68,6 +79,7 @@ class SweepStep:
             OutOfMemory: and sweeps cannot carry less.
             Whatever the sweep died of; there is nothing to commit then.
         """
+        self.footprint.look()
         started, waited = time.perf_counter(), self._waited_seconds()
         try:
             logits = self._runner.run(sweep)
@@ -82,11 +94,14 @@ class SweepStep:
                 raise
             self._shrink(error)
             return None
+        self.footprint.look()
         waiting = self._waited_seconds() - waited
         self._computed = max(0.0, time.perf_counter() - started - waiting)
         self._scheduler.budget.observe(
             sweep.num_decode_blocks, sweep.num_prompt_rows, self._computed, sweep.num_decode_rows, waiting
         )
+        if sweep.num_decode_blocks == len(sweep.blocks) == 1:
+            self._block_seconds = min(self._computed, self._block_seconds or self._computed)
         return logits
 
     def commit(self, sweep: Sweep) -> None:
@@ -109,9 +124,12 @@ class SweepStep:
         return any(device.is_lost(error) for device in self._devices)
 
     def close(self) -> None:
-        """Remember which experts were used. Idempotent."""
+        """Remember which experts were used, and how fast the processor was. Idempotent."""
         if self._statistics is not None and self._weights.experts is not None and self.num_sweeps:
             self._statistics.save(self._weights.experts.shares())
+        seconds, self._block_seconds = self._block_seconds, None
+        if self._learn is not None and seconds is not None:
+            self._learn(seconds)
 
     def _shrink(self, error: Exception) -> None:
         for device in self._devices:

@@ -58,6 +58,12 @@ def plan(
         kv_store=store_config("auto"),
     )
     folder = locate_headers(model)
+    if plot is not None:
+        from layerstream.plot import check, draw
+
+        check(plot)
+        if quantization is not None or not are_weights_here(folder):
+            raise ConfigurationError("--plot runs the model: pass a folder with its weights, as they are to be run")
     facts, skeleton, _ = plan_facts(dataclasses.replace(config, packed=folder))
     if quantization is not None:
         dataclasses.replace(config, quantization=quantization)  # checks the name
@@ -76,10 +82,6 @@ def plan(
     helps = f"what would help most: {best[0]}" if best else "nothing that is known here would make it much faster"
     typer.echo(f"\n{helps}")
     if plot is not None:
-        if quantization is not None or not are_weights_here(folder):
-            raise ConfigurationError("--plot runs the model: pass a folder with its weights, as they are to be run")
-        from layerstream.plot import draw
-
         typer.echo(f"drawn to {draw(config, forecast, plot)}")
 
 

@@ -133,9 +133,13 @@ class SlicedLinear:
         self.slices = slices
         self.num_rows = slices[-1].last
 
-    def project(self, inputs: torch.Tensor, row_blocks: Sequence[Rows]) -> torch.Tensor:
-        """``(n, in)`` to ``(n, out)``, computed one of *row_blocks* at a time; what is padding may be anything."""
-        output = inputs.new_empty((inputs.shape[0], self.num_rows))
+    def project(
+        self, inputs: torch.Tensor, row_blocks: Sequence[Rows], output: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(n, in)`` to ``(n, out)``, computed one of *row_blocks* at a time; what is padding may be anything. Into
+        *output* if it is given, which need not have rows for padding at the end."""
+        if output is None:
+            output = inputs.new_empty((inputs.shape[0], self.num_rows))
         for part in self.slices:
             with part.weights() as (matrix, bias):
                 decoded = []
@@ -153,7 +157,8 @@ class SlicedLinear:
                     columns = slice(part.first + start, part.first + stop)
                     tile_bias = None if bias is None else bias[start:stop]
                     for block in decoded:
-                        output[block, columns] = F.linear(arranged[block], weight, tile_bias)
+                        found = F.linear(arranged[block], weight, tile_bias)
+                        output[block, columns] = found[: len(output) - block.start]
         return output
 
     def run(self, inputs: torch.Tensor) -> torch.Tensor:

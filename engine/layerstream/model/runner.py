@@ -30,6 +30,7 @@ from layerstream.model.placed import ModelWeights
 from layerstream.model.skeleton import Skeleton
 from layerstream.sequence import Sequence
 from layerstream.streaming.device import Placement
+from layerstream.streaming.ring import Arena
 from layerstream.sweep import Sweep
 
 
@@ -72,10 +73,11 @@ class SweepRunner:
         self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
         self._decode = skeleton.decoder.forward
         self._stubs = _Stubs(skeleton)
+        self._room = _LogitRoom()
 
     def run(self, sweep: Sweep) -> torch.Tensor:
-        """Logits ``(len(sweep.sampled_rows), vocabulary)`` of the sampled rows; new KV rows are in the pages, those of
-        guesses wait for :meth:`accept`.
+        """Logits ``(len(sweep.sampled_rows), vocabulary)`` of the sampled rows, valid until the next run; new KV rows
+        are in the pages, those of guesses wait for :meth:`accept`.
 
         After an error the ring is empty and the sweep had no effect that a later one could see: rows in the pages past
         a sequence's ``num_computed`` are written again.
@@ -155,8 +157,35 @@ class SweepRunner:
         """Logits ``(n, vocabulary)`` of final hidden states ``(n, hidden)``."""
         blocks = padded_blocks(len(hidden), self._head_rows)
         padded = F.pad(hidden, (0, 0, 0, blocks[-1].stop - len(hidden)))
-        raw = self._weights.head.project(padded, blocks)[: len(hidden)]
-        return torch.cat([self._stubs.finish(hidden[row], raw[row]) for row in range(len(hidden))])
+        head = self._weights.head
+        if self._placement is None:
+            raw = self._room.take(len(hidden), head.num_rows, hidden.dtype)
+        else:
+            raw = hidden.new_empty((len(hidden), head.num_rows))
+        head.project(padded, blocks, raw)
+        logits = raw
+        for row in range(len(hidden)):
+            finished = self._stubs.finish(hidden[row], raw[row])
+            if finished.dtype != logits.dtype:  # some models finish in fp32
+                logits = torch.empty_like(raw, dtype=finished.dtype)
+            logits[row] = finished[0]
+        return logits
+
+
+class _LogitRoom:
+    """Memory that the logits of one sweep after the other lie in: in the heap, what the next sweep cannot use would
+    stay beside them. It grows to the most rows that were wanted."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+
+    def take(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """``(num_rows, width)``, holding anything; it is the room of the last call again."""
+        num_bytes = num_rows * width * dtype.itemsize
+        if self._arena is None or self._arena.num_bytes < num_bytes:
+            self._arena = None  # before there is another
+            self._arena = Arena(num_bytes)
+        return self._arena.tensor[:num_bytes].view(dtype).view(num_rows, width)
 
 
 class _Stubs:

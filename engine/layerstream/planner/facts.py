@@ -34,6 +34,7 @@ class ModelFacts:
         hidden_size, intermediate_size, vocab_size: widths that activations have.
         itemsize: bytes of one value in the compute dtype.
         context_length: tokens a sequence may have.
+        wanted_context: as many as were asked for, where those are more.
         num_layers: layers that keep KV.
         can_spill: whether there is a store that KV of long prompts can stream from.
         chunk_tokens: prompt tokens that attend together; a page holds as many.
@@ -80,6 +81,7 @@ class ModelFacts:
     routed_body: tuple[WeightNode, ...] = ()
     experts: tuple[ExpertsNode, ...] = ()
     expert_shares: tuple[float, ...] = ()
+    wanted_context: int = 0
 
     @property
     def streamed_body(self) -> tuple[WeightNode, ...]:

@@ -24,6 +24,7 @@ class HostPlan:
         kv_bytes: KV pages.
         workspace_bytes: what reading takes, and experts that the processor computes.
         expert_bytes: experts that come as they are routed to.
+        free_bytes: what is free, where the budget is more than that.
     """
 
     budget_bytes: int
@@ -32,6 +33,7 @@ class HostPlan:
     kv_bytes: int
     workspace_bytes: int
     expert_bytes: int = 0
+    free_bytes: int | None = None
 
     @property
     def planned_bytes(self) -> int:
@@ -50,10 +52,12 @@ class Plan:
         num_transit: pages that may stream from the store for sequences that do not fit those.
         activation_bytes: what a sweep computes with, at most.
         max_draft_rows: guesses that a sweep may verify.
+        max_sequences: sequences that may run at once: there is room for a row of logits of each.
         host: what is in host memory, where an accelerator computes.
         parts: where several accelerators compute, a plan for each, of its own layers alone.
         devices: then, the number of each part's device.
         layers: and, for each of the decoder's layers, its place among *parts*.
+        free_bytes: what is free where it is for, if the budget is more than that.
     """
 
     budget_bytes: int
@@ -65,11 +69,13 @@ class Plan:
     activation_bytes: int
     max_sweep_tokens: int
     max_draft_rows: int
+    max_sequences: int
     num_transit: int = 0
     host: HostPlan | None = None
     parts: tuple[Plan, ...] = ()
     devices: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
+    free_bytes: int | None = None
 
     @property
     def streams(self) -> bool:
@@ -117,6 +123,11 @@ class Plan:
     def max_sweep_rows(self) -> int:
         """Rows of one sweep at most: the last chunk may reach past the token budget, and guesses come on top."""
         return self.max_sweep_tokens + self.page_tokens + self.max_draft_rows
+
+    @property
+    def logit_bytes(self) -> int:
+        """Logits of all rows that a sweep may sample from."""
+        return (self.max_sequences + self.max_draft_rows) * self.facts.vocab_size * self.facts.itemsize
 
     @property
     def resident_bytes(self) -> int:
@@ -177,7 +188,10 @@ class Plan:
         return weights + self.kv_bytes + self.transit_bytes + self.activation_bytes
 
     def __str__(self) -> str:
-        rows = (f"{name:<20}{format_size(num_bytes):>11}  {note}" for name, num_bytes, note in self._rows())
+        rows = [f"{name:<20}{format_size(num_bytes):>11}  {note}" for name, num_bytes, note in self._rows()]
+        if self.facts.wanted_context:
+            wanted = f"the model's limit; {self.facts.wanted_context:,} were asked for"
+            rows.append(f"{'context':<20}{self.facts.context_length:>11,}  {wanted}")
         return "\n".join(row.rstrip() for row in rows)
 
     def _rows(self) -> Iterator[tuple[str, int, str]]:
@@ -188,7 +202,8 @@ class Plan:
                 yield f"memory of device {device}", part.budget_bytes, f"{count} of {len(self.layers)} layers"
                 yield from part._own_rows()
         else:
-            yield "memory" if host else "budget", self.budget_bytes, "of the device" if host else ""
+            note = _too_much(self.free_bytes) or "of the device" * (host is not None)
+            yield "memory" if host else "budget", self.budget_bytes, note
             yield from self._own_rows()
         if host is not None:
             yield from self._host_rows(host)
@@ -215,13 +230,13 @@ class Plan:
         if self.num_transit:
             extra = f"{self.num_transit * self.page_tokens:,} tokens more, from the store"
             yield "KV in transit", self.transit_bytes, extra
-        rows = f"{self.max_sweep_tokens} tokens and {self.max_draft_rows} guesses in a sweep"
+        rows = f"{self.max_sweep_tokens} tokens, {self.max_sequences} answers, {self.max_draft_rows} guesses in a sweep"
         yield "activations", self.activation_bytes, rows
         yield "left over", self.budget_bytes - self.planned_bytes, ""
 
     def _host_rows(self, host: HostPlan) -> Iterator[tuple[str, int, str]]:
         """How host memory is spent."""
-        yield "host memory", host.budget_bytes, ""
+        yield "host memory", host.budget_bytes, _too_much(host.free_bytes)
         staying = f"{len(self.weights.host_residents)} units, copied for every sweep"
         yield "resident weights", host.resident_bytes, staying
         yield "ring", host.ring_bytes, "between disk and device"
@@ -229,3 +244,7 @@ class Plan:
             slots, count = self.weights.host_expert_slots, self.facts.num_experts
             yield "experts", host.expert_bytes, f"{slots:,} of {count:,}, those that are used most after the device's"
         yield "KV pages", host.kv_bytes, f"{self.num_pages * self.page_tokens:,} tokens"
+
+
+def _too_much(free_bytes: int | None) -> str:
+    return "" if free_bytes is None else f"more than the {format_size(free_bytes)} that are free here"

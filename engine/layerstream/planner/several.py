@@ -116,6 +116,7 @@ def _joined(model: _Layers, places: Sequence[int], memories: Sequence[int]) -> P
             num_pages=min(other.num_pages for other in parts),
             max_sweep_tokens=min(other.max_sweep_tokens for other in parts),
             max_draft_rows=min(other.max_draft_rows for other in parts),
+            max_sequences=min(other.max_sequences for other in parts),
         )
         for part in parts
     ]
@@ -129,6 +130,7 @@ def _joined(model: _Layers, places: Sequence[int], memories: Sequence[int]) -> P
         activation_bytes=sum(part.activation_bytes for part in parts),
         max_sweep_tokens=parts[0].max_sweep_tokens,
         max_draft_rows=parts[0].max_draft_rows,
+        max_sequences=parts[0].max_sequences,
         parts=tuple(parts),
         devices=devices,
         layers=tuple(devices.index(place) for place in places),

@@ -7,7 +7,7 @@ pages, the ring, and with all that is left a fixed set of resident units. If eve
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner.facts import CHUNK_TOKENS, STREAMING_ROWS, ModelFacts
@@ -22,6 +22,10 @@ from layerstream.streaming.residency import (
     slice_rows,
 )
 
+LEAST_SEQUENCES = 32  # that run at once: as many as a search may have beams
+MAX_SEQUENCES = 256
+SEQUENCES_SHARE = 0.02  # of the budget, for the logits of more than the least
+SAMPLING_BYTES = 48  # per token of the vocabulary, of one row: its scores in fp32, sorted, and its distribution in fp64
 MAX_DRAFT_ROWS = 128  # guesses in one sweep
 DRAFT_SHARE = 0.05  # of the budget, for their logits and KV
 ACTIVATION_SHARE = 0.2  # of the budget; past it, a sweep carries fewer tokens
@@ -71,9 +75,9 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
     left = budget_bytes - activations - facts.compute_bytes
     if left < least_kv:
         return None
-    draft_rows = _draft_rows(facts, budget_bytes, left - least_kv)
-    activations += draft_rows * _draft_row_bytes(facts)
-    left -= draft_rows * _draft_row_bytes(facts)
+    rows = _SampledRows.of(facts, budget_bytes, left - least_kv)
+    activations += rows.num_bytes
+    left -= rows.num_bytes
     num_pages, num_transit = _num_pages(facts, left), 0
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = left - _least_kv_bytes(facts)
@@ -94,7 +98,8 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations + num_pages * facts.chunk_tokens * facts.attending_bytes,
         max_sweep_tokens=facts.sweep_tokens,
-        max_draft_rows=draft_rows,
+        max_draft_rows=rows.guesses,
+        max_sequences=rows.sequences,
         num_transit=num_transit,
     )
 
@@ -162,9 +167,9 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least = floor + activations
     if least > budget_bytes:
         raise _too_small(facts, budget_bytes, least)
-    draft_rows = _draft_rows(facts, budget_bytes, budget_bytes - least)
-    activations += draft_rows * _draft_row_bytes(facts)
-    least += draft_rows * _draft_row_bytes(facts)
+    rows = _SampledRows.of(facts, budget_bytes, budget_bytes - least)
+    activations += rows.num_bytes
+    least += rows.num_bytes
     least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
     for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_cost_bytes
@@ -205,7 +210,8 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         page_tokens=facts.chunk_tokens,
         activation_bytes=activations + scratch_bytes + num_pages * facts.chunk_tokens * facts.attending_bytes,
         max_sweep_tokens=sweep_tokens,
-        max_draft_rows=draft_rows,
+        max_draft_rows=rows.guesses,
+        max_sequences=rows.sequences,
         num_transit=num_transit,
     )
 
@@ -305,8 +311,8 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     """What a sweep of *sweep_tokens* computes with, at most.
 
     Packed rows are there three times (in, out, embedding rows); one row block, or all of them where Linears stream one
-    by one, has its MLP's gate, up and product or its attention's projections; logits of one row block are there twice,
-    and of one row twice in fp32 and once in fp64.
+    by one, has its MLP's gate, up and product or its attention's projections. Logits are there once of every row that
+    is sampled, of the least that there may be, once more of a row block, and one row is being sampled.
     """
     block_rows = max(facts.chunk_tokens, facts.prompt_rows)
     rows = sweep_tokens + block_rows + facts.streaming_rows
@@ -317,14 +323,36 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
         packed += times * rows * facts.hidden_size * facts.itemsize
     if facts.is_cut:
         block = max(block, rows * max(3 * facts.intermediate_size, 8 * facts.hidden_size) * facts.itemsize)
-    logits = facts.vocab_size * (2 * STREAMING_ROWS * facts.itemsize + 4 + 4 + 8)
+    logits = facts.vocab_size * ((LEAST_SEQUENCES + STREAMING_ROWS) * facts.itemsize + SAMPLING_BYTES)
     return packed + block + logits + facts.workspace_bytes
 
 
-def _draft_row_bytes(facts: ModelFacts) -> int:
-    """What a guess takes: its rows, its logits, twice, and its KV until it is accepted."""
-    return (3 * facts.hidden_size + 2 * facts.vocab_size) * facts.itemsize + facts.kv_token_bytes
+@dataclass(frozen=True, slots=True)
+class _SampledRows:
+    """Rows that a sweep may sample from.
+
+    Attributes:
+        sequences: that may run at once.
+        guesses: that may be verified beside their newest tokens.
+        num_bytes: what more than the least of them take.
+    """
+
+    sequences: int
+    guesses: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, facts: ModelFacts, budget_bytes: int, spare: int) -> _SampledRows:
+        """As many as have room in their shares of the budget, and in *spare* bytes; guesses first."""
+        row_bytes = facts.vocab_size * facts.itemsize
+        guess_bytes = 3 * facts.hidden_size * facts.itemsize + row_bytes + facts.kv_token_bytes  # until it is accepted
+        guesses = _most(MAX_DRAFT_ROWS, min(DRAFT_SHARE * budget_bytes, spare), guess_bytes)
+        spare -= guesses * guess_bytes
+        most = min(MAX_SEQUENCES, facts.sweep_tokens) - LEAST_SEQUENCES
+        more = _most(most, min(SEQUENCES_SHARE * budget_bytes, spare), row_bytes)
+        return cls(LEAST_SEQUENCES + more, guesses, guesses * guess_bytes + more * row_bytes)
 
 
-def _draft_rows(facts: ModelFacts, budget_bytes: int, spare: int) -> int:
-    return min(MAX_DRAFT_ROWS, int(min(DRAFT_SHARE * budget_bytes, max(0, spare))) // _draft_row_bytes(facts))
+def _most(count: int, num_bytes: float, each: int) -> int:
+    """At most *count* things of *each* bytes that have room in *num_bytes*."""
+    return min(count, int(max(0, num_bytes)) // each) if each else count

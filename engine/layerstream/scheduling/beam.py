@@ -8,7 +8,7 @@ search is over when no beam that goes on can become better, at its length now, t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -44,11 +44,11 @@ class BeamSearch:
     scores: list[float] = field(default_factory=lambda: [0.0])
     finished: list[Hypothesis] = field(default_factory=list)
 
-    def step(self, logprobs: Seq[np.ndarray], outputs: Seq[Seq[int]]) -> list[Continuation]:
+    def step(self, logprobs: Iterable[np.ndarray], outputs: Seq[Seq[int]]) -> list[Continuation]:
         """The beams after the next token, the best one first; none when the search is over.
 
         Args:
-            logprobs: for each beam ``(vocabulary,)`` log-probabilities of the next token.
+            logprobs: for each beam ``(vocabulary,)`` log-probabilities of the next token; one at a time is looked at.
             outputs: for each beam its generated tokens.
         """
         length = len(outputs[0]) + 1
@@ -73,12 +73,14 @@ class BeamSearch:
         """The *count* best finished answers."""
         return self.finished[:count]
 
-    def _best(self, logprobs: Seq[np.ndarray]) -> list[Continuation]:
-        total = np.stack([score + row for score, row in zip(self.scores, logprobs, strict=True)])
-        flat = total.reshape(-1)
-        order = np.argsort(-flat, kind="stable")[: (1 + max(1, len(self.end_token_ids))) * self.width]
-        vocabulary = total.shape[1]
-        return [Continuation(int(at) // vocabulary, int(at) % vocabulary, float(flat[at])) for at in order]
+    def _best(self, logprobs: Iterable[np.ndarray]) -> list[Continuation]:
+        """The best continuations of all beams; of those that are equal the first beam's, and of its the lowest id."""
+        count = (1 + max(1, len(self.end_token_ids))) * self.width
+        found: list[Continuation] = []
+        for beam, (score, row) in enumerate(zip(self.scores, logprobs, strict=True)):
+            total = score + row
+            found += [Continuation(beam, int(at), float(total[at])) for at in _largest(total, count)]
+        return sorted(found, key=lambda continuation: -continuation.score)[:count]
 
     def _finish(self, tokens: tuple[int, ...], score: float, *, is_ended: bool) -> None:
         self.finished.append(Hypothesis(tokens, self._normalised(score, len(tokens)), is_ended))
@@ -87,3 +89,12 @@ class BeamSearch:
 
     def _normalised(self, score: float, length: int) -> float:
         return score / length**self.length_penalty
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the *count* largest of *values* are, the largest first and equal ones in their order."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -count)[-count]
+    at = np.flatnonzero(values >= least)  # with all that tie for the last place
+    return at[np.argsort(-values[at], kind="stable")][:count]

@@ -21,6 +21,7 @@ class SweepLimits:
         prompt_rows: rows per row block of prompts, padded; 0: every chunk is a row block of its own size.
         one_sequence_per_block: never put rows of two sequences into one row block.
         max_draft_rows: guesses in one sweep.
+        max_sequences: sequences that run at once; each has logits of its own in a sweep.
     """
 
     max_tokens: int = 512
@@ -29,6 +30,7 @@ class SweepLimits:
     prompt_rows: int = 0
     one_sequence_per_block: bool = False
     max_draft_rows: int = 128
+    max_sequences: int = 256
 
     @property
     def rows_per_block(self) -> int:

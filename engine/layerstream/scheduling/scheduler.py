@@ -6,12 +6,12 @@ the sequence is sampled.
 
 Rules:
 
-* a sequence is admitted when there is memory for its prompt, in the order of :mod:`layerstream.scheduling.queue`; until
-  then it waits. Its answer gets memory as it grows, and where there is none, the sequence that was admitted last waits
-  again, with what it has computed (:mod:`layerstream.scheduling.frames`). Pages of its prompt
-  that others have computed, or are going to, it shares; prefixes that nobody uses any more are evicted when their
-  pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes on; what another
-  process is just computing is waited for, and others go ahead meanwhile;
+* a sequence is admitted when there is memory for its prompt and for the logits of its row, in the order of
+  :mod:`layerstream.scheduling.queue`; until then it waits. Its answer gets memory as it grows, and where there is none,
+  the sequence that was admitted last waits again, with what it has computed (:mod:`layerstream.scheduling.frames`).
+  Pages of its prompt that others have computed, or are going to, it shares; prefixes that nobody uses any more are
+  evicted when their pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes
+  on; what another process is just computing is waited for, and others go ahead meanwhile;
 * a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
   blocks: every layer appends a block's KV before it turns to the next block. Owners were admitted before sharers,
   so the first sequence never waits for another;
@@ -268,6 +268,8 @@ class Scheduler:
     def _admit(self) -> None:
         with closing(self._waiting.in_order(self._num_cached)) as waiting:
             for sequence in waiting:
+                if not self._has_room_for_logits(sequence):
+                    return
                 if self._spill.wants(sequence):
                     if not self._admit_long(sequence):
                         return
@@ -341,6 +343,11 @@ class Scheduler:
     def _victims(self) -> list[Sequence]:
         """Who may be suspended, the one to begin with last."""
         return [sequence for sequence in self._running if not sequence.is_long and sequence.fork_of is None]
+
+    def _has_room_for_logits(self, sequence: Sequence) -> bool:
+        """Whether all that run, and *sequence*, may be sampled from in one sweep."""
+        rows = {other.fork_of or other: other.num_group_rows for other in (*self._running, sequence)}
+        return sum(rows.values()) <= self.limits.max_sequences
 
     def _has_room_for_beams(self, sequence: Sequence) -> bool:
         """Whether all searches that run, and that of *sequence*, could have what they may need at once."""

@@ -1,0 +1,11 @@
+"""What the command line's tests share."""
+
+from __future__ import annotations
+
+import pytest
+from layerstream import probe
+
+
+@pytest.fixture(autouse=True)
+def _measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "TIMES", 1)
