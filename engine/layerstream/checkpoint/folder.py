@@ -57,6 +57,9 @@ def open_folder(folder: Path) -> Checkpoint:
     named = config.get("transformers_weights")
     selection = select_files(folder, names, named if isinstance(named, str) else None)
     _say_what_is_left_out(folder, selection)
+    for name in selection.left_out:
+        if name.endswith(".index.json"):
+            _weight_map(folder / name)  # not followed, but a hostile one is no neighbour
     if selection.index is None:
         tensors = _merge({name: read_header(folder / name) for name in selection.files}, {})
     else:
@@ -108,13 +111,9 @@ def _from_index(folder: Path, index: Path) -> dict[str, TensorEntry]:
 
     Tensors that it names and no file has are left to whoever needs them.
     """
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InvalidHeader(f"{index}: no weight_map from tensor names to file names")
+    weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or name in {"", ".."} or "\0" in name:
-            raise InvalidHeader(f"{index}: {name!r} is not the name of a file in the folder")
         path = folder / name
         if not path.exists() and not path.is_symlink():
             raise CheckpointNotFound(f"{folder}: shard {name} of {len(names)} is missing, {index.name} names it")
@@ -122,6 +121,17 @@ def _from_index(folder: Path, index: Path) -> dict[str, TensorEntry]:
     if absent := [tensor for tensor in weight_map if tensor not in tensors]:
         logger.info("%s names %d tensors that no file has, %r among them", index, len(absent), absent[0])
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as *index* has it: of names that lead nowhere else."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InvalidHeader(f"{index}: no weight_map from tensor names to file names")
+    for name in set(weight_map.values()):
+        if Path(name).name != name or name in {"", ".."} or "\0" in name:
+            raise InvalidHeader(f"{index}: {name!r} is not the name of a file in the folder")
+    return weight_map
 
 
 def _merge(files: Mapping[str, Mapping[str, TensorEntry]], decides: Mapping[str, str]) -> dict[str, TensorEntry]:

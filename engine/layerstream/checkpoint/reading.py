@@ -134,7 +134,7 @@ def explained(what: str) -> Iterator[None]:
         is_panic = type(error).__name__ == "PanicException"  # of a library in Rust; no Exception
         if not isinstance(error, Exception) and not is_panic:
             raise
-        raise InvalidHeader(f"{what} ({type(error).__name__}: {str(error):.400})") from error
+        raise InvalidHeader(f"{what} ({type(error).__name__}: {error!s:.400})") from error
 
 
 def _depth(raw: bytes) -> int:
