@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerstream.errors import ConfigurationError
+from layerstream.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
@@ -75,11 +75,13 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 def peek_context_length(model: str) -> int | None:
     """Tokens of context as the model's own config says, if it is at hand; nothing is loaded."""
+    from layerstream.checkpoint.reading import read_object
+
     folder = Path(__file__).parent / "demo" / "reader" if model == "demo" else Path(model)
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_object(folder / "config.json")
         length = config.get("text_config", config).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
+    except (CheckpointError, OSError, ValueError, AttributeError):
         return None
     return length if isinstance(length, int) else None
 

@@ -1,32 +1,46 @@
 """Converts a checkpoint to fewer bits, one shard at a time, in bounded memory.
 
 Invariants: the source is only read; a shard is in place as a whole or not at all, and is read back and compared with
-the source; ``config.json``, without which nothing loads a folder, comes last; started again after a kill, shards that
-are in place are kept, if the source is still the one that they were made from.
+the source; ``config.json``, without which nothing loads a folder, comes last, and only if the source is then still
+what it was before its headers were read; started again after a kill, shards that are in place are kept, if the source
+is still the one that they were made from.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from filelock import FileLock
 
 from layerstream.checkpoint.codecs.encode import Encoder, make_encoder
-from layerstream.checkpoint.folder import open_folder
+from layerstream.checkpoint.folder import CONFIG, open_folder
 from layerstream.checkpoint.header import TensorEntry, read_header, stored_bytes
 from layerstream.checkpoint.names import PLANE_DTYPES, ParameterSource
 from layerstream.checkpoint.packed import find_packed
+from layerstream.checkpoint.reading import read_object
+from layerstream.checkpoint.selection import ADAPTER_CONFIG
 from layerstream.checkpoint.writer import ShardWriter, dtype_name
-from layerstream.errors import ConfigurationError, InvalidHeader, StorageFull
+from layerstream.errors import (
+    CheckpointError,
+    ConfigurationError,
+    InvalidHeader,
+    LayerStreamError,
+    ReadError,
+    StorageFull,
+    TruncatedFile,
+)
+from layerstream.files import write_whole
 from layerstream.machine import cache_folder
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.model.weighing import is_plain_linear
@@ -43,6 +57,8 @@ MOST_ERROR = {"nf4": 0.2, "int4": 0.2, "int8": 0.03}  # root mean square, relati
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt", "*.py", "LICENSE*", "README*")
 OnShard = Callable[[int, int, int], None]
 """Told shards done, shards in all, and bytes written so far."""
+_Identity: TypeAlias = list[list[Any]]
+"""Names, sizes and times of a model's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,41 +89,48 @@ def pack(
     keep_head: bool = False,
     trust_remote_code: bool = False,
     on_shard: OnShard = lambda done, count, num_bytes: None,
+    identity: _Identity | None = None,
 ) -> PackReport:
     """Write *source* to *target* with its Linears in *kind*: ``"nf4"``, ``"int8"`` or ``"int4"``.
 
     Norms, biases, routers and the embedding stay as they are; the head too, with *keep_head*; and experts, but in int4
     where they are stored one by one (bitsandbytes has no format for them).
 
+    Args:
+        identity: the source's, where it was seen before; it must be that still.
+
     Raises:
-        ConfigurationError: *target* is something else's, or the source is quantised already.
+        ConfigurationError: *target* is something else's or cannot be written, or the source is quantised already, or
+            was changed meanwhile.
         StorageFull: there is not enough room, said before anything is written.
         InvalidHeader: what was written is not what it should be.
+        ReadError, TruncatedFile: the source cannot be read.
     """
-    if source.suffix == ".gguf":
-        raise ConfigurationError(f"{source} is a GGUF file, which runs as it is: pack the safetensors original")
-    skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
-    if open_folder(source).packed:
-        raise ConfigurationError(f"{source} is quantised already: pack the 16-bit original")
-    encoder = make_encoder(kind)
-    shards = _shards(skeleton, encoder, keep_head)
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    _prepare(source, target, {"kind": kind, "keep_head": keep_head, "source": _identity(source)})
-    sizes = [_num_bytes(items, encoder) for items in shards]
-    missing = [index for index, name in enumerate(names) if not (target / name).is_file()]
-    needed, free = sum(sizes[index] for index in missing) + SPARE_BYTES, shutil.disk_usage(target).free
-    if needed > free:
-        raise StorageFull(f"{target}: {format_size(needed)} are needed and {format_size(free)} are free")
-    done = sum(sizes) - sum(sizes[index] for index in missing)
-    quantisation = encoder.config(_skipped(skeleton, shards))
-    for number, index in enumerate(missing):
-        on_shard(len(shards) - len(missing) + number, len(shards), done)
-        _write(target / names[index], shards[index], encoder)
-        _compare(target / names[index], shards[index], quantisation, MOST_ERROR[kind])
-        done += sizes[index]
-    on_shard(len(shards), len(shards), done)
-    _finish(source, target, names, quantisation)
-    return PackReport(skeleton.model_bytes, sum(sizes), len(missing), len(shards) - len(missing))
+    identity = _identity(source) if identity is None else identity
+    with _writing(target):
+        skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
+        if open_folder(source).packed:
+            raise ConfigurationError(f"{source} is quantised already: pack the 16-bit original")
+        encoder = make_encoder(kind)
+        shards = _shards(skeleton, encoder, keep_head)
+        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        _prepare(source, target, {"kind": kind, "keep_head": keep_head, "source": identity})
+        sizes = [_num_bytes(items, encoder) for items in shards]
+        missing = [index for index, name in enumerate(names) if not (target / name).is_file()]
+        needed, free = sum(sizes[index] for index in missing) + SPARE_BYTES, shutil.disk_usage(target).free
+        if needed > free:
+            raise StorageFull(f"{target}: {format_size(needed)} are needed and {format_size(free)} are free")
+        done = sum(sizes) - sum(sizes[index] for index in missing)
+        quantisation = encoder.config(_skipped(skeleton, shards))
+        for number, index in enumerate(missing):
+            on_shard(len(shards) - len(missing) + number, len(shards), done)
+            _write(target / names[index], shards[index], encoder)
+            _compare(target / names[index], shards[index], quantisation, MOST_ERROR[kind])
+            _check_unchanged(source, identity, target / names[index])
+            done += sizes[index]
+        on_shard(len(shards), len(shards), done)
+        _finish(source, target, names, quantisation, identity)
+        return PackReport(skeleton.model_bytes, sum(sizes), len(missing), len(shards) - len(missing))
 
 
 def ensure_packed(
@@ -121,15 +144,17 @@ def ensure_packed(
     Raises:
         As :func:`pack`.
     """
-    digest = hashlib.sha256(json.dumps([str(source.resolve()), _identity(source)]).encode()).hexdigest()[:16]
+    identity = _identity(source)
+    digest = hashlib.sha256(json.dumps([str(source.resolve()), identity]).encode()).hexdigest()[:16]
     root = Path(os.environ.get("LAYERSTREAM_PACKED") or cache_folder() / "packed").expanduser()
     target = root / f"{source.resolve().name}-{kind}-{digest}"
     if not (target / "config.json").is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{target.name}.lock"):
+        with _writing(root):
+            root.mkdir(parents=True, exist_ok=True)
+        with _writing(root), FileLock(root / f"{target.name}.lock"):
             if not (target / "config.json").is_file():
                 logger.info("%s is converted to %s once, in %s", source, kind, target)
-                pack(source, target, kind, trust_remote_code=trust_remote_code, on_shard=on_shard)
+                pack(source, target, kind, trust_remote_code=trust_remote_code, on_shard=on_shard, identity=identity)
     return target
 
 
@@ -198,11 +223,8 @@ def _write(path: Path, items: Sequence[_Item], encoder: Encoder) -> None:
 
 def _bytes(entry: TensorEntry) -> Iterator[bytes]:
     """The bytes of a stored tensor, a piece at a time."""
-    extent = entry.extent
-    with extent.path.open("rb") as file:
-        for start in range(0, extent.num_bytes, COPY_BYTES):
-            yield os.pread(file.fileno(), min(COPY_BYTES, extent.num_bytes - start), extent.offset + start)
-        _forget(file.fileno())
+    size = entry.extent.num_bytes
+    return _read(entry, ((start, min(COPY_BYTES, size - start)) for start in range(0, size, COPY_BYTES)))
 
 
 def _rows(item: _Item, step: int) -> Iterator[torch.Tensor]:
@@ -210,12 +232,30 @@ def _rows(item: _Item, step: int) -> Iterator[torch.Tensor]:
     rows, columns = item.entry.shape
     row_bytes = columns * item.dtype.itemsize
     count = max(step, PART_BYTES // row_bytes // step * step)
-    with item.entry.extent.path.open("rb") as file:
-        for start in range(0, rows, count):
-            num_rows = min(count, rows - start)
-            raw = os.pread(file.fileno(), num_rows * row_bytes, item.entry.extent.offset + start * row_bytes)
-            yield torch.frombuffer(bytearray(raw), dtype=item.dtype).view(num_rows, columns)
-        _forget(file.fileno())
+    parts = ((start * row_bytes, min(count, rows - start) * row_bytes) for start in range(0, rows, count))
+    for raw in _read(item.entry, parts):
+        yield torch.frombuffer(bytearray(raw), dtype=item.dtype).view(-1, columns)
+
+
+def _read(entry: TensorEntry, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Of a stored tensor, *parts* of so many bytes from there on.
+
+    Raises:
+        ReadError, TruncatedFile: the disk fails, or the file is shorter than it was.
+    """
+    extent = entry.extent
+    try:
+        with extent.path.open("rb") as file:
+            for start, num_bytes in parts:
+                raw = os.pread(file.fileno(), num_bytes, extent.offset + start)
+                if len(raw) < num_bytes:
+                    raise TruncatedFile(f"{extent.path}: ends within {entry.name!r}; fetch it again")
+                yield raw
+            _forget(file.fileno())
+    except OSError as error:
+        if isinstance(error, LayerStreamError) or error.filename not in {None, str(extent.path)}:
+            raise
+        raise ReadError(f"{extent.path}: cannot be read ({error.strerror}); look at the disk") from error
 
 
 def _forget(descriptor: int) -> None:
@@ -268,10 +308,44 @@ def _error(matrix: Any, item: _Item) -> float:
     return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12))
 
 
-def _identity(source: Path) -> list[list[Any]]:
-    """Which files the source has, and of when."""
-    files = sorted(path for path in source.iterdir() if path.suffix in {".safetensors", ".json"})
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+def _identity(source: Path) -> _Identity:
+    """Which files the source has, and of when.
+
+    Raises:
+        ConfigurationError: it is a GGUF file.
+        CheckpointError: it cannot be looked at.
+    """
+    if source.suffix == ".gguf":
+        raise ConfigurationError(f"{source} is a GGUF file, which runs as it is: pack the safetensors original")
+    try:
+        files = sorted(path for path in source.iterdir() if path.suffix in {".safetensors", ".json"})
+        found = [(path.name, path.stat()) for path in files]
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read ({error}); fetch the model again") from error
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+
+
+def _check_unchanged(source: Path, identity: _Identity, made: Path) -> None:
+    """The source is what it was when *made* was begun, which is removed if it is not."""
+    if _identity(source) != identity:
+        made.unlink(missing_ok=True)
+        raise ConfigurationError(
+            f"{source} was changed while it was packed, so {made.parent} would be a mixture: delete that folder, and "
+            "pack again when nothing writes to the source"
+        )
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """A folder that cannot be written is the caller's to change."""
+    try:
+        yield
+    except LayerStreamError:
+        raise
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise StorageFull(f"{target}: the disk is full; free some room and start again") from error
+        raise ConfigurationError(f"{target}: cannot be written ({error}); pack into another folder") from error
 
 
 def _prepare(source: Path, target: Path, job: dict[str, Any]) -> None:
@@ -281,7 +355,7 @@ def _prepare(source: Path, target: Path, job: dict[str, Any]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     note = target / JOB
     if note.is_file():
-        if json.loads(note.read_text()) != job:
+        if read_object(note) != job:
             raise ConfigurationError(
                 f"{target} has a packing of another source, or of another kind, that was not finished: delete the "
                 "folder, or pack into another one"
@@ -289,22 +363,23 @@ def _prepare(source: Path, target: Path, job: dict[str, Any]) -> None:
         return
     if any(target.iterdir()):
         raise ConfigurationError(f"{target} is not empty: pack into another folder, or empty it")
-    note.write_text(json.dumps(job))
+    write_whole(note, json.dumps(job))
 
 
-def _finish(source: Path, target: Path, names: Sequence[str], quantisation: dict[str, Any]) -> None:
-    """Index, side files, and last the config."""
+def _finish(
+    source: Path, target: Path, names: Sequence[str], quantisation: dict[str, Any], identity: _Identity
+) -> None:
+    """Index, side files, and last the config. An adapter is of the source, and stays there."""
     weight_map = {tensor: name for name in names for tensor in read_header(target / name)}
     total = sum((target / name).stat().st_size for name in names)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     for pattern in _SIDE_FILES:
         for path in source.glob(pattern):
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(".safetensors.index.json"):
+            is_own = path.name in {CONFIG, ADAPTER_CONFIG} or path.name.endswith(".safetensors.index.json")
+            if path.is_file() and not is_own and not path.name.startswith("."):
                 shutil.copyfile(path, target / path.name)
-    config = json.loads((source / "config.json").read_text("utf-8"))
-    config["quantization_config"] = quantisation
-    partial = target / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=2), "utf-8")
-    partial.replace(target / "config.json")
+    config = read_object(source / CONFIG) | {"quantization_config": quantisation}
+    _check_unchanged(source, identity, target / CONFIG)
+    write_whole(target / CONFIG, json.dumps(config, indent=2))
     (target / JOB).unlink()

@@ -24,6 +24,7 @@ from layerstream.assembly import Assembly, assemble
 from layerstream.config import EngineConfig
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
 from layerstream.model.families import TESTED, check_supported
+from layerstream.model.skeleton import load_config
 from layerstream.params import SamplingParams
 from layerstream.scheduling.scheduler import Drafting
 from layerstream.scheduling.verify import verify
@@ -61,8 +62,7 @@ def check_untested(config: EngineConfig) -> None:
     folder = locate_model(config)
     if folder.suffix == ".gguf":
         return  # all architectures that are read from GGUF are tested
-    full = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    full = full.get_text_config(decoder=True)
+    full = load_config(folder, trust_remote_code=config.trust_remote_code).get_text_config(decoder=True)
     if full.model_type in TESTED:
         return
     check_supported(full, allow_untested=True)

@@ -95,7 +95,7 @@ def test_fp8_blocks(block_rows: int, block_columns: int, block: int, scale_dtype
     elif scale_dtype == "BF16":
         scale = scale.to(torch.bfloat16)
     expected = Fp8Dequantize(None)._dequantize_one(values, scale, torch.float32)
-    codec = Fp8(shape[0], tuple(scale.shape))
+    codec = Fp8(shape[0], (block, block))
     planes = {"weight": values, "scale": scale}
     found = decode(codec, planes, shape, torch.float32)
     assert torch.equal(found, expected)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from layerstream.errors import InvalidHeader
 from layerstream.params import SamplingParams
-from layerstream.text.defaults import GenerationDefaults, load_defaults
+from layerstream.text.defaults import LEAST_TOP_P, GenerationDefaults, load_defaults
 
 NEUTRAL: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -99,7 +99,13 @@ def test_max_tokens_and_seed_are_left_to_the_engine(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[1]", "JSON list, expected an object"),
         ({"do_sample": True, "temperature": "warm"}, "temperature cannot be used"),
-        ({"do_sample": True, "top_p": 7}, "top_p cannot be used"),
+        ({"do_sample": True, "top_p": -1}, "top_p cannot be used"),
+        ({"do_sample": True, "top_p": True}, "top_p cannot be used"),
+        ({"do_sample": True, "min_p": 2}, "min_p cannot be used"),
+        ({"do_sample": True, "top_k": -1}, "top_k cannot be used"),
+        ('{"do_sample": true, "temperature": 1e400}', "temperature cannot be used"),
+        ('{"do_sample": true, "temperature": 1%s}' % ("0" * 400), "401 digits"),
+        ({"repetition_penalty": 0}, "repetition_penalty cannot be used"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({"eos_token_id": [1, None]}, "eos_token_id is"),
     ],
@@ -108,3 +114,34 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, said: Any, message:
     with pytest.raises(InvalidHeader, match=message) as caught:
         load(tmp_path, said)
     assert str(tmp_path / "generation_config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"top_p": 0}, {}),
+        ({"top_p": 1.5}, {}),
+        ({"temperature": "warm", "top_k": -1, "min_p": 7}, {}),
+        ({"do_sample": True, "top_p": 1.5}, {"temperature": 1.0, "top_p": 1.0}),
+        ({"do_sample": True, "top_p": 7}, {"temperature": 1.0, "top_p": 1.0}),
+        ({"do_sample": True, "top_p": 0}, {"temperature": 1.0, "top_p": LEAST_TOP_P}),
+    ],
+)
+def test_what_transformers_lives_with_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, said: Any, expected: dict[str, Any]
+) -> None:
+    assert load(tmp_path, said).sampling == SamplingParams(**{**NEUTRAL, **expected})
+    assert "generation_config.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [(2.0, {2}), ([2.0, 3], {2, 3}), (2.5, set()), (-1, set()), ([2, -1], {2}), (99, set()), (True, set())],
+)
+def test_odd_ends_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, said: Any, expected: set[int]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    config, tokenizer = SimpleNamespace(eos_token_id=None, vocab_size=64), SimpleNamespace(eos_token_id=None)
+    assert load_defaults(tmp_path, config, tokenizer).eos_token_ids == expected
+    assert "eos_token_id" in caplog.text

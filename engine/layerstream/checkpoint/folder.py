@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,19 +11,27 @@ from typing import Any
 
 from layerstream.checkpoint.header import TensorEntry, read_header
 from layerstream.checkpoint.packed import PackedTensor, find_packed
-from layerstream.errors import CheckpointNotFound, InvalidHeader, MissingTensor, UnsupportedFormat
+from layerstream.checkpoint.reading import read_object
+from layerstream.checkpoint.selection import ADAPTER_CONFIG, Selection, select_files
+from layerstream.errors import CheckpointNotFound, InvalidHeader
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SIDE_FILES = ("adapter_", "consolidated", "training_args", "optimizer")
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 16 * 2**20
+_OWN_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where older tools wrote what stands in ``quantization_config`` today, and which methods they are of."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, wherever they lie; *packed* are the quantised matrices among them, by their parameter's name."""
+    """Tensors by name, wherever they lie; *packed* are the quantised matrices among them, by their parameter's name.
+    *config* is what ``config.json`` says."""
 
     folder: Path
     tensors: Mapping[str, TensorEntry]
     packed: Mapping[str, PackedTensor] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -37,87 +45,107 @@ def open_folder(folder: Path) -> Checkpoint:
 
     Raises:
         CheckpointNotFound: no folder, no config or no weights, or a shard is missing.
-        UnsupportedFormat: pickles, or weights quantised by an unknown method.
-        InvalidHeader, TruncatedFile, MissingTensor: the files contradict each other or themselves.
+        UnsupportedFormat: pickles, an adapter alone, or weights quantised by an unknown method.
+        InvalidHeader, TruncatedFile: the files contradict each other or themselves.
     """
     if not folder.is_dir():
-        raise CheckpointNotFound(f"{folder}: no such folder; expected one with config.json and *.safetensors")
-    quantisation = _quantisation(read_json(folder / "config.json"))
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    tensors = _from_index(folder, _main_index(indices)) if indices else _merge(_weight_files(folder))
+        raise CheckpointNotFound(f"{folder}: no such folder; expected one with {CONFIG} and *.safetensors")
+    names = {path.name for path in folder.iterdir()}
+    if CONFIG not in names and ADAPTER_CONFIG in names:
+        select_files(folder, names)  # says that it is an adapter, if nothing else is there
+    config = read_object(folder / CONFIG, MAX_CONFIG_BYTES)
+    named = config.get("transformers_weights")
+    selection = select_files(folder, names, named if isinstance(named, str) else None)
+    _say_what_is_left_out(folder, selection)
+    for name in selection.left_out:
+        if name.endswith(".index.json"):
+            _weight_map(folder / name)  # not followed, but a hostile one is no neighbour
+    if selection.index is None:
+        tensors = _merge({name: read_header(folder / name) for name in selection.files}, {})
+    else:
+        tensors = _from_index(folder, folder / selection.index)
+    quantisation = _quantisation(config) or _own_quantisation(folder, names, tensors)
     if quantisation is None:
-        return Checkpoint(folder, tensors)
-    return Checkpoint(folder, *find_packed(tensors, quantisation))
+        return Checkpoint(folder, tensors, config=config)
+    return Checkpoint(folder, *find_packed(tensors, quantisation), config)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the checkpoint."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        found = ", ".join(sorted(item.name for item in path.parent.iterdir())[:8]) or "nothing"
-        raise CheckpointNotFound(f"{path.parent}: there is no {path.name}; found: {found}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InvalidHeader(f"{path}: not JSON ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise InvalidHeader(f"{path}: a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def _quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
+def _quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the config says about how the weights are quantised."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        quantisation = part.get("quantization_config")
+        quantisation = part.get("quantization_config") or part.get("compression_config")
         if quantisation:
             return quantisation if isinstance(quantisation, dict) else {}
     return None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """All safetensors files that can be the model's; side files only count where nothing else is there."""
-    files = sorted(folder.glob("*.safetensors"))
-    model_files = [path for path in files if not path.name.startswith(_SIDE_FILES)] or files
-    if model_files:
-        return model_files
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise UnsupportedFormat(
-            f"{folder}: weights only as pickles ({', '.join(pickles[:3])}), which can run code when opened; "
-            "save them once with transformers' save_pretrained(), which writes safetensors"
+def _own_quantisation(folder: Path, names: Iterable[str], tensors: Iterable[str]) -> dict[str, Any] | None:
+    """What a file of the tool that quantised them says, where the config says nothing."""
+    if not any(name.endswith(".qweight") for name in tensors):
+        return None
+    for name, method in _OWN_CONFIGS.items():
+        if name in names:
+            return {"quant_method": method, **read_object(folder / name, MAX_CONFIG_BYTES)}
+    return None
+
+
+def _say_what_is_left_out(folder: Path, selection: Selection) -> None:
+    if selection.left_out:
+        logger.warning(
+            "%s: the weights are those of %s, as for transformers; not read: %s",
+            folder,
+            selection.files[0],
+            ", ".join(selection.left_out[:4]) + (", …" if len(selection.left_out) > 4 else ""),
         )
-    if files := sorted(path.name for path in folder.glob("*.gguf")):
-        raise CheckpointNotFound(f"{folder}: only GGUF files; pass one of them as the model: {', '.join(files[:5])}")
-    raise CheckpointNotFound(f"{folder}: no *.safetensors files")
-
-
-def _main_index(indices: list[Path]) -> Path:
-    named = [path for path in indices if path.name == "model.safetensors.index.json"]
-    return (named or indices)[0]
+    if selection.adapter:
+        logger.warning(
+            "%s: an adapter lies beside the model and is not applied: the answers are the plain model's; to have it, "
+            "load both with peft, merge_and_unload() and save_pretrained(), and open what that writes",
+            folder,
+        )
 
 
 def _from_index(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InvalidHeader(f"{index}: no weight_map from tensor names to file names")
+    """The tensors of the files that *index* names; of one that two of them have, that in the file that it says.
+
+    Tensors that it names and no file has are left to whoever needs them.
+    """
+    weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise InvalidHeader(f"{index}: {name!r} is not the name of a file in the folder")
-        if not (folder / name).is_file():
+        path = folder / name
+        if not path.exists() and not path.is_symlink():
             raise CheckpointNotFound(f"{folder}: shard {name} of {len(names)} is missing, {index.name} names it")
-    tensors = _merge(folder / name for name in names)
-    for tensor, name in weight_map.items():
-        if tensor not in tensors or tensors[tensor].extent.path.name != name:
-            raise MissingTensor(f"{folder}: {index.name} says that {tensor!r} is in {name}, but it is not")
+    tensors = _merge({name: read_header(folder / name) for name in names}, weight_map)
+    if absent := [tensor for tensor in weight_map if tensor not in tensors]:
+        logger.info("%s names %d tensors that no file has, %r among them", index, len(absent), absent[0])
     return tensors
 
 
-def _merge(paths: Iterable[Path]) -> dict[str, TensorEntry]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as *index* has it: of names that lead nowhere else."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InvalidHeader(f"{index}: no weight_map from tensor names to file names")
+    for name in set(weight_map.values()):
+        if Path(name).name != name or name in {"", ".."} or "\0" in name:
+            raise InvalidHeader(f"{index}: {name!r} is not the name of a file in the folder")
+    return weight_map
+
+
+def _merge(files: Mapping[str, Mapping[str, TensorEntry]], decides: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """The tensors of all *files*; *decides* names the file of a tensor that several have."""
     tensors: dict[str, TensorEntry] = {}
-    for path in paths:
-        for name, entry in read_header(path).items():
-            if name in tensors:
-                raise InvalidHeader(f"{path}: tensor {name!r} is also in {tensors[name].extent.path.name}")
-            tensors[name] = entry
+    for name, entries in files.items():
+        for tensor, entry in entries.items():
+            chosen = decides.get(tensor, "")
+            if chosen != name and tensor in files.get(chosen, ()):
+                continue
+            if tensor in tensors:
+                raise InvalidHeader(
+                    f"{entry.extent.path}: tensor {tensor!r} is also in {tensors[tensor].extent.path.name}, and no "
+                    "index says which counts; delete the file that is not the model's"
+                )
+            tensors[tensor] = entry
     return tensors

@@ -19,6 +19,7 @@ from layerstream.checkpoint.codecs.ggml import SUPPORTED, Ggml
 from layerstream.checkpoint.header import Extent, TensorEntry
 from layerstream.checkpoint.names import PackedSource, ParameterSource, Source, check_sources, tie_sources
 from layerstream.checkpoint.pieces import PiecedTensor, concatenate
+from layerstream.checkpoint.reading import check_file
 from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedFormat, UnsupportedModel
 
 ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen3moe"})
@@ -103,18 +104,19 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def _splits(path: Path) -> list[Path]:
-    if not path.is_file():
-        raise CheckpointNotFound(f"{path}: no such file")
+    check_file(path)
     found = _SPLIT.search(path.name)
     if found is None:
         return [path]
     stem, count = path.name[: found.start()], int(found.group(2))
     paths = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    missing = [item.name for item in paths if not item.is_file()]
+    missing = [item.name for item in paths if not item.exists() and not item.is_symlink()]
     if missing:
         raise CheckpointNotFound(
             f"{path.parent}: {', '.join(missing[:3])} missing, of {count} files that belong together"
         )
+    for item in paths:
+        check_file(item)
     return paths
 
 

@@ -6,17 +6,17 @@ before a byte of data is read: length, JSON, names, dtypes, shapes, extents insi
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from layerstream.checkpoint.reading import MAX_JSON_BYTES, check_file, parse_object
 from layerstream.errors import InvalidHeader, TruncatedFile
 
-MAX_HEADER_BYTES = 100_000_000  # the bound of safetensors itself
+MAX_HEADER_BYTES = MAX_JSON_BYTES
 MAX_TENSOR_VALUES = 2**48
+MAX_DIMENSIONS = 16
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -56,9 +56,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         InvalidHeader: the header contradicts the format or itself; says which claim, and what is there.
         TruncatedFile: the file is shorter than the header says.
+        CheckpointNotFound: there is no such file.
     """
+    file_bytes = check_file(path)
     with path.open("rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise TruncatedFile(f"{path}: {file_bytes} bytes are no safetensors file (8 at least); fetch it again")
@@ -72,44 +73,27 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raw = file.read(length)
     entries = {
         name: _entry(path, name, claim, 8 + length)
-        for name, claim in _parse(path, raw).items()
+        for name, claim in parse_object(raw, f"{path}: the header", unique=True).items()
         if name != "__metadata__"
     }
     _check_extents(path, list(entries.values()), 8 + length, file_bytes)
     return entries
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InvalidHeader(f"{path}: the header is not JSON ({error}); fetch the file again") from error
-    if not isinstance(header, dict):
-        raise InvalidHeader(f"{path}: the header is a JSON {type(header).__name__}, expected an object of tensors")
-    return header
-
-
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        raise InvalidHeader(f"{path}: a name stands in the header more than once")
-    return names
-
-
 def _entry(path: Path, name: str, claim: Any, data_start: int) -> TensorEntry:
     if not name or not isinstance(claim, dict):
         raise InvalidHeader(
-            f"{path}: tensor {name!r} is described by {claim!r}, expected dtype, shape and data_offsets"
+            f"{path}: tensor {name!r} is described by {claim!r:.80}, expected dtype, shape and data_offsets"
         )
     dtype: Any = claim.get("dtype")
     shape: Any = claim.get("shape")
     offsets: Any = claim.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise InvalidHeader(f"{path}: tensor {name!r} has dtype {dtype!r}, which is not a safetensors dtype")
-    if not _is_counts(shape) or prod(shape) > MAX_TENSOR_VALUES:
-        raise InvalidHeader(f"{path}: tensor {name!r} has shape {shape!r}, expected a list of sizes")
+        raise InvalidHeader(f"{path}: tensor {name!r} has dtype {dtype!r:.80}, which is not a safetensors dtype")
+    if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS or prod(shape) > MAX_TENSOR_VALUES:
+        raise InvalidHeader(f"{path}: tensor {name!r} has shape {shape!r:.80}, expected a list of sizes")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InvalidHeader(f"{path}: tensor {name!r} has data_offsets {offsets!r}, expected [start, stop]")
+        raise InvalidHeader(f"{path}: tensor {name!r} has data_offsets {offsets!r:.80}, expected [start, stop]")
     num_bytes = offsets[1] - offsets[0]
     expected = stored_bytes(dtype, shape)
     if num_bytes != expected:

@@ -6,9 +6,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -85,12 +86,11 @@ def locate_headers(model: str, *, revision: str | None = None, token: str | None
         found = HfApi(token=token).get_safetensors_metadata(model, revision=revision)
         if names >= set(found.files_metadata):
             return folder  # it is here as a whole
-        target = _headers() / model.replace("/", "--") / folder.name
-        target.mkdir(parents=True, exist_ok=True)
+        target = headers_folder(f"{model.replace('/', '--')}/{folder.name}")
         for side in folder.glob("*.json"):
             shutil.copyfile(side, target / side.name)
         for name, file in found.files_metadata.items():
-            _write_empty(target / Path(name).name, file)
+            write_empty(target / Path(name).name, _entries(file))
     return target
 
 
@@ -103,17 +103,27 @@ def _headers() -> Path:
     return cache_folder() / "headers"
 
 
-def _write_empty(path: Path, file: SafetensorsFileMetadata) -> None:
-    """A file with the header of *file*, and nothing behind it."""
-    entries = {
-        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(tensor.data_offsets)}
-        for name, tensor in file.tensors.items()
-    }
+def headers_folder(name: str) -> Path:
+    """A folder of that *name* for configs and headers without weights."""
+    target = _headers() / name
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def write_empty(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """A safetensors file with a header of *entries*, and nothing behind it."""
     header = json.dumps(entries).encode()
-    end = max((tensor.data_offsets[1] for tensor in file.tensors.values()), default=0)
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     with path.open("wb") as opened:
         opened.write(len(header).to_bytes(8, "little") + header)
         opened.truncate(8 + len(header) + end)
+
+
+def _entries(file: SafetensorsFileMetadata) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(tensor.data_offsets)}
+        for name, tensor in file.tensors.items()
+    }
 
 
 def _fetch(repo: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:

@@ -285,6 +285,7 @@ def check_sources(meta: Mapping[str, Any], sources: Mapping[str, Source]) -> Non
 
     Raises:
         MissingTensor, InvalidHeader: one has not.
+        UnsupportedFormat: it has integers where the model has floats.
     """
     missing = [name for name in meta if name not in sources]
     if missing:
@@ -296,4 +297,10 @@ def check_sources(meta: Mapping[str, Any], sources: Mapping[str, Source]) -> Non
     for name, tensor in meta.items():
         found, expected = sources[name].shape, tuple(tensor.shape)
         if found != expected:
-            raise InvalidHeader(f"{name!r} is stored with shape {list(found)}; config.json says {list(expected)}")
+            raise InvalidHeader(f"{name!r} is stored with shape {list(found)!s:.80}; config.json says {list(expected)}")
+        source = sources[name]
+        if isinstance(source, ParameterSource) and source.dtype.is_floating_point != tensor.is_floating_point():
+            raise UnsupportedFormat(
+                f"{name!r} is stored as {source.dtype}, and the model computes with {tensor.dtype}: the weights are "
+                "quantised, and config.json has no quantization_config that says how; use the 16-bit original"
+            )

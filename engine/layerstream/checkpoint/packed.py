@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,32 @@ from layerstream.checkpoint.codecs.int4 import Awq, CompressedInt4, Gptq
 from layerstream.checkpoint.codecs.mxfp4 import BLOCK, Mxfp4
 from layerstream.checkpoint.codecs.tiled import TILE, TILED_METHOD, TiledInt4
 from layerstream.checkpoint.header import TensorEntry
+from layerstream.checkpoint.reading import parse_object
+from layerstream.checkpoint.schemes import check_gptq, compressed_scheme, fp8_blocks, group_size, method_of
 from layerstream.errors import InvalidHeader, UnsupportedFormat
 
 _STATE = "quant_state.bitsandbytes__"
 _BNB4_PLANES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MAX_STATE_BYTES = 64 * 1024
+_FLOATS = frozenset({"F32", "F16", "BF16"})
+_DTYPES: dict[tuple[type[Codec], str], frozenset[str]] = {
+    (Awq, "weight"): frozenset({"I32"}),
+    (Awq, "zero"): frozenset({"I32"}),
+    (Bnb4, "weight"): frozenset({"U8"}),
+    (Bnb4, "absmax"): _FLOATS | {"U8"},
+    (BnbInt8, "weight"): frozenset({"I8"}),
+    (CompressedInt4, "weight"): frozenset({"I32"}),
+    (CompressedInt4, "zero"): frozenset({"I32"}),
+    (Fp8, "weight"): frozenset({"F8_E4M3"}),
+    (Fp8, "scale"): _FLOATS | {"F8_E8M0", "U8"},
+    (Gptq, "weight"): frozenset({"I32"}),
+    (Gptq, "zero"): frozenset({"I32"}),
+    (Gptq, "g_idx"): frozenset({"I32", "I64"}),
+    (Mxfp4, "weight"): frozenset({"U8"}),
+    (Mxfp4, "scale"): frozenset({"U8", "F8_E8M0"}),
+    (TiledInt4, "weight"): frozenset({"U8"}),
+}
+"""What planes are stored as; those that are not listed are floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +63,7 @@ def find_packed(
         UnsupportedFormat: a method that is not known; names those that are.
         InvalidHeader: planes that do not fit each other.
     """
-    method = str(quantisation.get("quant_method", "unknown"))
+    method = method_of(quantisation)
     finder = _FINDERS.get(method)
     if finder is None:
         raise UnsupportedFormat(
@@ -89,7 +109,7 @@ def _bnb4(entry: TensorEntry, kind: str) -> tuple[Bnb4, tuple[int, int]]:
         file.seek(entry.extent.offset)
         raw = file.read(entry.extent.num_bytes)
     try:
-        state = json.loads(raw)
+        state = parse_object(raw, f"{entry.extent.path}: {entry.name!r}")
         rows, columns = (int(size) for size in state["shape"])
         blocksize = int(state["blocksize"])
         nested = None
@@ -102,27 +122,44 @@ def _bnb4(entry: TensorEntry, kind: str) -> tuple[Bnb4, tuple[int, int]]:
     return Bnb4(kind, columns, blocksize, nested), (rows, columns)
 
 
-def _fp8(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str, PackedTensor]:
+def _fp8(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    return _fp8_in(tensors, fp8_blocks(quantisation))
+
+
+def _fp8_in(tensors: Mapping[str, TensorEntry], blocks: Sequence[tuple[int, int]]) -> dict[str, PackedTensor]:
+    """FP8 matrices, in one of *blocks*, or with a scale for each row or for all."""
     found = {}
     for name, entry in tensors.items():
         if entry.dtype == "F8_E4M3" and len(entry.shape) == 2:
             scale = tensors.get(f"{name}_scale_inv") or tensors.get(f"{name}_scale")
             if scale is None:
                 raise InvalidHeader(f"{entry.extent.path}: {name!r} is FP8 and has no {name}_scale_inv")
+            planes = {"weight": entry, "scale": scale}
             rows, columns = entry.shape
-            grid = (*scale.shape, *(1,) * (2 - len(scale.shape)))
-            if not all(grid) or rows % grid[0] or columns % grid[1]:
-                raise InvalidHeader(
-                    f"{entry.extent.path}: {name!r} of shape {list(entry.shape)} has scales of shape "
-                    f"{list(scale.shape)}, which do not divide it"
-                )
-            found[name] = PackedTensor(name, Fp8(rows, scale.shape), (rows, columns), {"weight": entry, "scale": scale})
+            found[name] = PackedTensor(name, _fp8_codec(entry, scale, blocks), (rows, columns), planes)
     return found
+
+
+def _fp8_codec(entry: TensorEntry, scale: TensorEntry, blocks: Sequence[tuple[int, int]]) -> Fp8:
+    """The one of *blocks* whose grid of scales is that of *scale*."""
+    rows, columns = entry.shape
+    dims = len(scale.shape)
+    tried = [(min(high, rows), min(wide, columns)) for high, wide in (*blocks, (1, columns), (rows, columns))]
+    codecs = {Fp8(rows, block, dims) for block in tried if min(block) and (dims > 1 or block[1] == columns)}
+    fitting = [codec for codec in codecs if codec.expected(rows, columns)["scale"] == scale.shape]
+    if len(fitting) != 1:
+        said = " or ".join(str(list(block)) for block in blocks) or "a row, or of all"
+        raise InvalidHeader(
+            f"{entry.extent.path}: {entry.name!r} of shape {list(entry.shape)} has scales of shape "
+            f"{list(scale.shape)}, which are not those of blocks of {said}, as the quantization_config says"
+        )
+    return fitting[0]
 
 
 def _compressed_tensors(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
     """int4 as ``pack-quantized``, FP8 as ``float-quantized``."""
-    found = _fp8(tensors, quantisation)
+    scheme = compressed_scheme(quantisation)
+    found = _fp8_in(tensors, scheme.blocks)
     for name, entry in tensors.items():
         if not name.endswith(".weight_packed"):
             continue
@@ -133,9 +170,15 @@ def _compressed_tensors(tensors: Mapping[str, TensorEntry], quantisation: Mappin
         if f"{stem}_g_idx" in tensors:
             raise UnsupportedFormat(f"{entry.extent.path}: {stem!r} has its columns in another order (actorder)")
         rows, columns = entry.shape[0], entry.shape[1] * 8
-        codec = CompressedInt4(columns // scale.shape[1], zero is None)
+        group, rest = divmod(columns, scale.shape[1])
+        if rest or (scheme.group_sizes and scale.shape[1] > 1 and group not in scheme.group_sizes):
+            said = " or ".join(map(str, sorted(scheme.group_sizes))) or "equal size"
+            raise InvalidHeader(
+                f"{entry.extent.path}: {stem!r} has scales of shape {list(scale.shape)} for {columns} columns, which "
+                f"are not those of groups of {said}, as the quantization_config says"
+            )
         planes = {"weight": entry, "scale": scale} | ({} if zero is None else {"zero": zero})
-        found[stem] = PackedTensor(stem, codec, (rows, columns), planes)
+        found[stem] = PackedTensor(stem, CompressedInt4(group, zero is None), (rows, columns), planes)
     return found
 
 
@@ -146,7 +189,8 @@ def _tiled(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str
         if name.endswith(".weight_tiles"):
             stem = name.removesuffix("_tiles")
             scale = tensors.get(f"{stem}_scale")
-            if scale is None or len(scale.shape) != 4 or len(entry.shape) != 3 or not scale.shape[1]:
+            can = scale is not None and len(scale.shape) == 4 and len(entry.shape) == 3 and scale.shape[1]
+            if scale is None or not can or entry.shape[1] % scale.shape[1]:
                 raise InvalidHeader(f"{entry.extent.path}: {name!r} is no matrix in tiles, or without its {stem}_scale")
             shape = entry.shape[0] * TILE, entry.shape[1]
             codec = TiledInt4(shape[1] // scale.shape[1])
@@ -172,11 +216,12 @@ def _mxfp4(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str
 
 
 def _gptq(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
+    check_gptq(quantisation)
     shift = 0 if quantisation.get("checkpoint_format") == "gptq_v2" else 1
     found = {}
     for stem, planes in _transposed(tensors, quantisation, {"g_idx": "g_idx"}):
         columns, rows = planes["weight"].shape[0] * 8, planes["weight"].shape[1]
-        codec = Gptq(_group_size(quantisation, columns), shift, in_order=quantisation.get("desc_act") is False)
+        codec = Gptq(group_size(quantisation, columns), shift, in_order=quantisation.get("desc_act") is False)
         found[stem] = PackedTensor(stem, codec, (rows, columns), planes)
     return found
 
@@ -187,7 +232,10 @@ def _awq(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) ->
     found = {}
     for stem, planes in _transposed(tensors, quantisation, {}):
         columns, rows = planes["weight"].shape[0], planes["weight"].shape[1] * 8
-        codec = Awq(_group_size(quantisation, columns))
+        group = group_size(quantisation, columns)
+        if not columns or columns % group:
+            raise InvalidHeader(f"{planes['weight'].extent.path}: {stem!r} has {columns} columns, in groups of {group}")
+        codec = Awq(group)
         found[stem] = PackedTensor(stem, codec, (rows, columns), planes)
     return found
 
@@ -209,15 +257,8 @@ def _transposed(
             yield f"{stem}.weight", {plane: tensors[f"{stem}.{suffix}"] for plane, suffix in wanted.items()}
 
 
-def _group_size(quantisation: Mapping[str, Any], columns: int) -> int:
-    """Columns that share a scale; -1 means all."""
-    size = quantisation.get("group_size", quantisation.get("q_group_size", 128))
-    if not isinstance(size, int) or size == 0 or size < -1:
-        raise InvalidHeader(f"the quantization_config says group_size {size!r}; expected a number of columns, or -1")
-    return columns if size == -1 else size
-
-
 def _check(matrix: PackedTensor) -> None:
+    """Planes have the shapes that the codec takes, of the dtypes that it computes with."""
     expected = matrix.codec.expected(*matrix_shape(matrix.codec, matrix.shape))
     for name, shape in expected.items():
         entry = matrix.planes.get(name)
@@ -228,6 +269,12 @@ def _check(matrix: PackedTensor) -> None:
             raise InvalidHeader(
                 f"{entry.extent.path}: {entry.name!r} has shape {list(entry.shape)}; a matrix of {list(matrix.shape)} "
                 f"in {matrix.codec.name} needs {list(shape)}"
+            )
+        dtypes = _DTYPES.get((type(matrix.codec), name), _FLOATS)
+        if entry.dtype not in dtypes:
+            raise InvalidHeader(
+                f"{entry.extent.path}: {entry.name!r} has dtype {entry.dtype}; {matrix.codec.name} needs "
+                f"{' or '.join(sorted(dtypes))}"
             )
 
 

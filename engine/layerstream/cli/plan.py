@@ -42,6 +42,7 @@ def plan(
     from layerstream.checkpoint.hub import are_weights_here, locate_headers
     from layerstream.config import EngineConfig
     from layerstream.kernels import fused_rows
+    from layerstream.model.assumed import assume_weights, has_config_alone
     from layerstream.planner.advice import advise, quantised
     from layerstream.sizing import devices_of, plan_facts, spend
     from layerstream.streaming.accelerators import is_there
@@ -64,6 +65,9 @@ def plan(
         check(plot)
         if quantization is not None or not are_weights_here(folder):
             raise ConfigurationError("--plot runs the model: pass a folder with its weights, as they are to be run")
+    if has_config_alone(folder):
+        typer.echo(f"{folder} has no weights: this is what they would be by its config, in 16 bits\n")
+        folder = assume_weights(folder)
     facts, skeleton, _ = plan_facts(dataclasses.replace(config, packed=folder))
     if quantization is not None:
         dataclasses.replace(config, quantization=quantization)  # checks the name

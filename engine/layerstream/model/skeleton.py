@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from layerstream.checkpoint.folder import open_folder
+from layerstream.checkpoint.config import check_config
+from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
 from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
-from layerstream.checkpoint.names import PackedSource, Source, language_model_names, resolve_parameters
+from layerstream.checkpoint.names import DTYPES, PackedSource, Source, language_model_names, resolve_parameters
+from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts, llama4
 from layerstream.model.families import check_supported
@@ -129,13 +132,19 @@ def build_skeleton(
     """
     file = open_gguf(folder) if folder.suffix == ".gguf" else None
     checkpoint = None if file else open_folder(folder)
-    config = _load_config(folder, file, trust_remote_code)
-    text_config = _text_config(config)
+    if file is not None:
+        config = _gguf_config(file)
+    else:
+        assert checkpoint is not None
+        check_config(checkpoint.config, str(folder / CONFIG), _shapes(checkpoint))
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+    text_config = text_part(config)
     check_supported(text_config, allow_untested=allow_untested)
-    compute_dtype = resolve_dtype(file.dtype if file and dtype == "auto" else dtype, text_config)
-    attention.register()
-    experts.register()
-    model = _build_meta(text_config, compute_dtype, trust_remote_code)
+    if dtype == "auto":
+        dtype = _stored_dtype(file or checkpoint, config, text_config)
+    compute_dtype = resolve_dtype(dtype)
+    with explained(f"{folder}: no model can be built as its config says"):
+        model = build_meta(text_config, compute_dtype, trust_remote_code)
     if file is not None and (factors := read_rope_factors(file)) is not None:
         _divide_frequencies(model, factors)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -179,17 +188,41 @@ def build_skeleton(
     )
 
 
-def _load_config(path: Path, file: GgufFile | None, trust_remote_code: bool) -> Any:
-    """Of a folder, or out of a GGUF file's metadata."""
-    if file is None:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    if file.is_mixtral:
-        known = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-        config = transformers.MixtralConfig(**known)
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a model's folder.
+
+    Raises:
+        UnsupportedModel: transformers does not know its family.
+        CheckpointError: it cannot be read, or transformers refuses what it says.
+    """
+    said = read_object(folder / CONFIG, MAX_CONFIG_BYTES)
+    family = said.get("model_type")
+    is_remote = trust_remote_code and isinstance(said.get("auto_map"), dict)
+    if isinstance(family, str) and family not in transformers.CONFIG_MAPPING and not is_remote:
+        code = "; it brings code of its own, which trust_remote_code=True allows to run" if "auto_map" in said else ""
+        raise UnsupportedModel(
+            f"{folder}: model_type is {family!r:.80}, which transformers {transformers.__version__} does not know{code}"
+        )
+    with explained(f"{folder / CONFIG}: transformers refuses what it says"):
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _gguf_config(file: GgufFile) -> Any:
+    """Out of a GGUF file's metadata."""
+    with explained(f"{file.path}: transformers refuses what its metadata say"):
+        config = transformers.AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        if file.is_mixtral:
+            known = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+            config = transformers.MixtralConfig(**known)
     for name, size in file.sizes.items():  # transformers takes the family's usual ones
         setattr(config, name, size)
+    check_config(config.to_dict(), str(file.path), [tensor.shape for tensor in file.tensors.values()])
     return config
+
+
+def _shapes(checkpoint: Checkpoint) -> Collection[tuple[int, ...]]:
+    packed = [entry for matrix in checkpoint.packed.values() for entry in matrix.planes.values()]
+    return [entry.shape for entry in (*checkpoint.tensors.values(), *packed)]
 
 
 def _divide_frequencies(model: Any, factors: torch.Tensor) -> None:
@@ -200,27 +233,49 @@ def _divide_frequencies(model: Any, factors: torch.Tensor) -> None:
                 frequencies /= factors
 
 
-def resolve_dtype(dtype: str, config: Any) -> torch.dtype:
-    """The torch dtype meant by *dtype*; ``"auto"`` is what the checkpoint was saved in."""
-    if dtype == "auto":
-        saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
-        return _DTYPES.get(saved, torch.float32)
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype meant by *dtype*."""
     if dtype not in _DTYPES:
         raise ConfigurationError(f"dtype is {dtype!r}; expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[dtype]
 
 
-def _text_config(config: Any) -> Any:
+def _stored_dtype(file: GgufFile | Checkpoint | None, *configs: Any) -> str:
+    """What a checkpoint was saved in: as the first of *configs* says that has a word for it, else as most of its
+    weights are stored."""
+    if isinstance(file, GgufFile):
+        return file.dtype
+    said = [str(getattr(config, "dtype", None)).removeprefix("torch.") for config in configs]
+    known = next((name for name in said if name in _DTYPES), None)
+    return known or ("float32" if file is None else _most_stored(file))
+
+
+def _most_stored(checkpoint: Checkpoint) -> str:
+    """The dtype of most numbers among the tensors that are not quantised."""
+    values: Counter[str] = Counter()
+    for entry in checkpoint.tensors.values():
+        name = str(DTYPES.get(entry.dtype)).removeprefix("torch.")
+        if name in _DTYPES:
+            values[name] += prod(entry.shape)
+    return max(values, key=lambda name: values[name], default="float32")
+
+
+def text_part(config: Any) -> Any:
     """The language model's config; of a multimodal model, its text part."""
     text = config.get_text_config(decoder=True)
     if text is not config:
         logger.info("%s is multimodal: its language model %s runs alone", config.model_type, text.model_type)
         text = copy.deepcopy(text)
         text.tie_word_embeddings = config.tie_word_embeddings  # the whole model was saved by its own word
+        if (ends := getattr(config, "eos_token_id", None)) is not None:  # as transformers' generate
+            text.eos_token_id = ends
     return text
 
 
-def _build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """transformers' model of *config*, on the meta device, computing as this engine does."""
+    attention.register()
+    experts.register()
     config = copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(

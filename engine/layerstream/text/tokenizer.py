@@ -7,7 +7,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from layerstream.errors import UnsupportedFormat
+from layerstream.checkpoint.reading import check_side_files, explained, read_object
+from layerstream.errors import InvalidHeader, UnsupportedFormat
+
+_PROCESSOR_TEMPLATE = "chat_template.json"
+MAX_TEMPLATE_BYTES = 16 * 2**20
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -17,11 +21,12 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
     Raises:
         UnsupportedFormat: there is neither.
+        CheckpointError: its files cannot be read, or transformers refuses what they say.
     """
     if path.suffix != ".gguf":
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return _of_folder(path, trust_remote_code)
     if (path.parent / "tokenizer.json").is_file():  # what the metadata have is converted, and some have none
-        return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=trust_remote_code)
+        return _of_folder(path.parent, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError) as error:
@@ -29,3 +34,16 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
             f"{path}: its metadata have no tokenizer that transformers can build ({error!r}); put the model's "
             "tokenizer.json beside it"
         ) from error
+
+
+def _of_folder(folder: Path, trust_remote_code: bool) -> Any:
+    check_side_files(folder)
+    with explained(f"{folder}: transformers cannot make a tokenizer of its files"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    path = folder / _PROCESSOR_TEMPLATE
+    if not getattr(tokenizer, "chat_template", None) and path.exists():
+        template = read_object(path, MAX_TEMPLATE_BYTES).get("chat_template")
+        if not isinstance(template, str):
+            raise InvalidHeader(f"{path}: chat_template is {template!r:.80}, expected a template; fetch it again")
+        tokenizer.chat_template = template  # transformers reads that file for a whole processor alone
+    return tokenizer

@@ -11,43 +11,55 @@ from layerstream.checkpoint.codecs.base import Codec, Planes
 
 @dataclass(frozen=True)
 class Fp8(Codec):
-    """e4m3 values, each times the scale of its block. *scale_shape* is that of the grid of blocks.
+    """e4m3 values, each times the scale of its block, in fp32: ``value[i, j] * scale[i // b0, j // b1]``.
 
-    Formula: transformers' ``Fp8Dequantize``: the grid divides the matrix evenly, all in fp32.
+    Attributes:
+        rows: of the matrix as it was quantised; of several one below the other, each begins with a block of its own.
+        block: rows and columns of a block; the last ones of a matrix may be smaller. A scale for each row, or for the
+            whole matrix, is a block of that size.
+        scale_dims: dimensions that the stored scales have; those that are left out are 1.
     """
 
     rows: int
-    scale_shape: tuple[int, ...]
+    block: tuple[int, int]
+    scale_dims: int = 2
     name: str = "fp8"
 
     whole = frozenset({"scale"})
 
     def stacked(self, count: int) -> Codec | None:
         """Grids of scales one below the other."""
-        if len(self.scale_shape) != 2:
-            return None
-        return Fp8(self.rows * count, (self.scale_shape[0] * count, self.scale_shape[1]))
+        return self if self.scale_dims else None
 
     def one_of(self, count: int) -> Codec | None:
-        """Its own part of the grid."""
-        if len(self.scale_shape) != 2 or self.rows % count or self.scale_shape[0] % count:
-            return None
-        return Fp8(self.rows // count, (self.scale_shape[0] // count, self.scale_shape[1]))
+        """Its own grid."""
+        return self if self.scale_dims else None
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Values, and the grid of scales."""
-        return {"weight": (rows, columns), "scale": self.scale_shape}
+        grid = rows // self.rows * self._grid_rows, -(-columns // self.block[1])
+        return {"weight": (rows, columns), "scale": grid[: self.scale_dims]}
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
-        """Each row of blocks in turn, as far as it is wanted."""
-        scale = planes["scale"]
+        """Each value times the scale of its block; columns of the last blocks apart where they are fewer."""
+        scale, width = planes["scale"], self.block[1]
         if scale.dtype == torch.uint8:  # exponents
             scale = (scale.to(torch.float32) - 127).exp2()
-        scale = scale.to(torch.float32).reshape(scale.shape[0] if scale.dim() else 1, -1)
-        block_rows, num_rows = self.rows // scale.shape[0], out.shape[0]
-        of_rows = scale[torch.arange(first, first + num_rows, device=scale.device) // block_rows]
-        values = _numbers(planes["weight"]).view(num_rows, scale.shape[1], -1)
-        torch.mul(values, of_rows[:, :, None], out=out.view(values.shape))
+        num_rows, columns = out.shape
+        rows = torch.arange(first, first + num_rows, device=scale.device)
+        places = rows // self.rows * self._grid_rows + rows % self.rows // self.block[0]
+        of_rows = scale.to(torch.float32).reshape(-1, -(-columns // width))[places]
+        values = _numbers(planes["weight"]).view(num_rows, columns)
+        even = columns // width * width
+        if even:
+            blocks = values[:, :even].unflatten(1, (-1, width))
+            torch.mul(blocks, of_rows[:, : even // width, None], out=out[:, :even].unflatten(1, (-1, width)))
+        if even < columns:
+            torch.mul(values[:, even:], of_rows[:, -1:], out=out[:, even:])
+
+    @property
+    def _grid_rows(self) -> int:
+        return -(-self.rows // self.block[0])
 
 
 def _numbers(codes: torch.Tensor) -> torch.Tensor:
