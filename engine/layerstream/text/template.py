@@ -9,7 +9,6 @@ literals, slices and loops (:class:`_Generator` writes them so). A template that
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
@@ -36,8 +35,6 @@ from layerstream.text.bounds import (
     check_operation,
 )
 from layerstream.text.traced import Traced, join, origin_of
-
-logger = logging.getLogger(__name__)
 
 SOURCE_LIMIT = 2**18  # characters; the longest templates in use have some 30,000
 
@@ -78,8 +75,7 @@ def template_literals(source: str) -> str:
     """All that a template can write by itself, apart by null characters; nothing of one that cannot be read."""
     try:
         tree = _environment().parse(source)
-    except Exception as error:  # whoever renders it is told
-        logger.debug("a chat template cannot be read: %r", error)
+    except (TemplateError, RecursionError, ValueError):  # whoever renders it is told
         return ""
     found = [node.data for node in tree.find_all(nodes.TemplateData)]
     found += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]

@@ -47,7 +47,8 @@ class Traced(str):
     def __mul__(self, count: SupportsIndex) -> Traced:
         return Traced(super().__mul__(count), self._origin * count)
 
-    __rmul__ = __mul__
+    def __rmul__(self, count: SupportsIndex) -> Traced:
+        return self * count
 
     def strip(self, characters: str | None = None, /) -> Traced:
         """As of any text."""
