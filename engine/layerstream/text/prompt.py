@@ -7,9 +7,11 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeAlias, TypeGuard
 
-from jinja2 import TemplateError
-
 from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, PromptTooLong
+from layerstream.text.control import ControlTokens
+from layerstream.text.rendering import render_chat
+from layerstream.text.template import template_literals
+from layerstream.text.traced import Traced
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
@@ -53,10 +55,19 @@ class PromptEncoder:
         tokenizer: a transformers tokenizer.
         max_context: tokens that prompt and answer may have together; ``None``: no limit.
         vocab_size: token ids are below this; ``None``: those that the tokenizer has.
+        allow_control_tokens: let control tokens in messages be what they look like.
     """
 
-    def __init__(self, tokenizer: Any, *, max_context: int | None, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_context: int | None,
+        vocab_size: int | None = None,
+        allow_control_tokens: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._allow_control_tokens = allow_control_tokens
         self._max_context = max_context
         self._given_vocab_size = vocab_size
 
@@ -74,18 +85,21 @@ class PromptEncoder:
         """The token ids of *prompt*.
 
         Text is encoded as the tokenizer does by default (with BOS where the model has one), unless it begins with the
-        opening tokens already, as text from a chat template does. Messages go through the chat template, which writes
-        all special tokens itself. Token ids are taken as they are.
+        opening tokens already. Messages go through the chat template, which writes all special tokens itself: nothing
+        is added, and what the messages say becomes none (:mod:`layerstream.text.control`). So it is with the text that
+        :meth:`apply_chat_template` returned, as long as it is not made anew of plain text. Token ids are taken as they
+        are.
 
         Raises:
             EmptyPrompt: no tokens (whitespace has some).
             PromptTooLong: no room in the context for one more token.
-            PromptError: not a prompt, or a token id outside the vocabulary.
+            PromptError: not a prompt, or a token id outside the vocabulary, the tokenizer's own too.
             ConfigurationError: messages, and the model has no chat template.
         """
         ids = self._encode(prompt)
         if not ids:
             raise EmptyPrompt("the prompt has no tokens; there is nothing to continue")
+        self._check_ids(ids)
         if self._max_context is not None and len(ids) >= self._max_context:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens; the context has {self._max_context}, and an answer needs one more: "
@@ -95,8 +109,8 @@ class PromptEncoder:
 
     def apply_chat_template(
         self, messages: Sequence[Message], *, tools: Any = None, add_generation_prompt: bool = True, **options: Any
-    ) -> str:
-        """The prompt text that the model's chat template makes of *messages*.
+    ) -> Traced:
+        """The prompt text that the model's chat template makes of *messages*; it knows what of it they said.
 
         Args:
             tools: functions, or their JSON schemas, for templates that know tools.
@@ -105,7 +119,8 @@ class PromptEncoder:
 
         Raises:
             ConfigurationError: the model has no chat template.
-            PromptError: no messages, one without a role, or the template refuses them (an unknown role, say).
+            PromptError: no messages, one without a role, or the template refuses them (an unknown role, say), goes
+                wrong, or takes more time or room than a template may.
         """
         if not self.has_chat_template:
             raise ConfigurationError(
@@ -119,35 +134,47 @@ class PromptEncoder:
         for message in messages:  # a template would print nothing for a role that is not there
             if not isinstance(message.get("role"), str):
                 raise PromptError(f"a chat message has a 'role' such as 'user'; this one has none: {message!r:.80}")
-        try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **options,
-            )
-        except (ValueError, TypeError, KeyError, TemplateError) as error:
-            raise PromptError(f"the model's chat template refuses these messages: {error}") from error
+        return render_chat(self._tokenizer, messages, tools, add_generation_prompt, options)
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if is_chat_messages(prompt):
+            prompt = self.apply_chat_template(prompt)
+        if isinstance(prompt, Traced):
+            if self._allow_control_tokens:
+                return self._tokenize(prompt, add_special_tokens=False)
+            return self._control_tokens.encode(prompt)
         if isinstance(prompt, str):
             return self._tokenize(prompt, add_special_tokens=not prompt.startswith(self._openings))
-        if is_chat_messages(prompt):
-            return self._tokenize(self.apply_chat_template(prompt), add_special_tokens=False)
         if is_token_ids(prompt):
-            ids = [int(item) for item in prompt]
-            wrong = next((item for item in ids if not 0 <= item < self._vocab_size), None)
-            if wrong is not None:
-                raise PromptError(f"token id {wrong} is not in the vocabulary; expected 0 to {self._vocab_size - 1}")
-            return ids
+            return [int(item) for item in prompt]
         if _is_list(prompt) and not prompt:
             return []
         raise _not_a_prompt(prompt)
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse what the embedding has no row for."""
+        lowest, highest = min(ids), max(ids)
+        if lowest >= 0 and highest < self._vocab_size:
+            return
+        wrong = lowest if lowest < 0 else highest
+        names = self._tokenizer.convert_ids_to_tokens([wrong]) if wrong > 0 else None
+        named = (
+            "" if not names or names[0] is None else f" ({names[0]!r}, which the tokenizer has and the model does not)"
+        )
+        raise PromptError(
+            f"token id {wrong}{named} is not in the vocabulary; expected 0 to {self._vocab_size - 1}: leave it out, or "
+            "take the tokenizer that belongs to the model"
+        )
+
     def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # verbose: the tokenizer's own warning about long texts would come beside our error
         return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        templates = self.chat_template or {}
+        sources = templates.values() if isinstance(templates, Mapping) else [templates]
+        return ControlTokens(self._tokenizer, map(template_literals, sources))
 
     @cached_property
     def _openings(self) -> tuple[str, ...]:
