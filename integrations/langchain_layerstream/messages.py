@@ -1,8 +1,12 @@
-"""LangChain's messages to those of chat templates, and replies to LangChain's messages."""
+"""LangChain's messages to those of chat templates, and replies to LangChain's messages.
+
+A call that was cut off is an invalid call, whichever way it comes. LangChain completes the JSON of calls when it merges
+chunks, and an agent would run a tool with half an argument: so such a call ends in what no parser completes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from langchain_core.messages import (
@@ -12,11 +16,20 @@ from langchain_core.messages import (
     ChatMessage,
     FunctionMessage,
     HumanMessage,
+    InvalidToolCall,
     SystemMessage,
+    ToolCall,
     ToolMessage,
 )
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
-from layerstream.chat.reader import CallPart, Piece, Reply, Text, Thought
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.json import parse_partial_json
+from layerstream.chat.reader import CallPart, Piece, Reply, ReplyReader, Text, Thought, gather
+from layerstream.chat.tools import Tool
+
+_CUT_OFF = " (cut off)"
+_CLOSERS = ("]", "}", '"]', '"}', '""]', '""}')
 
 
 def as_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
@@ -34,14 +47,62 @@ def as_message(reply: Reply) -> AIMessage:
     for call in reply.calls:
         if call.arguments is None:
             error = "the arguments are not complete: allow more tokens (max_tokens)"
-            invalid.append(invalid_tool_call(name=call.name, args=call.text, id=call.id, error=error))
+            args = call.text + cut_off_mark(call.text)
+            invalid.append(invalid_tool_call(name=call.name, args=args, id=call.id, error=error))
         else:
             calls.append(tool_call(name=call.name, args=call.arguments, id=call.id))
     more = {"reasoning_content": reply.thought} if reply.thought else {}
     return AIMessage(content=reply.text, tool_calls=calls, invalid_tool_calls=invalid, additional_kwargs=more)
 
 
-def as_chunk(pieces: Sequence[Piece]) -> AIMessageChunk:
+class ChunkStream:
+    """Turns the text of an answer, as it comes, into chunks of a message."""
+
+    def __init__(self, reader: ReplyReader) -> None:
+        self._reader = reader
+        self._pieces: list[Piece] = []
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call is complete."""
+        return any(call.arguments is not None for call in gather(self._pieces).calls)
+
+    def push(self, text: str) -> AIMessageChunk | None:
+        """What *text* adds; ``None``: nothing yet."""
+        pieces = self._reader.push(text)
+        self._pieces += pieces
+        return _as_chunk(pieces) if pieces else None
+
+    def finish(self, text: str) -> AIMessageChunk:
+        """What *text*, the last of the answer, adds."""
+        pieces = [*self._reader.push(text), *self._reader.finish()]
+        self._pieces += pieces
+        calls = enumerate(gather(self._pieces).calls)
+        marks = [CallPart(index, cut_off_mark(call.text)) for index, call in calls if call.arguments is None]
+        return _as_chunk([*pieces, *marks])
+
+
+def cut_off_mark(arguments: str) -> str:
+    """An ending with which *arguments*, JSON that is not complete, stay so for LangChain's parser.
+
+    It closes whatever is open and takes away what is half; only a bracket that closes something else stops it.
+    """
+    return next(c + _CUT_OFF for c in _CLOSERS if not isinstance(parse_partial_json(arguments + c), dict))
+
+
+def as_tool(tool: dict[str, Any] | type | Callable[..., Any] | BaseTool) -> dict[str, Any]:
+    """A tool in OpenAI's form.
+
+    Raises:
+        ToolError: a provider's built-in tool, which nobody runs here.
+    """
+    kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+    if isinstance(tool, dict) and kind not in ("function", "object") and "input_schema" not in tool:
+        Tool.of(tool)  # LangChain would make a function of some of them
+    return convert_to_openai_tool(tool)
+
+
+def _as_chunk(pieces: Sequence[Piece]) -> AIMessageChunk:
     """Pieces of a reply as a chunk of a message."""
     thought = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
     return AIMessageChunk(
@@ -63,10 +124,7 @@ def _as_message(message: BaseMessage) -> dict[str, Any]:
         case HumanMessage():
             return {"role": "user", "content": message.content, **name}
         case AIMessage():
-            calls = [
-                {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": call["args"]}}
-                for call in message.tool_calls
-            ]
+            calls = [_as_call(call) for call in (*message.tool_calls, *message.invalid_tool_calls)]
             return {"role": "assistant", "content": message.content, **({"tool_calls": calls} if calls else {})}
         case ToolMessage():
             return {"role": "tool", "content": message.content, "tool_call_id": message.tool_call_id, **name}
@@ -76,3 +134,8 @@ def _as_message(message: BaseMessage) -> dict[str, Any]:
             return {"role": message.role, "content": message.content, **name}
         case _:
             raise ValueError(f"a message of type {message.type!r} has no place in a chat; found {message!r:.80}")
+
+
+def _as_call(call: ToolCall | InvalidToolCall) -> dict[str, Any]:
+    """A call that was made, or tried: the tool's answer behind it says what became of it."""
+    return {"id": call["id"], "type": "function", "function": {"name": call["name"] or "?", "arguments": call["args"]}}
