@@ -6,7 +6,7 @@ chunks, and an agent would run a tool with half an argument: so such a call ends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import (
@@ -16,9 +16,7 @@ from langchain_core.messages import (
     ChatMessage,
     FunctionMessage,
     HumanMessage,
-    InvalidToolCall,
     SystemMessage,
-    ToolCall,
     ToolMessage,
 )
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
@@ -38,7 +36,7 @@ def as_chat(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a message of a kind that has no role.
     """
-    return [_as_message(message) for message in messages]
+    return [plain for message in messages for plain in (*_tool_results(message), *_as_messages(message))]
 
 
 def as_message(reply: Reply) -> AIMessage:
@@ -116,15 +114,31 @@ def _as_chunk(pieces: Sequence[Piece]) -> AIMessageChunk:
     )
 
 
+def _as_messages(message: BaseMessage) -> list[dict[str, Any]]:
+    """*message*; nothing where all that it brings are results of tools."""
+    if isinstance(message.content, list) and message.content and not _without(message.content, "tool_result"):
+        return []
+    return [_as_message(message)]
+
+
+def _tool_results(message: BaseMessage) -> list[dict[str, Any]]:
+    """What a message brings of tools in Anthropic's form."""
+    return [
+        {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")}
+        for part in _parts(message, "tool_result")
+    ]
+
+
 def _as_message(message: BaseMessage) -> dict[str, Any]:
     name = {"name": message.name} if message.name else {}
     match message:
         case SystemMessage():
             return {"role": "system", "content": message.content}
         case HumanMessage():
-            return {"role": "user", "content": message.content, **name}
+            return {"role": "user", "content": _without(message.content, "tool_result"), **name}
         case AIMessage():
             calls = [_as_call(call) for call in (*message.tool_calls, *message.invalid_tool_calls)]
+            calls = calls or [_as_call({**part, "args": part.get("input")}) for part in _parts(message, "tool_use")]
             return {"role": "assistant", "content": message.content, **({"tool_calls": calls} if calls else {})}
         case ToolMessage():
             return {"role": "tool", "content": message.content, "tool_call_id": message.tool_call_id, **name}
@@ -136,6 +150,20 @@ def _as_message(message: BaseMessage) -> dict[str, Any]:
             raise ValueError(f"a message of type {message.type!r} has no place in a chat; found {message!r:.80}")
 
 
-def _as_call(call: ToolCall | InvalidToolCall) -> dict[str, Any]:
+def _parts(message: BaseMessage, kind: str) -> list[dict[str, Any]]:
+    """The parts of a message's content that are of *kind*."""
+    content = message.content if isinstance(message.content, list) else []
+    return [part for part in content if isinstance(part, dict) and part.get("type") == kind]
+
+
+def _without(content: Any, kind: str) -> Any:
+    """*content* without its parts of *kind*."""
+    if not isinstance(content, list):
+        return content
+    return [part for part in content if not (isinstance(part, dict) and part.get("type") == kind)]
+
+
+def _as_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A call that was made, or tried: the tool's answer behind it says what became of it."""
-    return {"id": call["id"], "type": "function", "function": {"name": call["name"] or "?", "arguments": call["args"]}}
+    function = {"name": call.get("name") or "?", "arguments": call.get("args")}
+    return {"id": call.get("id"), "type": "function", "function": function}

@@ -24,6 +24,8 @@ from pydantic.v1 import ValidationError as ValidationErrorV1
 
 from langchain_layerstream._errors import OutputCutOff
 
+_UNFINISHED = ("length", "cancelled")
+
 
 class AnswerParser(BaseTransformOutputParser[Any]):
     """Reads the JSON of an answer, or the arguments of its call.
@@ -86,10 +88,14 @@ class AnswerParser(BaseTransformOutputParser[Any]):
             return None
 
     def _whole(self, answer: Generation) -> str:
-        """The JSON of a finished answer."""
+        """The JSON of a finished answer.
+
+        The arguments of a call are there once they are closed, if only its end mark is missing. A text that is JSON may
+        be the beginning of a longer one, such as a number.
+        """
         reason = answer.message.response_metadata.get("finish_reason") if isinstance(answer, ChatGeneration) else None
         text = answer.text.strip() if self.tool is None else self._arguments(answer)
-        if reason in ("length", "cancelled") or not _is_json(text):
+        if not _is_json(text) or (self.tool is None and reason in _UNFINISHED):
             said = text or answer.text
             raise OutputCutOff(f"the answer {why_cut_off(reason)}; found {said!r:.200}", llm_output=said)
         return text

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -22,11 +23,7 @@ from llama_index.core.instrumentation import get_dispatcher  # pyright: ignore[r
 from llama_index.core.instrumentation.events.llm import LLMStructuredPredictStartEvent
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import (
-    ToolSelection,
-    default_completion_to_prompt,
-    generic_messages_to_prompt,
-)
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.llms.layerstream import responses, structured
 from llama_index.llms.layerstream.messages import as_chat, selections

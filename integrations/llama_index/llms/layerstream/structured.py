@@ -1,7 +1,7 @@
 """Structured answers: what the model is asked for, and the object that its answer spells out, growing or whole.
 
-By default the answer is the JSON, as text; with ``PydanticProgramMode.FUNCTION`` it is the arguments of a call. An answer
-that was cut off is an error and no object: LlamaIndex's own programs would complete it.
+By default the answer is the JSON, as text; with ``PydanticProgramMode.FUNCTION`` it is the arguments of a call. An
+answer that was cut off is an error and no object: LlamaIndex's own programs would complete it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 NATIVE_MODES = frozenset({PydanticProgramMode.DEFAULT, PydanticProgramMode.FUNCTION})
 LIMIT = "max_new_tokens"
+_UNFINISHED = ("length", "cancelled")
 
 
 def options_for(output_cls: type[BaseModel], mode: PydanticProgramMode) -> dict[str, Any]:
@@ -56,17 +57,11 @@ def finish(response: ChatResponse, output_cls: type[Model]) -> Model:
         AnswerCutOff: it is not whole.
         ValueError: the class asks for what a schema cannot say.
     """
-    text, reason = _text(response), finish_reason(response)
+    text = _text(response)
     try:
-        json.loads(text)
-        is_whole = reason not in ("length", "cancelled")
-    except ValueError:
-        is_whole = False
-    try:
-        if not is_whole:
-            raise AnswerCutOff(
-                f"the answer is no {output_cls.__name__}: it {why_cut_off(reason, LIMIT)}; found {text!r:.200}"
-            )
+        if not _is_whole(response):
+            why = why_cut_off(finish_reason(response), LIMIT)
+            raise AnswerCutOff(f"the answer is no {output_cls.__name__}: it {why}; found {text!r:.200}")
         output = output_cls.model_validate_json(text)
     except ValueError as error:  # LlamaIndex's synthesizers turn these into an empty response, without a word
         logger.error("%s", error)
@@ -87,7 +82,7 @@ def check_whole(response: ChatResponse) -> None:
         AnswerCutOff: says what to do.
     """
     reason = finish_reason(response)
-    if reason in ("length", "cancelled"):
+    if reason in _UNFINISHED:
         raise AnswerCutOff(f"the answer {why_cut_off(reason, LIMIT)}; found {_text(response)!r:.200}")
 
 
@@ -103,6 +98,20 @@ def check_calls(response: ChatResponse) -> None:
         raise AnswerCutOff(
             f"the call of {half[0].tool_name} {why_cut_off(reason, LIMIT)}; found {_text(response)!r:.200}"
         )
+
+
+def _is_whole(response: ChatResponse) -> bool:
+    """Whether nothing of the JSON is missing.
+
+    A call is read once its arguments are closed. A text that is JSON may be the beginning of a longer one.
+    """
+    if calls := _calls(response):
+        return isinstance(calls[0].tool_kwargs, dict)
+    try:
+        json.loads(response.message.content or "")
+    except ValueError:
+        return False
+    return finish_reason(response) not in _UNFINISHED
 
 
 def _calls(response: ChatResponse) -> list[ToolCallBlock]:
