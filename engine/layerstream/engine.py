@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from layerstream.assembly import Assembly, assemble
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
+from layerstream.checkpoint.hub import DEMO, bundled_reader
 from layerstream.completion import Completion, Delta
 from layerstream.config import EngineConfig
 from layerstream.errors import ConfigurationError, EngineClosed
@@ -26,7 +28,7 @@ from layerstream.planner import Plan
 from layerstream.progress import make_listener
 from layerstream.request import Request
 from layerstream.self_check import check_untested
-from layerstream.sizes import parse_size
+from layerstream.sizes import format_size, parse_size
 from layerstream.stats import EngineStats, collect_stats
 from layerstream.streaming.timeline import Timeline
 from layerstream.text.prompt import Prompt, split_prompts
@@ -131,6 +133,8 @@ class LayerStream:
         loop = self._loop
         self._intake = Intake(parts, loop.cancel, lambda: parts.seconds_per_sweep(loop.counters))
         logger.info("%s: %s", self.model_name, self._parts.defaults.describe())
+        if self.model_name == DEMO:
+            _say_that_a_toy_answers()
 
     @property
     def model_name(self) -> str:
@@ -402,6 +406,17 @@ class LayerStream:
 
     def __repr__(self) -> str:
         return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
+
+
+@functools.cache
+def _say_that_a_toy_answers() -> None:
+    """Once in a process; whoever named no model may take it for more."""
+    size = sum(path.stat().st_size for path in bundled_reader().glob("*.safetensors"))
+    logger.warning(
+        "a %s toy answers: the bundled reader, which knows little more than the bundled documents; name a model for "
+        "answers of use (model=, or LAYERSTREAM_MODEL)",
+        format_size(size),
+    )
 
 
 def _build(config: EngineConfig, listener: Listener | None) -> Assembly:
