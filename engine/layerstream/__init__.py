@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from layerstream.completion import Completion, CompletionMetrics, Delta, TokenLogprob, Usage
     from layerstream.engine import LayerStream
     from layerstream.errors import (
+        AnswerCutOff,
         BudgetTooSmall,
         CheckpointError,
         CheckpointNotFound,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerCutOff",
     "AutoModel",
     "BudgetTooSmall",
     "CheckpointError",

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+def why_cut_off(reason: str | None, limit: str = "max_tokens") -> str:
+    """What to say of an answer that should be whole and is not; *limit* is how its longest length is called."""
+    if reason == "length":
+        return f"was cut off: allow more tokens ({limit}), or shorten the prompt where the context is full"
+    if reason == "cancelled":
+        return "was given up before it was whole: ask again"
+    return "ended before its value did: look for a stop string that is part of the value"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,23 @@ class Completion:
     index: int = 0
     seed: int | None = None
     logprobs: list[TokenLogprob] | None = None
+
+
+def openai_logprobs(completion: Completion, decode: Callable[[list[int]], str]) -> dict[str, Any] | None:
+    """Log-probabilities in OpenAI's form; ``None`` where none were asked for."""
+    if completion.logprobs is None:
+        return None
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text = decode([token_id])
+        return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+
+    return {
+        "content": [
+            {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*best) for best in token.top]}
+            for token in completion.logprobs
+        ]
+    }
 
 
 @dataclass(frozen=True, slots=True)

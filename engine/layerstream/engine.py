@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -16,6 +17,7 @@ from layerstream import arguments
 from layerstream.assembly import Assembly, assemble
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
+from layerstream.checkpoint.hub import DEMO, bundled_reader
 from layerstream.completion import Completion, Delta
 from layerstream.config import MAX_QUEUED, EngineConfig
 from layerstream.errors import ConfigurationError
@@ -31,7 +33,7 @@ from layerstream.progress import make_listener
 from layerstream.reception import OpenGang
 from layerstream.request import Request
 from layerstream.self_check import check_untested
-from layerstream.sizes import parse_size
+from layerstream.sizes import format_size, parse_size
 from layerstream.stats import EngineStats, collect_stats
 from layerstream.streaming.timeline import Timeline
 from layerstream.text.prompt import Prompt, split_prompts
@@ -152,6 +154,8 @@ class LayerStream:
             undo.pop_all()
         weakref.finalize(self, loop.close)
         logger.info("%s: %s", self.model_name, parts.defaults.describe())
+        if self.model_name == DEMO:
+            _say_that_a_toy_answers()
 
     @property
     def model_name(self) -> str:
@@ -445,6 +449,17 @@ class LayerStream:
 
     def __repr__(self) -> str:
         return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
+
+
+@functools.cache
+def _say_that_a_toy_answers() -> None:
+    """Once in a process; whoever named no model may take it for more."""
+    size = sum(path.stat().st_size for path in bundled_reader().glob("*.safetensors"))
+    logger.warning(
+        "a %s toy answers: the bundled reader, which knows little more than the bundled documents; name a model for "
+        "answers of use (model=, or LAYERSTREAM_MODEL)",
+        format_size(size),
+    )
 
 
 def _build(config: EngineConfig, listener: Listener | None) -> Assembly:

@@ -29,6 +29,7 @@
     ├── InvalidLogits                        NaN, or nothing finite: damaged weights or an overflow
     ├── OutOfMemory (MemoryError)            not even a small sweep fits; says what would help
     ├── DeviceLost (RuntimeError)            the accelerator will not compute again in this process
+    ├── AnswerCutOff (ValueError)            an answer that had to be whole (JSON, a call) ended before it was
     ├── QueueFull (RuntimeError)             more requests than may wait; says how many do
     ├── RequestTimeout (TimeoutError)
     ├── WaitsForItself (RuntimeError)        the engine's own thread was to wait for the engine
@@ -99,7 +100,11 @@ class EmptyPrompt(PromptError):
 
 
 class PromptTooLong(PromptError):
-    """More tokens than the model's context, or than the KV budget, can hold."""
+    """More tokens (``num_tokens``) than the model's context, or than the KV budget, can hold."""
+
+    def __init__(self, message: str, *, num_tokens: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
 
 
 class CheckpointError(LayerStreamError):
@@ -173,6 +178,10 @@ class OutOfMemory(LayerStreamError, MemoryError):
 
 class DeviceLost(LayerStreamError, RuntimeError):
     """The accelerator failed for good; requests fail, the process goes on, and a new process can use it again."""
+
+
+class AnswerCutOff(LayerStreamError, ValueError):
+    """An answer that had to be whole, a structured one or a tool call, ended before it was; a part is no value."""
 
 
 class RequestTimeout(LayerStreamError, TimeoutError):

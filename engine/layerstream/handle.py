@@ -2,7 +2,8 @@
 
 Wrappers with the same model and options share one engine. Invariants: an engine is made at most once per key while
 anybody holds a handle to it; the registry holds engines weakly, handles hold them strongly; an engine that was passed
-in belongs to whoever made it and is never closed here (it closes itself when it is forgotten).
+in belongs to whoever made it and is never closed here (it closes itself when it is forgotten). Copies of a wrapper
+share its handle; a pickle has the model's name and the options, and loads where it is unpickled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerstream.errors import CheckpointError, ConfigurationError
+from layerstream.habits import hint_for
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
@@ -26,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_VARIABLE = "LAYERSTREAM_MODEL"
 ENGINE_OPTIONS = frozenset(
-    {"allow_untested", "chunk_tokens", "device", "draft_model", "dtype", "host_memory", "kv_store", "max_context",
-     "memory", "progress", "quantization", "revision", "speculation", "token", "trust_remote_code"}
+    {"allow_untested", "attention", "chunk_tokens", "device", "device_map", "draft_model", "dtype", "host_compute",
+     "host_memory", "kv_store", "max_context", "memory", "progress", "quantization", "revision", "speculation", "token",
+     "trust_remote_code"}
 )  # fmt: skip
 """What :class:`~layerstream.LayerStream` takes beside the model."""
 _lock = threading.Lock()
@@ -48,10 +51,8 @@ def check_fields(kind: str, given: Mapping[str, Any], known: Iterable[str]) -> N
     """
     known = set(known)
     for name, value in given.items():
-        if name in ENGINE_OPTIONS - known:
-            raise ConfigurationError(f"{name} is the engine's: pass engine_kwargs={{{name!r}: {value!r}}}")
         if name not in known:
-            raise ConfigurationError(f"{kind} has no field {name!r}{_suggest(name, known)}")
+            raise ConfigurationError(f"{kind} has no field {name!r}{_suggest(name, value, known)}")
 
 
 def check_call(kind: str, model: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -65,10 +66,15 @@ def check_call(kind: str, model: str, given: Mapping[str, Any], known: Iterable[
         if name in ("model", "model_name") and value not in (None, model):
             raise ConfigurationError(f"this is {model!r}; another model is another {kind}(model={value!r})")
         if name not in known and name not in ("model", "model_name"):
-            raise ConfigurationError(f"a call has no option {name!r}{_suggest(name, known)}")
+            raise ConfigurationError(f"a call has no option {name!r}{_suggest(name, value, known)}")
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, value: Any, known: Iterable[str]) -> str:
+    hint = hint_for(name, value, known)
+    if hint is not None:
+        return f"; here: {hint}"
+    if name in ENGINE_OPTIONS:
+        return f"; it is the engine's: make the wrapper with engine_kwargs={{{name!r}: {value!r}}}"
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"
 
@@ -105,6 +111,17 @@ class EngineHandle:
         self._options = dict(options or {})
         self._given = self._engine = engine
         self._source = "an engine that was passed in" if engine is not None else self._describe_source(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineHandle:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._given is not None:
+            raise TypeError(
+                "a wrapper around an engine that was passed in cannot be pickled: make it with model= and "
+                "engine_kwargs=, and the engine is loaded where it is unpickled"
+            )
+        return {**self.__dict__, "_engine": None}
 
     @property
     def is_loaded(self) -> bool:

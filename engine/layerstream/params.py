@@ -186,11 +186,24 @@ def derive_seed(seed: int, index: int) -> int:
 def merge_params(own: Mapping[str, Any], call: Mapping[str, Any]) -> SamplingParams:
     """What a wrapper was made with, overridden by a call's options; stop strings of both.
 
-    Options of a call that are no sampling parameters are somebody else's and left out.
+    Log-probabilities may be asked for as OpenAI's users do: ``logprobs=True``, with ``top_logprobs``. Options of a call
+    that are no sampling parameters are somebody else's and left out.
     """
-    fields = {name: value for name, value in own.items() if value is not None}
+    fields = {name: value for name, value in own.items() if value is not None and name in SAMPLING_NAMES}
     fields.update({name: value for name, value in call.items() if name in SAMPLING_NAMES})
-    return SamplingParams(**{**fields, "stop": join_stops(own.get("stop"), call.get("stop"))})
+    fields["stop"] = join_stops(own.get("stop"), call.get("stop"))
+    return SamplingParams(**{**fields, "logprobs": _as_logprobs(own, call)})
+
+
+def _as_logprobs(own: Mapping[str, Any], call: Mapping[str, Any]) -> int | None:
+    """The number of tokens to name beside each; ``None``: no log-probabilities. A number of them implies the wish."""
+    said = {**own, **{name: value for name, value in call.items() if value is not None}}
+    wanted, top = said.get("logprobs"), said.get("top_logprobs")
+    if not isinstance(wanted, bool | None):
+        return wanted
+    if call.get("logprobs") is False:
+        return None
+    return top if top is not None else 0 if wanted else None
 
 
 def join_stops(*stops: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from layerstream import __version__
 from layerstream.errors import MissingExtra
 
 try:
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
     from langchain_layerstream.llms import LayerStreamLLM
     from langchain_layerstream.prompts import rag_prompt
 
-__all__ = ["ChatLayerStream", "LayerStreamLLM", "StablePrefixOrder", "WarmPrefixes", "gang", "rag_prompt"]
+__all__ = [
+    "ChatLayerStream",
+    "LayerStreamLLM",
+    "StablePrefixOrder",
+    "WarmPrefixes",
+    "__version__",
+    "gang",
+    "rag_prompt",
+]
 
 _MODULES = {
     "ChatLayerStream": "chat_models",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.language_models import LangSmithParams
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
-from langchain_core.utils.pydantic import is_basemodel_subclass
 from layerstream import __version__
-from layerstream.completion import Completion
+from layerstream.completion import Completion, openai_logprobs
 from layerstream.errors import ConfigurationError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
 from layerstream.params import SAMPLING_NAMES, SamplingParams, merge_params
@@ -22,6 +21,8 @@ _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "max_tokens",
 )  # fmt: skip
+_LOGPROBS = ("logprobs", "top_logprobs")
+_TERMS = ("timeout", "priority", "client")
 _IGNORED_IN_CALLS = frozenset({"stream", "stream_usage", "strict", "ls_structured_output_format"})
 
 
@@ -125,17 +126,30 @@ class EngineFields(BaseModel):
         """The model's own token ids of *text*."""
         return self.load().tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _terms(self) -> dict[str, Any]:
-        return {"timeout": self.timeout, "priority": self.priority, "client": self.client}
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy with the same engine."""
+        memo = {} if memo is None else memo
+        memo[id(self.engine)] = self.engine
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        if self.engine is not None:
+            self._handle.__getstate__()  # says why it cannot be
+        return super().__getstate__()
+
+    def _terms(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """On which terms the engine takes a request: the instance's, or the call's."""
+        return {name: kwargs.get(name, getattr(self, name)) for name in _TERMS}
 
     def _sampling(self, stop: Iterable[str] | None, kwargs: Mapping[str, Any]) -> SamplingParams:
         """The instance's fields, overridden by the call's; stop strings of both."""
-        own = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, "stop")}
+        own = {name: getattr(self, name, None) for name in (*_SAMPLING_FIELDS, *_LOGPROBS, "stop")}
         return merge_params(own, {**kwargs, "stop": stop})
 
     def _check_call(self, kwargs: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
         """Refuse what a call was given and nobody here knows."""
-        check_call(type(self).__name__, self.model, kwargs, {*SAMPLING_NAMES, *taken, *_IGNORED_IN_CALLS})
+        known = {*SAMPLING_NAMES, *_LOGPROBS, *_TERMS, *_IGNORED_IN_CALLS, *taken}
+        check_call(type(self).__name__, self.model, kwargs, known)
 
     def _tracing(self, kind: str, stop: Iterable[str] | None, kwargs: Mapping[str, Any]) -> LangSmithParams:
         params = self._sampling(stop, kwargs)
@@ -177,23 +191,12 @@ def usage_of(completion: Completion, num_prompts: int = 1) -> dict[str, Any]:
 
 def logprobs_of(completion: Completion, engine: LayerStream) -> dict[str, Any] | None:
     """Log-probabilities in OpenAI's form; ``None`` where none were asked for."""
-    if completion.logprobs is None:
-        return None
-
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = engine.tokenizer.decode([token_id])
-        return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
-
-    return {
-        "content": [
-            {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*best) for best in token.top]}
-            for token in completion.logprobs
-        ]
-    }
+    return openai_logprobs(completion, engine.tokenizer.decode)
 
 
-def parser_of(schema: Any) -> Any:
-    """What makes instances of *schema* out of JSON: of a pydantic class, or dicts."""
-    if isinstance(schema, type) and is_basemodel_subclass(schema):
-        return PydanticOutputParser(pydantic_object=schema)
-    return JsonOutputParser()
+def add_usages(outputs: Iterable[Mapping[str, Any] | None], model: str) -> dict[str, Any]:
+    """``llm_output`` of several answers: their usage, summed."""
+    counts: Counter[str] = Counter()
+    for output in outputs:
+        counts.update((output or {}).get("token_usage", {}))
+    return {"token_usage": dict(counts), "model_name": model}

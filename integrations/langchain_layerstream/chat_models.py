@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
-from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
-from layerstream.chat.reader import ReplyReader
 from layerstream.completion import Completion, Delta
-from layerstream.errors import ConfigurationError
+from layerstream.errors import ConfigurationError, PromptTooLong
 from layerstream.handle import peek_context_length
 from pydantic import Field
 
-from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, parser_of, usage_of
+from langchain_layerstream._errors import overflow_as_langchains
+from langchain_layerstream._fields import EngineFields, add_usages, check_stream, logprobs_of, usage_of
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
-from langchain_layerstream.messages import as_chat, as_chunk, as_message
+from langchain_layerstream.messages import ChunkStream, as_chat, as_message, as_tool
+from langchain_layerstream.structured import AnswerParser, target_of, with_raw
 
 if TYPE_CHECKING:
     from layerstream.chat.turn import Turn
@@ -33,9 +31,7 @@ if TYPE_CHECKING:
     from layerstream.request import Request
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
-_CALL_OPTIONS = frozenset(
-    {"tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "explain_schema", "top_logprobs", "timeout"}
-)
+_CALL_OPTIONS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "explain_schema"})
 
 
 class ChatLayerStream(EngineFields, BaseChatModel):
@@ -102,8 +98,12 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> int:
         """Tokens of the whole prompt: messages and *tools* as the chat template writes them."""
-        given = [convert_to_openai_tool(tool) for tool in tools or ()]
-        return len(self.load().encode(self.prompt_for(messages, tools=given, **kwargs)))
+        given = [as_tool(tool) for tool in tools or ()]
+        prompt = self.prompt_for(messages, tools=given, **kwargs)
+        try:
+            return len(self.load().encode(prompt))
+        except PromptTooLong as error:  # whoever counts may be about to shorten it
+            return error.num_tokens
 
     def prompt_for(self, messages: Sequence[BaseMessage], **kwargs: Any) -> str:
         """The text that the engine is given for *messages*."""
@@ -123,7 +123,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             tool_choice: ``"auto"`` (default), ``"any"`` or ``True``: it must call one, ``"none"``, or a tool's name.
             parallel_tool_calls: several calls in one answer; ``None``: yes, where the model decides to call.
         """
-        bound: dict[str, Any] = {"tools": [convert_to_openai_tool(tool) for tool in tools], **kwargs}
+        bound: dict[str, Any] = {"tools": [as_tool(tool) for tool in tools], **kwargs}
         if tool_choice is not None:
             bound["tool_choice"] = tool_choice
         if parallel_tool_calls is not None:
@@ -141,6 +141,9 @@ class ChatLayerStream(EngineFields, BaseChatModel):
     ) -> Runnable[LanguageModelInput, Any]:
         """Answers that follow *schema*: instances of a pydantic class, else dicts.
 
+        An answer that was cut off is an error (``layerstream.AnswerCutOff``, LangChain's ``OutputParserException``); a
+        stream of dicts grows and ends with it, and instances of a class come whole.
+
         Args:
             schema: a pydantic class, a ``TypedDict``, a JSON schema, or a tool in OpenAI's form.
             method: ``"json_schema"``: the answer is the JSON, and the prompt says the schema (``explain_schema``);
@@ -153,31 +156,23 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             raise ValueError(f"with_structured_output has no option {', '.join(sorted(kwargs))}")
         if schema is None and method != "json_mode":
             raise ValueError(f"method {method!r} needs a schema")
-        is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
+        target = target_of(schema)
         traced = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema or {}}}
         if method == "function_calling":
             assert schema is not None
             name = convert_to_openai_tool(schema)["function"]["name"]
             model = self.bind_tools([schema], tool_choice=name, parallel_tool_calls=False, **traced)
-            parser: Any = (
-                PydanticToolsParser(tools=[schema], first_tool_only=True)  # type: ignore[list-item]
-                if is_class
-                else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
-            )
+            parser = AnswerParser(target=target, tool=name)
         elif method in ("json_schema", "json_mode"):
             wanted = {"type": "json_object"}
             if schema is not None:
                 wanted = {"type": "json_schema", "schema": convert_to_json_schema(schema)}
             told = {} if method == "json_schema" else {"explain_schema": False}
             model = self.bind(response_format=wanted, **told, **traced)
-            parser = parser_of(schema)
+            parser = AnswerParser(target=target)
         else:
             raise ValueError(f"method is {method!r}; expected 'json_schema', 'json_mode' or 'function_calling'")
-        if not include_raw:
-            return model | parser
-        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-        unparsed = RunnablePassthrough.assign(parsed=lambda _: None)
-        return RunnableMap(raw=model) | parsed.with_fallbacks([unparsed], exception_key="parsing_error")
+        return with_raw(model, parser) if include_raw else model | parser
 
     def batch(
         self,
@@ -215,6 +210,9 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             llm_output=self._combine_llm_outputs([result.llm_output or {} for result in results]),
             run=[run for result in results for run in result.run or ()],
         )
+
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
+        return add_usages(llm_outputs, self.model)
 
     def _generate(
         self,
@@ -257,10 +255,10 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         engine = self.load()
         turn = self._turn(engine, messages, stop, kwargs)
         check_stream(turn.params)
-        request, reader = self._submit(engine, turn, kwargs), turn.reader()
+        request, chunks = self._submit(engine, turn, kwargs), ChunkStream(turn.reader())
         try:
             for delta in request:
-                chunk = self._chunk(delta, reader, engine)
+                chunk = self._chunk(delta, chunks, engine)
                 if chunk is not None:
                     if run_manager:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -278,10 +276,10 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         engine = await self._handle.get_async()
         turn = self._turn(engine, messages, stop, kwargs)
         check_stream(turn.params)
-        request, reader = self._submit(engine, turn, kwargs), turn.reader()
+        request, chunks = self._submit(engine, turn, kwargs), ChunkStream(turn.reader())
         try:
             async for delta in request:
-                chunk = self._chunk(delta, reader, engine)
+                chunk = self._chunk(delta, chunks, engine)
                 if chunk is not None:
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -300,7 +298,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         self._check_call(kwargs, _CALL_OPTIONS)
         return engine.turn(
             as_chat(messages),
-            self._sampling(stop, self._with_logprobs(kwargs)),
+            self._sampling(stop, kwargs),
             tools=kwargs.get("tools"),
             tool_choice=kwargs.get("tool_choice"),
             parallel_tool_calls=kwargs.get("parallel_tool_calls"),
@@ -308,17 +306,10 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             **{**self.chat_template_kwargs, **kwargs.get("chat_template_kwargs", {})},
         )
 
-    def _with_logprobs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """OpenAI's two options as the engine's one."""
-        wanted, top = kwargs.get("logprobs", self.logprobs), kwargs.get("top_logprobs", self.top_logprobs)
-        if isinstance(wanted, bool):
-            wanted = 0 if wanted else None
-        return {**kwargs, "logprobs": wanted if top is None else top}
-
     def _submit(self, engine: LayerStream, turn: Turn, kwargs: dict[str, Any]) -> Request:
         join_gang(engine)
-        terms = {**self._terms(), "timeout": kwargs.get("timeout", self.timeout)}
-        return engine.submit(turn.prompt, turn.params, **terms)
+        with overflow_as_langchains():
+            return engine.submit(turn.prompt, turn.params, **self._terms(kwargs))
 
     def _result(self, turn: Turn, completions: list[Completion], engine: LayerStream) -> ChatResult:
         generations = []
@@ -336,14 +327,14 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         }
         return ChatResult(generations=generations, llm_output={"token_usage": total, "model_name": self.model})
 
-    def _chunk(self, delta: Delta, reader: ReplyReader, engine: LayerStream) -> ChatGenerationChunk | None:
+    def _chunk(self, delta: Delta, chunks: ChunkStream, engine: LayerStream) -> ChatGenerationChunk | None:
         """What *delta* adds; ``None``: nothing yet."""
-        pieces = reader.push(delta.text)
         if delta.completion is None:
-            return ChatGenerationChunk(message=as_chunk(pieces)) if pieces else None
-        chunk: AIMessageChunk = as_chunk([*pieces, *reader.finish()])
+            fresh = chunks.push(delta.text)
+            return None if fresh is None else ChatGenerationChunk(message=fresh)
+        chunk = chunks.finish(delta.text)
         chunk.usage_metadata = UsageMetadata(**usage_of(delta.completion))
-        chunk.response_metadata = self._metadata(delta.completion, reader.has_calls, engine)
+        chunk.response_metadata = self._metadata(delta.completion, chunks.has_calls, engine)
         chunk.chunk_position = "last"
         info = {"finish_reason": chunk.response_metadata["finish_reason"]}
         return ChatGenerationChunk(message=chunk, generation_info=info)

@@ -12,16 +12,21 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_json_schema
 from layerstream.chat.tools import closed
-from layerstream.completion import Completion, Delta
+from layerstream.completion import Completion, Delta, why_cut_off
 
-from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, parser_of, usage_of
+from langchain_layerstream._errors import OutputCutOff, overflow_as_langchains
+from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, usage_of
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
+from langchain_layerstream.structured import AnswerParser, target_of
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
     from layerstream.params import SamplingParams
     from layerstream.request import Request
     from layerstream.text.prompt import Prompt
+
+_WHOLE = "whole_answer"
+_CALL_OPTIONS = frozenset({_WHOLE})
 
 
 class LayerStreamLLM(EngineFields, BaseLLM):
@@ -82,12 +87,13 @@ class LayerStreamLLM(EngineFields, BaseLLM):
     def with_structured_output(self, schema: dict[str, Any] | type, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         """Answers that follow *schema*: instances of a pydantic class, else dicts.
 
-        The grammar sees to it; the prompt should say what is wanted.
+        The grammar sees to it; the prompt should say what is wanted. An answer that was cut off is an error
+        (``layerstream.AnswerCutOff``, LangChain's ``OutputParserException``).
         """
         if kwargs:
             raise ValueError(f"with_structured_output of a text model takes a schema alone, not {sorted(kwargs)}")
         wanted = {"type": "json_schema", "schema": closed(convert_to_json_schema(schema))}
-        return self.bind(response_format=wanted) | parser_of(schema)
+        return self.bind(response_format=wanted, **{_WHOLE: True}) | AnswerParser(target=target_of(schema))
 
     def prompt_for(self, text: str) -> Prompt:
         """What the engine is given for *text*: a user message for the chat template, or the text as it is."""
@@ -102,9 +108,9 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         engine = self.load()
-        requests = self._submit(engine, prompts, self._params(stop, kwargs))
+        requests = self._submit(engine, prompts, self._params(stop, kwargs), kwargs)
         try:
-            return self._result([request.completions() for request in requests], engine)
+            return self._result([request.completions() for request in requests], engine, kwargs)
         finally:
             for request in requests:
                 request.cancel()
@@ -117,11 +123,11 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         engine = await self._handle.get_async()
-        requests = self._submit(engine, prompts, self._params(stop, kwargs))
+        requests = self._submit(engine, prompts, self._params(stop, kwargs), kwargs)
         try:
             for request in requests:
                 await request
-            return self._result([request.completions() for request in requests], engine)
+            return self._result([request.completions() for request in requests], engine, kwargs)
         finally:
             for request in requests:
                 request.cancel()
@@ -136,10 +142,10 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         engine = self.load()
         params = self._params(stop, kwargs)
         check_stream(params)
-        (request,) = self._submit(engine, [prompt], params)
+        (request,) = self._submit(engine, [prompt], params, kwargs)
         try:
             for delta in request:
-                chunk = self._chunk(delta, engine)
+                chunk = self._chunk(delta, engine, kwargs)
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -156,10 +162,10 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         engine = await self._handle.get_async()
         params = self._params(stop, kwargs)
         check_stream(params)
-        (request,) = self._submit(engine, [prompt], params)
+        (request,) = self._submit(engine, [prompt], params, kwargs)
         try:
             async for delta in request:
-                chunk = self._chunk(delta, engine)
+                chunk = self._chunk(delta, engine, kwargs)
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -167,16 +173,19 @@ class LayerStreamLLM(EngineFields, BaseLLM):
             request.cancel()
 
     def _params(self, stop: list[str] | None, kwargs: dict[str, Any]) -> SamplingParams:
-        self._check_call(kwargs)
+        self._check_call(kwargs, _CALL_OPTIONS)
         return self._sampling(stop, kwargs)
 
-    def _submit(self, engine: LayerStream, prompts: Sequence[str], params: SamplingParams) -> list[Request]:
+    def _submit(
+        self, engine: LayerStream, prompts: Sequence[str], params: SamplingParams, kwargs: dict[str, Any]
+    ) -> list[Request]:
         join_gang(engine)
-        return engine.submit_many([self.prompt_for(prompt) for prompt in prompts], params, **self._terms())
+        with overflow_as_langchains():
+            return engine.submit_many([self.prompt_for(prompt) for prompt in prompts], params, **self._terms(kwargs))
 
-    def _result(self, completions: list[list[Completion]], engine: LayerStream) -> LLMResult:
+    def _result(self, completions: list[list[Completion]], engine: LayerStream, kwargs: dict[str, Any]) -> LLMResult:
         generations = [
-            [Generation(text=c.text, generation_info=_info(c, engine)) for c in group] for group in completions
+            [Generation(text=c.text, generation_info=_info(c, engine, kwargs)) for c in group] for group in completions
         ]
         usage = {
             "prompt_tokens": sum(group[0].usage.prompt_tokens for group in completions),
@@ -185,13 +194,21 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         usage["total_tokens"] = sum(usage.values())
         return LLMResult(generations=generations, llm_output={"token_usage": usage, "model_name": self.model})
 
-    def _chunk(self, delta: Delta, engine: LayerStream) -> GenerationChunk:
+    def _chunk(self, delta: Delta, engine: LayerStream, kwargs: dict[str, Any]) -> GenerationChunk:
         done = delta.completion
-        info = None if done is None else {**_info(done, engine), "model_name": self.model}
+        info = None if done is None else {**_info(done, engine, kwargs), "model_name": self.model}
         return GenerationChunk(text=delta.text, generation_info=info)
 
 
-def _info(completion: Completion, engine: LayerStream) -> dict[str, Any]:
+def _info(completion: Completion, engine: LayerStream, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What LangChain is told beside the text.
+
+    Raises:
+        OutputCutOff: the call wants a whole answer, and this is none: a text alone would not show it.
+    """
+    reason = completion.finish_reason
+    if kwargs.get(_WHOLE) and reason != "stop":
+        raise OutputCutOff(f"the answer {why_cut_off(reason)}; found {completion.text!r:.200}")
     return {
         "finish_reason": completion.finish_reason,
         "usage": usage_of(completion),

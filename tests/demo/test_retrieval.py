@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import string
 import sys
 from pathlib import Path
@@ -60,11 +59,37 @@ def test_says_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
         load_documents(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_says_which_file_cannot_be_read(folder: Path) -> None:
-    (folder / "travel.md").chmod(0)
-    with pytest.raises(DocumentError, match=r"travel.md cannot be read: Permission denied"):
-        load_documents(folder)
+def test_one_file_does_not_stand_in_the_way_of_the_others(folder: Path) -> None:
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.4\nnot much")
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 9)
+    said: list[str] = []
+    assert len(load_documents(folder, said.append)) == 3
+    (line,) = said
+    assert line.startswith("3 files read, 3 skipped: binary.txt is binary, no text; broken.pdf is no PDF that can be ")
+    assert line.endswith("; notes/empty.txt is empty")
+
+
+def test_nothing_is_said_where_all_is_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "notes" / "empty.txt").unlink()
+    load_documents(folder)
+    assert not caplog.records
+
+
+def test_a_folder_where_nothing_can_be_read_says_why_for_each_but_has_an_end(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02}.txt").write_bytes(b"")
+    with pytest.raises(DocumentError, match=r"00.txt is empty; .*09.txt is empty; and 20 more$"):
+        load_documents(tmp_path)
+
+
+def test_a_question_about_the_whole_reads_what_documents_begin_with(tmp_path: Path) -> None:
+    for name in "ba":
+        (tmp_path / f"{name}.md").write_text("\n\n".join(f"{name} {number} " + "x" * 1400 for number in range(3)))
+    retriever = Retriever(load_documents(tmp_path))
+    assert [(passage.document, passage.index) for passage in retriever.opening(3)] == [
+        ("a.md", 0), ("b.md", 0), ("a.md", 1),
+    ]  # fmt: skip
+    assert len(retriever.opening(99)) == 6
 
 
 def test_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,14 +151,19 @@ def _plain_call(call: Any) -> dict[str, Any]:
             f"a tool call is {{'id': ..., 'type': 'function', 'function': {{'name': ..., 'arguments': {{...}}}}}}, "
             f"not {call!r:.80}"
         )
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise PromptError(f"the arguments of a tool call are no JSON ({error}): {arguments!r:.80}") from error
     return {
         "id": _plain_id(call.get("id")),
         "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
+        "function": {"name": function["name"], "arguments": _plain_arguments(function.get("arguments") or {})},
     }
+
+
+def _plain_arguments(given: Any) -> Any:
+    """Arguments as a mapping, the only form that every template takes; those of a call that was cut off as they are."""
+    if not isinstance(given, str):
+        return given
+    try:
+        value = json.loads(given)
+    except ValueError:
+        value = None
+    return value if isinstance(value, Mapping) else {"invalid": given}

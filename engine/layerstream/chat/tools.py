@@ -12,7 +12,7 @@ from layerstream.errors import ToolError
 ToolChoice: TypeAlias = str | bool | Mapping[str, Any] | None
 """``None`` or ``"auto"``: the model decides; ``"any"`` (``"required"``, ``True``): it must call one; ``"none"``
 (``False``): it must not; a tool's name, alone or in OpenAI's ``{"type": "function", "function": {"name": ...}}``: that
-one."""
+one. Anthropic's ``{"type": "any"}`` and ``{"type": "tool", "name": ...}`` are understood."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
@@ -32,6 +32,12 @@ class Tool:
         Raises:
             ToolError: no name that can be called, or parameters that are no object's schema.
         """
+        kind = given.get("type", "function") if isinstance(given, Mapping) else None
+        if kind not in ("function", None):
+            raise ToolError(
+                f"a tool of type {kind!r} is a provider's own, and nobody runs it here; pass a function instead, as in "
+                "{'type': 'function', 'function': {'name': 'search', ...}}"
+            )
         function = given.get("function", given) if isinstance(given, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -82,11 +88,7 @@ def select_tools(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ToolError(f"two tools are called {twice!r}; rename one")
-    if isinstance(choice, Mapping):
-        function = choice.get("function", choice)
-        choice = function.get("name") if isinstance(function, Mapping) else None
-        if choice is None:
-            raise ToolError("a tool_choice mapping is {'type': 'function', 'function': {'name': ...}}")
+    choice = _plain_choice(choice) if isinstance(choice, Mapping) else choice
     match choice:
         case None | "auto":
             return Selection(tools, "auto" if tools else "none", tools, parallel is not False)
@@ -101,6 +103,19 @@ def select_tools(
             raise ToolError(
                 f"tool_choice is {choice!r}; expected 'auto', 'any', 'none' or the name of a tool (there: {there})"
             )
+
+
+def _plain_choice(choice: Mapping[str, Any]) -> str:
+    """What a mapping says: a tool's name (OpenAI's and Anthropic's forms), or ``{"type": "any"}`` and the like."""
+    function, kind = choice.get("function", choice), choice.get("type")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    said = kind if name is None and kind in ("auto", "any", "required", "none") else name
+    if not isinstance(said, str):
+        raise ToolError(
+            "a tool_choice mapping is {'type': 'function', 'function': {'name': ...}} or {'type': 'any'}, not "
+            f"{choice!r:.80}"
+        )
+    return said
 
 
 def closed(schema: Any) -> Any:

@@ -9,7 +9,6 @@ import typer
 
 from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
 from layerstream.demo.retrieval import Passage, Retriever, join_passages, load_documents
-from layerstream.errors import DocumentError
 from layerstream.params import SamplingParams
 from layerstream.text.prompt import QUESTION_PROMPT
 
@@ -33,9 +32,8 @@ def ask(
 ) -> None:
     """Answer a question about a folder of documents. The answer goes to stdout, all else to stderr."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    found = Retriever(load_documents(docs)).retrieve(question, passages)
-    if not found:
-        raise DocumentError(f"no document in {docs} shares a word with the question; ask with words that are in them")
+    retriever = Retriever(load_documents(docs, lambda line: typer.echo(line, err=True)))
+    found = retriever.retrieve(question, passages) or retriever.opening(passages)
     from layerstream.cli.report import describe_work
     from layerstream.engine import LayerStream
 

@@ -30,7 +30,7 @@ def warm(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
 ) -> None:
     """Compute what questions about these documents share, and keep it. Interrupted, it goes on where it stopped."""
-    documents = load_documents(docs)
+    documents = load_documents(docs, lambda line: typer.echo(line, err=True))
     texts = [d.text for d in documents] if whole else [p.text for d in documents for p in split_passages(d)]
     template = None if prompt is None else prompt.read_text("utf-8")
     from layerstream.engine import LayerStream

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from layerstream.errors import DocumentError, MissingExtra
+from layerstream.demo.reading import SUFFIXES, Unreadable, import_extra, read_text
+from layerstream.errors import DocumentError
 
+logger = logging.getLogger(__name__)
+
+MOST_NAMED = 10
 PASSAGE_CHARACTERS = 1500  # about 400 tokens of English
-TEXT_SUFFIXES = frozenset({".txt", ".md", ".markdown"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +34,27 @@ class Passage:
     text: str
 
 
-def load_documents(folder: Path) -> list[Document]:
+def load_documents(folder: Path, say: Callable[[str], object] = logger.warning) -> list[Document]:
     """The text, Markdown and PDF files in *folder* and below, by name; or the one file that *folder* is.
 
+    A file that cannot be read does not stand in the way of the others.
+
+    Args:
+        say: told in one line which files were skipped, and why, if any were.
+
     Raises:
-        DocumentError: no such folder, nothing in it, or a file that cannot be read.
+        DocumentError: no such folder, or nothing in it that can be read.
         MissingExtra: there is a PDF, and pypdf is not installed.
     """
     if not folder.exists():
         raise DocumentError(f"{folder}: no such folder; pass a folder of txt, md or pdf files")
-    root = folder if folder.is_dir() else folder.parent
-    paths = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    readable = [path for path in paths if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES | {".pdf"}]
-    documents = [Document(path.relative_to(root).as_posix(), _read(path)) for path in readable]
-    documents = [document for document in documents if document.text.strip()]
+    documents, skipped = _read_all(folder)
     if not documents:
-        raise DocumentError(f"{folder}: no txt, md or pdf file with text in it; pass a folder that has some")
+        said = f": {_list(skipped)}" if skipped else "; pass a folder that has some"
+        raise DocumentError(f"{folder}: no txt, md or pdf file with text in it{said}")
+    if skipped:
+        read = "1 file" if len(documents) == 1 else f"{len(documents)} files"
+        say(f"{read} read, {len(skipped)} skipped: {_list(skipped)}")
     return documents
 
 
@@ -79,7 +86,7 @@ class Retriever:
 
     def __init__(self, documents: Iterable[Document]) -> None:
         self.passages: Sequence[Passage] = [part for document in documents for part in split_passages(document)]
-        self._bm25s = _import("bm25s", "documents")
+        self._bm25s = import_extra("bm25s")
         self._index = self._bm25s.BM25()
         # A file's name often says what it is about.
         texts = [f"{_words(passage.document)}\n{passage.text}" for passage in self.passages]
@@ -91,8 +98,37 @@ class Retriever:
         ranks, scores = self._index.retrieve(self._tokens([question]), k=count, show_progress=False)
         return [self.passages[rank] for rank, score in zip(ranks[0], scores[0], strict=True) if score > 0]
 
+    def opening(self, count: int = 3) -> list[Passage]:
+        """The first *count* passages, what documents begin with before what goes on: for questions about the whole.
+
+        "What is this about?" shares no word with what it is about.
+        """
+        return sorted(self.passages, key=lambda passage: (passage.index, passage.document))[:count]
+
     def _tokens(self, texts: list[str]) -> list[list[str]]:
         return self._bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
+
+
+def _read_all(folder: Path) -> tuple[list[Document], dict[str, str]]:
+    """The documents, and the files that were skipped with the reasons."""
+    root = folder if folder.is_dir() else folder.parent
+    paths = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    documents, skipped = [], {}
+    for path in paths:
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            name = path.relative_to(root).as_posix()
+            try:
+                documents.append(Document(name, read_text(path)))
+            except Unreadable as reason:
+                skipped[name] = str(reason)
+    return documents, skipped
+
+
+def _list(skipped: Mapping[str, str]) -> str:
+    """The first few by name; a line has an end."""
+    shown = [f"{name} {reason}" for name, reason in list(skipped.items())[:MOST_NAMED]]
+    rest = len(skipped) - len(shown)
+    return "; ".join([*shown, *([f"and {rest} more"] if rest else [])])
 
 
 def _pieces(text: str, limit: int) -> Iterable[str]:
@@ -108,30 +144,5 @@ def _pieces(text: str, limit: int) -> Iterable[str]:
             yield rest
 
 
-def _read(path: Path) -> str:
-    try:
-        if path.suffix.lower() == ".pdf":
-            return _read_pdf(path)
-        return path.read_text("utf-8-sig", errors="replace")
-    except OSError as error:
-        raise DocumentError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _read_pdf(path: Path) -> str:
-    pypdf = _import("pypdf", "documents")
-    try:
-        pages = [page.extract_text() for page in pypdf.PdfReader(path).pages]
-    except pypdf.errors.PyPdfError as error:
-        raise DocumentError(f"{path} is no PDF that can be read: {error}; take it out of the folder") from error
-    return "\n\n".join(pages)
-
-
 def _words(name: str) -> str:
     return re.sub(r"[\W_]+", " ", Path(name).stem)
-
-
-def _import(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtra(module, extra) from error

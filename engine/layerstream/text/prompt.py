@@ -103,7 +103,8 @@ class PromptEncoder:
         if self._max_context is not None and len(ids) >= self._max_context:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens; the context has {self._max_context}, and an answer needs one more: "
-                "shorten the prompt, or retrieve fewer documents"
+                "shorten the prompt, or retrieve fewer documents",
+                num_tokens=len(ids),
             )
         return ids
 

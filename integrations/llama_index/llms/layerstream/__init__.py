@@ -24,11 +24,14 @@ from llama_index.llms.layerstream.prefixes import (
     stable_prompt_helper,
 )
 
+from layerstream import __version__
+
 __all__ = [
     "CONTEXT_FIRST_REFINE",
     "LayerStreamLLM",
     "StablePrefixOrder",
     "WarmPrefixes",
+    "__version__",
     "context_first_prompts",
     "stable_prompt_helper",
 ]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -19,20 +20,14 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr, field_validator
 from llama_index.core.instrumentation import get_dispatcher  # pyright: ignore[reportPrivateImportUsage]
-from llama_index.core.instrumentation.events.llm import (
-    LLMStructuredPredictEndEvent,
-    LLMStructuredPredictInProgressEvent,
-    LLMStructuredPredictStartEvent,
-)
+from llama_index.core.instrumentation.events.llm import LLMStructuredPredictStartEvent
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.program.utils import process_streaming_objects
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
-from llama_index.core.types import PydanticProgramMode
-from llama_index.llms.layerstream import responses
+from llama_index.llms.layerstream import responses, structured
 from llama_index.llms.layerstream.messages import as_chat, selections
-from llama_index.llms.layerstream.responses import Reader
+from llama_index.llms.layerstream.responses import Asked, Reader
 
 from layerstream.errors import ToolError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
@@ -42,7 +37,6 @@ if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
 
     from layerstream.engine import LayerStream
-    from layerstream.request import Request
     from layerstream.text.prompt import Prompt
 
 logger = logging.getLogger(__name__)
@@ -52,10 +46,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "logprobs", "top_logprobs",
 )  # fmt: skip
+_TERMS = ("timeout", "priority", "client")
 _CALL_OPTIONS = frozenset(
     {"max_new_tokens", "tools", "tool_choice", "parallel_tool_calls", "explain_schema", "chat_template_kwargs",
-     "timeout", "formatted", "stream", "image_documents"}
+     "top_logprobs", "formatted", "stream", "image_documents", *_TERMS}
 )  # fmt: skip
 
 
@@ -85,6 +81,8 @@ class LayerStreamLLM(FunctionCallingLLM):
     presence_penalty: float | None = Field(default=None, description="For tokens that are in the answer.")
     frequency_penalty: float | None = Field(default=None, description="For each time they are.")
     seed: int | None = Field(default=None, description="Same seed, same prompt, same text.")
+    logprobs: bool = Field(default=False, description="Return log-probabilities.")
+    top_logprobs: int | None = Field(default=None, description="Of so many best tokens, too; implies logprobs.")
     stop: list[str] = Field(default_factory=list, description="Strings that end an answer.")
     context_window: int | None = Field(default=None, description="Tokens of context; None is the engine's own.")
     timeout: float | None = Field(default=None, description="Seconds until an unfinished answer is given up.")
@@ -102,9 +100,14 @@ class LayerStreamLLM(FunctionCallingLLM):
         handle = EngineHandle(model, fields.get("engine_kwargs"), engine)
         super().__init__(model=handle.model, **fields)
         self._handle = handle
-        self._formats_messages = fields.get("messages_to_prompt") is not None
-        self._formats_completions = fields.get("completion_to_prompt") is not None
+        # not whether they were given: what is unpickled is given LlamaIndex's own
+        self._formats_messages = self.messages_to_prompt is not generic_messages_to_prompt
+        self._formats_completions = self.completion_to_prompt is not default_completion_to_prompt
         self._sampling({})  # a value out of range is said now
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._handle.__getstate__()  # says it if it cannot be; LlamaIndex would leave it out
+        return super().__getstate__()
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -144,46 +147,42 @@ class LayerStreamLLM(FunctionCallingLLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Complete a prompt; the chat template is put around it unless it is *formatted* already."""
         engine = self.load()
-        request, reader = self._submit_text(engine, prompt, formatted, kwargs)
-        return responses.completed(responses.wait(request), reader)
+        return responses.complete(self._submit_text(engine, prompt, formatted, kwargs))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """As :meth:`complete`, piece by piece."""
-        return responses.stream_text(*self._submit_text(self.load(), prompt, formatted, kwargs))
+        return responses.stream_text(self._submit_text(self.load(), prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As :meth:`complete`, without blocking the event loop."""
-        request, reader = self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs)
-        return responses.completed(await responses.wait_async(request), reader)
+        return await responses.acomplete(self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As :meth:`stream_complete`, without blocking the event loop."""
-        return responses.astream_text(*self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
+        return responses.astream_text(self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer *messages*."""
-        request, reader = self._submit_chat(self.load(), messages, kwargs)
-        return responses.chatted(responses.wait(request), reader)
+        return responses.chat(self._submit_chat(self.load(), messages, kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """As :meth:`chat`, piece by piece."""
-        return responses.stream_chat(*self._submit_chat(self.load(), messages, kwargs))
+        return responses.stream_chat(self._submit_chat(self.load(), messages, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As :meth:`chat`, without blocking the event loop."""
-        request, reader = self._submit_chat(await self._handle.get_async(), messages, kwargs)
-        return responses.chatted(await responses.wait_async(request), reader)
+        return await responses.achat(self._submit_chat(await self._handle.get_async(), messages, kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As :meth:`stream_chat`, without blocking the event loop."""
-        return responses.astream_chat(*self._submit_chat(await self._handle.get_async(), messages, kwargs))
+        return responses.astream_chat(self._submit_chat(await self._handle.get_async(), messages, kwargs))
 
     def _prepare_chat_with_tools(
         self,
@@ -212,10 +211,13 @@ class LayerStreamLLM(FunctionCallingLLM):
         """The calls that a response asks for.
 
         Raises:
+            AnswerCutOff: one of them is half, and the answer is over.
             ValueError: there are none, and *error_on_no_tool_call*.
         """
+        structured.check_calls(response)
         found = selections(response.message)
         if not found and error_on_no_tool_call:
+            structured.check_whole(response)
             raise ValueError(
                 f"the model called no tool; it said {response.message.content!r:.200}: "
                 "tool_required=True makes it call one"
@@ -231,10 +233,10 @@ class LayerStreamLLM(FunctionCallingLLM):
         **prompt_args: Any,
     ) -> Model:
         """An *output_cls*, filled in by the model within a grammar of its schema."""
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+        if self.pydantic_program_mode not in structured.NATIVE_MODES:
             return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
         messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        return _finish_structured(output_cls, self.chat(messages, **options))
+        return structured.finish(self.chat(messages, **options), output_cls)
 
     @dispatcher.span
     async def astructured_predict(
@@ -245,10 +247,10 @@ class LayerStreamLLM(FunctionCallingLLM):
         **prompt_args: Any,
     ) -> Model:
         """As :meth:`structured_predict`, without blocking the event loop."""
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+        if self.pydantic_program_mode not in structured.NATIVE_MODES:
             return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
         messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
-        return _finish_structured(output_cls, await self.achat(messages, **options))
+        return structured.finish(await self.achat(messages, **options), output_cls)
 
     @dispatcher.span
     def stream_structured_predict(
@@ -259,16 +261,16 @@ class LayerStreamLLM(FunctionCallingLLM):
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
         """As :meth:`structured_predict`, as far as it is filled in; the last one is whole."""
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+        if self.pydantic_program_mode not in structured.NATIVE_MODES:
             yield from super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
             return
         messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
         response, partial = None, None
         for response in self.stream_chat(messages, **options):
-            partial = _partial(response, output_cls, partial)
+            partial = structured.partial(response, output_cls, partial)
             yield partial
         if response is not None:
-            yield _finish_structured(output_cls, response)
+            yield structured.finish(response, output_cls)
 
     @dispatcher.span
     async def astream_structured_predict(
@@ -279,17 +281,17 @@ class LayerStreamLLM(FunctionCallingLLM):
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
         """As :meth:`stream_structured_predict`, without blocking the event loop."""
-        if self.pydantic_program_mode != PydanticProgramMode.DEFAULT:
+        if self.pydantic_program_mode not in structured.NATIVE_MODES:
             return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)  # type: ignore[arg-type]
 
         async def partials() -> AsyncGenerator[Any, None]:
             messages, options = self._structured(output_cls, prompt, llm_kwargs, prompt_args)
             response, partial = None, None
             async for response in await self.astream_chat(messages, **options):
-                partial = _partial(response, output_cls, partial)
+                partial = structured.partial(response, output_cls, partial)
                 yield partial
             if response is not None:
-                yield _finish_structured(output_cls, response)
+                yield structured.finish(response, output_cls)
 
         return partials()
 
@@ -305,31 +307,26 @@ class LayerStreamLLM(FunctionCallingLLM):
             LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=prompt_args)
         )
         messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
-        wanted = {"type": "json_schema", "schema": output_cls.model_json_schema()}
-        return messages, {**(llm_kwargs or {}), "response_format": wanted}
+        return messages, {**(llm_kwargs or {}), **structured.options_for(output_cls, self.pydantic_program_mode)}
 
-    def _submit_text(
-        self, engine: LayerStream, text: str, formatted: bool, kwargs: dict[str, Any]
-    ) -> tuple[Request, Reader]:
+    def _submit_text(self, engine: LayerStream, text: str, formatted: bool, kwargs: dict[str, Any]) -> Asked:
         if formatted:
-            return self._submit(engine, text, self._sampling(kwargs), kwargs), None
+            return self._submit(engine, text, self._sampling(kwargs), None, kwargs)
         if self._formats_completions:
-            return self._submit(engine, self.completion_to_prompt(text), self._sampling(kwargs), kwargs), None  # type: ignore[misc]
+            return self._submit(engine, self.completion_to_prompt(text), self._sampling(kwargs), None, kwargs)  # type: ignore[misc]
         if not engine.has_chat_template:
             prompt = f"{self.system_prompt}\n\n{text}" if self.system_prompt else text
-            return self._submit(engine, prompt, self._sampling(kwargs), kwargs), None
+            return self._submit(engine, prompt, self._sampling(kwargs), None, kwargs)
         messages = self._extend_messages([ChatMessage(role=MessageRole.USER, content=text)])
         return self._submit_chat(engine, messages, kwargs)
 
-    def _submit_chat(
-        self, engine: LayerStream, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
-    ) -> tuple[Request, Reader]:
+    def _submit_chat(self, engine: LayerStream, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> Asked:
         try:
             prompt, params, reader = self._chat_prompt(engine, messages, kwargs)
         except ValueError as error:  # LlamaIndex's synthesizers turn these into an empty response, without a word
             logger.error("%s", error)
             raise
-        return self._submit(engine, prompt, params, kwargs), reader
+        return self._submit(engine, prompt, params, reader, kwargs)
 
     def _chat_prompt(
         self, engine: LayerStream, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
@@ -353,15 +350,12 @@ class LayerStreamLLM(FunctionCallingLLM):
         )
         return turn.prompt, turn.params, turn.reader()
 
-    def _submit(self, engine: LayerStream, prompt: Prompt, params: SamplingParams, kwargs: dict[str, Any]) -> Request:
+    def _submit(
+        self, engine: LayerStream, prompt: Prompt, params: SamplingParams, reader: Reader, kwargs: dict[str, Any]
+    ) -> Asked:
+        terms = {name: kwargs.get(name, getattr(self, name)) for name in _TERMS}
         try:
-            return engine.submit(
-                prompt,
-                params,
-                timeout=kwargs.get("timeout", self.timeout),
-                priority=self.priority,
-                client=self.client,
-            )
+            return Asked(engine.submit(prompt, params, **terms), reader, engine.tokenizer.decode)
         except ValueError as error:  # as above
             logger.error("%s", error)
             raise
@@ -372,27 +366,3 @@ class LayerStreamLLM(FunctionCallingLLM):
         own = {name: getattr(self, name) for name in (*_SAMPLING_FIELDS, "stop")}
         own["max_tokens"] = kwargs.get("max_new_tokens", self.max_new_tokens)
         return merge_params(own, kwargs)
-
-
-def _partial(response: ChatResponse, output_cls: type[BaseModel], before: Any) -> Any:
-    partial = process_streaming_objects(response, output_cls, cur_objects=None if before is None else [before])
-    dispatcher.event(LLMStructuredPredictInProgressEvent(output=partial))  # type: ignore[arg-type]
-    return partial
-
-
-def _finish_structured(output_cls: type[Model], response: ChatResponse) -> Model:
-    """The answer as an *output_cls*.
-
-    Raises:
-        ValueError: the answer was cut off, or the class asks for what a schema cannot say.
-    """
-    try:
-        output = output_cls.model_validate_json(response.message.content or "")
-    except ValueError as error:
-        cut = isinstance(response.raw, dict) and response.raw.get("finish_reason") == "length"
-        why = "it was cut off: allow more tokens (max_new_tokens)" if cut else str(error)
-        raise ValueError(
-            f"the answer is no {output_cls.__name__}: {why}; found {response.message.content!r:.200}"
-        ) from error
-    dispatcher.event(LLMStructuredPredictEndEvent(output=output))
-    return output

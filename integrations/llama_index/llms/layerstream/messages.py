@@ -12,6 +12,7 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms.llm import ToolSelection
 
 from layerstream.chat.reader import Reply, ToolCall
@@ -59,7 +60,7 @@ def _as_message(message: ChatMessage) -> dict[str, Any]:
         }
         for block in message.blocks
         if isinstance(block, ToolCallBlock)
-    ]
+    ] or [_as_dict(call) for call in more.get("tool_calls") or ()]
     result["content"] = [
         {"type": "text", "text": block.text} if isinstance(block, TextBlock) else {"type": block.block_type}
         for block in message.blocks
@@ -71,3 +72,8 @@ def _as_message(message: ChatMessage) -> dict[str, Any]:
         if name in more:
             result[name] = more[name]
     return result
+
+
+def _as_dict(call: Any) -> Any:
+    """A call in OpenAI's form, as other integrations keep it: a mapping, or OpenAI's own object."""
+    return call.model_dump() if isinstance(call, BaseModel) else call

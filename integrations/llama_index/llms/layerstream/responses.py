@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LogProb, MessageRole
 from llama_index.llms.layerstream.messages import as_blocks
 
 from layerstream.chat.reader import Piece, ReplyReader, gather, join_pieces
-from layerstream.completion import Completion, Delta
+from layerstream.completion import Completion, Delta, openai_logprobs
 
 if TYPE_CHECKING:
     from layerstream.request import Request
@@ -19,94 +20,126 @@ Reader = ReplyReader | None
 """What reads an answer to a chat; ``None``: it is text."""
 
 
-def wait(request: Request) -> Completion:
-    """The answer; leaving gives the request up."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, and what its answer is read with; ``decode`` makes text of token ids."""
+
+    request: Request
+    reader: Reader
+    decode: Callable[[list[int]], str]
+
+
+def complete(asked: Asked) -> CompletionResponse:
+    """A whole text, as its stream adds up to."""
+    return _as_text(chat(asked))
+
+
+async def acomplete(asked: Asked) -> CompletionResponse:
+    """As :func:`complete`."""
+    return _as_text(await achat(asked))
+
+
+def chat(asked: Asked) -> ChatResponse:
+    """A whole message; leaving gives the request up."""
     try:
-        return request.result()
+        return _read(asked, asked.request.result())
     finally:
-        request.cancel()
+        asked.request.cancel()
 
 
-async def wait_async(request: Request) -> Completion:
-    """The answer; a task that is cancelled gives the request up."""
+async def achat(asked: Asked) -> ChatResponse:
+    """As :func:`chat`; a task that is cancelled gives the request up."""
     try:
-        return await request
+        return _read(asked, await asked.request)
     finally:
-        request.cancel()
+        asked.request.cancel()
 
 
-def stream_text(request: Request, reader: Reader) -> Generator[CompletionResponse, None, None]:
+def stream_text(asked: Asked) -> Generator[CompletionResponse, None, None]:
     """The text as it grows."""
-    for response in stream_chat(request, reader):
+    for response in stream_chat(asked):
         yield _as_text(response)
 
 
-async def astream_text(request: Request, reader: Reader) -> AsyncGenerator[CompletionResponse, None]:
+async def astream_text(asked: Asked) -> AsyncGenerator[CompletionResponse, None]:
     """As :func:`stream_text`."""
-    async for response in astream_chat(request, reader):
+    async for response in astream_chat(asked):
         yield _as_text(response)
 
 
-def stream_chat(request: Request, reader: Reader) -> Generator[ChatResponse, None, None]:
+def stream_chat(asked: Asked) -> Generator[ChatResponse, None, None]:
     """The message as it grows."""
-    growing = _Growing(reader)
+    growing = _Growing(asked)
     try:
-        for delta in request:
+        for delta in asked.request:
             yield growing.add(delta)
     finally:
-        request.cancel()
+        asked.request.cancel()
 
 
-async def astream_chat(request: Request, reader: Reader) -> AsyncGenerator[ChatResponse, None]:
+async def astream_chat(asked: Asked) -> AsyncGenerator[ChatResponse, None]:
     """As :func:`stream_chat`."""
-    growing = _Growing(reader)
+    growing = _Growing(asked)
     try:
-        async for delta in request:
+        async for delta in asked.request:
             yield growing.add(delta)
     finally:
-        request.cancel()
+        asked.request.cancel()
 
 
 class _Growing:
     """An answer as far as it has come: LlamaIndex's streams repeat the whole with every piece."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, asked: Asked) -> None:
+        self._reader, self._decode = asked.reader, asked.decode
         self._pieces: list[Piece] = []
         self._text = ""
 
     def add(self, delta: Delta) -> ChatResponse:
         """The answer with *delta*."""
-        raw = None if delta.completion is None else _raw(delta.completion)
+        told = {} if delta.completion is None else _told(delta.completion, self._decode)
         if self._reader is None:
             self._text += delta.text
             message = ChatMessage(role=MessageRole.ASSISTANT, content=self._text)
-            return ChatResponse(message=message, delta=delta.text, raw=raw)
+            return ChatResponse(message=message, delta=delta.text, **told)
         fresh = self._reader.push(delta.text)
         if delta.completion is not None:
             fresh += self._reader.finish()
         self._pieces = join_pieces([*self._pieces, *fresh])
         message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(gather(self._pieces)))
-        return ChatResponse(message=message, delta=gather(fresh).text, raw=raw)
+        return ChatResponse(message=message, delta=gather(fresh).text, **told)
 
 
-def completed(completion: Completion, reader: Reader) -> CompletionResponse:
-    """A whole text, as its stream adds up to."""
-    return _as_text(chatted(completion, reader))
-
-
-def chatted(completion: Completion, reader: Reader) -> ChatResponse:
+def _read(asked: Asked, completion: Completion) -> ChatResponse:
     """A whole message, read."""
+    reader = asked.reader
     if reader is None:
         message = ChatMessage(role=MessageRole.ASSISTANT, content=completion.text)
     else:
         reply = gather([*reader.push(completion.text), *reader.finish()])
         message = ChatMessage(role=MessageRole.ASSISTANT, blocks=as_blocks(reply))
-    return ChatResponse(message=message, raw=_raw(completion))
+    return ChatResponse(message=message, **_told(completion, asked.decode))
 
 
 def _as_text(response: ChatResponse) -> CompletionResponse:
-    return CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
+    return CompletionResponse(
+        text=response.message.content or "", delta=response.delta, raw=response.raw, logprobs=response.logprobs
+    )
+
+
+def _told(completion: Completion, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """What a response says beside the message: ``raw``, and ``logprobs`` if they were asked for."""
+    raw = _raw(completion)
+    logprobs = openai_logprobs(completion, decode)
+    if logprobs is None:
+        return {"raw": raw}
+    # for each token the most probable ones, as LlamaIndex's OpenAI has it; the token alone where none were asked for
+    best = [[_logprob(entry) for entry in token["top_logprobs"] or [token]] for token in logprobs["content"]]
+    return {"raw": {**raw, "logprobs": logprobs}, "logprobs": best}
+
+
+def _logprob(entry: dict[str, Any]) -> LogProb:
+    return LogProb(token=entry["token"], logprob=entry["logprob"], bytes=entry["bytes"])
 
 
 def _raw(completion: Completion) -> dict[str, Any]:
