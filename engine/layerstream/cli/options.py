@@ -104,11 +104,11 @@ class EngineOptions:
 
         given = self.arguments()
         memory, host_memory = given.pop("memory", None), given.pop("host_memory", None)
-        sizes = tuple(parse_size(size) for size in memory) if isinstance(memory, list) else ()
+        sizes = tuple(map(parse_size, memory)) if isinstance(memory, list) else ()
         store = given.pop("kv_store", "auto")
         return EngineConfig(
             model,
-            memory_bytes=None if memory is None or sizes else parse_size(memory),
+            memory_bytes=parse_size(memory) if isinstance(memory, str) else None,
             memory_each=sizes,
             host_memory_bytes=None if host_memory is None else parse_size(host_memory),
             kv_store=store_config(store),
@@ -152,7 +152,8 @@ OPTION_NAMES = {"max_context": "context"}
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """*command* for typer: a parameter that is a set of options becomes those options."""
     parameters = inspect.signature(command, eval_str=True).parameters
-    sets = {name: p.annotation for name, p in parameters.items() if dataclasses.is_dataclass(p.annotation)}
+    kinds: dict[str, Any] = {name: parameter.annotation for name, parameter in parameters.items()}
+    sets = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
