@@ -14,17 +14,29 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever client the hub uses
     NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
+    XetDownloadError,
 )
 from huggingface_hub.utils import SafetensorsFileMetadata
 
-from layerstream.errors import CheckpointNotFound, GatedRepository, StorageFull, UnsupportedFormat
+from layerstream.checkpoint.folder import open_folder
+from layerstream.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    GatedRepository,
+    InvalidHeader,
+    StorageFull,
+    UnsupportedFormat,
+)
 from layerstream.machine import cache_folder
 
 DEMO = "demo"
@@ -82,10 +94,9 @@ def locate_headers(model: str, *, revision: str | None = None, token: str | None
                 model, revision=revision, token=token, allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*"]
             )
         )
-        names = {path.name for path in folder.glob("*.safetensors")}
+        if _is_whole(folder):
+            return folder
         found = HfApi(token=token).get_safetensors_metadata(model, revision=revision)
-        if names >= set(found.files_metadata):
-            return folder  # it is here as a whole
         target = headers_folder(f"{model.replace('/', '--')}/{folder.name}")
         for side in folder.glob("*.json"):
             shutil.copyfile(side, target / side.name)
@@ -97,6 +108,15 @@ def locate_headers(model: str, *, revision: str | None = None, token: str | None
 def are_weights_here(folder: Path) -> bool:
     """Whether *folder* is more than :func:`locate_headers` makes."""
     return not folder.is_relative_to(_headers())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all weights of the model in *folder* are in it."""
+    try:
+        open_folder(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _headers() -> Path:
@@ -154,12 +174,30 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except NotASafetensorsRepoError as error:
         raise UnsupportedFormat(f"{repo} has no safetensors files at its top: {error}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except SafetensorsParsingError as error:
+        raise InvalidHeader(f"{repo} has a safetensors file on the hub that cannot be read: {error}") from error
+    except (EntryNotFoundError, HTTPError, XetDownloadError, OSError) as error:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StorageFull(
                 f"the disk is full; {repo!r} goes to {HF_HUB_CACHE}: free some room there, or set HF_HOME to a "
                 "folder elsewhere; what was fetched is kept, and the next try goes on from there",
             ) from error
-        raise CheckpointNotFound(
-            f"{repo!r} is not in the local cache and could not be fetched: {error}; check the network or pass a folder"
-        ) from error
+        raise CheckpointNotFound(_why_not_fetched(repo, error)) from error
+
+
+def _why_not_fetched(repo: str, error: Exception) -> str:
+    """One sentence for the hub's several."""
+    cause = error.__cause__ or error
+    if isinstance(cause, OfflineModeIsEnabled):
+        return (
+            f"{repo!r} is not in the local cache ({HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it: unset that, "
+            "or pass a folder"
+        )
+    if isinstance(cause, HfHubHTTPError) and getattr(cause, "response", None) is not None:
+        reason, advice = f"the hub answers {cause.response.status_code}", "try again later, or pass a folder"
+    elif isinstance(cause, PermissionError):
+        reason, advice = f"{cause.filename}: {cause.strerror}", "set HF_HOME to a folder that can be written"
+    else:
+        reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        advice = "check the network, or pass a folder"
+    return f"{repo!r} is not in the local cache and could not be fetched ({reason}): {advice}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 import io
-import logging
 import sys
 from typing import Annotated
 
@@ -13,50 +13,95 @@ from typer.core import TyperGroup
 from layerstream import __version__
 from layerstream.cli.ask import ask
 from layerstream.cli.bench import app as bench
+from layerstream.cli.chat import chat
 from layerstream.cli.demo import demo
 from layerstream.cli.doctor import doctor
+from layerstream.cli.failures import (
+    INTERRUPTED,
+    NOBODY_READS,
+    exit_code,
+    explain,
+    is_usage_error,
+    let_go_of_stdout,
+    listen,
+    wants_traceback,
+)
 from layerstream.cli.kv import app as kv
+from layerstream.cli.ls import ls
 from layerstream.cli.pack import pack
 from layerstream.cli.plan import plan
+from layerstream.cli.run import run
 from layerstream.cli.warm import warm
-from layerstream.errors import LayerStreamError
 
-INTERRUPTED = 130  # as shells do: 128 + SIGINT
-FAILED = 2
+ANYWHERE = ("--debug", "--traceback")
+ELSEWHERE = {
+    "complete": "run", "convert": "pack", "generate": "run", "index": "warm", "info": "plan", "ingest": "warm",
+    "list": "ls", "models": "ls", "prefill": "warm", "prompt": "run", "quantize": "pack", "query": "ask",
+    "repl": "chat", "show": "plan",
+}  # fmt: skip
+"""What other tools call it."""
 
 
-class Commands(TyperGroup):
-    """Turns errors that explain themselves into one line, and Ctrl-C into its exit code."""
+class Group(TyperGroup):
+    """Commands that say what a mistyped one might have been meant for."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple:  # type: ignore[override]
+        """The command that *args* begin with."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            close = [*difflib.get_close_matches(name, self.commands), ELSEWHERE.get(name, "")]
+            meant = " or ".join(repr(one) for one in dict.fromkeys(close) if one in self.commands)
+            known = f"Did you mean {meant}?" if meant else f"There are {', '.join(self.commands)}."
+            ctx.fail(f"No such command {name!r}. {known}")
+        return super().resolve_command(ctx, args)
+
+
+class Commands(Group):
+    """Turns errors that explain themselves into one paragraph, and signals into their exit codes."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """``--debug`` may stand behind the command as well."""
-        if "--debug" in args:
-            args = ["--debug", *(arg for arg in args if arg != "--debug")]
-        return super().parse_args(ctx, args)
+        """``--debug`` and ``--traceback`` may stand behind the command as well."""
+        end = args.index("--") if "--" in args else len(args)
+        moved = [arg for arg in args[:end] if arg in ANYWHERE]
+        return super().parse_args(ctx, [*moved, *(arg for arg in args[:end] if arg not in ANYWHERE), *args[end:]])
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
-        """Run the command; exits 130 when interrupted, 2 on an error of ours."""
+        """Run the command; the exit codes are those of :mod:`~layerstream.cli.failures`."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("\ninterrupted", err=True)
             ctx.exit(INTERRUPTED)
-        except LayerStreamError as error:
-            if ctx.params.get("debug"):
+        except BrokenPipeError:
+            let_go_of_stdout()
+            ctx.exit(NOBODY_READS)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if is_usage_error(error) or wants_traceback(ctx):
                 raise
-            typer.echo(f"layerstream: {error}", err=True)
-            ctx.exit(FAILED)
+            typer.echo(f"layerstream: {explain(error)}", err=True)
+            ctx.exit(exit_code(error))
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-app.command()(demo)
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run)
+app.command()(chat)
 app.command()(ask)
+app.command()(ls)
 app.command()(plan)
-app.command()(doctor)
-app.command()(pack)
 app.command()(warm)
-app.add_typer(kv, name="kv")
-app.add_typer(bench, name="bench")
+app.command()(pack)
+app.command()(demo)
+app.command()(doctor)
+app.add_typer(kv, name="kv", cls=Group)
+app.add_typer(bench, name="bench", cls=Group)
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,15 +113,15 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Log what happens; errors with their traceback.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Errors with their traceback, as with LAYERSTREAM_DEBUG=1.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Language models that do not fit, streamed past a memory budget."""
-    logger = logging.getLogger("layerstream")  # other libraries' logs are left as they are
-    logger.setLevel(logging.INFO if debug else logging.ERROR)
-    if debug:
-        logger.addHandler(logging.StreamHandler())
+    listen(debug=debug)
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
+from layerstream.cli.answering import Answer, say_if_toy
+from layerstream.cli.options import EngineOptions, Model, SamplingOptions, with_options
 from layerstream.demo.retrieval import Passage, Retriever, join_passages, load_documents
 from layerstream.params import SamplingParams
 from layerstream.text.prompt import QUESTION_PROMPT
@@ -19,32 +20,29 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 64  # kept free for the answer where max_tokens does not say
 
 
+@with_options
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     docs: Annotated[Path, typer.Option(help="A folder of txt, md and pdf files, or one such file.")],
     model: Model = "demo",
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; what fits the speed if not given.")] = None,
     passages: Annotated[int, typer.Option(min=1, help="Passages of the documents to read at most.")] = 4,
+    *,
+    sampling: SamplingOptions,
+    engine: EngineOptions,
 ) -> None:
     """Answer a question about a folder of documents. The answer goes to stdout, all else to stderr."""
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    params = sampling.params(temperature=0.0)
     retriever = Retriever(load_documents(docs, lambda line: typer.echo(line, err=True)))
     found = retriever.retrieve(question, passages) or retriever.opening(passages)
     from layerstream.cli.report import describe_work
-    from layerstream.engine import LayerStream
 
-    with LayerStream(
-        model, device=device, device_map=device_map, memory=split(memory), host_memory=host_memory
-    ) as engine:
-        before = engine.stats()
-        request, used = submit(engine, question, found, params)
-        show(request)
+    say_if_toy(model)
+    with engine.open(model) as opened:
+        before = opened.stats()
+        request, used = submit(opened, question, found, params)
+        completion = Answer().show(request)
         typer.echo(f"from {', '.join(dict.fromkeys(passage.document for passage in used))}", err=True)
-        typer.echo(f"{request.result().metrics.seconds:.1f} s · {describe_work(before, engine.stats())}", err=True)
+        typer.echo(f"{completion.metrics.seconds:.1f} s · {describe_work(before, opened.stats())}", err=True)
 
 
 def submit(
@@ -59,17 +57,3 @@ def submit(
         if count == 1 or len(engine.tokenizer(prompt)["input_ids"]) <= room:
             return engine.submit(prompt, params), found[:count]
     raise ValueError("no passages to read")
-
-
-def show(request: Request) -> None:
-    """Print the answer as it comes; Ctrl-C cancels it."""
-    is_first = True
-    try:
-        for delta in request:
-            text = delta.text.lstrip() if is_first else delta.text
-            is_first = is_first and not text
-            typer.echo(text, nl=False)
-    except BaseException:
-        request.cancel()
-        raise
-    typer.echo()

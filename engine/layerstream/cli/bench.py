@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from layerstream.cli.ask import submit
-from layerstream.cli.bench_experts import experts
+from layerstream.cli.bench_experts import experts, without_guesses
 from layerstream.cli.demo import FOLDER, load_questions
-from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
+from layerstream.cli.options import EngineOptions, Model, SamplingOptions, with_options
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.demo.retrieval import Retriever, load_documents
-from layerstream.errors import DocumentError
+from layerstream.errors import ConfigurationError, DocumentError
 from layerstream.params import SamplingParams
 from layerstream.sizes import format_size
 
@@ -29,45 +30,37 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure a model on this machine.", invoke_without_command=True)
 app.command()(experts)
 SWEEPS = 8
+MAX_TOKENS = 64  # of an answer about documents
 
 
 @app.callback()
+@with_options
 def sweeps(
     context: typer.Context,
     model: Model = "demo",
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
     trace: Annotated[Path | None, typer.Option(help="Write what a sweep does to a file for ui.perfetto.dev.")] = None,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Sweeps of one token: seconds, and what they wait for. With a command: something else."""
     if context.invoked_subcommand is not None:
+        if engine != EngineOptions() or trace is not None:
+            raise ConfigurationError(f"options go behind the command: layerstream bench {context.invoked_subcommand} …")
         return
-    from layerstream.engine import LayerStream
-
-    with LayerStream(
-        model,
-        device=device,
-        device_map=device_map,
-        memory=split(memory),
-        host_memory=host_memory,
-        kv_store=None,
-        speculation="off",
-    ) as engine:
-        prompt = engine.encode("a")[:1]
-        _answer(engine, prompt, 2)  # the first sweeps warm up
-        of_prompt = _answer(engine, prompt, 1)
-        of_answer = _answer(engine, prompt, 1 + SWEEPS)
+    with without_guesses(engine).open(model, kv_store=None, speculation="off") as opened:
+        prompt = opened.encode("a")[:1]
+        _answer(opened, prompt, 2)  # the first sweeps warm up
+        of_prompt = _answer(opened, prompt, 1)
+        of_answer = _answer(opened, prompt, 1 + SWEEPS)
         seconds, waited, streamed = (
             max(0.0, long - short) / SWEEPS for long, short in zip(of_answer, of_prompt, strict=True)
         )
         if trace is not None:
-            with engine.record() as timeline:
-                _answer(engine, prompt, 3)
+            with opened.record() as timeline:
+                _answer(opened, prompt, 3)
             timeline.write_chrome(trace)
-        after = engine.stats()
-        typer.echo(f"{engine.model_name}: {format_seconds(seconds)} per sweep of one token ({SWEEPS} sweeps)")
+        after = opened.stats()
+        typer.echo(f"{opened.model_name}: {format_seconds(seconds)} per sweep of one token ({SWEEPS} sweeps)")
         typer.echo(
             f"moved per sweep     {format_streamed(int(streamed))}, {format_streamed(int(streamed / seconds))}/s"
         )
@@ -90,45 +83,37 @@ def _answer(engine: LayerStream, prompt: list[int], max_tokens: int) -> tuple[fl
 
 
 @app.command()
+@with_options
 def rag(
     model: Model = "demo",
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
     docs: Annotated[Path | None, typer.Option(help="A folder of documents; the bundled ones if not given.")] = None,
     questions: Annotated[Path | None, typer.Option(help="A text file with a question per line.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
-    draft_model: Annotated[str | None, typer.Option(help="A small model with the same tokenizer that guesses.")] = None,
+    *,
+    sampling: SamplingOptions,
+    engine: EngineOptions,
 ) -> None:
-    """Questions about documents: one at a time, once more from the KV store, and all at once with an empty store."""
+    """Questions about documents: one at a time, once more from the KV store, and all at once with an empty store.
+
+    The stores are made for this, and removed: in the folder that --kv-store names, or among other temporary files.
+    """
     if (docs is None) != (questions is None):
         raise DocumentError("--docs and --questions belong together: a folder, and a file with a question per line")
     asked = _load_questions(questions)
     retriever = Retriever(load_documents(docs or FOLDER / "documents"))
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    from layerstream.engine import LayerStream
-
+    params = sampling.params(max_tokens=MAX_TOKENS, temperature=0.0)
     runs = (("one at a time", "a", False), ("asked again", "a", False), ("all at once", "b", True))
     rows: list[list[str]] = []
-    with tempfile.TemporaryDirectory(prefix="layerstream-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="layerstream-bench-", dir=engine.kv_store) as folder:
         for name, store, at_once in runs:
-            with LayerStream(
-                model,
-                device=device,
-                device_map=device_map,
-                memory=split(memory),
-                host_memory=host_memory,
-                kv_store=Path(folder) / store,
-                draft_model=draft_model,
-            ) as engine:
+            placed = engine if engine.no_kv_store else replace(engine, kv_store=str(Path(folder) / store))
+            with placed.open(model) as opened:
                 if not rows:
-                    _introduce(engine, len(asked))
-                engine.generate([[engine.encode("a")[0]]], SamplingParams(max_tokens=1))  # the first sweep warms up
-                before, started = engine.stats(), time.perf_counter()
-                completions = _ask(engine, retriever, asked, params, at_once=at_once)
+                    _introduce(opened, len(asked))
+                opened.generate([[opened.encode("a")[0]]], SamplingParams(max_tokens=1))  # the first sweep warms up
+                before, started = opened.stats(), time.perf_counter()
+                completions = _ask(opened, retriever, asked, params, at_once=at_once)
                 seconds = time.perf_counter() - started
-                stats = engine.stats()
+                stats = opened.stats()
                 rows.append([name, *_describe(before, stats, completions, seconds)])
     table = Table(box=None, pad_edge=False)
     for column in ("", "questions/h", "sweeps each", "tokens/sweep", "guessed right", "cached"):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layerstream.cli.demo import FOLDER, load_questions
-from layerstream.cli.options import Memory, Model
+from layerstream.cli.options import EngineOptions, Model, with_options
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.errors import ConfigurationError
 from layerstream.params import SamplingParams
@@ -43,32 +43,32 @@ class _Counts:
         )
 
 
+@with_options
 def experts(
     model: Model = "demo",
-    memory: Memory = None,
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Answers at once; 1, 4 and 16 if not given.")] = None,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Experts that sweeps of some rows want, find in memory, and read; beside what the plan expected."""
-    from layerstream.engine import LayerStream
-
-    with LayerStream(model, device="cpu", memory=memory, kv_store=None, speculation="off") as engine:
-        stats, plan = engine.stats(), engine.plan
+    with without_guesses(engine).open(model, device="cpu", kv_store=None, speculation="off") as opened:
+        stats, plan = opened.stats(), opened.plan
         if stats.experts is None:
             raise ConfigurationError(
-                f"no experts of {engine.model_name} come as they are routed to: it has none, or all of them are in "
+                f"no experts of {opened.model_name} come as they are routed to: it has none, or all of them are in "
                 f"memory; pass a mixture of experts, and a --memory smaller than {format_size(plan.planned_bytes)}"
             )
         typer.echo(
-            f"{engine.model_name}\n{stats.experts.num_slots:,} of {stats.experts.num_experts:,} experts in memory, "
+            f"{opened.model_name}\n{stats.experts.num_slots:,} of {stats.experts.num_experts:,} experts in memory, "
             f"{format_size(plan.facts.mean_expert_bytes)} each\n"
         )
         table = Table(box=None, pad_edge=False)
         for column in ("rows", "s per sweep", "wanted", "in memory", "read", "expected"):
             table.add_column(column, justify="right")
-        _answers(engine, 1, 2)  # the first sweeps warm up
+        _answers(opened, 1, 2)  # the first sweeps warm up
         for count in rows or [1, 4, 16]:
-            of_prompts = _answers(engine, count, 1)
-            found = _answers(engine, count, 1 + SWEEPS).less(of_prompts)
+            of_prompts = _answers(opened, count, 1)
+            found = _answers(opened, count, 1 + SWEEPS).less(of_prompts)
             wanted = found.hits + found.misses
             table.add_row(
                 str(count),
@@ -79,6 +79,20 @@ def experts(
                 format_streamed(plan.expert_read_bytes(count)),
             )
     Console().print(table)
+
+
+def without_guesses(engine: EngineOptions) -> EngineOptions:
+    """*engine*, if its sweeps have one token for each answer.
+
+    Raises:
+        ConfigurationError: guesses are wanted.
+    """
+    if engine.draft_model is not None or engine.speculation not in (None, "off"):
+        raise ConfigurationError(
+            "sweeps of one token are measured without guesses: leave out --draft-model and --speculation, or measure "
+            "answers, with 'layerstream bench rag'"
+        )
+    return engine
 
 
 def _answers(engine: LayerStream, count: int, max_tokens: int) -> _Counts:

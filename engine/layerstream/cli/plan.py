@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory
+from layerstream.cli.failures import in_shell_words
+from layerstream.cli.options import EngineOptions, with_options
 from layerstream.cli.report import format_seconds, format_streamed
 from layerstream.errors import BudgetTooSmall, ConfigurationError
-from layerstream.kv.config import store_config
-from layerstream.sizes import format_size, parse_size
+from layerstream.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,61 +20,52 @@ if TYPE_CHECKING:
     from layerstream.config import EngineConfig
     from layerstream.model.skeleton import Skeleton
     from layerstream.planner import ModelFacts, Plan
+    from layerstream.planner.advice import Advice
     from layerstream.planner.forecast import Forecast
 
 
+PROMPT_TOKENS = 1000
 EXPERT_CURVE = (1.5, 2.0, 3.0)  # budgets that hit rates are shown for as well
 
 
+@with_options
 def plan(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'demo'.")],
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    context: Annotated[int, typer.Option(help="Tokens of a prompt, for the time to the first token.")] = 1000,
-    quantization: Annotated[str | None, typer.Option(help="As if packed: nf4, int8, int4.")] = None,
-    dtype: Annotated[str, typer.Option(help="What to compute in: auto, bfloat16, float16, float32.")] = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw a sweep, predicted and measured, as a PNG.")] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine again.")] = False,
+    *,
+    engine: EngineOptions,
 ) -> None:
-    """Show how a memory budget would be spent on a model, and how fast it would be."""
+    """Show how a memory budget would be spent on a model, and how fast it would be.
+
+    The first token is that of a prompt of --context tokens, 1,000 if not given; --quantization: as if it were packed.
+    """
     from layerstream.checkpoint.hub import are_weights_here, locate_headers
-    from layerstream.config import EngineConfig
     from layerstream.kernels import fused_rows
     from layerstream.model.assumed import assume_weights, has_config_alone
     from layerstream.planner.advice import advise, quantised
     from layerstream.sizing import devices_of, plan_facts, spend
     from layerstream.streaming.accelerators import is_there
 
-    sizes = [] if memory is None else [parse_size(size) for size in memory.split(",")]
-    config = EngineConfig(
-        model,
-        device=device,
-        device_map=device_map,
-        memory_bytes=sizes[0] if len(sizes) == 1 else None,
-        memory_each=tuple(sizes) if len(sizes) > 1 else (),
-        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
-        dtype=dtype,
-        kv_store=store_config("auto"),
-    )
-    folder = locate_headers(model)
+    asked = engine.config(model)
+    folder = locate_headers(model, revision=asked.revision)
     if plot is not None:
         from layerstream.plot import check, draw
 
         check(plot)
-        if quantization is not None or not are_weights_here(folder):
+        if asked.quantization is not None or not are_weights_here(folder):
             raise ConfigurationError("--plot runs the model: pass a folder with its weights, as they are to be run")
     if has_config_alone(folder):
         typer.echo(f"{folder} has no weights: this is what they would be by its config, in 16 bits\n")
         folder = assume_weights(folder)
-    facts, skeleton, _ = plan_facts(dataclasses.replace(config, packed=folder))
-    if quantization is not None:
-        dataclasses.replace(config, quantization=quantization)  # checks the name
-        facts = quantised(facts, quantization, fused_rows) or facts
+    config = _beside_draft_model(dataclasses.replace(asked, packed=folder))
+    facts, skeleton, _ = plan_facts(config)
+    if asked.quantization is not None:
+        facts = quantised(facts, asked.quantization, fused_rows) or facts
+    context = min(asked.max_context or PROMPT_TOKENS, facts.context_length)
     made = spend(config, facts)
     typer.echo(made)
-    typer.echo(f"\n{'minimum budget':<20}{format_size(_minimum(config, facts)):>11}  below it nothing runs")
+    typer.echo(f"\n{'minimum budget':<20}{format_size(minimum_bytes(config, facts)):>11}  below it nothing runs")
     missing = [str(wanted) for wanted in devices_of(config) if not is_there(wanted)]
     if missing:
         typer.echo(f"how fast it would be: run this where there is {' and '.join(missing)}")
@@ -83,10 +74,31 @@ def plan(
     for name, value, note in _rows(forecast):
         typer.echo(f"{name:<20}{value:>11}  {note}".rstrip())
     best = advise(facts, forecast, fused_rows)
-    helps = f"what would help most: {best[0]}" if best else "nothing that is known here would make it much faster"
-    typer.echo(f"\n{helps}")
+    typer.echo(f"\n{_advice(best)}")
     if plot is not None:
         typer.echo(f"drawn to {draw(config, forecast, plot)}")
+
+
+def _advice(best: list[Advice]) -> str:
+    """What would help, as an option of the commands that run the model."""
+    if not best:
+        return "nothing that is known here would make it much faster"
+    return f"what would help most: {in_shell_words(str(best[0]))}"
+
+
+def _beside_draft_model(config: EngineConfig) -> EngineConfig:
+    """*config* with what its draft model takes set apart."""
+    if config.draft_model is None:
+        return config
+    from layerstream.draft_model import draft_config
+    from layerstream.sizing import plan_model
+
+    draft = plan_model(draft_config(config))[0]
+    return dataclasses.replace(
+        config,
+        reserved_bytes=draft.planned_bytes,
+        reserved_host_bytes=0 if draft.host is None else draft.host.planned_bytes,
+    )
 
 
 def _forecast(config: EngineConfig, made: Plan, skeleton: Skeleton, context: int, *, again: bool) -> Forecast:
@@ -138,12 +150,14 @@ def _expert_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for more in EXPERT_CURVE:
         slots = weights.expert_slots + int((more - 1) * plan.budget_bytes) // weights.slot_bytes
         rate = plan.hit_rate(slots)
-        yield "", f"{rate:.0%}", f"{place}, with memory={format_size(int(more * plan.budget_bytes), exact=True)!r}"
+        wanted = in_shell_words(f"memory={format_size(int(more * plan.budget_bytes), exact=True)!r}")
+        yield "", f"{rate:.0%}", f"{place}, with {wanted}"
         if rate == 1.0:
             return
 
 
-def _minimum(config: EngineConfig, facts: ModelFacts) -> int:
+def minimum_bytes(config: EngineConfig, facts: ModelFacts) -> int:
+    """The smallest budget that a model of *facts* runs within."""
     from layerstream.sizing import spend
 
     try:

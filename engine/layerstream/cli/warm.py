@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.options import Device, DeviceMap, HostMemory, Memory, Model, split
+from layerstream.cli.options import EngineOptions, Model, with_options
 from layerstream.demo.retrieval import load_documents, split_passages
 from layerstream.sizes import format_size
 
@@ -16,33 +16,28 @@ if TYPE_CHECKING:
     from layerstream.warming import WarmForecast
 
 
+@with_options
 def warm(
     docs: Annotated[Path, typer.Option(help="A folder of txt, md and pdf files, or one such file.")],
     model: Model = "demo",
-    memory: Memory = None,
-    host_memory: HostMemory = None,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
     prompt: Annotated[
         Path | None, typer.Option(help="A file with the template that questions use: {context}, {question}.")
     ] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Whole documents rather than passages.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take.")] = False,
+    *,
+    engine: EngineOptions,
 ) -> None:
     """Compute what questions about these documents share, and keep it. Interrupted, it goes on where it stopped."""
     documents = load_documents(docs, lambda line: typer.echo(line, err=True))
     texts = [d.text for d in documents] if whole else [p.text for d in documents for p in split_passages(d)]
     template = None if prompt is None else prompt.read_text("utf-8")
-    from layerstream.engine import LayerStream
-
-    with LayerStream(
-        model, device=device, device_map=device_map, memory=split(memory), host_memory=host_memory
-    ) as engine:
-        forecast = engine.forecast_warm(texts, prompt=template)
+    with engine.open(model) as opened:
+        forecast = opened.forecast_warm(texts, prompt=template)
         typer.echo(_describe(forecast, "document" if whole else "passage"))
         if dry_run or not forecast.missing_tokens:
             return
-        report = engine.warm(texts, prompt=template, on_document=_show if sys.stderr.isatty() else None)
+        report = opened.warm(texts, prompt=template, on_document=_show if sys.stderr.isatty() else None)
         rate = report.computed_tokens / max(report.seconds, 1e-3)
         typer.echo(f"{report.computed_tokens:,} tokens in {report.seconds:.1f} s ({rate:,.0f} tokens/s)")
 

@@ -6,9 +6,11 @@ kernel cannot run, matrices of that kind are decoded by the formula from then on
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,6 +20,23 @@ Kind: TypeAlias = tuple[str, int, torch.dtype, torch.device]
 """Format, values that share a scale, dtype decoded to, and where."""
 
 _agrees: dict[Kind, bool] = {}
+
+
+@functools.cache
+def import_bitsandbytes() -> Any:
+    """The package. Where it falls back to a slower kernel of its own it says so to whoever listens, as a warning; none
+    of those kernels is used here.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    noisy = logging.getLogger("bitsandbytes.backends")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        noisy.setLevel(level)
 
 
 def decode(
@@ -58,6 +77,5 @@ def _gives(name: str, blocksize: int, codes: torch.Tensor, scales: torch.Tensor,
 
 
 def _run(name: str, blocksize: int, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    import bitsandbytes  # noqa: F401  # registers the operation
-
+    import_bitsandbytes()  # registers the operation
     torch.ops.bitsandbytes.dequantize_4bit.out(codes, scales, blocksize, name, out.shape, out.dtype, out=out)

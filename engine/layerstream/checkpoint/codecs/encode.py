@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from layerstream.checkpoint.codecs.bnb_kernel import import_bitsandbytes
 from layerstream.checkpoint.codecs.tiled import TILE, TILED_METHOD, TiledInt4, tile_codes, tile_scales
 from layerstream.errors import ConfigurationError, MissingExtra
 
@@ -64,10 +65,9 @@ def make_encoder(kind: str) -> Encoder:
 
 def _bitsandbytes() -> Any:
     try:
-        import bitsandbytes
+        return import_bitsandbytes()
     except ImportError as error:
         raise MissingExtra("bitsandbytes", "quant") from error
-    return bitsandbytes
 
 
 class Nf4(Encoder):
