@@ -1,18 +1,27 @@
 """Beam search: which continuations of which beams are kept. Pure; the loop forks the sequences.
 
-As transformers does it (``num_beams``, ``early_stopping=False``): of the ``(1 + ends)·width`` most probable
-continuations of all beams, those that end are finished if they are among the first *width*, the best *width* others go
-on. A finished answer's score is its log-probability divided by its length to the power of the length penalty. The
-search is over when no beam that goes on can become better, at its length now, than the worst of *width* finished ones.
+As transformers does it (``num_beams``, ``early_stopping=False``), in the same 32-bit floats, so that beams of equal
+score come in the same order too: of the ``(1 + ends)·width`` most probable continuations of all beams, those that end
+are finished if they are among the first *width*, the best *width* others go on. A finished answer's score is its
+log-probability divided by its length to the power of the length penalty. The search is over when no beam that goes on
+can become better, at its length now, than the worst of *width* finished ones, or when all continuations end.
+
+There are *width* beams from the beginning: all of them the prompt, all but the first with next to no probability. Where
+fewer than *width* continuations do not end, those that do go on for want of others, with next to none either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
+
+UNLIKELY = np.float32(-1e9)  # transformers' own, and as a summand, because its rounding decides ties
+
+Top = Callable[[np.ndarray, int], np.ndarray]
+"""The places of the largest values of a row, so many of them, the largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,55 +44,69 @@ class Hypothesis:
 
 @dataclass(slots=True)
 class BeamSearch:
-    """The beams of one prompt; ``scores[i]`` is the log-probability of beam *i* so far."""
+    """The beams of one prompt; ``scores[i]`` is the log-probability of beam *i* so far.
+
+    Args:
+        top: chooses; where values are equal, its order counts.
+    """
 
     width: int
     max_tokens: int
     length_penalty: float
     end_token_ids: Collection[int]
-    scores: list[float] = field(default_factory=lambda: [0.0])
-    finished: list[Hypothesis] = field(default_factory=list)
+    top: Top
+    scores: np.ndarray = field(init=False)
+    _finished: list[Hypothesis | None] = field(init=False)
+    _finished_scores: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = np.full(self.width, UNLIKELY)
+        self.scores[0] = 0.0
+        self._finished = [None] * self.width
+        self._finished_scores = np.full(self.width, UNLIKELY)
 
     def step(self, logprobs: Seq[np.ndarray], outputs: Seq[Seq[int]]) -> list[Continuation]:
         """The beams after the next token, the best one first; none when the search is over.
 
         Args:
-            logprobs: for each beam ``(vocabulary,)`` log-probabilities of the next token.
+            logprobs: for each beam ``(vocabulary,)`` log-probabilities of the next token, 32-bit floats.
             outputs: for each beam its generated tokens.
         """
-        length = len(outputs[0]) + 1
-        going: list[Continuation] = []
-        for rank, found in enumerate(self._best(logprobs)):
-            tokens = (*outputs[found.beam], found.token_id)
-            if found.token_id in self.end_token_ids:
-                if rank < self.width:
-                    self._finish(tokens, found.score, is_ended=True)
-            elif len(going) < self.width:
-                going.append(found)
-        if length >= self.max_tokens:
-            for found in going:
-                self._finish((*outputs[found.beam], found.token_id), found.score, is_ended=False)
-            going = []
-        elif len(self.finished) >= self.width and self.finished[-1].score >= self._normalised(going[0].score, length):
-            going = []
-        self.scores = [found.score for found in going]
-        return going
+        length, vocabulary = len(outputs[0]) + 1, len(logprobs[0])
+        total = (np.stack(logprobs) + self.scores[:, None]).reshape(-1)
+        places = self.top(total, min(len(total), max(2, 1 + len(self.end_token_ids)) * self.width))
+        found = [(int(place) // vocabulary, int(place) % vocabulary) for place in places]
+        scores = total[places]
+        ends = np.array([token in self.end_token_ids for _, token in found])
+        stops = ends | (length >= self.max_tokens)
+        going = scores + stops * UNLIKELY
+        chosen = self.top(going, self.width)
+        self.scores = going[chosen]
+        self._finish(
+            [
+                Hypothesis((*outputs[beam], token), 0.0, bool(end))
+                for (beam, token), end in zip(found, ends, strict=True)
+            ],
+            scores / length**self.length_penalty,
+            stops & (np.arange(len(found)) < self.width),
+        )
+        if stops.all() or not self._can_improve(length):
+            return []
+        return [Continuation(*found[at], float(going[at])) for at in chosen]
 
     def best(self, count: int) -> list[Hypothesis]:
         """The *count* best finished answers."""
-        return self.finished[:count]
+        return [hypothesis for hypothesis in self._finished if hypothesis is not None][:count]
 
-    def _best(self, logprobs: Seq[np.ndarray]) -> list[Continuation]:
-        total = np.stack([score + row for score, row in zip(self.scores, logprobs, strict=True)])
-        flat = total.reshape(-1)
-        order = np.argsort(-flat, kind="stable")[: (1 + max(1, len(self.end_token_ids))) * self.width]
-        vocabulary = total.shape[1]
-        return [Continuation(int(at) // vocabulary, int(at) % vocabulary, float(flat[at])) for at in order]
+    def _finish(self, hypotheses: list[Hypothesis], scores: np.ndarray, is_finished: np.ndarray) -> None:
+        """Keep the best *width* of those finished before and of the *hypotheses* that are."""
+        merged = np.concatenate([self._finished_scores, scores + ~is_finished * UNLIKELY])
+        candidates = [*self._finished, *(h if done else None for h, done in zip(hypotheses, is_finished, strict=True))]
+        chosen = self.top(merged, self.width)
+        self._finished_scores = merged[chosen]
+        kept = [(candidates[at], float(merged[at])) for at in chosen]
+        self._finished = [h and Hypothesis(h.token_ids, score, h.is_ended) for h, score in kept]
 
-    def _finish(self, tokens: tuple[int, ...], score: float, *, is_ended: bool) -> None:
-        self.finished.append(Hypothesis(tokens, self._normalised(score, len(tokens)), is_ended))
-        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
-        del self.finished[self.width :]
-
-    def _normalised(self, score: float, length: int) -> float:
-        return score / length**self.length_penalty
+    def _can_improve(self, length: int) -> bool:
+        worst = self._finished_scores.min() if all(self._finished) else UNLIKELY
+        return bool(self.scores[0] / np.float32(length**self.length_penalty) > worst)
