@@ -35,6 +35,18 @@ _loading: dict[str, threading.Lock] = {}
 _engines: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
+def _forget_parent() -> None:
+    """A forked child begins without its parent's engines, and without locks that nobody there will release."""
+    global _lock
+    _lock = threading.Lock()
+    _loading.clear()
+    _engines.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
+
+
 def default_model() -> str:
     """The model that the environment names, else the bundled reader."""
     return os.environ.get(MODEL_VARIABLE) or "demo"

@@ -92,7 +92,7 @@ class BeamSearch:
         )
         if stops.all() or not self._can_improve(length):
             return []
-        return [Continuation(*found[at], float(going[at])) for at in chosen]
+        return [Continuation(found[at][0], found[at][1], float(going[at])) for at in chosen]
 
     def best(self, count: int) -> list[Hypothesis]:
         """The *count* best finished answers."""
