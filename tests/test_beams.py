@@ -10,7 +10,8 @@ import torch
 from layerstream import ConfigurationError, InvalidSamplingParams, LayerStream, SamplingParams
 from layerstream.planner import spending
 
-from tests.harness import budget_for, draw_prompt, shrink_units
+from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
+from tests.models import VOCAB_SIZE, make_model
 
 
 @pytest.mark.parametrize("ends", [(), (7, 31, 200)])
@@ -42,6 +43,56 @@ def test_equals_transformers(
             assert own.finish_reason == ("stop" if own.token_ids[-1] in ends else "length")
     assert engine._parts.scheduler.num_running == 0
     engine._parts.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("num_going", [1, 2, 40])
+def test_equals_transformers_where_tokens_tie_and_nearly_all_of_them_end(
+    tmp_path: Path, tokenizer_folder: Path, num_going: int
+) -> None:
+    """Every token has a twin that is as probable; all but a few tokens end the answer."""
+    reference = make_model("llama", tmp_path, seed=5)
+    with torch.no_grad():
+        for weights in (reference.lm_head.weight, reference.model.embed_tokens.weight):
+            weights[VOCAB_SIZE // 2 :] = weights[: VOCAB_SIZE - VOCAB_SIZE // 2]
+    reference.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    with LayerStream(tmp_path, dtype="float32", progress=False) as engine:
+        for length in (5, 40):
+            prompt = draw_prompt(length)
+            with torch.inference_mode():
+                order = reference(torch.tensor([prompt])).logits[0, -1].argsort(descending=True).tolist()
+            ends = order[: VOCAB_SIZE - num_going]
+            for width, stops in ((3, ends), (4, ends[-2:]), (3, [])):
+                params = SamplingParams(max_tokens=6, beam_width=width, n=width, ignore_eos=True, stop_token_ids=stops)
+                own = engine.generate([prompt], params)
+                assert [c.token_ids for c in own] == search_with_transformers(reference, prompt, width, 6, stops)
+
+
+def test_stop_tokens_that_cover_the_vocabulary(engine: LayerStream) -> None:
+    ends = tuple(range(VOCAB_SIZE))
+    params = SamplingParams(max_tokens=6, beam_width=3, n=3, ignore_eos=True, stop_token_ids=ends)
+    found = engine.generate([draw_prompt(9)], params)
+    assert [(len(c.token_ids), c.finish_reason) for c in found] == [(1, "stop")] * 3
+    assert len({c.token_ids[0] for c in found}) == 3
+    assert engine._parts.scheduler.num_running == 0
+
+
+def search_with_transformers(
+    reference: Any, prompt: list[int], width: int, max_tokens: int, ends: list[int]
+) -> list[list[int]]:
+    with torch.inference_mode():
+        found = reference.generate(
+            torch.tensor([prompt]),
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=max_tokens,
+            early_stopping=False,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=0,
+        )[:, len(prompt) :].tolist()
+    stops = [next((at for at, token in enumerate(tokens) if token in ends), len(tokens)) for tokens in found]
+    return [tokens[: stop + 1] for tokens, stop in zip(found, stops, strict=True)]
 
 
 def test_beams_share_their_pages(engine: LayerStream) -> None:

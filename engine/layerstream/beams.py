@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from layerstream.answer import Answer
@@ -36,7 +37,7 @@ class BeamAnswer(Answer):
 
     def __post_init__(self) -> None:
         self.sequence.fork_of = self
-        self._beams = [self.sequence]
+        self._beams = [self.sequence] * self.search.width
 
     def collect(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """A sweep brought the logits ``(vocabulary,)`` that follow beam *sequence*; they are looked at before the next
@@ -58,7 +59,7 @@ class BeamAnswer(Answer):
         going = self.search.step(logprobs, [beam.output_ids for beam in self._beams])
         self._logits.clear()
         parents = [self._beams[found.beam] for found in going]
-        gone = [beam for beam in self._beams if beam not in parents]
+        gone = [beam for beam in dict.fromkeys(self._beams) if beam not in parents]
         beams: list[Sequence] = []
         for parent in parents:
             if parent in beams:
@@ -86,7 +87,8 @@ class BeamAnswer(Answer):
             answer = self.make_answer(index)
             answer.num_sweeps, answer.streamed_bytes = self.num_sweeps, self.streamed_bytes
             for token_id in hypothesis.token_ids:
-                answer.accept(SampledToken(token_id, None))
+                if not answer.is_over:  # one that went on for want of others ends where it ended
+                    answer.accept(SampledToken(token_id, None))
             answer.deliver()
         return True
 
@@ -94,3 +96,8 @@ class BeamAnswer(Answer):
         """End here, at the caller's wish, with nothing found."""
         for index in range(self.sequence.params.n):
             self.make_answer(index).cancel()
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the *count* largest of *values*, in torch's order: a :data:`~layerstream.scheduling.beam.Top`."""
+    return torch.topk(torch.from_numpy(values)[None], count).indices[0].numpy()

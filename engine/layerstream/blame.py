@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from layerstream.errors import DeviceLost, EngineClosed
+
 
 class Doing(Enum):
     """What the engine's thread was doing."""
@@ -49,3 +51,23 @@ _VICTIMS = {
 def blame(doing: Doing, *, is_device_lost: bool, is_ending: bool) -> Victims:
     """Who ends with an error that was met while *doing* something."""
     return Victims.ENGINE if is_device_lost or is_ending else _VICTIMS[doing]
+
+
+def lost(error: BaseException) -> DeviceLost:
+    """What everybody is told when an accelerator is gone."""
+    said = DeviceLost(
+        f"the accelerator failed and will not compute again in this process: {error}; what the KV store has is kept: "
+        "start a new process, and look at the driver's log (dmesg, nvidia-smi) if it happens again"
+    )
+    said.__cause__ = error
+    return said
+
+
+def ended(error: BaseException) -> EngineClosed:
+    """What everybody is told when the engine cannot go on."""
+    said = EngineClosed(
+        f"the engine came to an end because of {type(error).__name__}: {error}; make a new LayerStream, and report "
+        "what the log says, for this is a fault of the engine"
+    )
+    said.__cause__ = error
+    return said

@@ -26,11 +26,11 @@ from layerstream.home import Home
 from layerstream.intake import Intake, Terms
 from layerstream.kv.config import KVStoreConfig, store_config
 from layerstream.kv.store import PrefixStore
-from layerstream.loop import EngineLoop, Outside
+from layerstream.loop import EngineLoop
 from layerstream.params import SamplingParams, as_params
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
-from layerstream.reception import OpenGang
+from layerstream.reception import OpenGang, Outside
 from layerstream.request import Request
 from layerstream.self_check import check_untested
 from layerstream.sizes import format_size, parse_size

@@ -29,13 +29,25 @@ logger = logging.getLogger(__name__)
 MODEL_VARIABLE = "LAYERSTREAM_MODEL"
 ENGINE_OPTIONS = frozenset(
     {"allow_untested", "attention", "chunk_tokens", "device", "device_map", "draft_model", "dtype", "host_compute",
-     "host_memory", "kv_store", "max_context", "memory", "progress", "quantization", "revision", "speculation", "token",
-     "trust_remote_code"}
+     "host_memory", "kv_store", "max_context", "max_queued", "memory", "progress", "quantization", "revision",
+     "speculation", "token", "trust_remote_code"}
 )  # fmt: skip
 """What :class:`~layerstream.LayerStream` takes beside the model."""
 _lock = threading.Lock()
 _loading: dict[str, threading.Lock] = {}
 _engines: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def _forget_parent() -> None:
+    """A forked child begins without its parent's engines, and without locks that nobody there will release."""
+    global _lock
+    _lock = threading.Lock()
+    _loading.clear()
+    _engines.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
 
 
 def default_model() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from layerstream import arguments
 from layerstream.answer import Answer
 from layerstream.assembly import Assembly
-from layerstream.beams import BeamAnswer
+from layerstream.beams import BeamAnswer, largest
 from layerstream.chat.turn import TurnMaker
 from layerstream.completion import Completion
 from layerstream.constraint import Constraint
@@ -130,7 +130,7 @@ class Intake:
         if params.beam_width is None:
             yield from (make(index) for index in range(params.best_of or params.n))
             return
-        search = BeamSearch(params.beam_width, params.max_tokens or 1, params.length_penalty, ends)
+        search = BeamSearch(params.beam_width, params.max_tokens or 1, params.length_penalty, ends, largest)
         answer = make(0, BeamAnswer, search=search, make_answer=make)
         answer.sequence.num_group_pages = self._num_beam_pages(len(token_ids), params)
         answer.sequence.num_group_rows = params.beam_width

@@ -25,23 +25,22 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from layerstream.answer import Answer
 from layerstream.beams import BeamAnswer
-from layerstream.blame import Doing, Victims, blame
+from layerstream.blame import Doing, Victims, blame, ended, lost
 from layerstream.draft import DraftTree
-from layerstream.errors import DeviceLost, EngineClosed
-from layerstream.events import EngineIdle, Event, Listener, SweepFinished, SweepStarted, UnitFinished
+from layerstream.errors import EngineClosed
+from layerstream.events import EngineIdle, Event, SweepFinished, SweepStarted, UnitFinished
 from layerstream.guesses import Guesses
-from layerstream.home import Home
 from layerstream.inbox import Inbox
 from layerstream.model.placed import ModelWeights
-from layerstream.reception import Reception
+from layerstream.reception import Outside, Reception
 from layerstream.request import Request
 from layerstream.roster import Roster
 from layerstream.scheduling.drafting.trees import TreeDrafting
@@ -72,23 +71,6 @@ class LoopCounters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     forced_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outside:
-    """What the loop has to do with the rest.
-
-    Attributes:
-        home: where it lives.
-        listener: is told what goes on; does not raise.
-        max_queued: answers that may wait; ``None``: no bound.
-        at_end: closes what the thread used, as the last thing that it does; does not raise.
-    """
-
-    home: Home = field(default_factory=Home)
-    listener: Listener | None = None
-    max_queued: int | None = None
-    at_end: Callable[[], None] = lambda: None
 
 
 class _BooksBroken(Exception):
@@ -174,7 +156,7 @@ class EngineLoop:
             case Victims.ENGINE:
                 if not self.reception.is_closing:
                     logger.error("the engine ends: %s", error, exc_info=error)
-                    self.reception.close(_lost(error) if is_lost else _ended(error))
+                    self.reception.close(lost(error) if is_lost else ended(error))
                 raise self.reception.reason() from error
             case Victims.NOBODY:
                 pass
@@ -424,21 +406,3 @@ class EngineLoop:
     def _emit(self, event: Event) -> None:
         if self._outside.listener is not None:
             self._outside.listener(event)
-
-
-def _lost(error: BaseException) -> DeviceLost:
-    lost = DeviceLost(
-        f"the accelerator failed and will not compute again in this process: {error}; what the KV store has is kept: "
-        "start a new process, and look at the driver's log (dmesg, nvidia-smi) if it happens again"
-    )
-    lost.__cause__ = error
-    return lost
-
-
-def _ended(error: BaseException) -> EngineClosed:
-    ended = EngineClosed(
-        f"the engine came to an end because of {type(error).__name__}: {error}; make a new LayerStream, and report "
-        "what the log says, for this is a fault of the engine"
-    )
-    ended.__cause__ = error
-    return ended

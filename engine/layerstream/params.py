@@ -36,7 +36,8 @@ class SamplingParams:
         stop_token_ids: ids that end the text, beside the model's EOS.
         skip_special_tokens: leave special tokens out of the text.
         ignore_eos: go on past the model's EOS.
-        seed: same seed, same prompt, same text, alone or among other requests; ``None`` draws a fresh one.
+        seed: same seed, same prompt, same text, alone or among other requests; ``None`` draws a fresh one. Of several
+            answers the first has it, and each says its own.
         n: completions per prompt.
         best_of: sample this many and return the *n* whose tokens are most probable on average; at least ``n``.
         beam_width: beam search with this many beams: the most probable answers instead of samples. Greedy settings

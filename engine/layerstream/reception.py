@@ -12,13 +12,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from layerstream.answer import Answer
 from layerstream.errors import DeviceLost, EngineClosed
+from layerstream.events import Listener
 from layerstream.home import Home
 from layerstream.inbox import Inbox
 from layerstream.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What the loop has to do with the rest.
+
+    Attributes:
+        home: where it lives.
+        listener: is told what goes on; does not raise.
+        max_queued: answers that may wait; ``None``: no bound.
+        at_end: closes what the thread used, as the last thing that it does; does not raise.
+    """
+
+    home: Home = field(default_factory=Home)
+    listener: Listener | None = None
+    max_queued: int | None = None
+    at_end: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

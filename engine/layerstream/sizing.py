@@ -24,6 +24,7 @@ from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.planner import facts as assumed
 from layerstream.planner.on_device import make_device_plan
 from layerstream.planner.several import make_devices_plan
+from layerstream.sizes import format_size
 from layerstream.streaming.accelerators import all_devices, free_bytes, is_there, resolve_device
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
     )
     longest, wanted = usable_context(skeleton.config), config.max_context or 0
     context_length = min(longest, wanted or longest)
+    if wanted > longest:
+        logger.warning("max_context is %d, and the model's context has %d tokens: that is it", wanted, longest)
     facts = model_facts(
         skeleton,
         context_length,
@@ -198,7 +201,9 @@ def _budget(config: EngineConfig, facts: ModelFacts) -> int:
         return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE) - config.reserved_bytes))
     if config.memory_bytes > available:
         logger.warning(
-            "the memory budget of %d bytes is more than the %d bytes that are free", config.memory_bytes, available
+            "the memory budget of %s is more than the %s that are free",
+            format_size(config.memory_bytes),
+            format_size(available),
         )
     return max(1, config.memory_bytes - config.reserved_bytes)
 

@@ -124,3 +124,12 @@ def test_an_error_in_a_grammar_fails_that_request_alone(engine: LayerStream, mon
     with pytest.raises(GrammarError, match="stuck"):
         engine.generate([draw_prompt(5)], params)
     assert len(other.result().token_ids) == 12
+
+
+def test_a_schema_that_json_cannot_say(engine: LayerStream) -> None:
+    deep: dict = {}
+    for _ in range(20_000):
+        deep = {"items": deep}
+    for schema in ({"enum": [{1, 2}]}, {"enum": [object()]}, {"properties": {(1, 2): {}}}, {1: 2, "a": 3}, deep):
+        with pytest.raises(GrammarError, match="response_format"):
+            engine.submit([5, 6], {"response_format": {"type": "json_schema", "schema": schema}})

@@ -26,6 +26,7 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
+import heapq
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -228,15 +229,16 @@ class PrefixTable:
 
     def evict(self, count: int) -> int:
         """Free up to *count* pages of prefixes that nobody uses; how many it was."""
+        idle = [self._age(entry) for entry in self._entries.values() if self._is_idle(entry)] if count > 0 else []
+        heapq.heapify(idle)
         freed = 0
-        while freed < count:
-            candidates = (entry for entry in self._entries.values() if self._is_idle(entry))
-            oldest = min(candidates, key=lambda entry: (entry.last_used, -entry.position), default=None)
-            if oldest is None:
-                break
-            self._remove(oldest)
-            self._pool.release([oldest.page])
+        while idle and freed < count:
+            entry = self._entries[heapq.heappop(idle)[2]]
+            self._remove(entry)
+            self._pool.release([entry.page])
             freed += 1
+            if entry.position and self._is_idle(parent := self._entries[entry.parent]):
+                heapq.heappush(idle, self._age(parent))
         return freed
 
     @property
@@ -291,6 +293,9 @@ class PrefixTable:
                 return True
             found = self._entries.get(found.parent)
         return False
+
+    def _age(self, entry: Entry) -> tuple[int, int, Key]:
+        return entry.last_used, -entry.position, entry.key
 
     def _is_idle(self, entry: Entry) -> bool:
         return entry.is_ready and not entry.num_children and self._pool.refcount(entry.page) == 1

@@ -41,7 +41,7 @@ class HostPlan:
         return self.resident_bytes + self.ring_bytes + self.kv_bytes + self.workspace_bytes + self.expert_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Where everything goes; ``print(plan)`` shows it.
 
@@ -186,6 +186,11 @@ class Plan:
         """What all parts take together, at most ``budget_bytes``."""
         weights = self.resident_bytes + self.weights.ring_bytes + self.weights.expert_bytes
         return weights + self.kv_bytes + self.transit_bytes + self.activation_bytes
+
+    def __repr__(self) -> str:
+        streams = f"streams {format_size(self.streamed_bytes)} a sweep" if self.streams else "streams nothing"
+        tokens = self.num_pages * self.page_tokens
+        return f"<Plan: {format_size(self.budget_bytes)}, {streams}, KV for {tokens:,} tokens; print() shows all of it>"
 
     def __str__(self) -> str:
         rows = [f"{name:<20}{format_size(num_bytes):>11}  {note}" for name, num_bytes, note in self._rows()]

@@ -47,7 +47,10 @@ class Grammars:
             GrammarError: it cannot be read, or no text can ever meet it; says why.
             MissingExtra: llguidance is not installed.
         """
-        key = json.dumps(response_format, sort_keys=True)
+        try:
+            key = json.dumps(response_format, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise GrammarError(f"response_format is nothing that JSON can say: {error}") from error
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._compiled[key] = self._compile(response_format)
@@ -86,7 +89,7 @@ class Grammars:
 
         try:
             matcher = LLMatcher(wrapped, _grammar(response_format), log_level=0)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise GrammarError(f"response_format cannot be used: {error}") from error
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
