@@ -43,6 +43,7 @@ OpenTier = Callable[[Callable[[], bool]], Tier | None]
 STORE_ERRORS = (OSError, sqlite3.Error)
 ANSWER_SECONDS = 3.0
 PATIENCE_SECONDS = 0.02  # that the engine's thread gives a tier that has kept up so far
+CALM_SECONDS = 1.0  # after it was opened: a tier that is replaced sooner has failed
 UNWANTED_SECONDS = 5.0  # after which nobody is going to come for an answer
 
 
@@ -175,7 +176,7 @@ class TierConnection:
             if tier is not None and self._tier is not tier:
                 return  # somebody else has noticed
             now = time.monotonic()
-            is_replaced = isinstance(error, IndexReplaced) and now - self._opened_at > 1.0
+            is_replaced = isinstance(error, IndexReplaced) and now - self._opened_at > CALM_SECONDS
             if tier is not None:
                 self._retired.append(tier)
             self._tier = None

@@ -277,6 +277,5 @@ def _full_disk(where: Path) -> Iterator[None]:
 
 def _drop(folder: StoreFolder, namespace: str, keys: Iterable[bytes]) -> None:
     number = folder.index.namespace_id(namespace)
-    if number is not None:
-        for key in keys:
-            folder.forget(namespace, number, key)
+    if number is not None and not folder.read_only:
+        folder.forget(namespace, number, *keys)
