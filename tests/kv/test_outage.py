@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layerstream.kv import connection
+from layerstream.kv.choice import Rates
+from layerstream.kv.codecs import CODECS
 from layerstream.kv.connection import Question
 from layerstream.kv.database import IndexReplaced
 from layerstream.kv.outage import CALM_SECONDS, FIRST_SECONDS, LONGEST_SECONDS, Outage
@@ -117,10 +120,12 @@ def test_one_warning_says_why_and_what_is_queued_is_written_later(caplog: pytest
 
 
 def test_who_waits_for_pages_is_not_kept_waiting() -> None:
-    tier = MemoryTier()
+    def open_tier(is_stopped: Callable[[], bool]) -> MemoryTier:
+        raise OSError(30, "Read-only file system")
+
     store = PrefixStore(
-        [], 4, store_codec(), lambda: None, tier=None, open_tier=lambda _: 1 / 0, is_current=lambda: True,  # type: ignore[arg-type,return-value]
-        failure=OSError(30, "Read-only file system"),
+        [], 4, CODECS["none"], lambda: Rates(1e9, 1.0, 96),
+        tier=None, open_tier=open_tier, is_current=lambda: True, failure=OSError(30, "Read-only file system"),
     )  # fmt: skip
     assert (store.state, store.reason, store.can_spill) == ("off", "Read-only file system", False)
     store.publish(batch(KEYS, is_spilled=True), 0.1)
@@ -130,13 +135,6 @@ def test_who_waits_for_pages_is_not_kept_waiting() -> None:
     assert store.look_up(KEYS) == 0
     assert store.room() == (0, 0)
     store.close()
-    assert not tier.is_closed
-
-
-def store_codec() -> object:
-    from layerstream.kv.codecs import CODECS
-
-    return CODECS["none"]
 
 
 def test_a_tier_that_is_stuck_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +162,8 @@ def test_a_claim_that_nobody_comes_for_is_given_up(monkeypatch: pytest.MonkeyPat
     tier.gate.clear()
     assert store.take(KEYS, 0) is None
     tier.gate.set()  # the request was cancelled meanwhile
-    eventually(lambda: tier.claimed == set(KEYS) or not store._questions)
-    eventually(lambda: not tier.claimed and not store._questions)
+    eventually(lambda: tier.claimed == set(KEYS) or not store._lookup.num_open)
+    eventually(lambda: not tier.claimed and not store._lookup.num_open)
     store.close()
 
 

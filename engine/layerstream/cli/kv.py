@@ -97,7 +97,7 @@ def clear(
 
     with _opened(store, writes=True, or_files=True) as folder:
         chosen = choose(folder, which)
-        if chosen and not yes and sys.stdin.isatty():
+        if chosen and not yes and _is_terminal():
             names = ", ".join(f"{_model(summary)} ({format_size(summary.num_bytes)})" for summary in chosen)
             typer.confirm(f"remove what is stored for {names}?", abort=True)
         freed = _clear(folder, chosen)
@@ -121,9 +121,13 @@ def _clear(folder: StoreFolder, chosen: list[NamespaceSummary]) -> int:
     if stayed:
         typer.echo(
             f"{len(stayed)} segments ({format_size(sum(row.num_bytes for row in stayed))}) stay, as an engine is "
-            "reading them: close it, and clear again"
+            "reading them, or what continues them: close it, and clear again"
         )
     return freed
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _why_not(left: int, wanted: int, pinned: int) -> str:

@@ -67,7 +67,7 @@ class Question(Generic[T]):
 
 
 class TierConnection:
-    """A tier, as long as there is one.
+    """A tier, as long as there is one; nothing is answered before ``start``.
 
     Args:
         open_tier: opens it; again after a failure. Called on this thread.
@@ -100,6 +100,9 @@ class TierConnection:
         if failure is not None:
             self.failed(failure, None)
         self._thread = threading.Thread(target=self._serve, name="layerstream-kv-index", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
         self._thread.start()
 
     @property
