@@ -88,11 +88,11 @@ class MemoryTier:
             raise self.errors["close"]
 
 
-def open_store(tier: MemoryTier, **options: object) -> PrefixStore:
+def open_store(tier: MemoryTier) -> PrefixStore:
     """A store on *tier*, with a model of no layers."""
     return PrefixStore(
         [], 4, CODECS["none"], lambda: Rates(1e9, 1.0, 96),
-        tier=tier, open_tier=lambda is_stopped: tier, is_current=lambda: True, load="always", **options,
+        tier=tier, open_tier=lambda is_stopped: tier, is_current=lambda: True, load="always",
     )  # type: ignore[arg-type]  # fmt: skip
 
 
