@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,9 @@ def test_prune_and_clear(docs: Path, store: Path) -> None:
     warm(docs)
     assert "0 B freed" in run("kv", "prune", "--to", "1GB").stdout
     assert run("kv", "prune", "--to", "1KiB").exit_code == 0
+    pruned = run("kv", "prune", "--to", "1KiB").stdout
+    assert "are pinned" in pruned
+    assert "layerstream kv clear" in pruned
     assert [*store.rglob("*.kv")], "what was warmed is pinned"
     assert "holds nothing for 'other'" in run("kv", "clear", "other").output
     result = run("kv", "clear", "demo")
@@ -117,6 +123,65 @@ def test_what_this_machine_would_compute_otherwise_is_refused(docs: Path, tmp_pa
         torch.set_num_threads(threads)
     assert result.exit_code == 2
     assert f"arithmetic.threads: {threads + 1}, there {threads}" in result.output
+
+
+def test_clear_asks_on_a_terminal(docs: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm(docs)
+    monkeypatch.setattr(sys.modules["layerstream.cli.kv"], "_is_terminal", lambda: True)
+    for answer, is_there in (("n", True), ("y", False)):
+        result = CliRunner().invoke(app, ["kv", "clear"], input=answer)
+        assert "remove what is stored for demo" in result.output
+        assert bool([*store.rglob("*.kv")]) == is_there
+    warm(docs)
+    assert "remove" not in run("kv", "clear", "--yes").output
+    assert not [*store.rglob("*.kv")]
+
+
+def test_clear_says_what_it_spares(docs: Path, store: Path) -> None:
+    from layerstream.kv.tiers.locks import open_locked
+
+    warm(docs)
+    reading = open_locked(max(store.rglob("*.kv"), key=lambda path: path.stat().st_size))
+    assert "stay, as an engine is reading them" in run("kv", "clear").stdout
+    assert [*store.rglob("*.kv")]
+    os.close(reading)
+    assert "0 B left" in run("kv", "clear").stdout
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("disk I/O error"), OSError(28, "No space left on device")])
+def test_a_full_disk_can_be_seen_and_cleared(
+    error: Exception, docs: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerstream.kv.index import Index
+
+    warm(docs)
+    open_index = Index.__init__
+
+    def full(self: Index, path: Path | None, **options: object) -> None:
+        if path is not None and [*store.rglob("*.kv")]:
+            raise error
+        open_index(self, path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Index, "__init__", full)
+    assert "demo" in (listed := run("kv", "ls")).stdout
+    assert "this is what the files say" in listed.output
+    refused = run("kv", "prune", "--to", "1KB")
+    assert refused.exit_code == 2
+    assert "cannot be used as a KV store" in refused.output
+    assert run("kv", "clear", "demo").exit_code == 0
+    assert run("kv", "ls").stdout.count("\n") == 1
+
+
+def test_read_only_is_seen_and_not_changed(docs: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm(docs)
+    monkeypatch.setattr("layerstream.kv.tiers.folder.os.access", lambda *_: False)
+    assert "demo" in run("kv", "ls").stdout
+    assert run("kv", "verify").exit_code == 0
+    for command in (("clear",), ("prune", "--to", "1KB")):
+        result = run("kv", *command)
+        assert result.exit_code == 2
+        assert "is read-only" in result.output
+    assert [*store.rglob("*.kv")]
 
 
 def test_not_an_export(tmp_path: Path) -> None:

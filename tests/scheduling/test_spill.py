@@ -51,6 +51,10 @@ class FakeStore:
     def abandon(self, keys: Seq[bytes]) -> None:
         """Nothing is claimed."""
 
+    def publish(self, published: Published, seconds: float = 0.0) -> None:
+        self.given_up.difference_update(published.keys)
+        self.queue.append(published)
+
     def collect(self) -> list[int]:
         done, self.done = self.done, []
         return done
@@ -79,7 +83,7 @@ class FakeStore:
             item = self.queue.pop(0)
             for key, page in zip(item.keys, item.pages, strict=True):
                 if is_full:
-                    self.given_up.add(key)
+                    self.given_up.update([key] if item.is_spilled else [])
                 else:
                     self.contents[key] = frames[page]
             self.done.extend(item.pages)
@@ -143,7 +147,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
             scheduler.check_integrity()
             continue
         for published in scheduler.commit(sweep):
-            store.queue.append(published)
+            store.publish(published)
         for sequence in sweep.sampled:
             sequence.token_ids.append(7)
             if sequence.num_output_tokens == sequence.params.max_tokens:
@@ -166,7 +170,8 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
         if (lost := run_rows(sweep, pages, store)) is not None:
             scheduler.lose(lost)
             continue
-        store.queue.extend(scheduler.commit(sweep))
+        for published in scheduler.commit(sweep):
+            store.publish(published)
         for sequence in sweep.sampled:
             sequence.token_ids.append(7)
             if sequence.num_output_tokens == sequence.params.max_tokens:
@@ -191,7 +196,8 @@ def test_a_store_that_is_full_fails_the_long_sequence_alone() -> None:
             sweep = None
         store.work(dict.fromkeys(range(40), ()), is_full=True)
         if sweep is not None:
-            store.queue.extend(scheduler.commit(sweep))
+            for published in scheduler.commit(sweep):
+                store.publish(published)
             for sequence in sweep.sampled:
                 sequence.token_ids.append(7)
                 if sequence.num_output_tokens == 2:

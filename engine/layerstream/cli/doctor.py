@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,5 +164,21 @@ def _folders() -> Iterator[Finding]:
         free = shutil.disk_usage(there).free
         little = free < LITTLE_DISK
         advice = "its bounds shrink with it: free some, or pass kv_store=FOLDER on another disk" if little else ""
-        yield Finding(name, f"{folder}", "ok")
+        cannot = _why_not_writable(folder, there)
+        yield Finding(name, f"{folder}", "warn" if cannot else "ok", cannot)
         yield Finding("", f"{format_size(free)} free", "warn" if little else "ok", advice)
+
+
+def _why_not_writable(folder: Path, there: Path) -> str:
+    """Why nothing can be kept in *folder*, which is to be made in *there*; empty if it can."""
+    from layerstream.kv.database import explain
+
+    if not there.is_dir():
+        return f"{there} is no folder: nothing is kept; name another one"
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        return f"nothing can be written there ({explain(error)}): nothing is kept; make room, or name another folder"
+    return ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from layerstream.errors import KVStoreUnusable
+from layerstream.errors import KVStoreUnusable, StorageFull
 from layerstream.kv.config import KVStoreConfig, default_folder
 from layerstream.sizes import format_size, parse_size
 
@@ -30,14 +33,10 @@ SHORT = 8  # characters of an id that are shown
 def list_(store: Store = None) -> None:
     """Show what is stored for which model, how large, how often used."""
     from layerstream.kv.maintenance import summarise
-    from layerstream.kv.tiers.folder import StoreUnavailable
 
-    try:
-        folder = _open(store)
-    except StoreUnavailable as error:
-        folder = _open_files(store)
-        typer.echo(f"{error}; this is what the files alone say, without pins and answers", err=True)
-    try:
+    with _opened(store, or_files=True) as folder:
+        if folder.has_files_only:
+            typer.echo("the index cannot be opened: this is what the files say, without pins and answers", err=True)
         summaries = summarise(folder)
         table = Table(box=None, pad_edge=False)
         for name in ("id", "model", "tokens", "size", "pinned", "answers", "hits", "last used"):
@@ -51,8 +50,6 @@ def list_(store: Store = None) -> None:
             Console().print(table)
         bound = KVStoreConfig(store).bound(folder.total_bytes())
         typer.echo(f"{folder.path}: {format_size(folder.total_bytes())} of at most {format_size(bound)}")
-    finally:
-        folder.close()
 
 
 @app.command()
@@ -61,17 +58,14 @@ def verify(store: Store = None) -> None:
     from layerstream.kv.maintenance import verify_all
     from layerstream.kv.tiers.folder import Access
 
-    folder = _open(store, Access(is_suspect=True))
-    try:
+    with _opened(store, Access(is_suspect=True)) as folder:
         count = damaged = 0
         for path, damage in verify_all(folder):
             count += 1
             if damage is not None:
                 damaged += 1
-                typer.echo(f"{path.name}: {damage.reason}; dropped")
+                typer.echo(f"{path.name}: {damage.reason}" + ("" if folder.read_only else "; dropped"))
         typer.echo(f"{count} segments read, {damaged} damaged")
-    finally:
-        folder.close()
     if damaged:
         raise typer.Exit(1)
 
@@ -85,14 +79,11 @@ def prune(
     from layerstream.kv.maintenance import prune as prune_to
 
     wanted = parse_size(to)
-    folder = _open(store)
-    try:
+    with _opened(store, writes=True) as folder:
         freed, left = prune_to(folder, wanted), folder.total_bytes()
         typer.echo(f"{format_size(freed)} freed, {format_size(left)} left")
         if left > wanted:
             typer.echo(_why_not(left, wanted, sum(row.num_bytes for row in folder.index.segments() if row.pinned)))
-    finally:
-        folder.close()
 
 
 @app.command()
@@ -103,29 +94,21 @@ def clear(
 ) -> None:
     """Remove what is stored for a model, or everything, pinned or not, with the answers that are remembered."""
     from layerstream.kv.maintenance import choose, summarise
-    from layerstream.kv.tiers.folder import StoreUnavailable
 
-    try:
-        folder, has_index = _open(store), True
-    except StoreUnavailable:  # a full disk: files first, then there is room for the index
-        folder, has_index = _open_files(store), False
-    try:
-        if folder.read_only:
-            raise KVStoreUnusable(f"{folder.path} is read-only: nothing can be removed from it")
+    with _opened(store, writes=True, or_files=True) as folder:
         chosen = choose(folder, which)
-        if chosen and not yes and sys.stdin.isatty():
+        if chosen and not yes and _is_terminal():
             names = ", ".join(f"{_model(summary)} ({format_size(summary.num_bytes)})" for summary in chosen)
             typer.confirm(f"remove what is stored for {names}?", abort=True)
         freed = _clear(folder, chosen)
         typer.echo(f"{format_size(freed)} freed, {format_size(folder.total_bytes())} left")
-    finally:
-        folder.close()
-    if not has_index:
-        folder = _open(store)
-        try:
-            _clear(folder, [summary for summary in summarise(folder) if summary.name in {s.name for s in chosen}])
-        finally:
-            folder.close()
+        if not folder.has_files_only:
+            return
+        if not folder.index.segments():
+            folder.remove_index()
+            return
+    with _opened(store, writes=True) as folder:  # there is room for the index now
+        _clear(folder, [summary for summary in summarise(folder) if summary.name in {s.name for s in chosen}])
 
 
 def _clear(folder: StoreFolder, chosen: list[NamespaceSummary]) -> int:
@@ -138,9 +121,13 @@ def _clear(folder: StoreFolder, chosen: list[NamespaceSummary]) -> int:
     if stayed:
         typer.echo(
             f"{len(stayed)} segments ({format_size(sum(row.num_bytes for row in stayed))}) stay, as an engine is "
-            "reading them: close it, and clear again"
+            "reading them, or what continues them: close it, and clear again"
         )
     return freed
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _why_not(left: int, wanted: int, pinned: int) -> str:
@@ -165,16 +152,13 @@ def export(
 
     if out.exists():
         raise KVStoreUnusable(f"{out} is there already; name another file, or remove it first")
-    folder = _open(store)
-    try:
+    with _opened(store) as folder:
         chosen = choose(folder, which)
         if len(chosen) > 1:
             ids = ", ".join(summary.name[:SHORT] for summary in chosen)
             raise KVStoreUnusable(f"{which!r} is stored under several ids ({ids}): say which")
         count = export_namespace(folder, chosen[0], out)
         typer.echo(f"{count} segments, {format_size(out.stat().st_size)}: {out}")
-    finally:
-        folder.close()
 
 
 @app.command("import")
@@ -193,8 +177,7 @@ def import_(
 
     config = KVStoreConfig(store)
     budget = None if memory is None else parse_size(memory)
-    folder = _open(store, must_exist=False)
-    try:
+    with _opened(store, writes=True, must_exist=False) as folder:
         namespace, about = identify(
             EngineConfig(model, memory_bytes=budget, dtype=dtype, kv_store=config), config, folder.index
         )
@@ -207,28 +190,44 @@ def import_(
         ):
             if count:
                 typer.echo(f"{count} segments {what}")
-    finally:
-        folder.close()
 
 
-def _open(store: Path | None, access: Access | None = None, *, must_exist: bool = True) -> StoreFolder:
-    from layerstream.kv.tiers.folder import Access, StoreFolder
+@contextlib.contextmanager
+def _opened(
+    store: Path | None,
+    access: Access | None = None,
+    *,
+    writes: bool = False,
+    or_files: bool = False,
+    must_exist: bool = True,
+) -> Iterator[StoreFolder]:
+    """The folder, while inside; whatever its disk or its index does becomes an error that says so.
 
-    return StoreFolder(_path(store, must_exist), access or Access())
+    Args:
+        or_files: where the index cannot be opened, as on a full disk, the files alone.
+    """
+    from layerstream.kv.database import explain
+    from layerstream.kv.tiers.folder import Access, StoreFolder, StoreUnavailable
 
-
-def _open_files(store: Path | None) -> StoreFolder:
-    """The files alone, where there is no room for the index."""
-    from layerstream.kv.tiers.folder import Access
-
-    return _open(store, Access(without_index=True))
-
-
-def _path(store: Path | None, must_exist: bool) -> Path:
     path = store if store is not None else default_folder()
     if must_exist and not path.exists():
         raise KVStoreUnusable(f"{path}: there is no KV store yet")
-    return path
+    try:
+        folder = StoreFolder(path, access or Access())
+    except StoreUnavailable:
+        if not or_files:
+            raise
+        folder = StoreFolder(path, Access(has_files_only=True))
+    try:
+        if writes and folder.read_only:
+            raise KVStoreUnusable(f"{path} is read-only: nothing can be changed in it")
+        yield folder
+    except (KVStoreUnusable, StorageFull):
+        raise
+    except (OSError, sqlite3.Error) as error:
+        raise StoreUnavailable(f"{path}: {explain(error)}") from error
+    finally:
+        folder.close()
 
 
 def _model(summary: NamespaceSummary) -> str:

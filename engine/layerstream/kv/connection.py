@@ -43,6 +43,7 @@ OpenTier = Callable[[Callable[[], bool]], Tier | None]
 STORE_ERRORS = (OSError, sqlite3.Error)
 ANSWER_SECONDS = 3.0
 PATIENCE_SECONDS = 0.02  # that the engine's thread gives a tier that has kept up so far
+CALM_SECONDS = 1.0  # after it was opened: a tier that is replaced sooner has failed
 UNWANTED_SECONDS = 5.0  # after which nobody is going to come for an answer
 
 
@@ -66,7 +67,7 @@ class Question(Generic[T]):
 
 
 class TierConnection:
-    """A tier, as long as there is one.
+    """A tier, as long as there is one; nothing is answered before ``start``.
 
     Args:
         open_tier: opens it; again after a failure. Called on this thread.
@@ -99,6 +100,9 @@ class TierConnection:
         if failure is not None:
             self.failed(failure, None)
         self._thread = threading.Thread(target=self._serve, name="layerstream-kv-index", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
         self._thread.start()
 
     @property
@@ -175,7 +179,7 @@ class TierConnection:
             if tier is not None and self._tier is not tier:
                 return  # somebody else has noticed
             now = time.monotonic()
-            is_replaced = isinstance(error, IndexReplaced) and now - self._opened_at > 1.0
+            is_replaced = isinstance(error, IndexReplaced) and now - self._opened_at > CALM_SECONDS
             if tier is not None:
                 self._retired.append(tier)
             self._tier = None

@@ -150,14 +150,14 @@ class Index(Database):
                 found.append(by_key[key])
         return found
 
-    def drop_pages(self, namespace: int, key: Key) -> list[str]:
-        """Forget page *key* and all that descend from it; names of segments that have no page left."""
+    def drop_pages(self, namespace: int, keys: Sequence[Key]) -> list[str]:
+        """Forget pages *keys* and all that descend from them; names of segments that have no page left."""
         with self.transaction() as connection:
-            connection.execute(
+            connection.executemany(
                 "WITH RECURSIVE gone (key) AS (VALUES (?) UNION SELECT p.key FROM pages p JOIN gone "
                 "ON p.parent = gone.key WHERE p.namespace = ?) "
                 "DELETE FROM pages WHERE namespace = ? AND key IN (SELECT key FROM gone)",
-                (key, namespace, namespace),
+                [(key, namespace, namespace) for key in keys],
             )
             return self._drop_empty(connection)
 

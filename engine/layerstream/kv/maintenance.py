@@ -213,7 +213,7 @@ class _Target:
 def _take_over(folder: StoreFolder, archive: Archive, target: _Target, packed: list[Packed], damaged: int) -> Imported:
     index, mine, known, new = folder.index, [], 0, 0
     there = [item.info.parent for item in packed if index.find(target.number, [item.info.parent])]
-    names = index.names(target.number)
+    names, count = index.names(target.number), len(packed) + damaged
     for item in parents_first(packed, there):
         info = item.info
         if info.name in names:
@@ -231,7 +231,7 @@ def _take_over(folder: StoreFolder, archive: Archive, target: _Target, packed: l
     answers = Answers(index)
     for answer in archive.kept.answers:
         answers.remember(target.number, target.namespace, answer)
-    return Imported(new, known, damaged, len(packed) + damaged - new - known - damaged)
+    return Imported(new, known, damaged, count - new - known - damaged)
 
 
 def _copy(folder: StoreFolder, archive: Archive, target: _Target, item: Packed, segment: int) -> bool:
@@ -277,6 +277,5 @@ def _full_disk(where: Path) -> Iterator[None]:
 
 def _drop(folder: StoreFolder, namespace: str, keys: Iterable[bytes]) -> None:
     number = folder.index.namespace_id(namespace)
-    if number is not None:
-        for key in keys:
-            folder.forget(namespace, number, key)
+    if number is not None and not folder.read_only:
+        folder.forget(namespace, number, *keys)

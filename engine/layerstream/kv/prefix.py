@@ -61,10 +61,10 @@ class Published:
 
 
 class StoredPrefixes(Protocol):
-    """What the scheduler asks of a store."""
+    """What the scheduler asks of a store. Nothing here raises, or waits for a disk or another process."""
 
     def take(self, keys: Sequence[Key], start: int) -> Stored | None:
-        """What is there of ``keys[start:]``; ``None``: another process is computing it, ask again later."""
+        """What is there of ``keys[start:]``; ``None``: not known yet, or another process is at it: ask again later."""
         ...
 
     def abandon(self, keys: Sequence[Key]) -> None:
@@ -89,11 +89,11 @@ class SpillStore(StoredPrefixes, Protocol):
         ...
 
     def count_stored(self, keys: Sequence[Key]) -> int:
-        """How many of *keys*, from the first on, are stored."""
+        """How many of *keys*, from the first on, are stored as far as was seen: asked for, or written here."""
         ...
 
     def has_given_up(self, key: Key) -> bool:
-        """Whether page *key* was published and could not be stored."""
+        """Whether page *key*, whose sequence waits for it, could not be stored since it was published last."""
         ...
 
     def hold(self, owner: int, keys: Sequence[Key]) -> None:

@@ -34,9 +34,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 from layerstream.kv.answers import RememberedAnswer, note, places
@@ -45,43 +45,18 @@ from layerstream.kv.codecs import PageCodec
 from layerstream.kv.connection import STORE_ERRORS, OpenTier, Question, State, TierConnection
 from layerstream.kv.counters import StoreCounters
 from layerstream.kv.loader import PageLoader
+from layerstream.kv.lookup import Lookup
 from layerstream.kv.prefix import Published, Stored
 from layerstream.kv.segment import MAX_PAGES, Key, PageShape, padded
 from layerstream.kv.state import LayerState
 from layerstream.kv.tiers.base import NewPages, PageFacts, StoredRun, Tier
+from layerstream.kv.write_queue import Batch, WriteQueue
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 3.0
 CALLER_SECONDS = 5.0  # that callers wait for an answer
 MOST_NOTED = 2**17  # keys that are known to be stored
-MOST_ANSWERS = 1000  # that wait to be written
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    published: Published
-    seconds: float
-    has_failed: bool = False
-
-
-@dataclass(slots=True)
-class _Queue:
-    """What the writer has before it, and the frames that it is done with."""
-
-    batches: deque[_Batch] = field(default_factory=deque)
-    answers: deque[RememberedAnswer] = field(default_factory=lambda: deque(maxlen=MOST_ANSWERS))
-    done: list[int] = field(default_factory=list)
-    is_busy: bool = False
-    is_closing: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What a tier has of a prefix; ``None`` for facts: another process computes the next page. Claimed: the rest."""
-
-    facts: list[PageFacts] | None
-    claimed: Sequence[Key] = ()
 
 
 class PrefixStore:
@@ -118,16 +93,17 @@ class PrefixStore:
         self._is_current = is_current
         self._load = load
         self._changed = threading.Condition()
-        self._queue = _Queue()
+        self._queue = WriteQueue()
         self._pinned: set[Key] = set()
         self._given_up: set[Key] = set()
         self._stored: OrderedDict[Key, None] = OrderedDict()
         self._lost: set[Key] = set()
         self._held: dict[int, list[StoredRun]] = {}
-        self._questions: dict[tuple[Key, int], Question[_Found]] = {}
         self._last_tier = tier
         self._connection = TierConnection(open_tier, tier, failure, self._tier_changed)
+        self._lookup = Lookup(self._connection)
         self._thread = threading.Thread(target=self._work, name="layerstream-kv-writer", daemon=True)
+        self._connection.start()
         self._thread.start()
 
     @property
@@ -152,29 +128,10 @@ class PrefixStore:
             ``None`` if another process is computing the next one that is not there, or the tier has not answered yet:
             ask again later.
         """
-        wanted = keys[start:]
-        if not wanted:
+        if start >= len(keys):
             return Stored(0, 0)
-        name = keys[-1], start
-        question = self._questions.get(name)
-        if question is None:
-            if self.tier is None:
-                return Stored(0, 0)
-            question = self._questions[name] = Question(lambda tier: _find(tier, wanted), self._nobody_came(name))
-        is_answered = self._connection.ask(question)
-        if not is_answered and self.tier is not None:
-            return None
-        self._questions.pop(name, None)
-        if not is_answered or question.answer is None:
-            return Stored(0, 0)
-        return None if question.answer.facts is None else self._choose(question.answer.facts)
-
-    def _nobody_came(self, name: tuple[Key, int]) -> Callable[[Tier, _Found], None]:
-        def undo(tier: Tier, found: _Found) -> None:
-            self._questions.pop(name, None)
-            tier.unclaim(found.claimed)
-
-        return undo
+        facts = self._lookup.find(keys, start)
+        return None if facts is None else self._choose(facts)
 
     def _choose(self, facts: Sequence[PageFacts]) -> Stored:
         """Load the pages of *facts*, or compute them again."""
@@ -269,7 +226,7 @@ class PrefixStore:
         """Write pages behind the sweeps; *seconds* is what computing them took. Their frames are held until then."""
         with self._changed:
             self._given_up.difference_update(published.keys)
-            self._queue.batches.append(_Batch(published, seconds))
+            self._queue.batches.append(Batch(published, seconds))
             self._changed.notify_all()
         self._give_up_hopeless()
 
@@ -288,8 +245,7 @@ class PrefixStore:
     def collect(self) -> list[int]:
         """Frames whose pages were written, or will not be."""
         with self._changed:
-            done, self._queue.done = self._queue.done, []
-            return done
+            return self._queue.take_done()
 
     def give_back(self) -> list[int]:
         """Frames of pages that nobody has begun to write and nobody waits for: those are not written."""
@@ -299,7 +255,7 @@ class PrefixStore:
     def flush(self) -> None:
         """Wait until all that was published is written; no longer, once the store is off."""
         with self._changed:
-            while self._has_work() and self.state in ("ready", "hashing") and self._thread.is_alive():
+            while self._queue.has_work and self.state in ("ready", "hashing") and self._thread.is_alive():
                 self._changed.wait(timeout=0.1)
 
     def close(self) -> None:
@@ -336,7 +292,7 @@ class PrefixStore:
             pinned = tuple(self._pinned)
             self._changed.notify_all()
         if tier is None:
-            self._questions.clear()
+            self._lookup.forget()
         if tier is not None and pinned:
             self._connection.post(lambda tier: tier.pin(pinned))
         self._give_up_hopeless()
@@ -351,14 +307,10 @@ class PrefixStore:
     def _withdraw(self, goes: Callable[[Published], bool]) -> list[Published]:
         """What is queued and *goes* is not written."""
         with self._changed:
-            gone = [batch.published for batch in self._queue.batches if goes(batch.published)]
-            self._queue.batches = deque(batch for batch in self._queue.batches if not goes(batch.published))
+            gone = self._queue.withdraw(goes)
         for published in gone:
             self._skip(published, published.keys)
         return gone
-
-    def _has_work(self) -> bool:
-        return bool(self._queue.batches or self._queue.answers or self._queue.is_busy)
 
     def _work(self) -> None:
         while (work := self._next()) is not None:
@@ -374,18 +326,18 @@ class PrefixStore:
                         self._write(tier, work)
             except STORE_ERRORS as error:
                 logger.info("a prefix or an answer was not stored: %s", error)
-                if isinstance(work, _Batch) and not (work.has_failed or work.published.is_spilled):
+                if isinstance(work, Batch) and not (work.has_failed or work.published.is_spilled):
                     left = replace(work, has_failed=True)
-                elif isinstance(work, _Batch):
+                elif isinstance(work, Batch):
                     self._skip(work.published, work.published.keys)
             except Exception as error:  # noqa: BLE001  # whatever it is, others are stored
                 logger.warning("a prefix or an answer was not stored: %s", error)
-                if isinstance(work, _Batch):
+                if isinstance(work, Batch):
                     self._skip(work.published, work.published.keys)
             with self._changed:
                 if left is not None:
                     self._queue.batches.appendleft(left)
-                elif isinstance(work, _Batch):
+                elif isinstance(work, Batch):
                     self._queue.done.extend(work.published.pages)
                 self._queue.is_busy = False
                 self._changed.notify_all()
@@ -393,14 +345,13 @@ class PrefixStore:
             self._queue.done.extend(page for batch in self._queue.batches for page in batch.published.pages)
             self._queue.batches.clear()
 
-    def _next(self) -> _Batch | RememberedAnswer | None:
+    def _next(self) -> Batch | RememberedAnswer | None:
         """What to write next; ``None`` if nothing is left and the store is closing. Keeps leases alive meanwhile."""
         while True:
             with self._changed:
                 queue, is_there = self._queue, self.tier is not None
                 if is_there and (queue.batches or queue.answers):
-                    queue.is_busy = True
-                    return queue.batches.popleft() if queue.batches else queue.answers.popleft()
+                    return queue.take()
                 if queue.is_closing:
                     return None
                 if self._changed.wait(timeout=TICK_SECONDS):
@@ -412,7 +363,7 @@ class PrefixStore:
             except Exception as error:  # noqa: BLE001  # the store is off, then
                 logger.info("the KV store could not be told what was used: %s", error)
 
-    def _write(self, tier: Tier, batch: _Batch) -> None:
+    def _write(self, tier: Tier, batch: Batch) -> None:
         published = batch.published
         tier.tick()
         if not self._is_current():
@@ -467,15 +418,3 @@ class PrefixStore:
             seconds=seconds,
             pinned=not self._pinned.isdisjoint(keys),
         )
-
-
-def _find(tier: Tier, wanted: Sequence[Key]) -> _Found:
-    """What *tier* has of *wanted*; the rest is going to be computed here."""
-    facts = tier.contains(wanted)
-    if len(facts) < len(wanted):
-        missing = wanted[len(facts) :]
-        if not tier.claim(missing):
-            return _Found(None)
-        facts = tier.contains(wanted)  # it may have been finished in between
-        return _Found(facts, missing)
-    return _Found(facts)

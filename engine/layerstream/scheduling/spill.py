@@ -78,7 +78,10 @@ class Spill:
         """
         store = self._store
         if store is None or store.can_spill is False:
-            raise StorageFull("the prompt's KV does not fit the memory budget, and there is no KV store to take it")
+            raise StorageFull(
+                "the prompt's KV does not fit the memory budget, and there is no KV store to take it, or it failed "
+                "(the log says why)"
+            )
         keys = sequence.prefix_keys
         if len(keys) > self._pool.num_transit or self.num_frames(sequence) > self._pool.num_pages:
             raise StorageFull(

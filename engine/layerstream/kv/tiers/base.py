@@ -2,7 +2,8 @@
 
 Pages are immutable and named by their content (a key says all tokens from position 0 on; the namespace says model,
 arithmetic and tenant), so a tier never updates, two writers of one key write the same bytes, and losing a page costs
-no more than computing it again. A tier that is slow, full or broken answers "not there": it never fails a request.
+no more than computing it again. A tier that fails raises ``OSError`` or ``sqlite3.Error``, which
+:class:`~layerstream.kv.connection.TierConnection` keeps from requests; a tier may be slow, but for ``open``.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class Tier(Protocol):
         ...
 
     def open(self, keys: Sequence[Key]) -> list[StoredRun]:
-        """Runs that together are *keys*, or as many of them, from the first on, as are still here."""
+        """Runs that together are *keys*, or as many of them, from the first on, as are still here.
+
+        Only what ``contains`` has found or ``put`` has written is looked for; also after ``close``. Waits for nothing.
+        """
         ...
 
     def put(self, pages: NewPages) -> int:
@@ -119,5 +123,5 @@ class Tier(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Give back what is held, but for runs that are open."""
         ...

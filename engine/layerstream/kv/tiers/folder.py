@@ -79,13 +79,13 @@ class Access:
         owner: who it is that takes leases; ``None``: somebody new.
         busy_seconds: how long to wait for another process that writes.
         is_suspect: something went wrong, so all of the index is checked.
-        without_index: look at the files alone, which needs no room on the disk; what only the index knows is not there.
+        has_files_only: look at the files alone, which needs no room on the disk; what only the index knows is missing.
     """
 
     owner: str | None = None
     busy_seconds: float = BUSY_SECONDS
     is_suspect: bool = False
-    without_index: bool = False
+    has_files_only: bool = False
 
 
 class StoreFolder:
@@ -98,11 +98,12 @@ class StoreFolder:
 
     def __init__(self, path: Path, access: Access = Access()) -> None:
         self.path = path
+        self.has_files_only = access.has_files_only
         self._access = access
         try:
             _check(path)
             self.read_only = path.is_dir() and not os.access(path, os.W_OK)
-            if not (self.read_only or access.without_index):
+            if not (self.read_only or access.has_files_only):
                 _initialise(path)
             self.index = self._open_index()
             try:
@@ -155,9 +156,9 @@ class StoreFolder:
                 return size
         return 0
 
-    def forget(self, namespace: str, namespace_id: int, key: Key) -> None:
-        """Drop page *key* with its descendants, and the files that hold none of the rest."""
-        for name in self.index.drop_pages(namespace_id, key):
+    def forget(self, namespace: str, namespace_id: int, *keys: Key) -> None:
+        """Drop pages *keys* with their descendants, and the files that hold none of the rest."""
+        for name in self.index.drop_pages(namespace_id, keys):
             self.segment_path(namespace, name).unlink(missing_ok=True)
 
     def describe(self, namespace: str, about: dict) -> None:
@@ -169,7 +170,7 @@ class StoreFolder:
 
     def _open_index(self) -> Index:
         access, path = self._access, self.path / INDEX
-        if access.without_index:
+        if access.has_files_only:
             return Index(None)
         try:
             return self._try_index(path)
@@ -177,8 +178,7 @@ class StoreFolder:
             if self.read_only or isinstance(error, sqlite3.OperationalError):
                 raise
             logger.warning("%s is damaged (%s): rebuilding it from the segments", path, error)
-            for suffix in ("", "-wal", "-shm"):
-                Path(f"{path}{suffix}").unlink(missing_ok=True)  # not kept: it has questions in it
+            _unlink_index(path)  # not kept: it has questions in it
             return self._try_index(path)
 
     def _try_index(self, path: Path) -> Index:
@@ -207,10 +207,11 @@ class StoreFolder:
             assert number is not None
             if strays:
                 self._adopt(namespace, number, strays)
-            for name, (segment, is_whole) in self.index.names(number).items():
-                if is_whole and name not in paths and not self.segment_path(namespace, name).exists():
-                    for key in self.index.keys_of(segment):
-                        self.forget(namespace, number, key)
+            rows = self.index.names(number).items()
+            missing = [(name, segment) for name, (segment, is_whole) in rows if is_whole and name not in paths]
+            gone = [segment for name, segment in missing if not self.segment_path(namespace, name).exists()]
+            if gone:
+                self.forget(namespace, number, *(key for segment in gone for key in self.index.keys_of(segment)))
 
     def _adopt(self, namespace: str, number: int, paths: Sequence[Path]) -> None:
         """Enter those segments of *paths* that are whole, parents first; the others can be of no use."""
@@ -234,6 +235,11 @@ class StoreFolder:
                     path.unlink(missing_ok=True)
         logger.info("%d segments of %s are known again", len(paths) - len(useless), namespace)
 
+    def remove_index(self) -> None:
+        """Nothing is stored here: forget what only the index knows as well. Whoever has it open opens a new one."""
+        self.index.close()
+        _unlink_index(self.path / INDEX)
+
     def _sweep_temporaries(self) -> None:
         for path in (*self.path.glob(f"*{MARKER_TO_BE}"), *self.path.glob(f"*/*{TEMPORARY}")):
             pid = writer_of(path)
@@ -241,6 +247,11 @@ class StoreFolder:
                 is_old = time.time() - path.stat().st_mtime > 24 * 3600
                 if is_old or (pid is not None and not psutil.pid_exists(pid)):
                     path.unlink()
+
+
+def _unlink_index(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def _check(path: Path) -> None:
