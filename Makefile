@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast slow bench clean
+.PHONY: help demo test lint types fast slow fuzz bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
@@ -30,6 +30,9 @@ fast: $(VENV)/.installed
 
 slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments with the oldest and newest frameworks
 	$(BIN)/pytest -m slow
+
+fuzz: $(VENV)/.installed ## Random engines against plain transformers, and against themselves bit for bit (SECONDS=3600 SEED=0 JSON=file)
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),0) $(if $(JSON),--json $(JSON))
 
 bench: $(VENV)/.installed ## Sweep speed against a raw read of the same bytes (benchmarks/README.md has the rest)
 	$(BIN)/python -m benchmarks.sweep $(or $(MODEL),$(error which model? make bench MODEL=folder; python -m benchmarks.grow 3B FOLDER writes one))
