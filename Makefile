@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast slow faults bench clean
+.PHONY: help demo test lint types fast slow faults fuzz bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
@@ -33,6 +33,9 @@ slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environme
 
 faults: $(VENV)/.installed ## Faults of disk, database, callers and code over running engines (TRIALS=10000 SEED=0: an hour)
 	$(BIN)/python -W ignore -m tests.faults --trials $(or $(TRIALS),10000) --seed $(or $(SEED),0)
+
+fuzz: $(VENV)/.installed ## Random engines against plain transformers, and against themselves bit for bit (SECONDS=3600 SEED=0 JSON=file)
+	$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),3600) --seed $(or $(SEED),0) $(if $(JSON),--json $(JSON))
 
 bench: $(VENV)/.installed ## Sweep speed against a raw read of the same bytes (benchmarks/README.md has the rest)
 	$(BIN)/python -m benchmarks.sweep $(or $(MODEL),$(error which model? make bench MODEL=folder; python -m benchmarks.grow 3B FOLDER writes one))

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 1
+LAYOUT = 2  # 2: activations in whole vectors, whose last bits were others before
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 _READ_BYTES = 8 * 2**20
 _NOT_IDENTITY = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})

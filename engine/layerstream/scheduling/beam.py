@@ -71,7 +71,7 @@ class BeamSearch:
         """The beams after the next token, the best one first; none when the search is over.
 
         Args:
-            logprobs: for each beam ``(vocabulary,)`` log-probabilities of the next token, 32-bit floats; taken one by one.
+            logprobs: for each beam ``(vocabulary,)`` log-probabilities of the next token in 32 bits, taken one by one.
             outputs: for each beam its generated tokens.
         """
         length = len(outputs[0]) + 1
