@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ from layerstream.errors import BudgetTooSmall
 from layerstream.events import Event, SweepStarted
 from layerstream.footprint import Footprint
 from layerstream.model.runner import _LogitRoom
-from layerstream.planner import make_plan, spending
+from layerstream.planner import make_plan, on_device, spending
+from layerstream.planner.on_device import make_device_plan
 from layerstream.streaming.ring import Arena
 from torch import bfloat16, float32
 
 from tests.harness import budget_for, draw_prompt, shrink_units
 from tests.test_planner import MIB, facts
 
+GIB = 2**30
 MOST_AT_ONCE = 4
 
 
@@ -41,6 +44,16 @@ def test_more_memory_lets_more_run_at_once() -> None:
     few, many = (make_plan(facts(vocab=128_256), size * MIB) for size in (300, 3000))
     assert few.max_sequences < many.max_sequences
     assert few.max_sequences + few.max_draft_rows < many.max_sequences + many.max_draft_rows
+
+
+def test_logits_that_come_to_the_host_have_room_there() -> None:
+    model = dataclasses.replace(facts(vocab=262_144), is_on_device=True)
+    plan = make_device_plan(model, 8 * GIB, 8 * GIB)
+    assert plan.host is not None
+    assert plan.logit_bytes > on_device.HOST_LOGIT_BYTES
+    rest = on_device.HOST_WORKSPACE_BYTES - on_device.HOST_LOGIT_BYTES
+    assert plan.host.workspace_bytes == rest + plan.logit_bytes
+    assert plan.host.planned_bytes <= plan.host.budget_bytes
 
 
 @pytest.fixture

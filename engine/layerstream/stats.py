@@ -51,8 +51,9 @@ class EngineStats:
         peak_memory_bytes: the most that was measured of what ``budget_bytes`` is for. Where an accelerator computes,
             what torch reserved of its memory. On the processor, memory of the process that no file is behind, over what
             it had when the model's code and tokenizer were loaded and no weight yet; looked at before and after every
-            sweep, so what else the process allocates meanwhile is in it, and a peak within a sweep may not be. (Not on
-            Linux: all that is resident.)
+            sweep, so what else the process allocates meanwhile is in it (and what the grammar library keeps of the
+            tokenizer from the first ``response_format`` on), and a peak within a sweep may not be. Elsewhere than on
+            Linux: all that is resident.
         planned_memory_bytes: what the plan says about the same: resident weights, ring, KV pages that were in use at a
             time, activations.
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.

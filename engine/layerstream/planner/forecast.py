@@ -7,6 +7,7 @@ multiplies by are decoded once for all row blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,13 +84,13 @@ class Forecast:
     @cached_property
     def cold_seconds(self) -> float:
         """From the question to the first token, nothing stored."""
-        left, seconds = self.context_tokens, 0.0
+        left, seconds = self.context_tokens, list[float]()
         while left > 0:
             tokens = min(left, self.plan.max_sweep_tokens)
             left -= tokens
             compute = self._compute_seconds(self._prompt_blocks(tokens), 1 if left <= 0 else 0)
-            seconds += self._longest(compute, tokens)
-        return seconds
+            seconds.append(self._longest(compute, tokens))
+        return math.fsum(seconds)
 
     @cached_property
     def warm_seconds(self) -> float:

@@ -20,7 +20,8 @@ from layerstream.streaming.expert_paths import HOST_ROWS
 from layerstream.streaming.residency import PlannedUnit, choose_residents
 
 HOST_KV_SHARE = 0.25  # of host memory, for KV beyond what is wanted first
-HOST_WORKSPACE_BYTES = 64 * 2**20  # bounce buffers, embedding rows
+HOST_WORKSPACE_BYTES = 64 * 2**20  # bounce buffers, embedding rows, logits
+HOST_LOGIT_BYTES = 32 * 2**20  # that are within it
 HOST_RING_UNITS = 4  # reads run ahead of copies
 HOST_RING_BYTES = 256 * 2**20  # more than that hides nothing
 
@@ -59,7 +60,7 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     kv_bytes = plan.num_pages * plan.page_tokens * plan.facts.kv_token_bytes
     streamed = _streamed(plan)
     devices = [_streamed(part) for part in plan.by_device]
-    workspace_bytes = HOST_WORKSPACE_BYTES + plan.logit_bytes + _host_compute_bytes(plan)
+    workspace_bytes = HOST_WORKSPACE_BYTES + max(0, plan.logit_bytes - HOST_LOGIT_BYTES) + _host_compute_bytes(plan)
     room = host_bytes - workspace_bytes - kv_bytes
     least_ring = sum(max((unit.ring_bytes for _, unit in units), default=0) for units in devices)
     passing = _passing_slots(plan, room, room - least_ring)

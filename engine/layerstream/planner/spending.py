@@ -25,7 +25,7 @@ from layerstream.streaming.residency import (
 LEAST_SEQUENCES = 32  # that run at once: as many as a search may have beams
 MAX_SEQUENCES = 256
 SEQUENCES_SHARE = 0.02  # of the budget, for the logits of more than the least
-SAMPLING_BYTES = 48  # per token of the vocabulary, of one row: its scores in fp32, sorted, and its distribution in fp64
+SAMPLING_BYTES = 56  # per token of the vocabulary, of one row (measured): scores in fp32, sorted, then in fp64
 MAX_DRAFT_ROWS = 128  # guesses in one sweep
 DRAFT_SHARE = 0.05  # of the budget, for their logits and KV
 ACTIVATION_SHARE = 0.2  # of the budget; past it, a sweep carries fewer tokens
