@@ -97,13 +97,14 @@ def compressed(
     return planes | {"weight_zero_point": pack_int32(zero, 0)}, _values(codes, zero, scale)
 
 
-def fp8_blocks(weight: torch.Tensor, block: int = 32) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """FP8 with a scale for each block of the matrix."""
-    blocks = weight.unflatten(0, (-1, block)).unflatten(2, (-1, block))
-    scale = blocks.abs().amax((1, 3)) / 448
-    codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-    values = (codes.to(torch.float32) * scale[:, None, :, None]).reshape(weight.shape)
-    return {"weight": codes.reshape(weight.shape), "weight_scale_inv": scale}, values
+def fp8_blocks(weight: torch.Tensor, block: tuple[int, int] = (48, 40)) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """FP8 with a scale for each block of the matrix; the last ones are smaller where blocks do not divide it."""
+    high, wide = block
+    rows, columns = weight.shape
+    scale = torch.stack([torch.stack([p.abs().amax() for p in r.split(wide, 1)]) for r in weight.split(high, 0)]) / 448
+    of_values = scale[torch.arange(rows)[:, None] // high, torch.arange(columns)[None] // wide]
+    codes = (weight / of_values).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scale}, codes.to(torch.float32) * of_values
 
 
 def fp8_rows(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -121,7 +122,7 @@ PACKERS: dict[str, tuple[Packer, dict[str, Any]]] = {
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     ),
     "compressed-fp8": (fp8_rows, {"quant_method": "compressed-tensors", "format": "float-quantized"}),
-    "fp8": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [32, 32]}),
+    "fp8": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [48, 40]}),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,14 @@ import torch
 import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream import pack as packing
-from layerstream.errors import CheckpointNotFound, ConfigurationError, InvalidHeader, StorageFull
+from layerstream.errors import (
+    CheckpointNotFound,
+    ConfigurationError,
+    InvalidHeader,
+    ReadError,
+    StorageFull,
+    TruncatedFile,
+)
 from layerstream.events import Event, PackProgress
 from layerstream.model.skeleton import build_skeleton
 from layerstream.pack import pack
@@ -171,6 +179,84 @@ def test_a_changed_source_is_not_mixed_with_the_old_one(source: Path, tmp_path: 
     (changing / "model.safetensors").touch()
     with pytest.raises(ConfigurationError, match="of another source"):
         pack(changing, tmp_path / "out", "nf4")
+
+
+@pytest.mark.parametrize("when", [1, 3, "last"])
+def test_a_source_that_changes_meanwhile_is_noticed(source: Path, tmp_path: Path, when: int | str) -> None:
+    """At every moment: else shards of two models would lie side by side."""
+    changing, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(source, changing)
+
+    def change(done: int, count: int, num_bytes: int) -> None:
+        if done == (count if when == "last" else when):
+            os.utime(changing / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(ConfigurationError, match=r"was changed while it was packed.*delete that folder"):
+        pack(changing, out, "int8", on_shard=change)
+    assert not (out / "config.json").exists()
+    with pytest.raises(ConfigurationError, match="of another source"):
+        pack(changing, out, "int8")
+
+
+def test_what_is_found_by_its_identity_is_packed_of_it(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="was changed"):
+        pack(source, tmp_path / "out", "int8", identity=[["model.safetensors", 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (errno.EROFS, ConfigurationError, "cannot be written .*; pack into another folder"),
+        (errno.ENOSPC, StorageFull, "the disk is full"),
+    ],
+)
+@pytest.mark.parametrize("where", ["folder", "note", "shard", "config"])
+def test_a_disk_that_cannot_be_written_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], words: str,
+    where: str,
+) -> None:  # fmt: skip
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "out"))
+
+    original = packing.write_whole
+    if where == "folder":
+        monkeypatch.setattr(Path, "mkdir", failing)
+    elif where == "shard":
+        monkeypatch.setattr(packing, "_write", failing)
+    else:
+        name = {"note": packing.JOB, "config": "config.json"}[where]
+        monkeypatch.setattr(packing, "write_whole", lambda p, text: (failing if p.name == name else original)(p, text))
+    with pytest.raises(error, match=words):
+        pack(source, tmp_path / "out", "int8")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_source_that_cannot_be_read_is_said(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pread", lambda _, size, offset: bytes(size // 2))
+    with pytest.raises(TruncatedFile, match=r"model\.safetensors: ends within"):
+        pack(source, tmp_path / "short", "int8")
+
+    def failing(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(ReadError, match=r"model\.safetensors: cannot be read"):
+        pack(source, tmp_path / "failing", "int8")
+    assert not list(tmp_path.glob("*/*.safetensors*"))
+
+
+def test_a_gguf_file_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERSTREAM_PACKED", str(tmp_path))
+    for run in (lambda path: pack(path, tmp_path / "out", "int8"), lambda path: packing.ensure_packed(path, "int8")):
+        with pytest.raises(ConfigurationError, match="is a GGUF file"):
+            run(tmp_path / "x.gguf")
+
+
+def test_an_adapter_beside_the_source_stays_there(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / "adapter_config.json").write_text("{}")
+    pack(tmp_path / "source", tmp_path / "out", "int8")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 def test_a_damaged_shard_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,88 @@ def test_fp8_blocks(block_rows: int, block_columns: int, block: int, scale_dtype
     check_cuts(codec, planes, shape, found)
 
 
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 70), st.integers(1, 70), st.integers(1, 3), st.data())
+def test_fp8_is_the_formula_wherever_blocks_end(
+    rows: int, columns: int, high: int, wide: int, count: int, data: st.DataObject
+) -> None:
+    """``value[i, j] * scale[i // b0, j // b1]``, of one matrix or several, of all rows or of any of them."""
+    torch.manual_seed(rows + columns)
+    grid = -(-rows // high), -(-columns // wide)
+    values = torch.randn(count * rows, columns).to(torch.float8_e4m3fn)
+    scale = torch.rand(count * grid[0], grid[1]) + 0.1
+    numbers = torch.arange(count * rows)
+    of_rows = numbers // rows * grid[0] + numbers % rows // high
+    expected = values.to(torch.float32) * scale[of_rows][:, torch.arange(columns) // wide]
+    codec = Fp8(rows, (high, wide)).stacked(count)
+    assert codec is not None
+    planes = {"weight": values, "scale": scale}
+    assert {name: tuple(plane.shape) for name, plane in planes.items()} == codec.expected(count * rows, columns)
+    assert torch.equal(decode(codec, planes, tuple(values.shape), torch.float32), expected)
+    start = data.draw(st.integers(0, count * rows - 1))
+    stop = data.draw(st.integers(start + 1, count * rows))
+    part = torch.empty(stop - start, columns)
+    codec.decode(codec.cut(planes, count * rows, start, stop), start, part)
+    assert torch.equal(part, expected[start:stop])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (5, 1)])
+def test_fp8_with_a_scale_for_each_row_or_for_all(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    values, scale = torch.randn(5, 8).to(torch.float8_e4m3fn), torch.rand(shape) + 0.1
+    tensors = {"a.weight": values, "a.weight_scale": scale}
+    folder = _folder(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": None})
+    codec = open_folder(folder).packed["a.weight"].codec
+    found = decode(codec, {"weight": values, "scale": scale}, (5, 8), torch.float32)
+    assert torch.equal(found, values.to(torch.float32) * scale.reshape(-1, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "said"),
+    [
+        ((112, 64), (4, 2), {"weight_block_size": [28, 32]}),  # even division would take [32, 32]
+        ((576, 256), (5, 2), {}),  # DeepSeek-V3's kv_a_proj, ragged: [128, 128] where the config does not say
+        ((130, 130), (2, 2), {}),
+        ((64, 64), (1, 1), {}),
+        ((40, 40), (40, 1), {}),  # a scale for each row
+    ],
+)
+def test_fp8_takes_the_blocks_that_the_config_names(
+    tmp_path: Path, shape: tuple[int, int], grid: tuple[int, int], said: dict[str, Any]
+) -> None:
+    tensors = {"a.weight": torch.zeros(shape).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(grid)}
+    codec = open_folder(_folder(tmp_path, tensors, {"quant_method": "fp8", **said})).packed["a.weight"].codec
+    assert isinstance(codec, Fp8)
+    named = (40, 40) if grid == (40, 1) else tuple(said.get("weight_block_size", (128, 128)))
+    assert codec.block == ((1, 40) if grid == (40, 1) else tuple(map(min, named, shape)))
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ((4, 2), {"weight_block_size": [32, 64]}),
+        ((2, 4), {"weight_block_size": [32, 32]}),
+        ((4, 2), {"weight_block_size": None}),
+        ((4, 2), {}),
+        ((4, 2), {"weight_block_size": [0, 32]}),
+        ((4, 2), {"weight_block_size": "x"}),
+        ((4, 2), {"weight_block_size": [32]}),
+        ((0, 0), {"weight_block_size": [32, 32]}),
+    ],
+)
+def test_fp8_scales_of_other_blocks_are_refused(tmp_path: Path, grid: tuple[int, int], said: dict[str, Any]) -> None:
+    tensors = {"a.weight": torch.zeros(112, 64).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(grid)}
+    with pytest.raises(InvalidHeader, match=r"blocks of|weight_block_size"):
+        open_folder(_folder(tmp_path, tensors, {"quant_method": "fp8", **said}))
+
+
+def test_planes_of_another_dtype_are_named(tmp_path: Path) -> None:
+    planes, _ = quantised.gptq(torch.randn(16, 64))
+    planes["qweight"] = planes["qweight"].to(torch.float32)
+    tensors = {f"a.{name}": plane.contiguous() for name, plane in planes.items()}
+    folder = _folder(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with pytest.raises(InvalidHeader, match=r"'a.qweight' has dtype F32; gptq needs I32"):
+        open_folder(folder)
+
+
 @pytest.mark.parametrize("rows", [8, 24, 64])
 @pytest.mark.parametrize("group", [32, 64])
 def test_groups_of_4_bits(rows: int, group: int) -> None:

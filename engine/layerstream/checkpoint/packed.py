@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from layerstream.checkpoint.codecs.base import Codec, matrix_shape
@@ -143,17 +143,17 @@ def _fp8_in(tensors: Mapping[str, TensorEntry], blocks: Sequence[tuple[int, int]
 def _fp8_codec(entry: TensorEntry, scale: TensorEntry, blocks: Sequence[tuple[int, int]]) -> Fp8:
     """The one of *blocks* whose grid of scales is that of *scale*."""
     rows, columns = entry.shape
-    dims = len(scale.shape)
+    grid = (*scale.shape, *(1,) * (2 - len(scale.shape)))
     tried = [(min(high, rows), min(wide, columns)) for high, wide in (*blocks, (1, columns), (rows, columns))]
-    codecs = {Fp8(rows, block, dims) for block in tried if min(block) and (dims > 1 or block[1] == columns)}
-    fitting = [codec for codec in codecs if codec.expected(rows, columns)["scale"] == scale.shape]
+    codecs = {Fp8(rows, block) for block in tried if min(block)}
+    fitting = [codec for codec in codecs if codec.expected(rows, columns)["scale"] == grid]
     if len(fitting) != 1:
         said = " or ".join(str(list(block)) for block in blocks) or "a row, or of all"
         raise InvalidHeader(
             f"{entry.extent.path}: {entry.name!r} of shape {list(entry.shape)} has scales of shape "
             f"{list(scale.shape)}, which are not those of blocks of {said}, as the quantization_config says"
         )
-    return fitting[0]
+    return replace(fitting[0], scale_dims=len(scale.shape))
 
 
 def _compressed_tensors(tensors: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]) -> dict[str, PackedTensor]:
@@ -246,7 +246,8 @@ def _transposed(
     """What GPTQ and AWQ have in common: the parameter's name, and the planes."""
     bits = quantisation.get("bits", quantisation.get("w_bit", 4))
     if bits != 4:
-        raise UnsupportedFormat(f"the weights are quantised to {bits} bits by this method; supported are 4")
+        raise UnsupportedFormat(f"the weights are quantised to {bits!r:.80} bits by this method; supported are 4")
+    group_size(quantisation, 1)  # checked even where nothing is quantised
     wanted = {"weight": "qweight", "scale": "scales", "zero": "qzeros", **more}
     for name, entry in tensors.items():
         if name.endswith(".qweight"):

@@ -12,6 +12,7 @@ from layerstream.errors import InvalidHeader, UnsupportedFormat
 
 _PROCESSOR_TEMPLATE = "chat_template.json"
 MAX_TEMPLATE_BYTES = 16 * 2**20
+MAX_TOKEN_ID = 2**24  # there are tables by token id
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -40,6 +41,9 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Any:
     check_side_files(folder)
     with explained(f"{folder}: transformers cannot make a tokenizer of its files"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > MAX_TOKEN_ID:
+        raise InvalidHeader(f"{folder}: its tokenizer has a token {largest}; at most {MAX_TOKEN_ID} are accepted")
     path = folder / _PROCESSOR_TEMPLATE
     if not getattr(tokenizer, "chat_template", None) and path.exists():
         template = read_object(path, MAX_TEMPLATE_BYTES).get("chat_template")
