@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,10 @@ class Intake:
         self, parts: Assembly, cancel: Callable[[Request], None], seconds_per_sweep: Callable[[], float]
     ) -> None:
         self.encoder = PromptEncoder(
-            parts.tokenizer, max_context=parts.context_length, vocab_size=parts.plan.facts.vocab_size
+            parts.tokenizer,
+            max_context=parts.context_length,
+            vocab_size=parts.plan.facts.vocab_size,
+            allow_control_tokens=parts.config.allow_control_tokens,
         )
         self._parts = parts
         self._cancel = cancel
@@ -95,7 +98,7 @@ class Intake:
         if params.best_of is not None and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
-        ends = frozenset(params.stop_token_ids)
+        ends = frozenset(params.stop_token_ids) | self._stop_ids(params.stop)
         if not params.ignore_eos:
             ends |= self._end_token_ids
 
@@ -122,6 +125,12 @@ class Intake:
         answer = make(0, BeamAnswer, search=search, make_answer=make)
         answer.sequence.num_group_pages = self._num_beam_pages(len(token_ids), params)
         yield answer
+
+    def _stop_ids(self, stops: Iterable[str]) -> frozenset[int]:
+        """The special tokens among *stops*: they are not shown, so they are no part of the text."""
+        tokenizer = self._parts.tokenizer
+        known, added = tokenizer.added_tokens_decoder, tokenizer.added_tokens_encoder
+        return frozenset(added[stop] for stop in stops if stop in added and known[added[stop]].special)
 
     def _num_beam_pages(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Pages that a beam search may need. Beams run together or not at all."""
