@@ -201,7 +201,7 @@ class CallScanner:
             if self._json is None:
                 self._waiting += text
                 match = None if self._is_text else self._header.search(self._waiting)
-                if match is None or not (self._names is None or match["name"] in self._names):
+                if match is None or not self._is_known(match["name"]):
                     return found
                 text, self._waiting = self._waiting[match.end() :], ""
                 self._json, self._has_calls = _JsonValue(), True
@@ -217,9 +217,7 @@ class CallScanner:
         """What cannot become a call any more, where calls are told by how they begin."""
         if self._has_calls or self._trigger:
             return ""
-        self._is_text = (
-            self._is_text or self._header.match(self._waiting, partial=True) is None or self._is_named_else()
-        )
+        self._is_text = self._is_text or not self._may_be_call()
         return self.finish() if self._is_text else ""
 
     def finish(self) -> str:
@@ -227,10 +225,13 @@ class CallScanner:
         text, self._waiting = self._waiting, ""
         return "" if self._has_calls else (self._trigger if not self._is_text else "") + text
 
-    def _is_named_else(self) -> bool:
-        """Whether what waits is a call of what cannot be called."""
-        match = self._header.match(self._waiting)
-        return match is not None and not (self._names is None or match["name"] in self._names)
+    def _may_be_call(self) -> bool:
+        """Whether what waits begins as a call of something that can be called."""
+        match = self._header.match(self._waiting, partial=True)
+        return match is not None and (match.partial or self._is_known(match["name"]))
+
+    def _is_known(self, name: str) -> bool:
+        return self._names is None or name in self._names
 
 
 class _JsonValue:
