@@ -220,7 +220,9 @@ def make_byte_fallback_tokenizer_once() -> Any:
     ],
 )
 def test_what_was_said_is_known_in_what_was_written(source: str, said: str) -> None:
-    text = ChatTemplate(source).render({"m": as_said({"role": "user", "content": "hi"}) | {"role": "user"}, "bos": "<s>"})
+    text = ChatTemplate(source).render(
+        {"m": as_said({"role": "user", "content": "hi"}) | {"role": "user"}, "bos": "<s>"}
+    )
     origin = origin_of(text)
     assert "".join(letter for letter, kind in zip(text, origin, strict=True) if kind == SAID) == said
     assert len(origin) == len(text)

@@ -57,7 +57,9 @@ OPERATIONS: dict[str, Callable[[Any, str, str, int], Any]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 @settings(max_examples=25)
 @given(text=texts, one=pieces, two=pieces, number=st.integers(0, 4))
-def test_every_operation_gives_what_it_gives_of_plain_text(name: str, text: str, one: str, two: str, number: int) -> None:
+def test_every_operation_gives_what_it_gives_of_plain_text(
+    name: str, text: str, one: str, two: str, number: int
+) -> None:
     operate = OPERATIONS[name]
     expected, found = operate(text, one, two, number), operate(trace(text), one, two, number)
     assert found == expected
