@@ -40,7 +40,8 @@ HOSTILE = {
     "tuples": growing("('x',)", "(ns.s, ns.s)"),
     "dicts": growing("{}", "{'a': ns.s, 'b': ns.s}").replace("{{ ns.s }}", "{{ ns.s|tojson }}"),
     "dict()": growing("{}", "dict(a=ns.s, b=ns.s)"),
-    "varargs": "{% macro m(n) %}{% if n %}{{ m(n-1, varargs, varargs) }}{% else %}{{ varargs }}{% endif %}{% endmacro %}"
+    "varargs": "{% macro m(n) %}{% if n %}{{ m(n-1, varargs, varargs) }}{% else %}{{ varargs }}"
+    "{% endif %}{% endmacro %}"
     "{{ m(40, 1) }}",
     "join": growing("'x'", "[ns.s, ns.s]|join"),
     "join method": growing("'x'", "'-'.join([ns.s, ns.s])"),
@@ -67,7 +68,8 @@ HOSTILE = {
     "lipsum": "{{ lipsum(n=100000) }}",
     "map": "{{ range(99999)|map('center', 9999999)|list|length }}",
     "much output": "{% set s = 'x' * 9000000 %}{% for i in range(99) %}{{ s }}{% endfor %}",
-    "much kept": "{% set s = 'x' * 9000000 %}{% macro m() %}{% for i in range(99) %}{{ s[1:] }}{% endfor %}{% endmacro %}{{ m() }}",
+    "much kept": "{% set s = 'x' * 9000000 %}{% macro m() %}"
+    "{% for i in range(99) %}{{ s[1:] }}{% endfor %}{% endmacro %}{{ m() }}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "loop recursion": "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "block recursion": "{% block a %}{{ self.a() }}{% endblock %}",
@@ -151,19 +153,25 @@ FRAGMENTS = (
     "{% for m in messages %}{% if loop.first %}[{% endif %}{{ m.content }}{{ loop.index }}/{{ loop.length }}"
     "{% if loop.last %}]{% elif m.role == 'user' %},{% else %};{% endif %}{% endfor %}",
     "{% for m in messages[::-1] if m.role != 'system' %}{{ m.content[:3] }}{% else %}none{% endfor %}",
-    "{% set ns = namespace(found=false, text='') %}{% for m in messages %}{% if 'x' in m.content %}{% set ns.found = true %}"
+    "{% set ns = namespace(found=false, text='') %}{% for m in messages %}"
+    "{% if 'x' in m.content %}{% set ns.found = true %}"
     "{% set ns.text = ns.text + m.content.split('x')[-1].lstrip() %}{% endif %}{% endfor %}{{ ns.found }}{{ ns.text }}",
     "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') }}",
     "{{ messages | tojson }}{{ {'a': messages[0].content} | tojson(indent=2) }}",
     "{{ messages }}{{ messages[0].content | length }}{{ messages | length }}",
-    "{% macro say(m, end='.') %}{{ m.content | upper }}{{ end }}{% endmacro %}{{ say(messages[0]) }}{{ say(messages[0], '!') }}",
-    "{% set content %}{{ messages[0].content }}{% endset %}{{ content | replace('a', 'b') }}{{ content.replace('b', '') }}",
+    "{% macro say(m, end='.') %}{{ m.content | upper }}{{ end }}{% endmacro %}"
+    "{{ say(messages[0]) }}{{ say(messages[0], '!') }}",
+    "{% set content %}{{ messages[0].content }}{% endset %}"
+    "{{ content | replace('a', 'b') }}{{ content.replace('b', '') }}",
     "{{ 'yes' if messages[0].content is string and messages[0].name is not defined else 'no' }}",
     "{{ '%s: %s' % (messages[0].role, messages[0].content) }}{{ '{} {n}'.format(messages[0].content, n=3) }}",
     "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
-    "{% generation %}{{ messages[0].content }}{% endgeneration %}{% filter trim %} {{ messages[0].content }} {% endfilter %}",
-    "{{ messages[0].content | default('none') }}{{ messages[0].other | default('none') }}{{ (messages | last).content }}",
-    "{%- if tools %}{{ tools[0].function.name }}{{ tools | tojson }}{% endif -%}  {{ add_generation_prompt }}{{ mood }}",
+    "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    "{% filter trim %} {{ messages[0].content }} {% endfilter %}",
+    "{{ messages[0].content | default('none') }}{{ messages[0].other | default('none') }}"
+    "{{ (messages | last).content }}",
+    "{%- if tools %}{{ tools[0].function.name }}{{ tools | tojson }}{% endif -%}  "
+    "{{ add_generation_prompt }}{{ mood }}",
     "{{ dict(a=1).a }}{{ range(3) | list }}{{ messages[0].content.splitlines() }}{{ messages[0].content | indent(2) }}",
     "{{ 7 // 2 }}{{ 2 ** 5 }}{{ -3 % 5 }}{{ 1.5 * 2 }}{{ [1] + [2] }}{{ 'ab' * 2 }}{{ messages | first | string }}",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A traced text is what the plain one is in every operation, and each of its characters still knows where it is from."""
+"""A traced text is what the plain one is in every operation, and its characters still know where they are from."""
 
 from __future__ import annotations
 
