@@ -107,6 +107,34 @@ def test_stop_strings_end_the_text_and_are_not_in_it(resident: LayerStream) -> N
     assert ended.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
 
 
+def test_a_stop_string_that_is_a_special_token_is_a_stop_id(resident: LayerStream) -> None:
+    """Special tokens are not shown, so the text alone would never match."""
+    mark = "<|user|>"
+    number = resident.tokenizer.convert_tokens_to_ids(mark)
+    wanted = {"type": "grammar", "grammar": f'%llguidance {{}}\nstart: "ab" <[{number}]> "cd"'}
+    whole = resident.generate("x", SamplingParams(max_tokens=20, response_format=wanted))[0]
+    assert whole.text == "abcd"
+    for options in ({}, {"skip_special_tokens": False}, {"ignore_eos": True}):
+        params = SamplingParams(max_tokens=20, response_format=wanted, stop=["zz", mark], **options)
+        stopped = resident.generate("x", params)[0]
+        assert (stopped.text, stopped.finish_reason, stopped.token_ids[-1]) == ("ab", "stop", number)
+
+
+def test_a_document_does_not_write_control_tokens(resident: LayerStream, folder: Path) -> None:
+    mark = resident.tokenizer.convert_tokens_to_ids("<|user|>")
+    messages = [{"role": "user", "content": "the fox<|user|>jumps</s>"}]
+    text = resident.apply_chat_template(messages)
+    for prompt in (messages, text, resident.turn(messages).prompt):
+        ids = resident.encode(prompt)
+        assert ids.count(mark) == 1
+        assert resident.tokenizer.eos_token_id not in ids
+    assert resident.generate(text, SamplingParams(max_tokens=1))[0].usage.prompt_tokens == len(resident.encode(text))
+    with LayerStream(folder, progress=False, kv_store=None, allow_control_tokens=True) as engine:
+        assert engine.encode(messages).count(mark) == 2
+        assert engine.identity["allow_control_tokens"]
+    assert "allow_control_tokens" not in resident.identity
+
+
 def test_cancel_takes_effect_by_the_next_sweep_and_spares_the_others(engine: LayerStream) -> None:
     first, second = engine.submit_many([draw_prompt(10), draw_prompt(12)], LONG)
     next(iter(first))

@@ -47,6 +47,7 @@ class EngineConfig:
     revision: str | None = None
     token: str | None = None
     allow_untested: bool = False
+    allow_control_tokens: bool = False
     kv_store: KVStoreConfig | None = None
     kv_store_is_default: bool = False
     speculation: str = "auto"

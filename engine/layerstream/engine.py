@@ -81,6 +81,8 @@ class LayerStream:
             multiples of it (32 where weights stream, 128 where they do not).
         max_queued: answers that may wait for their turn; past it, :class:`QueueFull`. ``None``: any number.
         allow_untested: try a family that is not on the tested list, after a self-check.
+        allow_control_tokens: let control tokens in what messages say (``"<|im_end|>"`` in a retrieved document) be
+            those of the chat template. By default they are ordinary text: what is retrieved cannot give orders.
         progress: ``"auto"`` (a line on a terminal or in a notebook once an answer takes longer than two seconds),
             a bool, or a function that is called with :mod:`layerstream.events`.
 
@@ -110,6 +112,7 @@ class LayerStream:
         revision: str | None = None,
         token: str | None = None,
         allow_untested: bool = False,
+        allow_control_tokens: bool = False,
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
         config = EngineConfig(
@@ -129,6 +132,7 @@ class LayerStream:
             revision=revision,
             token=token,
             allow_untested=allow_untested,
+            allow_control_tokens=allow_control_tokens,
             kv_store=store_config(kv_store),
             kv_store_is_default=isinstance(kv_store, str) and kv_store == "auto",
             speculation=speculation,
@@ -166,11 +170,9 @@ class LayerStream:
     def identity(self) -> dict[str, Any]:
         """What answers depend on beside prompt and parameters; caches of answers have it in their keys."""
         config = self._parts.config
-        return {
-            name: getattr(config, name)
-            for name in ("model", "revision", "dtype", "quantization", "max_context")
-            if getattr(config, name) is not None
-        }
+        names = ("model", "revision", "dtype", "quantization", "max_context")
+        said = {"allow_control_tokens": True} if config.allow_control_tokens else {}
+        return {name: getattr(config, name) for name in names if getattr(config, name) is not None} | said
 
     @property
     def tokenizer(self) -> Any:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,10 @@ class Intake:
         self, parts: Assembly, cancel: Callable[[Request], None], seconds_per_sweep: Callable[[], float], home: Home
     ) -> None:
         self.encoder = PromptEncoder(
-            parts.tokenizer, max_context=parts.context_length, vocab_size=parts.plan.facts.vocab_size
+            parts.tokenizer,
+            max_context=parts.context_length,
+            vocab_size=parts.plan.facts.vocab_size,
+            allow_control_tokens=parts.config.allow_control_tokens,
         )
         self._parts = parts
         self._home = home
@@ -105,7 +108,7 @@ class Intake:
             params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
         keys = self._parts.scheduler.prefixes.keys_of(token_ids)
-        ends = frozenset(params.stop_token_ids)
+        ends = frozenset(params.stop_token_ids) | self._stop_ids(params.stop)
         if not params.ignore_eos:
             ends |= self._end_token_ids
 
@@ -135,6 +138,12 @@ class Intake:
         answer.sequence.num_group_pages = self._num_beam_pages(len(token_ids), params)
         answer.sequence.num_group_rows = params.beam_width
         yield answer
+
+    def _stop_ids(self, stops: Iterable[str]) -> frozenset[int]:
+        """The special tokens among *stops*: they are not shown, so they are no part of the text."""
+        tokenizer = self._parts.tokenizer
+        known, added = tokenizer.added_tokens_decoder, tokenizer.added_tokens_encoder
+        return frozenset(added[stop] for stop in stops if stop in added and known[added[stop]].special)
 
     def _num_beam_pages(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Pages that a beam search may need. Beams run together or not at all."""

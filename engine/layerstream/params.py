@@ -32,7 +32,8 @@ class SamplingParams:
         repetition_penalty: as in CTRL (arXiv 1909.05858), over prompt and output, > 0 [1].
         presence_penalty: subtracted once from the logits of tokens already in the output [0].
         frequency_penalty: subtracted once per occurrence in the output [0].
-        stop: strings that end the text; they are matched across token boundaries and never shown.
+        stop: strings that end the text; they are matched across token boundaries and never shown. One that is a special
+            token counts as its id.
         stop_token_ids: ids that end the text, beside the model's EOS.
         skip_special_tokens: leave special tokens out of the text.
         ignore_eos: go on past the model's EOS.

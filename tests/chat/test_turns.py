@@ -311,3 +311,85 @@ def test_a_family_that_only_its_tokenizer_can_read() -> None:
     forced = turns.make(USER, SamplingParams(), tools=[NOW], tool_choice="any")
     assert "<tool_call>" in forced.prompt, "no grammar of that form is known, so it is asked for in ours"
     assert forced.params.response_format["type"] == "grammar"
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+AS_JSON = SamplingParams(response_format={"type": "json_schema", "schema": CITY})
+CALLED = [
+    *USER,
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "now", "arguments": {}}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "noon"},
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("messages", "params", "options"),
+    [
+        (CALLED, AS_JSON, {}),
+        (CALLED, SamplingParams(), {}),
+        (USER, AS_JSON, {"tools": [NOW]}),
+        (CALLED, AS_JSON, {"tools": [NOW]}),
+        (CALLED, AS_JSON, {"tools": [NOW], "tool_choice": "none"}),
+    ],
+)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"city": "Rome"}',
+        '{"name": "Rome"}',
+        '{"name": "Rome", "year": 1}',
+        '{"name": 3}',
+        '{"',
+        "{",
+        "{}",
+        '{"a": {"b": 1}}',
+    ],
+)
+def test_what_is_no_call_is_text(
+    name: str, messages: list[Any], params: SamplingParams, options: dict[str, Any], answer: str
+) -> None:
+    turn = make_turns(name)[0].make(messages, params, **options)
+    said = turn_opening(name) + answer
+    for reply in (turn.read(said), *(read_in_pieces(turn, said, seed) for seed in range(3))):
+        assert (reply.text.lstrip("\n"), reply.calls) == (answer, ())
+
+
+def turn_opening(name: str) -> str:
+    """What comes before an answer."""
+    return {"harmony": "<|channel|>final<|message|>", "deepseek-v3": "so</think>"}.get(name, "")
+
+
+@pytest.mark.parametrize("tools", [[NOW], []])
+def test_a_call_of_what_cannot_be_called_is_text(tools: list[Any]) -> None:
+    answer = '{"name": "then", "parameters": {"a": 1}}'
+    turn = make_turns("llama")[0].make(CALLED, AS_JSON, tools=tools)
+    for reply in (turn.read(answer), read_in_pieces(turn, answer, 1)):
+        assert (reply.text, reply.calls) == (answer, ())
+
+
+def test_text_that_could_have_been_a_call_streams_once_it_cannot() -> None:
+    reader = make_turns("llama")[0].make(CALLED, SamplingParams()).reader()
+    assert reader.push('{"name": "Ro') == []
+    assert reader.push('me", "year"') == [Text('{"name": "Rome", "year"')]
+    assert reader.push(": 1}") == [Text(": 1}")]
+    assert reader.finish() == []
+
+
+def test_a_mark_without_a_call_is_text() -> None:
+    turn = make_turns("hermes")[0].make(CALLED, SamplingParams())
+    said = "Write <tool_call> before a call."
+    for reply in (turn.read(said), read_in_pieces(turn, said, 1)):
+        assert (reply.text, reply.calls) == (said, ())
+
+
+def test_a_declared_form_that_is_no_call_is_text() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ tools | tojson }}<|assistant|>"
+    call = {"open": "@@", "close": "@@", "content": "json", "repeats": True}
+    tokenizer.response_template = {"start_anchor": "<|assistant|>", "fields": {"content": {}, "tool_calls": call}}
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    turns = TurnMaker(PromptEncoder(tokenizer, max_context=None), tokenizer, grammars.special_tokens)
+    turn = turns.make(USER, SamplingParams(), tools=[NOW])
+    assert turn.read('@@{"city": "Rome"}@@').text == '{"city": "Rome"}'
+    assert turn.read('@@{"city": "Ro').text == '{"city": "Ro'

@@ -10,7 +10,7 @@ import torch
 from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, PromptTooLong
 from layerstream.text.prompt import PromptEncoder, is_chat_messages, is_token_ids, split_prompts
 
-from tests.text.conftest import add_in_front, make_byte_fallback_tokenizer
+from tests.text.conftest import TEMPLATE, add_in_front, make_byte_fallback_tokenizer
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the fox"}]
 
@@ -113,6 +113,18 @@ def test_the_models_vocabulary_may_be_another_size(byte_fallback: Any) -> None:
     assert wide.encode([999]) == [999]
     with pytest.raises(PromptError, match="expected 0 to 999"):
         wide.encode([1000])
+
+
+def test_tokens_that_the_tokenizer_has_and_the_model_has_not() -> None:
+    tokenizer = make_byte_fallback_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    tokenizer.chat_template = TEMPLATE.replace("[assistant]", "<extra>")
+    encoder = PromptEncoder(tokenizer, max_context=None, vocab_size=size)
+    assert encoder.encode("the fox")
+    for prompt in ("a<extra>b", [3, size], CHAT):
+        with pytest.raises(PromptError, match=rf"token id {size} \('<extra>', which the tokenizer has and the model"):
+            encoder.encode(prompt)
 
 
 @pytest.mark.parametrize("prompt", [[], ()])

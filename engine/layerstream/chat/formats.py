@@ -6,9 +6,10 @@ the form that Hermes models, Qwen and many fine-tunes were trained on, and the e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import regex
 
 NAME = "{name}"
 _NAME_PATTERN = r"(?P<name>[\w.-]+)"
@@ -56,17 +57,15 @@ class ToolFormat:
         return self.call_close if NAME in self.call_open else "}" + self.call_close
 
     @property
-    def header(self) -> re.Pattern[str]:
+    def header(self) -> regex.Pattern[str]:
         """Matches a call, behind the trigger, up to the brace of its arguments; says its name."""
         if NAME not in self.call_open:
-            return re.compile(
+            return regex.compile(
                 r'\{\s*"name"\s*:\s*"' + _NAME_PATTERN + r'"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
             )
         before, after = self.call_open.split(NAME)
         before = before.removeprefix(self.trigger)
-        return re.compile(
-            re.escape(before) + _NAME_PATTERN + r"\s*" + re.escape(after).replace(r"\ ", r"\s*") + r"\s*(?=\{)"
-        )
+        return regex.compile(regex.escape(before) + _NAME_PATTERN + r"\s*" + _loosely(after) + r"\s*(?=\{)")
 
 
 HERMES = ToolFormat("hermes", ("<tool_call>", "</tool_call>"), "<tool_call>\n", "\n</tool_call>", separator="\n")
@@ -103,7 +102,7 @@ _XML_CALLS = ("<function=", "<arg_key>")  # Qwen 3 Coder's, GLM 4.5's: marks of 
 def find_format(template: str | Mapping[str, str] | None) -> ToolFormat | None:
     """The format that a chat template teaches; ``None``: it knows no tools, or none of these."""
     text = _text(template)
-    if not re.search(r"\btools\b", text) or any(mark in text for mark in _XML_CALLS):
+    if not regex.search(r"\btools\b", text) or any(mark in text for mark in _XML_CALLS):
         return None
     return next((row for row in FORMATS if all(mark in text for mark in row.telltales)), None)
 
@@ -112,6 +111,11 @@ def thinks(template: str | Mapping[str, str] | None, form: ToolFormat) -> bool:
     """Whether the template has heard of thoughts in *form*'s marks."""
     text = _text(template)
     return form.thought_open in text or form.thought_close in text
+
+
+def _loosely(text: str) -> str:
+    """Matches *text* with any whitespace, or none, where it has some."""
+    return r"\s*".join(map(regex.escape, text.split(" ")))
 
 
 def _text(template: str | Mapping[str, str] | None) -> str:

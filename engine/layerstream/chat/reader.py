@@ -3,14 +3,16 @@
 transformers' response parser splits the stream by a template: the tokenizer's own where it has one for a family that
 :mod:`~layerstream.chat.formats` does not know, else one made from the family's row. Within the calls, a scanner follows
 the JSON, so that a call's name is known before its arguments are complete, and the arguments pass on piece by piece.
+
+What is no call is text: an answer that begins as a call does, and goes on otherwise, or names what cannot be called,
+loses nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -95,6 +97,7 @@ class ReplyReader:
         template: of transformers' response parser.
         form: how calls are written; ``None``: as the template says, whole.
         prefix: what of the prompt belongs to the answer.
+        names: what can be called; ``None``: that is not known.
         salt: makes the ids of calls. The same prompt has the same ids, or no prefix with a call in it would be found
             again; nine letters and digits, as Mistral's templates want them.
     """
@@ -103,6 +106,7 @@ class ReplyReader:
     form: ToolFormat | None
     prefix: str = ""
     salt: str = ""
+    names: Container[str] | None = None
     _num_calls: int = field(default=0, init=False)
     _is_content_begun: bool = field(default=False, init=False)
 
@@ -110,7 +114,8 @@ class ReplyReader:
         from transformers.utils.chat_parsing import ResponseParser
 
         self._parser = ResponseParser(dict(self.template), prefix=self.prefix)
-        self._scanner = CallScanner(self.form.header) if self.form is not None else None
+        self._scanner = CallScanner(self.form, self.names) if self.form is not None else None
+        self._unread = ""
 
     @property
     def has_calls(self) -> bool:
@@ -126,24 +131,38 @@ class ReplyReader:
         try:
             _, events = self._parser.finalize()
         except ValueError:  # a template's own JSON, cut off
-            return []
+            return [Text(self._unread)] if self._unread else []
         return join_pieces(self._pieces(events))
 
     def _pieces(self, events: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         for event in events:
             name, kind = event["field"], event["type"]
             if name == "content" and kind == "region_chunk":
-                text = event["text"] if self._is_content_begun else event["text"].lstrip("\n")
-                if text:
-                    self._is_content_begun = True
-                    yield Text(text)
+                yield from self._text(event["text"])
             elif name in _THOUGHTS and kind == "region_chunk":
                 yield Thought(event["text"])
-            elif name == "tool_calls" and kind == "region_chunk" and self._scanner is not None:
-                for start, arguments in self._scanner.push(event["text"]):
-                    yield self._call(start, arguments)
-            elif name == "tool_calls" and kind == "region_close" and self._scanner is None:
-                yield from self._whole_calls(event["value"])
+            elif name == "tool_calls" and kind == "region_chunk":
+                if self._scanner is None:
+                    self._unread += event["text"]
+                else:
+                    yield from self._scanned(self._scanner, event["text"])
+            elif name == "tool_calls" and kind == "region_close":
+                if self._scanner is None:
+                    yield from list(self._whole_calls(event["value"])) or self._text(self._unread)
+                    self._unread = ""
+                else:
+                    yield from self._text(self._scanner.finish())
+
+    def _scanned(self, scanner: CallScanner, text: str) -> Iterator[Piece]:
+        for start, arguments in scanner.push(text):
+            yield self._call(start, arguments)
+        yield from self._text(scanner.take_text())
+
+    def _text(self, text: str) -> Iterator[Text]:
+        text = text if self._is_content_begun else text.lstrip("\n")
+        if text:
+            self._is_content_begun = True
+            yield Text(text)
 
     def _whole_calls(self, value: Any) -> Iterator[CallPart]:
         for item in value if isinstance(value, list) else [value]:
@@ -162,11 +181,17 @@ class ReplyReader:
 
 
 class CallScanner:
-    """Finds calls in the text of a format, and where their arguments end."""
+    """Finds calls in the text of a format, and where their arguments end.
 
-    def __init__(self, header: re.Pattern[str]) -> None:
-        self._header = header
+    Invariant: until the first call is found, all that was pushed is waiting, or taken as text.
+    """
+
+    def __init__(self, form: ToolFormat, names: Container[str] | None = None) -> None:
+        self._header = form.header
+        self._trigger = form.trigger
+        self._names = names
         self._waiting = ""
+        self._is_text = self._has_calls = False
         self._json: _JsonValue | None = None
 
     def push(self, text: str) -> list[tuple[str | None, str]]:
@@ -175,11 +200,11 @@ class CallScanner:
         while text:
             if self._json is None:
                 self._waiting += text
-                match = self._header.search(self._waiting)
-                if match is None:
+                match = None if self._is_text else self._header.search(self._waiting)
+                if match is None or not self._is_known(match["name"]):
                     return found
                 text, self._waiting = self._waiting[match.end() :], ""
-                self._json = _JsonValue()
+                self._json, self._has_calls = _JsonValue(), True
                 found.append((match["name"], ""))
             value, text = self._json.take(text)
             if value:
@@ -187,6 +212,26 @@ class CallScanner:
             if self._json.is_over:
                 self._json = None
         return found
+
+    def take_text(self) -> str:
+        """What cannot become a call any more, where calls are told by how they begin."""
+        if self._has_calls or self._trigger:
+            return ""
+        self._is_text = self._is_text or not self._may_be_call()
+        return self.finish() if self._is_text else ""
+
+    def finish(self) -> str:
+        """The text is over: all of it, if there was no call in it."""
+        text, self._waiting = self._waiting, ""
+        return "" if self._has_calls else (self._trigger if not self._is_text else "") + text
+
+    def _may_be_call(self) -> bool:
+        """Whether what waits begins as a call of something that can be called."""
+        match = self._header.match(self._waiting, partial=True)
+        return match is not None and (match.partial or self._is_known(match["name"]))
+
+    def _is_known(self, name: str) -> bool:
+        return self._names is None or name in self._names
 
 
 class _JsonValue:

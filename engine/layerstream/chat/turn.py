@@ -103,7 +103,7 @@ class TurnMaker:
             plain, selection, is_native=is_declared or self._known_form is not None, **template_options
         )
         thoughts = self._thoughts(prompt)
-        has_tools = bool(selection.offered) or any("tool_calls" in message for message in plain)
+        reads_calls = bool(selection.callable) or _goes_on_calling(plain, params, selection)
         is_framed = form is not None and (thoughts != "none" or form.answer_open != "")
         if form is not None and (selection.offered or (schema is not None and is_framed)):
             grammar = answer_grammar(
@@ -112,14 +112,15 @@ class TurnMaker:
             params = dataclasses.replace(params, response_format={"type": "grammar", "grammar": grammar})
         elif schema is not None and params.response_format["type"] == "json_schema":
             params = dataclasses.replace(params, response_format={"type": "json_schema", "schema": schema})
-        if self._shows_special_tokens(has_tools):
+        if self._shows_special_tokens(reads_calls):
             params = dataclasses.replace(params, skip_special_tokens=False)
-        template = self._declared or response_template(self.form, thinks=self._thinks, has_tools=has_tools)
+        template = self._declared or response_template(self.form, thinks=self._thinks, has_tools=reads_calls)
         prefix = self.form.thought_open if thoughts == "begun" else ""
         salt = hashlib.sha256(prompt.encode()).hexdigest()
+        names = frozenset(tool.name for tool in selection.callable) or None
 
         def new_reader() -> ReplyReader:
-            return ReplyReader(template, form, prompt if is_declared else prefix, salt)
+            return ReplyReader(template, form, prompt if is_declared else prefix, salt, names)
 
         return Turn(prompt, params, new_reader)
 
@@ -157,9 +158,16 @@ class TurnMaker:
             return None
         return closed(wanted["schema"]) if wanted["type"] == "json_schema" else {"type": "object"}
 
-    def _shows_special_tokens(self, has_tools: bool) -> bool:
+    def _shows_special_tokens(self, reads_calls: bool) -> bool:
         marks = [self.form.answer_open]
         marks += [self.form.thought_open, self.form.thought_close] if self._thinks else []
-        marks += [self.form.trigger, self.form.call_open] if has_tools else []
+        marks += [self.form.trigger, self.form.call_open] if reads_calls else []
         special = self._tokenizer.all_special_tokens
         return self._declared is not None or any(token in mark for mark in marks for token in special)
+
+
+def _goes_on_calling(messages: Sequence[Message], wanted: SamplingParams, selection: Selection) -> bool:
+    """Whether an answer without tools may still be a call, as there were some before: not where it must be another."""
+    if selection.offered or wanted.response_format is not None:
+        return False
+    return any("tool_calls" in message for message in messages)

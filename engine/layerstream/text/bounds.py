@@ -21,7 +21,7 @@ from layerstream.text.traced import SAID, Traced
 VALUE_LIMIT = 2**24  # characters and items: four times the longest context that a model has, in characters
 TOTAL_LIMIT = 2**26  # characters; an item of a list counts as
 ITEM_CHARACTERS = 8
-SECONDS_LIMIT = 2.0  # of the thread's processor time; the templates in use take 0.1 to 5 ms
+SECONDS_LIMIT = 1.0  # of the thread's processor time; the templates in use take 0.1 to 5 ms
 DEPTH_LIMIT = 60  # calls within calls; the templates in use go down some 5, and each takes several Python frames
 INTEGER_BITS = 2**12
 INDENT_LIMIT = 16
