@@ -23,7 +23,7 @@ from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
-from layerstream.chat.reader import CallPart, Piece, Reply, ReplyReader, Text, Thought, gather
+from layerstream.chat.reader import CallPart, Piece, Reply, ReplyReader, Text, Thought, gather, join_pieces
 from layerstream.chat.tools import Tool
 
 _CUT_OFF = " (cut off)"
@@ -77,7 +77,7 @@ class ChunkStream:
         self._pieces += pieces
         calls = enumerate(gather(self._pieces).calls)
         marks = [CallPart(index, cut_off_mark(call.text)) for index, call in calls if call.arguments is None]
-        return _as_chunk([*pieces, *marks])
+        return _as_chunk(join_pieces([*pieces, *marks]))
 
 
 def cut_off_mark(arguments: str) -> str:
