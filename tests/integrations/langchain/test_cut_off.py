@@ -218,6 +218,17 @@ def test_several_calls_of_which_the_last_is_half() -> None:
     assert len(whole.invalid_tool_calls) == 1
 
 
+@pytest.mark.parametrize("end", ['"}', '"}}\n</tool_call>'])
+def test_a_call_that_ends_with_the_last_chunk_is_whole_in_content_blocks_and_events(end: str) -> None:
+    llm = make(call_text('{"query": "ab' + end, "search"), "stop")
+    chunks = list(llm.model_copy(update={"output_version": "v1"}).bind_tools([search]).stream("find"))
+    whole = sum(chunks[1:], chunks[0])
+    assert [(block["type"], block.get("args")) for block in whole.content_blocks] == [("tool_call", {"query": "ab"})]
+    events = getattr(llm.bind_tools([search]), "stream_events", None)
+    if "v3" in str(getattr(events, "__doc__", "")):
+        assert [call["args"] for call in events("find", version="v3").output.tool_calls] == [{"query": "ab"}]
+
+
 def test_an_agent_does_not_run_half_a_call() -> None:
     agents = pytest.importorskip("langchain.agents")
     agent = agents.create_agent(make(call_text('{"query": "Sluba Merk', "search"), "length"), [search])
