@@ -258,8 +258,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         request, chunks = self._submit(engine, turn, kwargs), ChunkStream(turn.reader())
         try:
             for delta in request:
-                chunk = self._chunk(delta, chunks, engine)
-                if chunk is not None:
+                for chunk in self._chunks(delta, chunks, engine):
                     if run_manager:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -279,8 +278,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         request, chunks = self._submit(engine, turn, kwargs), ChunkStream(turn.reader())
         try:
             async for delta in request:
-                chunk = self._chunk(delta, chunks, engine)
-                if chunk is not None:
+                for chunk in self._chunks(delta, chunks, engine):
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -327,17 +325,20 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         }
         return ChatResult(generations=generations, llm_output={"token_usage": total, "model_name": self.model})
 
-    def _chunk(self, delta: Delta, chunks: ChunkStream, engine: LayerStream) -> ChatGenerationChunk | None:
-        """What *delta* adds; ``None``: nothing yet."""
+    def _chunks(self, delta: Delta, chunks: ChunkStream, engine: LayerStream) -> Iterator[ChatGenerationChunk]:
+        """What *delta* adds."""
         if delta.completion is None:
             fresh = chunks.push(delta.text)
-            return None if fresh is None else ChatGenerationChunk(message=fresh)
-        chunk = chunks.finish(delta.text)
+            if fresh is not None:
+                yield ChatGenerationChunk(message=fresh)
+            return
+        *fresh, chunk = chunks.finish(delta.text)
+        yield from (ChatGenerationChunk(message=message) for message in fresh)
         chunk.usage_metadata = UsageMetadata(**usage_of(delta.completion))
         chunk.response_metadata = self._metadata(delta.completion, chunks.has_calls, engine)
         chunk.chunk_position = "last"
         info = {"finish_reason": chunk.response_metadata["finish_reason"]}
-        return ChatGenerationChunk(message=chunk, generation_info=info)
+        yield ChatGenerationChunk(message=chunk, generation_info=info)
 
     def _metadata(self, completion: Completion, has_calls: bool, engine: LayerStream) -> dict[str, Any]:
         reason = completion.finish_reason

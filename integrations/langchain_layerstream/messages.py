@@ -23,7 +23,7 @@ from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
-from layerstream.chat.reader import CallPart, Piece, Reply, ReplyReader, Text, Thought, gather
+from layerstream.chat.reader import CallPart, Piece, Reply, ReplyReader, Text, Thought, gather, join_pieces
 from layerstream.chat.tools import Tool
 
 _CUT_OFF = " (cut off)"
@@ -71,13 +71,17 @@ class ChunkStream:
         self._pieces += pieces
         return _as_chunk(pieces) if pieces else None
 
-    def finish(self, text: str) -> AIMessageChunk:
-        """What *text*, the last of the answer, adds."""
+    def finish(self, text: str) -> list[AIMessageChunk]:
+        """What *text*, the last of the answer, adds.
+
+        The last chunk has no part of a call: LangChain's content blocks take what a last chunk has for whole calls.
+        """
         pieces = [*self._reader.push(text), *self._reader.finish()]
         self._pieces += pieces
         calls = enumerate(gather(self._pieces).calls)
         marks = [CallPart(index, cut_off_mark(call.text)) for index, call in calls if call.arguments is None]
-        return _as_chunk([*pieces, *marks])
+        chunk = _as_chunk(join_pieces([*pieces, *marks]))
+        return [chunk, AIMessageChunk(content="")] if chunk.tool_call_chunks else [chunk]
 
 
 def cut_off_mark(arguments: str) -> str:

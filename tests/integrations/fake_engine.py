@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from layerstream.completion import Completion, CompletionMetrics, Delta, Usage
+from layerstream.completion import Completion, CompletionMetrics, Delta, FinishReason, TokenLogprob, Usage
 from layerstream.params import SamplingParams
 from layerstream.request import Request
 
@@ -26,6 +26,8 @@ class FakeEngine:
         cancelled: the requests that were cancelled before they were done.
         gangs: the sizes of the gangs that were opened; left: one of them for each member that left.
         words: what it says.
+        reason: why its answers end.
+        logprobs: of its tokens.
     """
 
     model_name = "fake"
@@ -44,6 +46,8 @@ class FakeEngine:
         self.gangs: list[int] = []
         self.left: list[int] = []
         self.words = WORDS
+        self.reason: FinishReason = "stop"
+        self.logprobs: list[TokenLogprob] | None = None
         self.terms: list[dict[str, Any]] = []
         self._turns, self.tokenizer, _ = make_turns("hermes")
 
@@ -70,7 +74,7 @@ class FakeEngine:
         already = len(request._deltas)
         for position in range(already, min(already + num_words, len(self.words))):
             done = self._completion() if position == len(self.words) - 1 else None
-            request.push(Delta(self.words[position], [position], None if done is None else "stop", 0, done))
+            request.push(Delta(self.words[position], [position], None if done is None else self.reason, 0, done))
 
     def turn(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **options: Any) -> Any:
         options["explain_format"] = options.get("explain_format", False)
@@ -85,7 +89,8 @@ class FakeEngine:
         return Completion(
             text="".join(self.words),
             token_ids=list(range(len(self.words))),
-            finish_reason="stop",
+            finish_reason=self.reason,
             usage=Usage(prompt_tokens=7, cached_tokens=0, completion_tokens=len(self.words)),
             metrics=CompletionMetrics(sweeps=4, first_token_seconds=0.1, seconds=0.4, streamed_bytes=0),
+            logprobs=self.logprobs,
         )

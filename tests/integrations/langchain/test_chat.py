@@ -9,11 +9,12 @@ from typing import Any, TypedDict
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_layerstream import ChatLayerStream
+from langchain_layerstream import ChatLayerStream, LayerStreamLLM
 from layerstream import LayerStream
-from layerstream.errors import ConfigurationError, GrammarError, PromptError, ToolError
+from layerstream.errors import ConfigurationError, GrammarError, PromptError, PromptTooLong, ToolError
 from pydantic import BaseModel, Field, ValidationError
 
 from tests.chat.families import make_turns
@@ -312,3 +313,105 @@ def test_a_wrong_call_says_what_to_do() -> None:
     schema = {"title": "x", "type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     with LayerStream("demo", kv_store=None, progress=False) as real, pytest.raises(GrammarError, match="uniqueItems"):
         ChatLayerStream(engine=real).with_structured_output(schema).invoke("x")
+
+
+def test_openais_options_may_stand_in_a_call_or_a_binding() -> None:
+    with LayerStream("demo", kv_store=None, progress=False) as engine:
+        llm = ChatLayerStream(engine=engine, max_tokens=2)
+        for ask, num_top in [
+            (lambda: llm.invoke("x", logprobs=True, top_logprobs=2), 2),
+            (lambda: llm.bind(logprobs=True).invoke("x"), 0),
+            (lambda: llm.bind(top_logprobs=1).invoke("x"), 1),
+            (lambda: list(llm.stream("x", logprobs=True, top_logprobs=2))[-1], 2),
+            (lambda: ChatLayerStream(engine=engine, max_tokens=2, top_logprobs=3).invoke("x", logprobs=True), 3),
+        ]:
+            content = ask().response_metadata["logprobs"]["content"]
+            assert [len(token["top_logprobs"]) for token in content] == [num_top] * 2
+        off = ChatLayerStream(engine=engine, max_tokens=2, top_logprobs=3).invoke("x", logprobs=False)
+        assert "logprobs" not in off.response_metadata
+        text = LayerStreamLLM(engine=engine, max_tokens=2).generate(["x"], logprobs=True, top_logprobs=2)
+        assert len(text.generations[0][0].generation_info["logprobs"]["content"]) == 2  # type: ignore[index]
+
+
+def test_a_prompt_that_is_too_long_is_langchains_error_and_can_be_counted() -> None:
+    with LayerStream("demo", kv_store=None, progress=False) as engine:
+        llm, words = ChatLayerStream(engine=engine), "word " * 5000
+        for ask in (
+            lambda: llm.invoke(words),
+            lambda: list(llm.stream(words)),
+            lambda: asyncio.run(llm.ainvoke(words)),
+            lambda: LayerStreamLLM(engine=engine).invoke(words),
+        ):
+            with pytest.raises(ContextOverflowError) as caught:
+                ask()
+            assert isinstance(caught.value, PromptTooLong)
+        assert llm.get_num_tokens_from_messages([HumanMessage(words)]) >= 5000
+
+
+def test_usage_of_several_answers_is_summed() -> None:
+    llm, _ = make()
+    for chats in ([[HumanMessage("a")]], [[HumanMessage("a")], [HumanMessage("b")]]):
+        output = llm.generate(chats).llm_output
+        count = len(chats)
+        usage = {"prompt_tokens": 7 * count, "completion_tokens": 4 * count, "total_tokens": 11 * count}
+        assert output == {"token_usage": usage, "model_name": "fake"}
+
+
+def test_terms_of_a_call_reach_the_engine() -> None:
+    terms = {"timeout": 1.0, "priority": 3, "client": "bob"}
+    for kind in (ChatLayerStream, LayerStreamLLM):
+        engine = FakeEngine(has_chat_template=True)
+        kind(engine=engine, client="alice").invoke("who?", **terms)
+        assert engine.terms == [terms]
+
+
+INVALID = {"name": "search", "args": '{"query": "x', "id": "1", "error": None, "type": "invalid_tool_call"}
+OPENAIS = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"query": "x"}'}}
+
+
+@pytest.mark.parametrize(
+    ("message", "shows"),
+    [
+        (AIMessage("", invalid_tool_calls=[INVALID]), r'{"invalid": "{\"query\": \"x"}'),  # type: ignore[list-item]
+        (AIMessage("", additional_kwargs={"tool_calls": [OPENAIS]}), '{"query": "x"}'),
+        (AIMessage([{"type": "tool_use", "id": "1", "name": "search", "input": {"query": "x"}}]), '{"query": "x"}'),
+    ],
+)
+def test_calls_of_a_history_are_kept_in_whatever_form(message: AIMessage, shows: str) -> None:
+    llm, engine = make()
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "found"}]}
+    for answer in (ToolMessage("found", tool_call_id="1"), HumanMessage([result, {"type": "text", "text": "go on"}])):
+        llm.invoke([HumanMessage("find"), message, answer])
+    first, second = (batch[0] for batch in engine.batches)
+    call = f'<tool_call>\n{{"name": "search", "arguments": {shows}}}\n</tool_call>'
+    assert call in first
+    assert first.endswith("<|tool|>found<|assistant|>")
+    assert second == first.replace("found<|assistant|>", "found<|user|>go on<|assistant|>")
+
+
+@pytest.mark.parametrize(
+    "builtin",
+    [
+        {"type": "web_search_preview"},
+        {"type": "web_search_20250305", "name": "web_search", "max_uses": 5},
+        {"type": "code_interpreter", "container": {"type": "auto"}},
+        {"type": "mcp", "server_label": "x"},
+        {"type": "bash_20250124", "name": "bash"},
+    ],
+)
+def test_a_providers_own_tool_is_refused(builtin: dict[str, Any]) -> None:
+    llm, engine = make()
+    for ask in (lambda: llm.bind_tools([search, builtin]).invoke("x"), lambda: llm.invoke("x", tools=[builtin])):
+        with pytest.raises(ToolError, match=f"of type '{builtin['type']}' is a provider's own"):
+            ask()
+    assert engine.batches == []
+
+
+def test_tools_and_choices_in_anthropics_form_are_understood() -> None:
+    schema = {"type": "object", "properties": {"query": {"type": "string"}}}
+    for given in ({"name": "look", "input_schema": schema}, {"type": "custom", "name": "look", "input_schema": schema}):
+        for choice in ({"type": "any"}, {"type": "tool", "name": "look"}, "required", {"type": "auto"}):
+            llm, engine = make()
+            llm.bind_tools([given], tool_choice=choice).invoke("x")  # type: ignore[arg-type]
+            grammar = engine.params[0].response_format["grammar"]
+            assert ("start: (calls)" in grammar) == (choice != {"type": "auto"})

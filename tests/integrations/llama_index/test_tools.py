@@ -290,3 +290,52 @@ def test_a_wrong_call_says_what_to_do() -> None:
         with pytest.raises(error, match=says):
             call()
     assert engine.batches == []
+
+
+def test_log_probabilities_are_in_the_responses() -> None:
+    with LayerStream("demo", kv_store=None, progress=False) as engine:
+        llm = LayerStreamLLM(engine=engine, max_new_tokens=2)
+        asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
+        chat = [ChatMessage(content="x")]
+        for response in (
+            llm.chat(chat, **asked),
+            list(llm.stream_chat(chat, **asked))[-1],
+            llm.complete("x", **asked),
+            list(llm.stream_complete("x", **asked))[-1],
+            LayerStreamLLM(engine=engine, max_new_tokens=2, top_logprobs=3).chat(chat),
+        ):
+            assert [len(best) for best in response.logprobs or []] == [3, 3]
+            assert (response.logprobs or [])[0][0].logprob <= 0
+            assert len(response.raw["logprobs"]["content"]) == 2
+        (alone,), _ = llm.chat(chat, logprobs=True).logprobs or []
+        assert alone.token == engine.tokenizer.decode(llm.tokenize(alone.token))
+        assert llm.chat(chat).logprobs is None
+
+
+def test_terms_of_a_call_reach_the_engine() -> None:
+    llm, engine = make(client="alice", priority=1)
+    llm.complete("x")
+    llm.complete("x", client="bob", priority=3, timeout=1.0)
+    assert engine.terms == [
+        {"timeout": None, "priority": 1, "client": "alice"},
+        {"timeout": 1.0, "priority": 3, "client": "bob"},
+    ]
+
+
+OPENAIS = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"query": "x"}'}}
+
+
+@pytest.mark.parametrize(
+    ("message", "shows"),
+    [
+        (
+            ChatMessage(role="assistant", blocks=[ToolCallBlock(tool_name="search", tool_kwargs='{"query": "x')]),
+            r'{"invalid": "{\"query\": \"x"}',
+        ),
+        (ChatMessage(role="assistant", additional_kwargs={"tool_calls": [OPENAIS]}), '{"query": "x"}'),
+    ],
+)
+def test_calls_of_a_history_are_kept_in_whatever_form(message: ChatMessage, shows: str) -> None:
+    llm, engine = make()
+    llm.chat([ChatMessage(content="find"), message, ChatMessage(role="tool", content="found")])
+    assert f'<tool_call>\n{{"name": "search", "arguments": {shows}}}\n</tool_call>' in engine.batches[0][0]
