@@ -170,12 +170,11 @@ def _folders() -> Iterator[Finding]:
 
 def _folder(name: str, folder: Path, otherwise: str, variable: str) -> Iterator[Finding]:
     """Whether *folder* can be written, or made; *variable* names another."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    reason = why_not_writable(there)
-    if reason:
+    if reason := why_not_writable(folder):
         advice = f"{otherwise}; {variable}=FOLDER names another"
         yield Finding(name, f"{folder}: {reason}", "bad", advice)
         return
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     advice = "its bounds shrink with it: free some, or name another folder" if free < LITTLE_DISK else ""
     yield Finding(name, f"{folder}")
@@ -183,7 +182,11 @@ def _folder(name: str, folder: Path, otherwise: str, variable: str) -> Iterator[
 
 
 def why_not_writable(folder: Path) -> str:
-    """The reason; empty: it can be written. Seen, not asked for: permissions do not tell of disks that are full, or mounted to be read."""
+    """The reason; empty: it can be written. A file is tried: permissions do not tell of a disk mounted to be read.
+
+    Of a folder that is not there yet, what it would be made in is tried.
+    """
+    folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))

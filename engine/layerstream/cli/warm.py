@@ -63,11 +63,11 @@ def check_room(store: KVStoreConfig) -> None:
     """
     if reason := why_not_writable(store.path):
         raise KVStoreUnusable(f"{store.path} cannot be written ({reason}): pass another folder as kv_store")
-    free = shutil.disk_usage(store.path).free
-    if free < store.min_free:
+    free, least = shutil.disk_usage(store.path).free, store.min_free
+    if free < least:
         raise StorageFull(
-            f"{store.path}: {format_size(free)} are free on its disk, and the store leaves {format_size(store.min_free)} "
-            "free: make room, or pass a folder on another disk as kv_store"
+            f"{store.path}: {format_size(free)} are free on its disk, and the store leaves {format_size(least)} free: "
+            "make room, or pass a folder on another disk as kv_store"
         )
 
 
