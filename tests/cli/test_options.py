@@ -18,7 +18,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 RUNNING = ("run", "chat", "ask", "warm", "bench", "bench rag", "bench experts", "plan")
-NOT_IN_A_SHELL = {"self", "model", "token", "progress"}  # HF_TOKEN names the token; the terminal says whether progress
+NOT_IN_A_SHELL = {"self", "model", "token", "progress", "max_queued"}
+"""HF_TOKEN names the token, a terminal shows progress, and nobody queues in a shell."""
 
 
 def options_of(path: str) -> set[str]:
