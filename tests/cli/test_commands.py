@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,3 +260,42 @@ def test_bench_experts_of_a_model_without_any(model: Path) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("layerstream: no experts of ")
     assert "Traceback" not in result.output
+
+
+@pytest.fixture
+def unwritable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that no folder can be made in, whoever asks: a file stands in its place."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LAYERSTREAM_KV_STORE", str(tmp_path / "file" / "kv"))
+    return tmp_path / "file" / "kv"
+
+
+def test_a_store_that_cannot_be_written_is_said(model: Path, docs: Path, unwritable: Path) -> None:
+    (docs / "travel.md").write_text("Mira approves travel. " * 40)
+    asked = run("ask", "--model", model, "--docs", docs / "travel.md", "--max-tokens", 2, QUESTION)
+    assert asked.exit_code == 0
+    assert f"layerstream: no KV store: {unwritable} " in asked.stderr
+    warmed = run("warm", "--model", model, "--docs", docs / "travel.md")
+    assert warmed.exit_code == 2
+    assert str(unwritable) in warmed.stderr
+    looked = run("doctor", "--model", model)
+    assert re.search(rf"^✗ KV store +{re.escape(str(unwritable))}: Not a directory$", looked.stdout, re.MULTILINE)
+    assert looked.exit_code == 1
+
+
+def test_a_full_disk_is_said_before_anything_is_computed(
+    model: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (docs / "travel.md").write_text("Mira approves travel. " * 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - 2**20, 2**20))  # type: ignore[attr-defined]
+    result = run("warm", "--model", model, "--docs", docs / "travel.md", "--kv-store", tmp_path / "kv")
+    assert result.exit_code == 1
+    assert "1.0 MiB are free on its disk, and the store leaves 1.0 GiB free" in result.stderr
+    assert "tokens/s" not in result.stdout
+
+
+def test_plan_takes_the_engine_s_options(model: Path) -> None:
+    result = run("plan", model, "--memory", "64MiB", "--context", 200, "--draft-model", model)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"first token, cold .* prompt of 200 tokens", result.stdout)
+    assert result.stdout.splitlines()[0].split() != ["budget", "64.0", "MiB"], "the draft model has its share"

@@ -13,10 +13,12 @@ from typing import Annotated, Literal
 import typer
 
 from layerstream import __version__
+from layerstream.cli.failures import FAILED
 from layerstream.cli.report import format_streamed
 from layerstream.sizes import format_size
 
-Verdict = Literal["ok", "note", "warn"]
+Verdict = Literal["ok", "note", "warn", "bad"]
+MARKS: dict[Verdict, str] = {"ok": "✓", "note": "·", "warn": "!", "bad": "✗"}
 LITTLE_DISK = 20 * 2**30
 
 
@@ -34,15 +36,19 @@ def doctor(
     model: Annotated[str, typer.Option(help="Look at the disk of this model as well.")] = "demo",
     again: Annotated[bool, typer.Option("--again", help="Measure rates anew.")] = False,
 ) -> None:
-    """Check drivers, memory, disks and versions, and measure what plans are made with (ten seconds, once)."""
-    worst = "ok"
+    """Check drivers, memory, disks and versions, and measure what plans are made with (ten seconds, once).
+
+    Exits 1 if something does not work.
+    """
+    verdicts: set[Verdict] = set()
     for finding in _findings(model, again):
-        mark = {"ok": "✓", "note": "·", "warn": "!"}[finding.verdict]
-        typer.echo(f"{mark} {finding.name:<16}{finding.value}".rstrip())
+        typer.echo(f"{MARKS[finding.verdict]} {finding.name:<16}{finding.value}".rstrip())
         if finding.advice:
             typer.echo(f"  {'':<16}{finding.advice}")
-        worst = "warn" if finding.verdict == "warn" else worst
-    typer.echo("\nsomething needs a look" if worst == "warn" else "\nall is well")
+        verdicts.add(finding.verdict)
+    typer.echo("\nsomething needs a look" if verdicts & {"warn", "bad"} else "\nall is well")
+    if "bad" in verdicts:
+        raise typer.Exit(FAILED)
 
 
 def _findings(model: str, again: bool) -> Iterator[Finding]:
@@ -157,28 +163,33 @@ def _folders() -> Iterator[Finding]:
     from layerstream.machine import cache_folder
 
     store = store_config("auto")
-    for name, folder in (("KV store", store.path if store is not None else None), ("cache", cache_folder())):
-        if folder is None:
-            continue
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        little = free < LITTLE_DISK
-        advice = "its bounds shrink with it: free some, or pass kv_store=FOLDER on another disk" if little else ""
-        cannot = _why_not_writable(folder, there)
-        yield Finding(name, f"{folder}", "warn" if cannot else "ok", cannot)
-        yield Finding("", f"{format_size(free)} free", "warn" if little else "ok", advice)
+    if store is not None:
+        yield from _folder("KV store", store.path, "answers go on, nothing is kept", "LAYERSTREAM_KV_STORE")
+    yield from _folder("cache", cache_folder(), "what was measured or packed is not kept", "XDG_CACHE_HOME")
 
 
-def _why_not_writable(folder: Path, there: Path) -> str:
-    """Why nothing can be kept in *folder*, which is to be made in *there*; empty if it can."""
-    from layerstream.kv.database import explain
+def _folder(name: str, folder: Path, otherwise: str, variable: str) -> Iterator[Finding]:
+    """Whether *folder* can be written, or made; *variable* names another."""
+    if reason := why_not_writable(folder):
+        advice = f"{otherwise}; {variable}=FOLDER names another"
+        yield Finding(name, f"{folder}: {reason}", "bad", advice)
+        return
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    advice = "its bounds shrink with it: free some, or name another folder" if free < LITTLE_DISK else ""
+    yield Finding(name, f"{folder}")
+    yield Finding("", f"{format_size(free)} free", "warn" if advice else "ok", advice)
 
-    if not there.is_dir():
-        return f"{there} is no folder: nothing is kept; name another one"
+
+def why_not_writable(folder: Path) -> str:
+    """The reason; empty: it can be written. A file is tried: permissions do not tell of a disk mounted to be read.
+
+    Of a folder that is not there yet, what it would be made in is tried.
+    """
+    folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
-            file.flush()
     except OSError as error:
-        return f"nothing can be written there ({explain(error)}): nothing is kept; make room, or name another folder"
+        return error.strerror or str(error)
     return ""

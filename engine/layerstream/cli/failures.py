@@ -29,6 +29,7 @@ NOBODY_READS = 141
 VARIABLE = "LAYERSTREAM_DEBUG"
 
 _NAMES = {field.name for kind in (EngineOptions, SamplingOptions) for field in dataclasses.fields(kind)}
+_NAME = re.compile(rf"(?<![\w.'/-])({'|'.join(sorted(name for name in _NAMES if '_' in name))})\b(?!['./=-])")
 _ARGUMENT = re.compile(r"\b(\w+)=('[^']*'|\"[^\"]*\"|True|None|[\d.]+\b)")
 
 
@@ -52,18 +53,22 @@ def exit_code(error: Exception) -> int:
 
 
 def in_shell_words(text: str) -> str:
-    """*text* with arguments such as ``quantization='int4'`` as the options that they are here."""
-    return _ARGUMENT.sub(_as_option, text)
+    """*text* with arguments such as ``quantization='int4'`` and names such as ``kv_store`` as options."""
+    return _NAME.sub(lambda match: _option(match[1]), _ARGUMENT.sub(_as_option, text))
 
 
 def _as_option(match: re.Match[str]) -> str:
     name, value = match[1], match[2]
     if name not in _NAMES:
         return match[0]
-    option = f"--{OPTION_NAMES.get(name, name).replace('_', '-')}"
+    option = _option(name)
     if value == "None":
         return "--no-kv-store" if name == "kv_store" else f"no {option}"
     return option if value == "True" else f"{option} {shlex.quote(value.strip(chr(39) + chr(34)))}"
+
+
+def _option(name: str) -> str:
+    return f"--{OPTION_NAMES.get(name, name).replace('_', '-')}"
 
 
 def is_usage_error(error: Exception) -> bool:

@@ -153,7 +153,7 @@ def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """*command* for typer: a parameter that is a set of options becomes those options."""
     parameters = inspect.signature(command, eval_str=True).parameters
     kinds: dict[str, Any] = {name: parameter.annotation for name, parameter in parameters.items()}
-    sets = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+    sets: dict[str, Any] = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:

@@ -82,7 +82,7 @@ def choose(words: list[str], named: str | None) -> tuple[str, str | None]:
 
 def is_model(word: str) -> bool:
     """Whether a single word is rather a model than a prompt: it is written like one, or lies here."""
-    return word != STDIN and (_MODEL.fullmatch(word) is not None or (len(word) < 256 and Path(word).exists()))
+    return word not in ("", STDIN) and (_MODEL.fullmatch(word) is not None or (len(word) < 256 and Path(word).exists()))
 
 
 def load_schema(text: str) -> Any:

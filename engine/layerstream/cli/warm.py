@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerstream.cli.doctor import why_not_writable
 from layerstream.cli.options import EngineOptions, Model, with_options
 from layerstream.demo.retrieval import load_documents, split_passages
+from layerstream.errors import KVStoreUnusable, StorageFull
+from layerstream.kv.config import KVStoreConfig, store_config
 from layerstream.sizes import format_size
 
 if TYPE_CHECKING:
@@ -32,14 +36,39 @@ def warm(
     documents = load_documents(docs, lambda line: typer.echo(line, err=True))
     texts = [d.text for d in documents] if whole else [p.text for d in documents for p in split_passages(d)]
     template = None if prompt is None else prompt.read_text("utf-8")
-    with engine.open(model) as opened:
+    store = store_config(engine.arguments().get("kv_store", "auto"))
+    # the default store is asked for here: where it cannot be used, that is the error, and not that there is none
+    with engine.open(model, kv_store=store) as opened:
         forecast = opened.forecast_warm(texts, prompt=template)
         typer.echo(_describe(forecast, "document" if whole else "passage"))
-        if dry_run or not forecast.missing_tokens:
+        if not forecast.missing_tokens:
+            return
+        if store is not None:
+            check_room(store)
+        if dry_run:
             return
         report = opened.warm(texts, prompt=template, on_document=_show if sys.stderr.isatty() else None)
         rate = report.computed_tokens / max(report.seconds, 1e-3)
         typer.echo(f"{report.computed_tokens:,} tokens in {report.seconds:.1f} s ({rate:,.0f} tokens/s)")
+        left = opened.forecast_warm(texts, prompt=template).missing_tokens
+    if left:
+        raise StorageFull(f"{left:,} tokens are not stored: they were evicted for others, or could not be written")
+
+
+def check_room(store: KVStoreConfig) -> None:
+    """Nothing, if something can be written to *store*.
+
+    Raises:
+        KVStoreUnusable: its folder is only read. StorageFull: its disk is as full as it may be.
+    """
+    if reason := why_not_writable(store.path):
+        raise KVStoreUnusable(f"{store.path} cannot be written ({reason}): pass another folder as kv_store")
+    free, least = shutil.disk_usage(store.path).free, store.min_free
+    if free < least:
+        raise StorageFull(
+            f"{store.path}: {format_size(free)} are free on its disk, and the store leaves {format_size(least)} free: "
+            "make room, or pass a folder on another disk as kv_store"
+        )
 
 
 def _describe(forecast: WarmForecast, what: str) -> str:
