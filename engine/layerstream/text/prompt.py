@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeGuard
 
 from jinja2 import TemplateError
 
-from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, PromptTooLong
+from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, PromptTooLong, shown
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
@@ -173,7 +173,7 @@ def _not_a_prompt(value: object) -> PromptError:
     hint = "; call tolist() on it" if hasattr(value, "tolist") else hint
     return PromptError(
         "a prompt is text, a list of token ids or a list of chat messages, "
-        f"not {type(value).__name__} {value!r:.80}{hint}"
+        f"not {type(value).__name__} {shown(value)}{hint}"
     )
 
 
