@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layerstream import LayerStream
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner import ModelFacts, Plan, make_plan, spending
 from layerstream.planner import facts as assumed
@@ -186,3 +187,11 @@ def test_no_plan_of_quantised_weights_spends_more_than_its_budget(budget: int, l
 
 def _packed(plan: Plan) -> list[PlannedUnit]:
     return [unit for unit in plan.weights.units if unit.num_bytes > 16 * 1024]
+
+
+def test_a_plan_is_one_line_where_it_is_shown(engine: LayerStream) -> None:
+    shown = repr(engine.plan)
+    assert "\n" not in shown
+    assert len(shown) < 120
+    assert f"KV for {engine.plan.num_pages * engine.plan.page_tokens:,} tokens" in shown
+    assert str(engine.plan).count("\n") > 5

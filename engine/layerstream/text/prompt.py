@@ -7,7 +7,7 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeAlias, TypeGuard
 
-from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, PromptTooLong
+from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError, PromptTooLong, shown
 from layerstream.text.control import ControlTokens
 from layerstream.text.rendering import render_chat
 from layerstream.text.template import template_literals
@@ -201,7 +201,7 @@ def _not_a_prompt(value: object) -> PromptError:
     hint = "; call tolist() on it" if hasattr(value, "tolist") else hint
     return PromptError(
         "a prompt is text, a list of token ids or a list of chat messages, "
-        f"not {type(value).__name__} {value!r:.80}{hint}"
+        f"not {type(value).__name__} {shown(value)}{hint}"
     )
 
 
