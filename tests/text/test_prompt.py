@@ -127,6 +127,12 @@ def test_tokens_that_the_tokenizer_has_and_the_model_has_not() -> None:
             encoder.encode(prompt)
 
 
+@pytest.mark.parametrize("prompt", ["the \ud800 fox", [{"role": "user", "content": "the \ud800 fox"}]])
+def test_half_a_character_is_refused(encoder: PromptEncoder, prompt: Any) -> None:
+    with pytest.raises(PromptError, match="half a character"):
+        encoder.encode(prompt)
+
+
 @pytest.mark.parametrize("prompt", [[], ()])
 def test_an_empty_list_is_an_empty_prompt(encoder: PromptEncoder, prompt: Any) -> None:
     with pytest.raises(EmptyPrompt):

@@ -116,7 +116,7 @@ class TurnMaker:
             params = dataclasses.replace(params, skip_special_tokens=False)
         template = self._declared or response_template(self.form, thinks=self._thinks, has_tools=reads_calls)
         prefix = self.form.thought_open if thoughts == "begun" else ""
-        salt = hashlib.sha256(prompt.encode()).hexdigest()
+        salt = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()
         names = frozenset(tool.name for tool in selection.callable) or None
 
         def new_reader() -> ReplyReader:

@@ -140,6 +140,8 @@ class PromptEncoder:
     def _encode(self, prompt: Prompt) -> list[int]:
         if is_chat_messages(prompt):
             prompt = self.apply_chat_template(prompt)
+        if isinstance(prompt, str):
+            _check_characters(prompt)
         if isinstance(prompt, Traced):
             if self._allow_control_tokens:
                 return self._tokenize(prompt, add_special_tokens=False)
@@ -194,6 +196,17 @@ class PromptEncoder:
         if self._given_vocab_size is not None:
             return self._given_vocab_size
         return 1 + max(self._tokenizer.get_vocab().values())  # its len() is less where ids have gaps
+
+
+def _check_characters(text: str) -> None:
+    """Refuse half characters, which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt has half a character (a lone surrogate) at {error.start}: decode the text with "
+            "errors='replace', or leave it out"
+        ) from error
 
 
 def _not_a_prompt(value: object) -> PromptError:
