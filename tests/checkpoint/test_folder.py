@@ -128,6 +128,8 @@ def test_locate_knows_folders_the_demo_and_hub_ids(folder: Path, monkeypatch: py
         (hub_errors.RepositoryNotFoundError, CheckpointNotFound, "no model 'owner/name'"),
         (hub_errors.RevisionNotFoundError, CheckpointNotFound, "at revision 'v1'"),
         (hub_errors.LocalEntryNotFoundError, CheckpointNotFound, "not in the local cache"),
+        (hub_errors.OfflineModeIsEnabled, CheckpointNotFound, "HF_HUB_OFFLINE forbids to fetch it"),
+        (hub_errors.HTTPError, CheckpointNotFound, "could not be fetched"),
         (OSError, CheckpointNotFound, "could not be fetched"),
     ],
 )
