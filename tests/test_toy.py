@@ -16,4 +16,4 @@ def test_it_is_said_once_in_a_process_and_of_no_other_model(caplog: pytest.LogCa
             pass
     said = [record.getMessage() for record in caplog.records if "toy" in record.getMessage()]
     assert len(said) == 1
-    assert said[0].startswith("a 3.5 MiB toy answers")
+    assert said[0].startswith("the bundled 3.5 MiB toy answers")

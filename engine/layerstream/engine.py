@@ -458,8 +458,8 @@ def _say_that_a_toy_answers() -> None:
     """Once in a process; whoever named no model may take it for more."""
     size = sum(path.stat().st_size for path in bundled_reader().glob("*.safetensors"))
     logger.warning(
-        "a %s toy answers: the bundled reader, which knows little more than the bundled documents; name a model for "
-        "answers of use (model=, or LAYERSTREAM_MODEL)",
+        "the bundled %s toy answers: it finds short answers in a text of the prompt and knows nothing else; name a "
+        "model for more (model=, or LAYERSTREAM_MODEL)",
         format_size(size),
     )
 

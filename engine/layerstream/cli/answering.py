@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from layerstream.demo import TOY_ANSWERS
-
 if TYPE_CHECKING:
     from layerstream.chat.reader import Piece
     from layerstream.chat.turn import Turn
@@ -96,9 +94,3 @@ def is_terminal(stream: TextIO | None) -> bool:
 def say(text: str) -> None:
     """A line beside the answer, on stderr."""
     typer.secho(text, err=True, dim=True)
-
-
-def say_if_toy(model: str) -> None:
-    """That *model* is the bundled reader, if it is: a newcomer would take its answers for the engine's."""
-    if model == "demo":
-        say(f"layerstream: {TOY_ANSWERS}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.answering import Answer, say_if_toy
+from layerstream.cli.answering import Answer
 from layerstream.cli.options import EngineOptions, Model, SamplingOptions, with_options
 from layerstream.demo.retrieval import Passage, Retriever, join_passages, load_documents
 from layerstream.params import SamplingParams
@@ -36,7 +36,6 @@ def ask(
     found = retriever.retrieve(question, passages) or retriever.opening(passages)
     from layerstream.cli.report import describe_work
 
-    say_if_toy(model)
     with engine.open(model) as opened:
         before = opened.stats()
         request, used = submit(opened, question, found, params)

@@ -65,7 +65,7 @@ def sweeps(
             f"moved per sweep     {format_streamed(int(streamed))}, {format_streamed(int(streamed / seconds))}/s"
         )
         typer.echo(f"waited for it       {format_seconds(waited)}, {waited / seconds:.0%} of the sweep")
-        typer.echo(f"peak                {format_size(after.peak_memory_bytes)} of {format_size(after.budget_bytes)}")
+        typer.echo(f"measured peak       {format_size(after.peak_memory_bytes)} of {format_size(after.budget_bytes)}")
     if trace is not None:
         typer.echo(f"trace               {trace}: open it in ui.perfetto.dev")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from layerstream.cli.answering import Answer, is_terminal, say, say_if_toy
+from layerstream.cli.answering import Answer, is_terminal, say
 from layerstream.cli.conversation import Composer, Conversation, describe_commands, parse_command, unknown_command
 from layerstream.cli.failures import explain
 from layerstream.cli.options import EngineOptions, SamplingOptions, with_options
@@ -44,7 +44,6 @@ def chat(
     if model is not None and named is not None:
         raise ConfigurationError(f"the model is named twice, {model!r} and --model {named!r}: leave out one")
     chosen, params = model or named or default_model(), sampling.params()
-    say_if_toy(chosen)
     with engine.open(chosen) as opened:
         if not opened.has_chat_template:
             raise ConfigurationError(

@@ -104,8 +104,8 @@ def _conclude(engine: LayerStream, num_right: int, num_questions: int) -> None:
     stats = engine.stats()
     typer.echo(
         f"\n{num_right} of {num_questions} correct: {stats.sweeps} sweeps, "
-        f"{format_streamed(stats.weight_bytes_streamed)} streamed,\npeak memory of the engine "
-        f"{format_size(stats.peak_memory_bytes)} of {format_size(stats.budget_bytes)}, "
+        f"{format_streamed(stats.weight_bytes_streamed)} streamed,\nplanned memory of the engine "
+        f"{format_size(stats.planned_memory_bytes)} of {format_size(stats.budget_bytes)}, "
         f"the model has {format_size(stats.model_bytes)}."
     )
 

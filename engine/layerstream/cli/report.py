@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def describe_work(before: EngineStats, after: EngineStats) -> str:
-    """Sweeps, tokens and bytes between two readings of an engine's counters, and its peak against the budget."""
+    """Sweeps, tokens and bytes between two readings of an engine's counters, and what the budget held."""
     sweeps = after.sweeps - before.sweeps
     tokens = after.tokens_in - before.tokens_in
     streamed = after.weight_bytes_streamed - before.weight_bytes_streamed
@@ -19,7 +19,7 @@ def describe_work(before: EngineStats, after: EngineStats) -> str:
     cached = f" + {reused:,} cached" if reused else ""
     return (
         f"{sweeps} sweep{'s' * (sweeps != 1)} · {tokens:,} tokens{cached} · {format_streamed(streamed)} streamed"
-        f" · peak {format_size(after.peak_memory_bytes)} of {format_size(after.budget_bytes)}"
+        f" · planned {format_size(after.planned_memory_bytes)} of {format_size(after.budget_bytes)}"
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerstream.cli.answering import Answer, is_terminal, say, say_if_toy
+from layerstream.cli.answering import Answer, is_terminal, say
 from layerstream.cli.failures import FAILED
 from layerstream.cli.options import EngineOptions, SamplingOptions, with_options
 from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError
@@ -48,7 +48,6 @@ def run(
     schema = None if json_schema is None else load_schema(json_schema)
     params = sampling.params(response_format=None if schema is None else {"type": "json_schema", "schema": schema})
     text = check_text(read_stdin() if text in (None, STDIN) else text)
-    say_if_toy(chosen)
     with engine.open(chosen) as opened:
         turn = None if raw else make_turn(opened, text, system, params)
         before = opened.stats()
