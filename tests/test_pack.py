@@ -301,5 +301,5 @@ def test_the_engine_packs_once(source: Path, tmp_path: Path, monkeypatch: pytest
     assert [event.done for event in packing_events] == list(range(len(packing_events))), "the second engine found it"
     changed = tmp_path / "changed"
     shutil.copytree(source, changed)
-    with pytest.raises(ConfigurationError, match="expected None, 'nf4', 'int8', 'int4'"):
+    with pytest.raises(ConfigurationError, match="expected one of None, 'nf4', 'int8', 'int4'"):
         LayerStream(changed, quantization="q4", progress=False)

@@ -61,7 +61,7 @@ def test_ask_prints_the_answer_and_says_what_it_read(model: Path, docs: Path) ->
     assert result.stdout == expected.text.lstrip() + "\n"
     source, work = result.stderr.splitlines()
     assert source == "from travel.md"
-    assert re.fullmatch(r"[\d.]+ s · 8 sweeps · \d+ tokens · 0 MB streamed · planned [\d.]+ MiB of [\d.]+ [MG]iB", work)
+    assert re.fullmatch(r"[\d.]+ s · 8 sweeps · \d+ tokens · 0 MB streamed · plan [\d.]+ MiB of [\d.]+ [MG]iB", work)
     assert len(work) <= 80
 
 

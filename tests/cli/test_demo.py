@@ -36,8 +36,8 @@ def test_answers_everything_within_less_than_the_model() -> None:
         assert question.question in result.stdout
         assert f"  {question.answer}  [{question.document or 'not in '}" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
-    peak, budget, model = re.findall(r"[\d.]+ MiB", result.stdout)[-3:]
-    assert parse_size(peak) <= parse_size(budget) < parse_size(model)
+    planned, budget, model = re.findall(r"[\d.]+ MiB", result.stdout)[-3:]
+    assert parse_size(planned) <= parse_size(budget) < parse_size(model)
 
 
 def test_a_wrong_answer_counts(engine: LayerStream, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +49,7 @@ def test_a_wrong_answer_counts(engine: LayerStream, capsys: pytest.CaptureFixtur
     said = {"Who?": "mira Brandal.", "When?": "1925", "Why?": "-"}
     assert ask_all(engine, lambda question: Answer(said[question], ("a.md", "c.md")), questions) == 2
     shown = capsys.readouterr().out
-    assert "\nWho?\n  mira Brandal.  [a.md]\n  0 sweeps · 0 tokens · 0 MB streamed · peak" in shown
+    assert "\nWho?\n  mira Brandal.  [a.md]\n  0 sweeps · 0 tokens · 0 MB streamed · plan" in shown
     assert "  1925  [not in a.md, c.md]\n  wrong: expected 1952\n" in shown
 
 

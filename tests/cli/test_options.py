@@ -94,7 +94,7 @@ def test_what_is_not_given_leaves_room_for_a_default() -> None:
 
 
 def test_exit_codes_tell_whose_fault_it_is() -> None:
-    for error in (ConfigurationError("x"), DocumentError("x"), PromptTooLong("x"), KVStoreUnusable("x")):
+    for error in (ConfigurationError("x"), DocumentError("x"), PromptTooLong("x", num_tokens=9), KVStoreUnusable("x")):
         assert exit_code(error) == 2
     for error in (StorageFull("x"), ReadError("x"), OSError(5, "Input/output error", "/x"), KeyError("x")):
         assert exit_code(error) == 1

@@ -222,6 +222,7 @@ def model(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatc
     shrink_units(monkeypatch)
     monkeypatch.setattr(assumed, "PROMPT_ROWS", 32)
     monkeypatch.setattr(spending, "DRAFT_SHARE", 0.0)
+    monkeypatch.setattr(spending, "SEQUENCES_SHARE", 0.0)
     monkeypatch.setattr(spending, "MIN_KV_TOKENS", 256)
     monkeypatch.setattr(spending, "WANTED_KV_TOKENS", 256)
     monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)

@@ -34,15 +34,17 @@ MAKERS = {
     "byte fallback": make_byte_fallback_tokenizer,
     "unigram": make_metaspace_tokenizer,
 }
+NORMALISED = " normalised"
 _tokenizers: dict[str, Any] = {}
 
 
 def tokenizer_of(kind: str, template: str = "") -> Any:
+    """One that sees words as they stand; ``"… normalised"``: as they are once it has put ``▁`` in front."""
     if kind not in _tokenizers:
-        tokenizer = MAKERS[kind]()
+        tokenizer = MAKERS[kind.removesuffix(NORMALISED)]()
         tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
         tokenizer.add_special_tokens({"bos_token": tokenizer.bos_token or "<s>"})
-        tokenizer.add_tokens(list(WORDS))
+        tokenizer.add_tokens([AddedToken(word, normalized=kind.endswith(NORMALISED)) for word in WORDS])
         _tokenizers[kind] = tokenizer
     _tokenizers[kind].chat_template = template
     return _tokenizers[kind]
@@ -66,7 +68,7 @@ def chats(draw: st.DrawFn, pieces: tuple[str, ...]) -> tuple[list[dict[str, Any]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", [*MAKERS, f"byte fallback{NORMALISED}"])
 @settings(max_examples=10)
 @given(chat=chats(harmless))
 def test_a_chat_without_control_tokens_is_encoded_as_transformers_does(kind: str, template: str, chat: Any) -> None:

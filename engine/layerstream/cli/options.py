@@ -71,6 +71,9 @@ class EngineOptions:
     revision: Annotated[str | None, _engine("Branch, tag or commit of a model on the hub.")] = None
     trust_remote_code: Annotated[bool, _engine("Run code that comes with the model.", "--trust-remote-code")] = False
     allow_untested: Annotated[bool, _engine("Try a family that is not on the tested list.", "--allow-untested")] = False
+    allow_control_tokens: Annotated[
+        bool, _engine("Let prompts and documents write the model's control tokens.", "--allow-control-tokens")
+    ] = False
 
     def arguments(self) -> dict[str, Any]:
         """What was given, as :class:`~layerstream.LayerStream` takes it.
@@ -99,7 +102,7 @@ class EngineOptions:
 
     def config(self, model: str) -> EngineConfig:
         """What :meth:`open` would make an engine from."""
-        from layerstream.config import EngineConfig
+        from layerstream.config import MAX_QUEUED, EngineConfig
         from layerstream.kv.config import store_config
 
         given = self.arguments()
@@ -113,6 +116,7 @@ class EngineOptions:
             host_memory_bytes=None if host_memory is None else parse_size(host_memory),
             kv_store=store_config(store),
             kv_store_is_default=store == "auto",
+            max_queued=MAX_QUEUED,
             **given,
         )
 

@@ -19,7 +19,7 @@ def describe_work(before: EngineStats, after: EngineStats) -> str:
     cached = f" + {reused:,} cached" if reused else ""
     return (
         f"{sweeps} sweep{'s' * (sweeps != 1)} · {tokens:,} tokens{cached} · {format_streamed(streamed)} streamed"
-        f" · planned {format_size(after.planned_memory_bytes)} of {format_size(after.budget_bytes)}"
+        f" · plan {format_size(after.planned_memory_bytes)} of {format_size(after.budget_bytes)}"
     )
 
 

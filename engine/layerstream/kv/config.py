@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from layerstream import arguments
 from layerstream.errors import ConfigurationError
 from layerstream.machine import cache_folder
 from layerstream.sizes import parse_size
@@ -46,14 +47,11 @@ class KVStoreConfig:
     answers: bool = True
 
     def __post_init__(self) -> None:
-        if self.compression not in COMPRESSIONS:
-            raise ConfigurationError(
-                f"KVStoreConfig.compression is {self.compression!r}; expected one of {', '.join(COMPRESSIONS)}"
-            )
-        if self.load not in ("auto", "always", "never"):
-            raise ConfigurationError(f"KVStoreConfig.load is {self.load!r}; expected 'auto', 'always' or 'never'")
-        if not isinstance(self.salt, str):
-            raise ConfigurationError(f"KVStoreConfig.salt is {self.salt!r}; expected a string")
+        arguments.one_of("KVStoreConfig.compression", self.compression, COMPRESSIONS)
+        arguments.one_of("KVStoreConfig.load", self.load, ("auto", "always", "never"))
+        arguments.text("KVStoreConfig.salt", self.salt)
+        arguments.flag("KVStoreConfig.exact", self.exact)
+        arguments.flag("KVStoreConfig.answers", self.answers)
         if self.max_bytes is not None:
             parse_size(self.max_bytes)
         if self.min_free_bytes != 0:
@@ -93,8 +91,8 @@ def store_config(kv_store: object) -> KVStoreConfig | None:
         return None
     if isinstance(kv_store, KVStoreConfig):
         return kv_store
-    if kv_store == "auto":
+    if isinstance(kv_store, str) and kv_store == "auto":
         return None if os.environ.get(VARIABLE, "").lower() in {"off", "none", "0"} else KVStoreConfig()
     if isinstance(kv_store, str | Path) and str(kv_store):
         return KVStoreConfig(folder=kv_store)
-    raise ConfigurationError(f"kv_store is {kv_store!r}; expected 'auto', None, a folder or a KVStoreConfig")
+    raise arguments.refusal("kv_store", kv_store, "'auto', None, a folder or a KVStoreConfig")

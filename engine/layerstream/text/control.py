@@ -95,7 +95,8 @@ class ControlTokens:
         for position, number in enumerate(batch["input_ids"]):
             if number in tokens:
                 start, end = batch.token_to_chars(position) or (0, len(text))
-                is_said = SAID in origin[start:end]
+                own = text.find(tokens[number], start, end)  # it may take the space before it along
+                is_said = SAID in (origin[start:end] if own < 0 else origin[own : own + len(tokens[number])])
                 if is_said and (number != self._unknown or tokens[number] in text[start:end]):
                     return True
         return False
