@@ -37,7 +37,7 @@ def test_the_environment_names_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compression": "zip"}, "compression is 'zip'; expected one of none, int8, fp8"),
+        ({"compression": "zip"}, "compression is 'zip'; expected one of 'none', 'int8', 'fp8'"),
         ({"load": "sometimes"}, "load is 'sometimes'"),
         ({"salt": 3}, "salt is 3"),
         ({"max_bytes": "many"}, "cannot read 'many' as a size"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from layerstream import arguments
-from layerstream.errors import ConfigurationError
 from layerstream.machine import cache_folder
 from layerstream.sizes import parse_size
 
