@@ -10,7 +10,7 @@ from tests.faults.trials import draw
 from tests.faults.world import World, make_world
 
 SEED = 19
-ROUNDS = 3
+ROUNDS = 2
 
 
 @pytest.fixture(scope="session")
