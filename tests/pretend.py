@@ -3,7 +3,8 @@
 ``PretendDevice`` implements the engine's device out of threads. Its lanes do their work later, each after a random
 pause, so that an order that nobody asked for shows as wrong bytes. ``PretendCuda`` does the same and hands out tensors
 that say ``cuda`` and refuse to be computed with beside tensors of the host, or of another pretended device, so that
-whatever the engine and transformers do on the device is checked operation by operation.
+whatever the engine and transformers do on the device is checked operation by operation. As on a real one, a function of
+single values gives each the same bits wherever it lies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 import torch
 from layerstream import assembly, sizing
 from layerstream.errors import ConfigurationError
+from layerstream.model import elementwise
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_device
 from layerstream.streaming.ring import Arena
@@ -280,7 +282,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     there = [tensor for tensor in tensors if isinstance(tensor, _OnDevice)]
     if there and name not in _CROSSES:
         _check_one_device(name, tensors, there)
-    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    with elementwise.steady() if there else contextlib.nullcontext():
+        found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     device = wanted or (there[0].device if there else None)
     if device is None or (name in _CROSSES and not isinstance(args[0], _OnDevice)):
         return found

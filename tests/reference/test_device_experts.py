@@ -99,6 +99,20 @@ def test_both_ways_give_the_same(
     assert_equals(run_greedily(config_with_slots(tmp_path, 4, 6), prompts), reference, prompts, TOLERANCE)
 
 
+def test_both_ways_are_called_alike(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pretended device has the processor's kernels: where the shapes of calls are equal, so are the bits."""
+    prepare("qwen3-moe", tmp_path, tokenizer_folder)
+    prompts = [draw_prompt(length) for length in (33, 5)]
+    runs = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(
+            ExpertPaths, "choose", lambda _, rows, most_rows, part=share: list(range(int(part * len(rows))))
+        )
+        runs.append(run_greedily(config_with_slots(tmp_path, 1, 6), prompts))
+    for crossed, stayed in zip(runs[0].logits, runs[1].logits, strict=True):
+        assert torch.equal(crossed, stayed)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["all cross", "all stay"])
 def test_the_ceiling_holds(
     share: float,
