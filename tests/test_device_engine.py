@@ -111,6 +111,7 @@ def test_out_of_memory_in_the_smallest_sweep_fails_its_requests_and_no_others(
         assert len(engine.generate([draw_prompt(50)], GREEDY)[0].token_ids) == 12
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("mode", ["host", "disk"])
 def test_a_lost_device_fails_the_requests_and_not_the_process(
     mode: str, folder: Path, device: PretendCuda, monkeypatch: pytest.MonkeyPatch

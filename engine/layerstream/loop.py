@@ -35,7 +35,6 @@ from layerstream.answer import Answer
 from layerstream.beams import BeamAnswer
 from layerstream.blame import Doing, Victims, blame, ended, lost
 from layerstream.draft import DraftTree
-from layerstream.errors import EngineClosed
 from layerstream.events import EngineIdle, Event, SweepFinished, SweepStarted, UnitFinished
 from layerstream.guesses import Guesses
 from layerstream.inbox import Inbox
@@ -79,6 +78,10 @@ class _BooksBroken(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class _Ending(Exception):
+    """The engine ends: its thread has nothing more to do but to put things away."""
 
 
 class EngineLoop:
@@ -131,7 +134,7 @@ class EngineLoop:
                     if self._wait_for_work():
                         self._step()
                 except BaseException as error:  # noqa: BLE001  # the rule is in blame.py
-                    with contextlib.suppress(EngineClosed):
+                    with contextlib.suppress(_Ending):
                         self._judge(Doing.BOOKS, error.error if isinstance(error, _BooksBroken) else error)
         finally:
             self._shut_down()
@@ -140,7 +143,7 @@ class EngineLoop:
         """*error* was met while *doing* something, for *requests* if it was for some: whoever it belongs to ends.
 
         Raises:
-            EngineClosed: the engine ends.
+            _Ending: the engine ends.
         """
         is_lost = self._sweep_step.is_lost(error)
         match blame(doing, is_device_lost=is_lost, is_ending=self.reception.is_closing):
@@ -157,7 +160,7 @@ class EngineLoop:
                 if not self.reception.is_closing:
                     logger.error("the engine ends: %s", error, exc_info=error)
                     self.reception.close(lost(error) if is_lost else ended(error))
-                raise self.reception.reason() from error
+                raise _Ending from error
             case Victims.NOBODY:
                 pass
 

@@ -19,6 +19,7 @@ import pytest
 from layerstream import LayerStream, SamplingParams
 from layerstream.cli import app
 from layerstream.cli.run import choose, is_model
+from layerstream.engine import _say_that_a_toy_answers
 from layerstream.errors import ConfigurationError
 from typer.testing import CliRunner, Result
 
@@ -67,6 +68,7 @@ def test_run_answers_through_the_chat_template_or_raw(model: Path) -> None:
 
 
 def test_run_without_a_model_says_who_answers() -> None:
+    _say_that_a_toy_answers.cache_clear()  # another test of this process may have had it said
     result = run("run", "Mira approves travel. Who approves travel?", "--max-tokens", 3)
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[0].startswith("layerstream: the bundled 3.5 MiB toy answers")
