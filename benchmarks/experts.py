@@ -219,10 +219,10 @@ def _ask(engine: Any, group: list[tuple[list[int], list[int]]], max_tokens: int)
 
 def _raw_rate(watch: Watch) -> float:
     """Bytes per second of direct reads of recorded experts, as many at a time as the bank has under way."""
+    from layerstream.hardware.arena import Arena
     from layerstream.streaming.expert_bank import AHEAD_BYTES
     from layerstream.streaming.loader import read_all
     from layerstream.streaming.reader import DirectReader
-    from layerstream.streaming.ring import Arena
 
     layouts = [watch.bank._layout(expert) for expert in watch.wanted[-1500:]]
     size = max(layout.num_bytes for layout in layouts)

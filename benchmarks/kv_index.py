@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from layerstream.kv.index import Index
-from layerstream.kv.segment import PageShape, SegmentInfo
+from layerstream.kv.segment import SegmentInfo
+from layerstream.kv.shape import PageShape
 from layerstream.kv.tiers.folder import StoreFolder
 
 from benchmarks import bench

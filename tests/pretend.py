@@ -22,10 +22,10 @@ import pytest
 import torch
 from layerstream import assembly, sizing
 from layerstream.errors import ConfigurationError
+from layerstream.hardware.arena import Arena
 from layerstream.model import elementwise
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_device
-from layerstream.streaming.ring import Arena
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -12,10 +12,10 @@ from layerstream import LayerStream, SamplingParams
 from layerstream.errors import BudgetTooSmall
 from layerstream.events import Event, SweepStarted
 from layerstream.footprint import Footprint
+from layerstream.hardware.arena import Arena
 from layerstream.model.runner import _LogitRoom
 from layerstream.planner import make_plan, on_device, spending
 from layerstream.planner.on_device import make_device_plan
-from layerstream.streaming.ring import Arena
 from torch import bfloat16, float32
 
 from tests.harness import budget_for, draw_prompt, shrink_units

@@ -10,9 +10,9 @@ import pytest
 import torch
 from layerstream import ConfigurationError, LayerStream, SamplingParams, assembly
 from layerstream.errors import BudgetTooSmall, DeviceLost, OutOfMemory
+from layerstream.hardware.arena import Arena
 from layerstream.planner import facts as assumed
 from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.ring import Arena
 
 from tests.harness import add_tokenizer, device_config, devices_config, draw_prompt, shrink_units
 from tests.models import make_model

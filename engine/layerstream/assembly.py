@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from layerstream.config import EngineConfig
-from layerstream.draft_model import ModelDrafter, check_same_tokens, draft_config
+from layerstream.draft_model import ModelDrafter
+from layerstream.draft_setup import check_same_tokens, draft_config
 from layerstream.errors import ConfigurationError, KVStoreUnusable
 from layerstream.events import Listener, LoadProgress, PackProgress
 from layerstream.expert_statistics import ExpertStatistics

@@ -8,22 +8,15 @@ gives distributions for the nodes that have none yet, the most probable ones fir
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from layerstream.config import EngineConfig
 from layerstream.draft import ROOT, DraftTree
-from layerstream.errors import BudgetTooSmall, ConfigurationError
-from layerstream.planner import comfortable_bytes
 from layerstream.scheduling.drafting.base import NOTHING, Guess, Guesses
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.sequence import Sequence
-from layerstream.sizes import format_size
-from layerstream.sizing import available_bytes, devices_of, plan_model
 from layerstream.step import SweepStep
 from layerstream.sweep import Sweep
 
@@ -33,57 +26,6 @@ CHILDREN = 8  # per node
 LEAST_SHARE = 0.01
 LEAST_PROBABILITY = 0.02  # of a path whose end is worth a look
 PRIOR = 0.95
-SHARE_OF_MEMORY = 0.4  # at most, for the draft model and its KV
-
-
-def draft_config(config: EngineConfig) -> EngineConfig:
-    """That of the engine within the engine which runs *config*'s draft model: resident, beside its first layers.
-
-    Raises:
-        ConfigurationError: it does not fit its share of the memory as a whole.
-    """
-    assert config.draft_model is not None
-    own = EngineConfig(
-        config.draft_model,
-        device=config.device if config.device_map is None else "cuda:0",
-        attention=config.attention,
-        dtype=config.dtype,
-        max_context=config.max_context,
-        trust_remote_code=config.trust_remote_code,
-        token=config.token,
-        allow_untested=config.allow_untested,
-        speculation="off",
-    )
-    of_first = config.memory_each[0] if config.memory_each else config.memory_bytes
-    available = of_first or available_bytes(devices_of(config)[0])
-    share = int(SHARE_OF_MEMORY * available)
-    try:
-        plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
-    except BudgetTooSmall:
-        plan = None
-    if plan is None or plan.streams:
-        raise ConfigurationError(
-            f"the draft model {config.draft_model} does not fit into {format_size(share)} ({SHARE_OF_MEMORY:.0%} of "
-            "the memory) with its KV, and a draft model has to stay resident: take a smaller one, or give the engine "
-            "more memory"
-        )
-    return dataclasses.replace(own, memory_bytes=min(share, comfortable_bytes(plan.facts)))
-
-
-def check_same_tokens(config: EngineConfig, tokenizer: Any, draft_tokenizer: Any) -> None:
-    """Nothing, if both models read the same tokens.
-
-    Raises:
-        ConfigurationError: says how many differ.
-    """
-    own, other = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
-    if own != other:
-        different = len(own.items() ^ other.items())
-        raise ConfigurationError(
-            f"the draft model {config.draft_model} has another vocabulary than {config.model} ({len(other):,} tokens "
-            f"against {len(own):,}, {different:,} entries differ): a draft model must be of the same family of "
-            "tokenizers, such as a smaller model of the same series"
-        )
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from layerstream.checkpoint.codecs.bnb import Bnb4
 from layerstream.checkpoint.hub import are_weights_here, bundled_reader
 from layerstream.checkpoint.names import PackedSource
 from layerstream.config import EngineConfig
+from layerstream.hardware.arena import Arena
 from layerstream.kernels import sample_matrix
 from layerstream.known_rates import KnownRates, disk_name, machine_name
 from layerstream.model.linear import TILE_VALUES, PackedMatrix, tile_rows
@@ -33,12 +34,11 @@ from layerstream.model.skeleton import Skeleton
 from layerstream.persistence import weight_paths
 from layerstream.planner.rates import Rates
 from layerstream.self_check import step_greedily
+from layerstream.sizes import PAGE
 from layerstream.streaming.accelerators import open_device
 from layerstream.streaming.loader import Countdown, load_unit
-from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.residency import PAGE
-from layerstream.streaming.ring import Arena
-from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest, lay_out
+from layerstream.streaming.reader import REQUEST_BYTES, DirectReader, ReadRequest
+from layerstream.streaming.unit import lay_out
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Byte sizes as people write them: ``"3GiB"`` ↔ ``3221225472``."""
+"""Byte sizes as people write them, ``"3GiB"`` ↔ ``3221225472``, and the one that everything is a multiple of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from layerstream.arguments import plain
 from layerstream.errors import InvalidSize, shown
 
+PAGE = 4096  # bytes; direct I/O needs offsets, lengths and addresses that are multiples of it
 _UNITS = {
     "": 1,
     "b": 1,

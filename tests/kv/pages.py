@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from layerstream.kv.codecs import CODECS
-from layerstream.kv.segment import PageShape, padded
+from layerstream.kv.segment import padded
+from layerstream.kv.shape import PageShape
 from layerstream.kv.tiers.base import NewPages
 from layerstream.kv.tiers.folder import Bounds, StoreFolder
 from layerstream.kv.tiers.local import LocalTier

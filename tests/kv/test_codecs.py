@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layerstream.kv.codecs import CODECS
-from layerstream.kv.segment import PageShape
+from layerstream.kv.shape import PageShape
 
 TOKENS = 32
 

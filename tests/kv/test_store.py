@@ -20,7 +20,7 @@ from layerstream.kv.choice import Rates
 from layerstream.kv.migrations import STEPS
 from layerstream.planner import spending
 from layerstream.self_check import step_greedily
-from layerstream.streaming.residency import PAGE
+from layerstream.sizes import PAGE
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model

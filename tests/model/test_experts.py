@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream.model import elementwise
 from layerstream.model.context import SweepContext, sweeping
-from layerstream.model.experts import Matrices, compute_experts, gathering
+from layerstream.model.experts import Matrices, compute_experts
+from layerstream.model.routing import gathering
 from layerstream.params import SamplingParams
 from layerstream.sequence import Sequence
 from layerstream.streaming.expert_bank import Wish

@@ -6,8 +6,9 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
-from layerstream.streaming.residency import PAGE
-from layerstream.streaming.ring import Arena, RingAllocator
+from layerstream.hardware.arena import Arena
+from layerstream.sizes import PAGE
+from layerstream.streaming.ring import RingAllocator
 
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 12 * PAGE), max_size=60), st.randoms(use_true_random=False))

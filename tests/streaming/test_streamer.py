@@ -13,12 +13,12 @@ from layerstream.checkpoint.header import read_header
 from layerstream.checkpoint.names import ParameterSource
 from layerstream.checkpoint.pieces import PiecedTensor, concatenate, stack
 from layerstream.errors import EngineClosed, ReadError, TruncatedFile
+from layerstream.sizes import PAGE
 from layerstream.streaming.copies import CopyFeed
 from layerstream.streaming.feed import ReadFeed
 from layerstream.streaming.host import HostSource
 from layerstream.streaming.loader import load_unit
 from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.residency import PAGE
 from layerstream.streaming.streamer import ScheduleMismatch, Streamer
 from layerstream.streaming.unit import Part, UnitLayout, lay_out
 from safetensors.torch import save_file

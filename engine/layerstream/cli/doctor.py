@@ -98,8 +98,8 @@ def _pinning() -> Iterator[Finding]:
     import torch
 
     from layerstream.errors import ConfigurationError
+    from layerstream.hardware.arena import Arena
     from layerstream.streaming.cuda import CudaDevice
-    from layerstream.streaming.ring import Arena
 
     arena, device = Arena(2**30), CudaDevice(torch.device("cuda"))
     try:
@@ -139,10 +139,9 @@ def _model(model: str, again: bool) -> Iterator[Finding]:
 
 
 def _direct_reads(file: Path) -> Finding:
+    from layerstream.hardware.arena import Arena
     from layerstream.streaming.loader import Countdown
-    from layerstream.streaming.reader import DirectReader
-    from layerstream.streaming.ring import Arena
-    from layerstream.streaming.unit import ReadRequest
+    from layerstream.streaming.reader import DirectReader, ReadRequest
 
     reader, countdown = DirectReader(1), Countdown(1)
     try:

@@ -90,7 +90,7 @@ def _beside_draft_model(config: EngineConfig) -> EngineConfig:
     """*config* with what its draft model takes set apart."""
     if config.draft_model is None:
         return config
-    from layerstream.draft_model import draft_config
+    from layerstream.draft_setup import draft_config
     from layerstream.sizing import plan_model
 
     draft = plan_model(draft_config(config))[0]

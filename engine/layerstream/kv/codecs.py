@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from layerstream.kv.segment import PageShape
+from layerstream.kv.shape import PageShape
 
 _INT8_MAX = 127.0
 _FP8_MAX = 448.0  # the largest finite E4M3

@@ -24,7 +24,7 @@ from layerstream.kv.pages import LAYERS_AHEAD
 from layerstream.kv.segment import Key, padded
 from layerstream.kv.state import LayerState
 from layerstream.kv.tiers.base import StoredRun
-from layerstream.streaming.unit import REQUEST_BYTES
+from layerstream.streaming.reader import REQUEST_BYTES
 from layerstream.sweep import PageLoad
 
 

@@ -23,17 +23,19 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
-from layerstream.kv.loader import PageLoader
 from layerstream.kv.pages import LAYERS_IN_HAND
-from layerstream.kv.segment import PageShape
+from layerstream.kv.shape import PageShape
 from layerstream.kv.state import LayerState, PagedRows, runs
 from layerstream.streaming.device import Device, Mark, Placement
 from layerstream.sweep import Span, Sweep
+
+Wait: TypeAlias = Callable[[int], None]  # until the stored pages of this layer are on the host
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +74,19 @@ class DeviceKV:
         self._memory: dict[tuple[int, int], torch.Tensor] = {}
         self.layers = [DeviceLayer(self, layer, state, num_pages, page_tokens) for layer, state in enumerate(states)]
         self._free: dict[tuple[int, int], Mark] = {}  # by place: nothing queued before touches it
-        self._loader: PageLoader | None = None
+        self._wait: Wait | None = None
         self._pages: list[int] = []
         self._spans: list[Span] = []
         self._arrived: dict[int, Mark] = {}
         self._reached = -1
 
-    def begin(self, sweep: Sweep, loader: PageLoader | None) -> None:
-        """Start a sweep, whose stored pages *loader* brings to the host.
+    def begin(self, sweep: Sweep, wait: Wait | None) -> None:
+        """Start a sweep; *wait* returns when the stored pages of a layer are on the host, if it has any.
 
         Raises:
-            PagesLost: as the loader does.
+            PagesLost: *wait* did.
         """
-        self._loader = loader
+        self._wait = wait
         self._spans = [span for _, span in sweep.known_spans()]
         self._pages = sorted(_past_pages(self._spans, self._page_tokens))
         self._arrived.clear()
@@ -95,7 +97,7 @@ class DeviceKV:
         """The compute has come to *layer*.
 
         Raises:
-            PagesLost: as the loader does.
+            PagesLost: as in :meth:`begin`.
         """
         if layer <= self._reached:
             return
@@ -138,12 +140,12 @@ class DeviceKV:
             for lane in (device.inward, device.compute, device.outward):
                 lane.mark().wait()
         self._reached = -1
-        self._loader = None
+        self._wait = None
 
     def _bring(self, layer: int) -> None:
         """Queue the pages of *layer* that the sweep reads and the device does not have."""
-        if self._loader is not None:
-            self._loader.wait(layer)
+        if self._wait is not None:
+            self._wait(layer)
         target, home = self.layers[layer], self._homes[layer]
         inward = home.device.inward
         if home.place in self._free:

@@ -30,7 +30,8 @@ from typing import IO
 
 from layerstream.errors import LayerStreamError
 from layerstream.files import temporary_path
-from layerstream.streaming.residency import PAGE as ALIGNMENT
+from layerstream.kv.shape import ITEM_BYTES, PageShape
+from layerstream.sizes import PAGE as ALIGNMENT
 
 VERSION = 1
 MAX_PAGES = 64
@@ -39,7 +40,6 @@ _MAGIC = b"LSKVPAGE"
 _TRAILER = struct.Struct("<8sIIQ")
 _MAX_FOOTER = 2**24
 _BLOCK_BYTES = 2 * 2**20
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Key = bytes
 Buffers = Sequence[memoryview]
@@ -47,27 +47,6 @@ Buffers = Sequence[memoryview]
 
 class DamagedSegment(LayerStreamError):
     """A segment whose bytes are not what was written; callers recompute its pages and users never see this."""
-
-
-@dataclass(frozen=True, slots=True)
-class PageShape:
-    """What one layer keeps for one token: keys ``(heads, width)`` and values, and their dtype's name."""
-
-    key_heads: int
-    key_width: int
-    value_heads: int
-    value_width: int
-    dtype: str
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of one token's keys."""
-        return self.key_heads * self.key_width * _ITEM_BYTES[self.dtype]
-
-    @property
-    def value_bytes(self) -> int:
-        """Bytes of one token's values."""
-        return self.value_heads * self.value_width * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -318,6 +297,6 @@ def _parse(fields: dict) -> SegmentInfo:
         raise ValueError("layers are counted differently")
     if any(len(layer) != len(info.keys) for layer in info.checksums):
         raise ValueError("pages are counted differently")
-    if any(shape.dtype not in _ITEM_BYTES for shape in shapes):
+    if any(shape.dtype not in ITEM_BYTES for shape in shapes):
         raise ValueError("an unknown dtype")
     return info

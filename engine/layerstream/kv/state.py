@@ -13,11 +13,11 @@ from math import prod
 
 import torch
 
+from layerstream.hardware.arena import Arena
 from layerstream.kv.pages import LAYERS_IN_HAND
-from layerstream.kv.segment import PageShape
+from layerstream.kv.shape import PageShape
+from layerstream.sizes import PAGE
 from layerstream.streaming.device import Device
-from layerstream.streaming.residency import PAGE
-from layerstream.streaming.ring import Arena
 
 
 class PageMemory:

@@ -47,7 +47,8 @@ from layerstream.kv.counters import StoreCounters
 from layerstream.kv.loader import PageLoader
 from layerstream.kv.lookup import Lookup
 from layerstream.kv.prefix import Published, Stored
-from layerstream.kv.segment import MAX_PAGES, Key, PageShape, padded
+from layerstream.kv.segment import MAX_PAGES, Key, padded
+from layerstream.kv.shape import PageShape
 from layerstream.kv.state import LayerState
 from layerstream.kv.tiers.base import NewPages, PageFacts, StoredRun, Tier
 from layerstream.kv.write_queue import Batch, WriteQueue

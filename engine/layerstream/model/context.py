@@ -22,7 +22,7 @@ from layerstream.kv.state import PagedRows
 from layerstream.sweep import RowBlock, Span, Sweep
 
 if TYPE_CHECKING:
-    from layerstream.model.experts import Routing
+    from layerstream.model.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,10 @@ import torch
 
 from layerstream.checkpoint.names import PackedSource, Source
 from layerstream.errors import UnsupportedFormat
+from layerstream.hardware.arena import Arena
+from layerstream.sizes import PAGE
 from layerstream.streaming.loader import Countdown
-from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.residency import PAGE
-from layerstream.streaming.ring import Arena
-from layerstream.streaming.unit import ReadRequest
+from layerstream.streaming.reader import DirectReader, ReadRequest
 
 _DEMAND = 0  # before scheduled reads: the sweep cannot start without it
 

@@ -5,20 +5,18 @@ expert gets depends on the whole sweep; padding them to a constant keeps a row's
 padding are routed to nobody. A row's experts are added in the order of their numbers, whichever of them was there
 first.
 
-Where experts come as they are routed to, each of them is to pass once for all rows of a sweep, and a block sees one
-row block at a time. So it runs twice: the first time it is left as soon as it asks for its experts, which says what the
-rows want; then the experts compute all rows; the second time it gets what they gave. What it computes until it asks
-(the router, with some families a shared expert) is computed twice; one row block alone is not.
+Where experts come as they are routed to, what all row blocks of a sweep want is gathered first
+(:mod:`layerstream.model.routing`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -29,8 +27,9 @@ from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import InvalidRouting
 from layerstream.model import elementwise
 from layerstream.model.context import current
+from layerstream.model.routing import Call
 from layerstream.streaming.expert_bank import ExpertLost, Wish
-from layerstream.sweep import Span, SweepFailed
+from layerstream.sweep import SweepFailed
 
 IMPLEMENTATION = "layerstream"
 EARLY_ROWS = 64  # that may be computed before their turn, however few rows there are
@@ -106,63 +105,6 @@ class PackedExperts:
         return self._scratch.T if codec.transposes else self._scratch
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What a block asked its experts: inputs ``(rows, hidden)``, and for each row its experts and their weights, both
-    ``(rows, k)``; for padding -1. The rows are those of *spans*, each with the row that it starts at."""
-
-    hidden: torch.Tensor
-    index: torch.Tensor
-    weights: torch.Tensor
-    spans: tuple[tuple[int, Span], ...]
-
-
-class _Asked(Exception):  # no error: it leaves a block that has said what it wants
-    """A block asked its experts for the first time."""
-
-
-class Routing:
-    """What the row blocks of a sweep ask the experts of one block, and what they get."""
-
-    def __init__(self) -> None:
-        self._calls: list[tuple[torch.nn.Module, _Call]] = []
-        self._answers: list[torch.Tensor] | None = None
-
-    def ask(self, module: torch.nn.Module, call: _Call) -> torch.Tensor:
-        """The answer to *call*.
-
-        Raises:
-            _Asked: it comes with the second run.
-        """
-        if self._answers is None:
-            self._calls.append((module, call))
-            raise _Asked
-        return self._answers.pop(0) if self._answers else _answer(module, [call])[0]
-
-    def answer(self) -> None:
-        """Compute what was asked."""
-        calls = [call for _, call in self._calls]
-        self._answers = _answer(self._calls[0][0], calls) if calls else []
-        self._calls = []
-
-
-@contextmanager
-def gathering(forward: Callable[[slice], Any], row_blocks: Callable[[], Iterable[slice]]) -> Iterator[None]:
-    """Find out by *forward* what all row blocks ask the experts; inside, they get it in the same order."""
-    context = current()
-    routing = context.routing = Routing()
-    try:
-        for rows in row_blocks():
-            try:
-                forward(rows)
-            except _Asked:
-                continue
-        routing.answer()
-        yield
-    finally:
-        context.routing = None
-
-
 def register() -> None:
     """Make ``experts_implementation="layerstream"`` known to transformers. Idempotent."""
     ExpertsInterface.register(IMPLEMENTATION, compute_experts)
@@ -188,17 +130,18 @@ def compute_experts(
     if context.is_single_block and (num_padding := context.active[0][1].num_padding):
         top_k_index = top_k_index.clone()
         top_k_index[-num_padding:] = -1
-    call = _Call(hidden_states, top_k_index, top_k_weights, tuple(context.spans()))
-    return _answer(module, [call])[0] if context.routing is None else context.routing.ask(module, call)
+    call = Call(hidden_states, top_k_index, top_k_weights, tuple(context.spans()))
+    answer = functools.partial(_answer, module)
+    return answer([call])[0] if context.routing is None else context.routing.ask(call, answer)
 
 
-def _answer(module: torch.nn.Module, calls: Sequence[_Call]) -> list[torch.Tensor]:
+def _answer(module: torch.nn.Module, calls: Sequence[Call]) -> list[torch.Tensor]:
     """What the experts give the rows of all *calls*."""
     if len(calls) == 1:
         return [_compute(module, calls[0])]
     sizes = [len(call.hidden) for call in calls]
     starts = accumulate(sizes, initial=0)
-    together = _Call(
+    together = Call(
         torch.cat([call.hidden for call in calls]),
         torch.cat([call.index for call in calls]),
         torch.cat([call.weights for call in calls]),
@@ -217,7 +160,7 @@ def _rows_per_call(module: torch.nn.Module, num_rows: int) -> int:
     return 1 if num_rows == 1 and getattr(module, "routed", None) is None else EXPERT_ROWS
 
 
-def _compute(module: torch.nn.Module, call: _Call) -> torch.Tensor:
+def _compute(module: torch.nn.Module, call: Call) -> torch.Tensor:
     """Each expert's rows in calls of a constant size; added up in the order of the experts' numbers.
 
     Raises:
@@ -232,7 +175,7 @@ def _compute(module: torch.nn.Module, call: _Call) -> torch.Tensor:
         raise SweepFailed(frozenset(owners), lost.error) from lost.error
 
 
-def _sum(module: torch.nn.Module, call: _Call, routes: _Routes, rows_per_call: int) -> torch.Tensor:
+def _sum(module: torch.nn.Module, call: Call, routes: _Routes, rows_per_call: int) -> torch.Tensor:
     wish = routes.wish
     routed: RoutedExperts | None = getattr(module, "routed", None)
     on_host = frozenset[int]() if routed is None or module.has_post_expert_norm else routed.divide(wish)
@@ -254,7 +197,7 @@ def _sum(module: torch.nn.Module, call: _Call, routes: _Routes, rows_per_call: i
     return total.finish()
 
 
-def _inputs_on_host(call: _Call, routes: _Routes, experts: list[int]) -> dict[int, torch.Tensor]:
+def _inputs_on_host(call: Call, routes: _Routes, experts: list[int]) -> dict[int, torch.Tensor]:
     """What *experts* get, in host memory: fetched at once, before the device has anything else to do."""
     if not experts:
         return {}
@@ -270,7 +213,7 @@ class _Sum:
     waits for what was queued before.
     """
 
-    def __init__(self, call: _Call, routes: _Routes) -> None:
+    def __init__(self, call: Call, routes: _Routes) -> None:
         self._call = call
         self._routes = routes
         self._total = torch.zeros_like(call.hidden)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from layerstream.model.context import SweepContext, current
-from layerstream.model.experts import gathering
+from layerstream.model.routing import gathering
 
 Residence: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Makes a module's weights present for the time of the context."""

@@ -11,11 +11,12 @@ from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.codecs.bnb import aligned
 from layerstream.checkpoint.codecs.tiled import TILE, TiledInt4, rewrite, staying_shapes, tiled
 from layerstream.checkpoint.names import PackedSource, ParameterSource, Source
+from layerstream.hardware.arena import Arena
 from layerstream.model.experts import EXPERT_ROWS, FusedMatrix, PackedExperts
 from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
 from layerstream.model.skeleton import Skeleton
-from layerstream.streaming.residency import PAGE, PlannedUnit
-from layerstream.streaming.ring import Arena
+from layerstream.sizes import PAGE
+from layerstream.streaming.residency import PlannedUnit
 from layerstream.streaming.unit import Part
 
 Tensors = Mapping[str, torch.Tensor]

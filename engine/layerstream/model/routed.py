@@ -10,13 +10,14 @@ from itertools import accumulate
 from layerstream.model.experts import Matrices as ExpertMatrices
 from layerstream.model.matrices import Matrices, expert_parts
 from layerstream.model.skeleton import Skeleton
+from layerstream.sizes import PAGE
 from layerstream.streaming.device import Device
 from layerstream.streaming.device_experts import AnyBank, DeviceBank
 from layerstream.streaming.expert_bank import Bank, ExpertBank, ExpertLost, Wish
 from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.expert_paths import ExpertPaths
 from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.residency import PAGE, UnitPlan
+from layerstream.streaming.residency import UnitPlan
 from layerstream.streaming.unit import UnitLayout, lay_out
 
 KNOWN_LAYOUTS = 16384  # of experts; some hundred bytes each

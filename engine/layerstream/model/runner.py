@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from layerstream.hardware.arena import Arena
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.loader import PageLoader
 from layerstream.kv.on_device import DeviceKV
@@ -30,7 +31,6 @@ from layerstream.model.placed import ModelWeights
 from layerstream.model.skeleton import Skeleton
 from layerstream.sequence import Sequence
 from layerstream.streaming.device import Placement
-from layerstream.streaming.ring import Arena
 from layerstream.sweep import Sweep
 
 
@@ -92,7 +92,7 @@ class SweepRunner:
                 if loader is not None:
                     loader.begin(sweep.loads)
                 if device_kv is not None:
-                    device_kv.begin(sweep, loader)
+                    device_kv.begin(sweep, None if loader is None else loader.wait)
                 with sweeping(self._context(sweep, loader)) as context:
                     self._drafted = context.drafted
                     if streamer is not None:

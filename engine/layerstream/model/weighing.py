@@ -14,7 +14,8 @@ from layerstream.checkpoint.names import PackedSource, Source
 from layerstream.model import experts
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
 from layerstream.model.linear import decode_bytes
-from layerstream.streaming.residency import PAGE, ExpertsNode, WeightNode
+from layerstream.sizes import PAGE
+from layerstream.streaming.residency import ExpertsNode, WeightNode
 
 
 class Weigher:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from layerstream.streaming.residency import ExpertsNode
 
+HOST_ROWS = 256  # of a layer that the processor computes experts for, where the sweep itself has no more
+
 
 def num_wanted(node: ExpertsNode, num_rows: float) -> float:
     """Experts of one block that *num_rows* are routed to, on average."""

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner import spending
+from layerstream.planner.experts import HOST_ROWS
 from layerstream.planner.facts import ModelFacts
 from layerstream.planner.plan import HostPlan, Plan
 from layerstream.sizes import format_size
-from layerstream.streaming.expert_paths import HOST_ROWS
 from layerstream.streaming.residency import PlannedUnit, choose_residents
 
 HOST_KV_SHARE = 0.25  # of host memory, for KV beyond what is wanted first

@@ -13,14 +13,7 @@ from layerstream.errors import BudgetTooSmall
 from layerstream.planner.facts import CHUNK_TOKENS, STREAMING_ROWS, ModelFacts
 from layerstream.planner.plan import Plan
 from layerstream.sizes import format_size
-from layerstream.streaming.residency import (
-    PlannedUnit,
-    UnitPlan,
-    choose_residents,
-    cut_units,
-    largest_unit,
-    slice_rows,
-)
+from layerstream.streaming.residency import PlannedUnit, UnitPlan, choose_residents, cut_units, largest_unit, slice_rows
 
 LEAST_SEQUENCES = 32  # that run at once: as many as a search may have beams
 MAX_SEQUENCES = 256

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from layerstream.errors import ConfigurationError
+from layerstream.hardware.arena import Arena
 from layerstream.sizes import format_size
 from layerstream.streaming.device import EventMark
-from layerstream.streaming.ring import Arena
 
 _PORTABLE = 1  # cudaHostRegisterPortable
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
-from layerstream.streaming.ring import Arena
+from layerstream.hardware.arena import Arena
 
 
 class Mark(Protocol):

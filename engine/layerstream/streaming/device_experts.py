@@ -30,11 +30,12 @@ from typing import TypeAlias
 
 import torch
 
+from layerstream.planner.experts import HOST_ROWS
 from layerstream.streaming.copies import LaneWaits
 from layerstream.streaming.device import Device, Mark
 from layerstream.streaming.expert_bank import Brought, ExpertBank, Wish
 from layerstream.streaming.expert_cache import ExpertCache
-from layerstream.streaming.expert_paths import HOST_ROWS, ExpertPaths
+from layerstream.streaming.expert_paths import ExpertPaths
 from layerstream.streaming.streamer import views
 from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import UnitLayout

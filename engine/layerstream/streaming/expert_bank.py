@@ -30,10 +30,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from layerstream.hardware.arena import Arena
 from layerstream.streaming.expert_cache import ExpertCache
 from layerstream.streaming.loader import read_all
 from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.ring import Arena
 from layerstream.streaming.streamer import views
 from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import UnitLayout

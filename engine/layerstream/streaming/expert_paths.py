@@ -15,7 +15,6 @@ from layerstream.fitting import Line, mixed
 ASSUMED_LINK_RATE = 20e9  # bytes per second, of PCIe 4 with 16 lanes
 RETRY = 500  # layers without an expert for the processor, after which it gets one: one slow time must not settle it
 RETRIED_ROWS = 4  # that it has at most
-HOST_ROWS = 256  # of a layer that the processor computes experts for, where the sweep itself has no more
 ASSUMED_HOST_RATE = 10e9  # bytes per second that a processor multiplies by, for a row or a few; soon measured
 
 

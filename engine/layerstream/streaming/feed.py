@@ -28,8 +28,9 @@ from functools import partial
 import torch
 
 from layerstream.errors import LayerStreamError
+from layerstream.hardware.arena import Arena
 from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.ring import Arena, RingAllocator
+from layerstream.streaming.ring import RingAllocator
 from layerstream.streaming.timeline import Timeline
 from layerstream.streaming.unit import UnitLayout
 

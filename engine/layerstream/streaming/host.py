@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 
+from layerstream.hardware.arena import Arena
 from layerstream.streaming.device import Device
 from layerstream.streaming.feed import ReadFeed
 from layerstream.streaming.loader import load_images
 from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.ring import Arena
 from layerstream.streaming.unit import UnitLayout
 
 

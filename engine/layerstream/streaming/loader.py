@@ -8,8 +8,8 @@ from itertools import accumulate
 
 import torch
 
+from layerstream.hardware.arena import Arena
 from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.ring import Arena
 from layerstream.streaming.streamer import views
 from layerstream.streaming.unit import UnitLayout
 

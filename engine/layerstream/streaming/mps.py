@@ -7,8 +7,8 @@ import contextlib
 import torch
 
 from layerstream.errors import ConfigurationError
+from layerstream.hardware.arena import Arena
 from layerstream.streaming.device import EventMark, is_out_of_memory
-from layerstream.streaming.ring import Arena
 
 
 class _Queue:

@@ -32,21 +32,37 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from layerstream.errors import EngineClosed, ReadError, TruncatedFile
-from layerstream.sizes import format_size
-from layerstream.streaming.residency import PAGE
-from layerstream.streaming.ring import Arena
+from layerstream.hardware.arena import Arena
+from layerstream.sizes import PAGE, format_size
 from layerstream.streaming.timeline import Timeline
-from layerstream.streaming.unit import REQUEST_BYTES, ReadRequest
 
 Mode: TypeAlias = Literal["direct", "uncached", "buffered"]
 Done: TypeAlias = Callable[[Exception | None], None]
 Skip: TypeAlias = Callable[[], bool] | None
 Consume: TypeAlias = Callable[[memoryview], None] | None
 
-
+REQUEST_BYTES = 4 * 2**20  # 3 threads with 4 MiB each reached the disk's limit
 ASSUMED_READ_RATE = 1e9  # bytes per second, until enough was read
 ENOUGH_BYTES = 64 * 2**20  # below this a rate says little
 NUM_RATES = 256  # the latest ones are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """One read of whole pages ``[offset, offset + num_bytes)``.
+
+    Attributes:
+        needed_bytes: how many of them must be there; the last page may reach past the end of the file.
+        destination: offset within the unit to read to, or ``None`` for a bounce buffer.
+        copies: from the bounce buffer to the unit, as ``(from, to, num_bytes)``.
+    """
+
+    path: Path
+    offset: int
+    num_bytes: int
+    needed_bytes: int
+    destination: int | None
+    copies: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(slots=True)

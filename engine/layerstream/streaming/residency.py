@@ -15,7 +15,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-PAGE = 4096
+from layerstream.sizes import PAGE
+
 PIN_BELOW = 32 * 1024  # smaller units cost more in requests than they save in memory
 UNIT_OVERHEAD = 4 * PAGE  # page alignment at both ends of a run of tensors; a unit is one run or two
 

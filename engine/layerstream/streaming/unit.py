@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from layerstream.checkpoint.names import ParameterSource
-from layerstream.streaming.residency import PAGE
+from layerstream.sizes import PAGE
+from layerstream.streaming.reader import REQUEST_BYTES, ReadRequest
 
-REQUEST_BYTES = 4 * 2**20  # 3 threads with 4 MiB each reached the disk's limit
 MAX_GAP = 64 * 1024  # bytes read for nothing rather than start another request
 
 
@@ -57,24 +57,6 @@ class Place:
     num_bytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReadRequest:
-    """One read of whole pages ``[offset, offset + num_bytes)``.
-
-    Attributes:
-        needed_bytes: how many of them must be there; the last page may reach past the end of the file.
-        destination: offset within the unit to read to, or ``None`` for a bounce buffer.
-        copies: from the bounce buffer to the unit, as ``(from, to, num_bytes)``.
-    """
-
-    path: Path
-    offset: int
-    num_bytes: int
-    needed_bytes: int
-    destination: int | None
-    copies: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

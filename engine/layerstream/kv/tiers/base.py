@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from layerstream.kv.answers import RememberedAnswer
-from layerstream.kv.segment import Buffers, Key, PageShape, SegmentInfo
+from layerstream.kv.segment import Buffers, Key, SegmentInfo
+from layerstream.kv.shape import PageShape
 
 Consume = Callable[[memoryview], None]
 Done = Callable[[Exception | None], None]

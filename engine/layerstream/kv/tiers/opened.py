@@ -19,8 +19,7 @@ from layerstream.kv.index import PageRow
 from layerstream.kv.segment import DamagedSegment, Key, SegmentInfo, padded, read_info
 from layerstream.kv.tiers.base import Consume, Done, StoredRun
 from layerstream.kv.tiers.locks import open_locked
-from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.unit import ReadRequest
+from layerstream.streaming.reader import DirectReader, ReadRequest
 
 logger = logging.getLogger(__name__)
 

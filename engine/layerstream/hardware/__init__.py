@@ -1,0 +1,1 @@
+"""What the machine has: files, memory, processors and accelerators. Knows no model."""

@@ -1,0 +1,39 @@
+"""Page-aligned memory of the host, allocated once for the life of the engine: for direct I/O and copies to devices."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import torch
+
+from layerstream.sizes import PAGE
+
+POPULATED_AT_ONCE = 8 * 2**20
+_MADV_POPULATE_WRITE = 23
+HUGE = 4 * 2**20  # below this, rounding up to 2 MiB pages would cost more than it saves
+
+
+class Arena:
+    """Page-aligned host memory, touched only where it is written.
+
+    Attributes:
+        view: the bytes, for ``readv``.
+        tensor: the same bytes as a ``(num_bytes,)`` uint8 tensor, for parameters that are views into it.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = max(PAGE, -(-num_bytes // PAGE) * PAGE)
+        memory = mmap.mmap(-1, self.num_bytes)
+        if self.num_bytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memory
+        self.view = memoryview(memory)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def populate(self) -> None:
+        """Have the system back all of it with memory now, where it can be asked to; what is there already stays."""
+        for start in range(0, self.num_bytes, POPULATED_AT_ONCE):  # so that other threads' page faults are not held up
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # before Linux 5.14, or another system
+                self._memory.madvise(_MADV_POPULATE_WRITE, start, min(POPULATED_AT_ONCE, self.num_bytes - start))
