@@ -25,7 +25,7 @@ from layerstream.checkpoint.codecs.ggml import Ggml
 from layerstream.checkpoint.folder import open_folder
 from layerstream.checkpoint.hub import locate
 from layerstream.checkpoint.names import PLANE_DTYPES
-from layerstream.pack import pack
+from layerstream.setup.pack import pack
 
 from benchmarks import bench
 from benchmarks.reader.evaluate import FACT_COUNTS

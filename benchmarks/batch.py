@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from layerstream import LayerStream, SamplingParams
-from layerstream.events import Event, SweepFinished, SweepStarted
+from layerstream.api.events import Event, SweepFinished, SweepStarted
 
 from benchmarks import bench
 

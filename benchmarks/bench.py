@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerstream.sizes import format_size, parse_size
+from layerstream.core.sizes import format_size, parse_size
 from rich.console import Console
 from rich.table import Table
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from layerstream import ConfigurationError, LayerStream, SamplingParams
-from layerstream.footprint import held_bytes
+from layerstream.hardware.footprint import held_bytes
 
 from benchmarks import bench
 

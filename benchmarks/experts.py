@@ -63,7 +63,7 @@ def main() -> None:
 
 def compare_caches() -> list[dict[str, float]]:
     """Hit rates on drawn routings: Qwen3-30B-A3B's experts, of twelve layers."""
-    from layerstream.streaming.expert_cache import ExpertCache
+    from layerstream.streaming.experts.cache import ExpertCache
 
     found = []
     for exponent in EXPONENTS:
@@ -95,7 +95,7 @@ def compare_caches() -> list[dict[str, float]]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One budget, all numbers of rows."""
     from layerstream import LayerStream
-    from layerstream.streaming.expert_bank import ExpertBank
+    from layerstream.streaming.experts.bank import ExpertBank
     from transformers import AutoTokenizer
 
     asked = draw_questions(AutoTokenizer.from_pretrained(options.model), FACTS, max(ALONE, *options.rows))
@@ -220,9 +220,9 @@ def _ask(engine: Any, group: list[tuple[list[int], list[int]]], max_tokens: int)
 def _raw_rate(watch: Watch) -> float:
     """Bytes per second of direct reads of recorded experts, as many at a time as the bank has under way."""
     from layerstream.hardware.arena import Arena
-    from layerstream.streaming.expert_bank import AHEAD_BYTES
+    from layerstream.hardware.reader import DirectReader
+    from layerstream.streaming.experts.bank import AHEAD_BYTES
     from layerstream.streaming.loader import read_all
-    from layerstream.streaming.reader import DirectReader
 
     layouts = [watch.bank._layout(expert) for expert in watch.wanted[-1500:]]
     size = max(layout.num_bytes for layout in layouts)

@@ -58,12 +58,12 @@ def measure(run: str, options: argparse.Namespace) -> dict[str, Any]:
     """Predict one configuration, then run it."""
     import torch
     from layerstream import LayerStream, SamplingParams
-    from layerstream.config import EngineConfig
+    from layerstream.core.sizes import parse_size
+    from layerstream.hardware.accelerators import resolve_device
+    from layerstream.measuring.rates import measure_disk, rates_for, weights_file
     from layerstream.planner.forecast import Forecast
-    from layerstream.probe import measure_disk, rates_for, weights_file
-    from layerstream.sizes import parse_size
-    from layerstream.sizing import plan_model
-    from layerstream.streaming.accelerators import resolve_device
+    from layerstream.setup.config import EngineConfig
+    from layerstream.setup.plan_model import plan_model
 
     model, _, memory = run.rpartition(":")
     host = None if options.host_memory is None else parse_size(options.host_memory)

@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from layerstream.kv.index import Index
-from layerstream.kv.segment import SegmentInfo
 from layerstream.kv.shape import PageShape
-from layerstream.kv.tiers.folder import StoreFolder
+from layerstream.store.index import Index
+from layerstream.store.segment import SegmentInfo
+from layerstream.store.tiers.folder import StoreFolder
 
 from benchmarks import bench
 

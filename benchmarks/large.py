@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Ask the questions; all figures."""
     from layerstream import LayerStream, SamplingParams
     from layerstream.cli.options import split
-    from layerstream.probe import measure_disk
+    from layerstream.measuring.rates import measure_disk
     from transformers import AutoTokenizer
 
     asked = draw_questions(AutoTokenizer.from_pretrained(options.model), options.facts, options.at_once)
@@ -144,7 +144,7 @@ def _device_figures(engine: Any) -> dict[str, Any]:
 
     if engine.plan.host is None or not torch.cuda.is_available():
         return {}
-    from layerstream.probe import link_rate
+    from layerstream.measuring.rates import link_rate
 
     used = [index for index in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(index)]
     figures = []

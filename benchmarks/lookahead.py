@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layerstream.model import block_experts as routed
 from layerstream.model import experts as computing
-from layerstream.model import routed
-from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.streaming.experts.bank import ExpertBank
 
 from benchmarks import bench
 from benchmarks.experts import FACTS, MAX_TOKENS, Watch, _ask

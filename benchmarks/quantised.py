@@ -104,7 +104,7 @@ def measure_packing(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pack(model: Path, work: Path, kind: str) -> dict[str, Any]:
-    from layerstream.pack import pack
+    from layerstream.setup.pack import pack
 
     started = time.perf_counter()
     report = pack(model, work / kind, kind)

@@ -91,7 +91,7 @@ class SweepTimes:
         return [5 + (self._num_prompts + at) % 900 for at in range(length)]
 
     def __call__(self, event: object) -> None:
-        from layerstream.events import SweepFinished, SweepStarted
+        from layerstream.api.events import SweepFinished, SweepStarted
 
         if isinstance(event, SweepStarted):
             self._tokens = event.num_tokens

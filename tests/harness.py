@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from layerstream import LayerStream, SamplingParams, sizing
-from layerstream.assembly import assemble
-from layerstream.config import EngineConfig
+from layerstream import LayerStream, SamplingParams
 from layerstream.errors import BudgetTooSmall, ReadError
 from layerstream.model.skeleton import build_skeleton
-from layerstream.planner import ModelFacts, spending
+from layerstream.planner import ModelFacts
 from layerstream.planner import facts as assumed
-from layerstream.self_check import step_greedily
-from layerstream.sizing import model_facts
-from layerstream.streaming import residency
-from layerstream.streaming.expert_bank import ExpertBank, ExpertLost
+from layerstream.planner import on_host as spending
+from layerstream.planner import units as residency
+from layerstream.setup import plan_model as sizing
+from layerstream.setup.assembly import assemble
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.plan_model import model_facts
+from layerstream.setup.self_check import step_greedily
+from layerstream.streaming.experts.bank import ExpertBank, ExpertLost
 
 from tests.models import VOCAB_SIZE
 

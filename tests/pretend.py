@@ -20,12 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from layerstream import assembly, sizing
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.arena import Arena
 from layerstream.model import elementwise
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_device
+from layerstream.setup import assembly
+from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream import LayerStream, SamplingParams
+from layerstream.api.events import Event, SweepStarted
 from layerstream.errors import BudgetTooSmall
-from layerstream.events import Event, SweepStarted
-from layerstream.footprint import Footprint
 from layerstream.hardware.arena import Arena
+from layerstream.hardware.footprint import Footprint
 from layerstream.model.runner import _LogitRoom
-from layerstream.planner import make_plan, on_device, spending
+from layerstream.planner import make_plan, on_device
+from layerstream.planner import on_host as spending
 from layerstream.planner.on_device import make_device_plan
 from torch import bfloat16, float32
 
 from tests.harness import budget_for, draw_prompt, shrink_units
-from tests.test_planner import MIB, facts
+from tests.planner.test_planner import MIB, facts
 
 GIB = 2**30
 MOST_AT_ONCE = 4

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream import ConfigurationError, LayerStream, SamplingParams, assembly
+from layerstream import ConfigurationError, LayerStream, SamplingParams
 from layerstream.errors import BudgetTooSmall, DeviceLost, OutOfMemory
 from layerstream.hardware.arena import Arena
+from layerstream.hardware.reader import DirectReader
 from layerstream.planner import facts as assumed
-from layerstream.streaming.reader import DirectReader
+from layerstream.setup import assembly
 
 from tests.harness import add_tokenizer, device_config, devices_config, draw_prompt, shrink_units
 from tests.models import make_model

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream import LayerStream, SamplingParams
+from layerstream.api.events import SweepFinished, UnitFinished
 from layerstream.errors import (
     BudgetTooSmall,
     ConfigurationError,
@@ -26,7 +27,6 @@ from layerstream.errors import (
     TruncatedFile,
     UnsupportedModel,
 )
-from layerstream.events import SweepFinished, UnitFinished
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model

@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from layerstream.events import EngineIdle, Event, LoadProgress, SweepFinished, SweepStarted, UnitFinished
+from layerstream.api.events import EngineIdle, Event, LoadProgress, SweepFinished, SweepStarted, UnitFinished
 from layerstream.progress import COLUMNS, ProgressLine, make_listener
 
 GB = 10**9

@@ -42,7 +42,7 @@ def test_version_is_that_of_the_distribution() -> None:
 def test_importing_needs_no_torch() -> None:
     program = "import sys, layerstream; layerstream.SamplingParams(), layerstream.PromptTooLong; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert "layerstream.params" in loaded
+    assert "layerstream.api.params" in loaded
     assert not {"torch", "transformers", "numpy", "rich", "typer"} & set(loaded)
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerstream.airllm import AutoModel
-    from layerstream.completion import Completion, CompletionMetrics, Delta, TokenLogprob, Usage
+    from layerstream.api.completion import Completion, CompletionMetrics, Delta, TokenLogprob, Usage
+    from layerstream.api.params import SamplingParams
+    from layerstream.api.request import Request
     from layerstream.engine import LayerStream
     from layerstream.errors import (
         AnswerCutOff,
@@ -46,10 +48,8 @@ if TYPE_CHECKING:
         UnsupportedModel,
         WaitsForItself,
     )
-    from layerstream.kv.config import KVStoreConfig
-    from layerstream.params import SamplingParams
-    from layerstream.request import Request
     from layerstream.stats import EngineStats
+    from layerstream.store.config import KVStoreConfig
 
 __version__ = "0.1.0"
 

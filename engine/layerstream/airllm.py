@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput  # pyright: ignore[reportPrivateImportUsage]
 
-from layerstream.completion import Completion
+from layerstream.api.completion import Completion
+from layerstream.api.params import SamplingParams
 from layerstream.engine import LayerStream
 from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError
-from layerstream.params import SamplingParams
 
 _COMPRESSIONS = {None: None, "4bit": "nf4", "8bit": "int8"}
 _NOT_NEEDED = {

@@ -13,31 +13,31 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
-from layerstream import arguments
-from layerstream.assembly import Assembly, assemble
+from layerstream.api import arguments
+from layerstream.api.completion import Completion, Delta
+from layerstream.api.events import Listener
+from layerstream.api.home import Home
+from layerstream.api.params import SamplingParams, as_params
+from layerstream.api.request import Request
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
 from layerstream.checkpoint.hub import DEMO, bundled_reader
-from layerstream.completion import Completion, Delta
-from layerstream.config import MAX_QUEUED, EngineConfig
+from layerstream.core.sizes import format_size, parse_size
 from layerstream.errors import ConfigurationError
-from layerstream.events import Listener
-from layerstream.home import Home
+from layerstream.hardware.threads import run_apart
+from layerstream.hardware.timeline import Timeline
 from layerstream.intake import Intake, Terms
-from layerstream.kv.config import KVStoreConfig, store_config
-from layerstream.kv.store import PrefixStore
-from layerstream.loop import EngineLoop
-from layerstream.params import SamplingParams, as_params
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
-from layerstream.reception import OpenGang, Outside
-from layerstream.request import Request
-from layerstream.self_check import check_untested
-from layerstream.sizes import format_size, parse_size
+from layerstream.runtime.loop import EngineLoop
+from layerstream.runtime.reception import OpenGang, Outside
+from layerstream.setup.assembly import Assembly, assemble
+from layerstream.setup.config import MAX_QUEUED, EngineConfig
+from layerstream.setup.self_check import check_untested
 from layerstream.stats import EngineStats, collect_stats
-from layerstream.streaming.timeline import Timeline
+from layerstream.store.config import KVStoreConfig, store_config
+from layerstream.store.store import PrefixStore
 from layerstream.text.prompt import Prompt, split_prompts
-from layerstream.threads import run_apart
 from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmReport, forecast, warm
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class LayerStream:
         allow_control_tokens: let control tokens in what messages say (``"<|im_end|>"`` in a retrieved document) be
             those of the chat template. By default they are ordinary text: what is retrieved cannot give orders.
         progress: ``"auto"`` (a line on a terminal or in a notebook once an answer takes longer than two seconds),
-            a bool, or a function that is called with :mod:`layerstream.events`.
+            a bool, or a function that is called with :mod:`layerstream.api.events`.
 
     Raises:
         UnsupportedModel, CheckpointError, ConfigurationError: before a weight is read.

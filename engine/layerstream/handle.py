@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerstream.api.habits import hint_for
 from layerstream.errors import CheckpointError, ConfigurationError
-from layerstream.habits import hint_for
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream

@@ -13,22 +13,22 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from layerstream import arguments
-from layerstream.answer import Answer
-from layerstream.assembly import Assembly
-from layerstream.beams import BeamAnswer, largest
+from layerstream.api import arguments
+from layerstream.api.completion import Completion
+from layerstream.api.home import Home
+from layerstream.api.params import SamplingParams, derive_seed
+from layerstream.api.request import Request
 from layerstream.chat.turn import TurnMaker
-from layerstream.completion import Completion
-from layerstream.constraint import Constraint
+from layerstream.core.constraint import Constraint
+from layerstream.core.sequence import Sequence
 from layerstream.errors import ConfigurationError
-from layerstream.home import Home
-from layerstream.params import SamplingParams, derive_seed
-from layerstream.request import Request
+from layerstream.runtime.answer import Answer
+from layerstream.runtime.beams import BeamAnswer, largest
 from layerstream.scheduling.beam import BeamSearch
-from layerstream.scheduling.grammar import Grammars
-from layerstream.sequence import Sequence
+from layerstream.setup.assembly import Assembly
 from layerstream.text.detokenizer import Detokenizer
 from layerstream.text.prompt import Prompt, PromptEncoder
+from layerstream.text.response_format import Grammars
 from layerstream.text.stop import StopMatcher
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TextIO
 from weakref import WeakSet
 
-from layerstream.arguments import refusal
-from layerstream.events import (
+from layerstream.api.arguments import refusal
+from layerstream.api.events import (
     EngineIdle,
     Event,
     Listener,
@@ -32,7 +32,7 @@ from layerstream.events import (
     SweepStarted,
     UnitFinished,
 )
-from layerstream.sizes import format_size
+from layerstream.core.sizes import format_size
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from layerstream.assembly import Assembly
-from layerstream.kv.counters import KVStats
-from layerstream.kv.store import PrefixStore
-from layerstream.loop import LoopCounters
+from layerstream.runtime.loop import LoopCounters
 from layerstream.scheduling.drafting.trees import DrafterCounters
-from layerstream.streaming.expert_bank import ExpertBank
+from layerstream.setup.assembly import Assembly
+from layerstream.store.counters import KVStats
+from layerstream.store.store import PrefixStore
+from layerstream.streaming.experts.bank import ExpertBank
 
 
 @dataclass(frozen=True, slots=True)

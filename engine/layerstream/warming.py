@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal, Protocol
 
+from layerstream.api.params import SamplingParams
+from layerstream.api.request import Request
+from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError, StorageFull
-from layerstream.kv.choice import recompute_seconds
 from layerstream.kv.prefix import page_keys
-from layerstream.kv.store import PrefixStore
-from layerstream.params import SamplingParams
 from layerstream.planner import Plan
-from layerstream.request import Request
-from layerstream.sizes import format_size
+from layerstream.store.choice import recompute_seconds
+from layerstream.store.store import PrefixStore
 from layerstream.text.prompt import QUESTION_PROMPT, Prompt
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.language_models import LangSmithParams
 from layerstream import __version__
-from layerstream.completion import Completion, openai_logprobs
+from layerstream.api.completion import Completion, openai_logprobs
+from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
 from layerstream.errors import ConfigurationError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
-from layerstream.params import SAMPLING_NAMES, SamplingParams, merge_params
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from layerstream.completion import Completion, Delta
+from layerstream.api.completion import Completion, Delta
 from layerstream.errors import ConfigurationError, PromptTooLong
 from layerstream.handle import peek_context_length
 from pydantic import Field
@@ -26,9 +26,9 @@ from langchain_layerstream.messages import ChunkStream, as_chat, as_message, as_
 from langchain_layerstream.structured import AnswerParser, target_of, with_raw
 
 if TYPE_CHECKING:
+    from layerstream.api.request import Request
     from layerstream.chat.turn import Turn
     from layerstream.engine import LayerStream
-    from layerstream.request import Request
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 _CALL_OPTIONS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "explain_schema"})

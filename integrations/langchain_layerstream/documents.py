@@ -13,7 +13,7 @@ from typing import Any
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
-from layerstream.prefix_order import prefix_order
+from layerstream.api.prefix_order import prefix_order
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from langchain_layerstream.chat_models import ChatLayerStream

@@ -21,7 +21,7 @@ from langchain_core.runnables.utils import gather_with_concurrency
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
-    from layerstream.reception import OpenGang
+    from layerstream.runtime.reception import OpenGang
 
 MOST_THREADS = 256
 PATIENCE_SECONDS = 2.0

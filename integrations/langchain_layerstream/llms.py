@@ -11,8 +11,8 @@ from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageMod
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_json_schema
+from layerstream.api.completion import Completion, Delta, why_cut_off
 from layerstream.chat.tools import closed
-from layerstream.completion import Completion, Delta, why_cut_off
 
 from langchain_layerstream._errors import OutputCutOff, overflow_as_langchains
 from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, usage_of
@@ -20,9 +20,9 @@ from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 from langchain_layerstream.structured import AnswerParser, target_of
 
 if TYPE_CHECKING:
+    from layerstream.api.params import SamplingParams
+    from layerstream.api.request import Request
     from layerstream.engine import LayerStream
-    from layerstream.params import SamplingParams
-    from layerstream.request import Request
     from layerstream.text.prompt import Prompt
 
 _WHOLE = "whole_answer"

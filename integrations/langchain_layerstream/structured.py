@@ -18,7 +18,7 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from layerstream.completion import why_cut_off
+from layerstream.api.completion import why_cut_off
 from pydantic import ValidationError
 from pydantic.v1 import ValidationError as ValidationErrorV1
 

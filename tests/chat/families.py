@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from layerstream.chat.turn import TurnMaker
-from layerstream.scheduling.grammar import Grammars
 from layerstream.text.prompt import PromptEncoder
+from layerstream.text.response_format import Grammars
 
 from tests.models import make_tokenizer
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layerstream.api.params import SamplingParams
 from layerstream.chat.formats import FORMATS, find_format
 from layerstream.chat.messages import plain_messages
 from layerstream.chat.reader import CallPart, Reply, Text, gather
 from layerstream.chat.turn import Turn, TurnMaker
 from layerstream.errors import PromptError, ToolError
-from layerstream.params import SamplingParams
-from layerstream.scheduling.grammar import Grammars
 from layerstream.text.prompt import PromptEncoder
+from layerstream.text.response_format import Grammars
 
 from tests.chat.families import FAMILIES, make_turns
 from tests.models import make_tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from layerstream import probe
+from layerstream.measuring import rates as probe
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 from layerstream import LayerStream
 from layerstream.cli import app
 from layerstream.cli.demo import FOLDER, Question, ask_all, load_questions
+from layerstream.core.sizes import parse_size
 from layerstream.demo.answering import Answer
 from layerstream.demo.retrieval import Retriever, load_documents
-from layerstream.sizes import parse_size
 from typer.testing import CliRunner
 
 from tests.models import make_model, make_tokenizer

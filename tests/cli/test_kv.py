@@ -138,7 +138,7 @@ def test_clear_asks_on_a_terminal(docs: Path, store: Path, monkeypatch: pytest.M
 
 
 def test_clear_says_what_it_spares(docs: Path, store: Path) -> None:
-    from layerstream.kv.tiers.locks import open_locked
+    from layerstream.store.tiers.locks import open_locked
 
     warm(docs)
     reading = open_locked(max(store.rglob("*.kv"), key=lambda path: path.stat().st_size))
@@ -152,7 +152,7 @@ def test_clear_says_what_it_spares(docs: Path, store: Path) -> None:
 def test_a_full_disk_can_be_seen_and_cleared(
     error: Exception, docs: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layerstream.kv.index import Index
+    from layerstream.store.index import Index
 
     warm(docs)
     open_index = Index.__init__
@@ -174,7 +174,7 @@ def test_a_full_disk_can_be_seen_and_cleared(
 
 def test_read_only_is_seen_and_not_changed(docs: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warm(docs)
-    monkeypatch.setattr("layerstream.kv.tiers.folder.os.access", lambda *_: False)
+    monkeypatch.setattr("layerstream.store.tiers.folder.os.access", lambda *_: False)
     assert "demo" in run("kv", "ls").stdout
     assert run("kv", "verify").exit_code == 0
     for command in (("clear",), ("prune", "--to", "1KB")):

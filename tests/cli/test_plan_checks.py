@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from layerstream import probe
 from layerstream.cli import app
-from layerstream.config import EngineConfig
-from layerstream.sizing import plan_facts, plan_model, spend
+from layerstream.measuring import rates as probe
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.plan_model import plan_facts, plan_model, spend
 from typer.testing import CliRunner
 
 

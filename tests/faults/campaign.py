@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from layerstream import LayerStreamError
-from layerstream.request import Request
+from layerstream.api.request import Request
 
 from tests.faults import dying, invariants
 from tests.faults.kinds import KINDS, Kind, Scene

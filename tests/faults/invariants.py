@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerstream import LayerStream
-from layerstream.files import TEMPORARY
-from layerstream.kv import maintenance
-from layerstream.kv.tiers.folder import StoreFolder
+from layerstream.hardware.files import TEMPORARY
+from layerstream.store import maintenance
+from layerstream.store.tiers.folder import StoreFolder
 
 from tests.faults.trials import Trial
 from tests.faults.wires import path_of

@@ -28,10 +28,10 @@ from typing import Any, Literal, TypeAlias
 import pytest
 import torch
 from layerstream import LayerStream, LayerStreamError, SamplingParams
-from layerstream.events import Event
-from layerstream.kv import maintenance
-from layerstream.kv.tiers.folder import StoreFolder
-from layerstream.request import Request
+from layerstream.api.events import Event
+from layerstream.api.request import Request
+from layerstream.store import maintenance
+from layerstream.store.tiers.folder import StoreFolder
 
 from tests.faults import wires
 from tests.faults.trials import Trial
@@ -410,7 +410,7 @@ KINDS: dict[str, Kind] = {
     "caller: walks away": Kind("nobody", strike=_leave),
     "caller: closes": Kind("named", strike=_close_engine, closes=True),
     "caller: asks for the impossible": Kind("nobody", strike=_hostile),
-    "bug: sampling": Kind("one", _planted("layerstream.loop", "", "sample", _bug)),
+    "bug: sampling": Kind("one", _planted("layerstream.runtime.loop", "", "sample", _bug)),
     "bug: text": Kind("one", _planted("layerstream.text.detokenizer", "Detokenizer", "push", _bug)),
     "bug: the model": Kind("present", _planted("layerstream.model.runner", "SweepRunner", "run", _bug)),
     "bug: scheduling": Kind("present", _planted("layerstream.scheduling.scheduler", "Scheduler", "schedule", _bug)),

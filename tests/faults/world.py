@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 from layerstream import KVStoreConfig, LayerStream, SamplingParams
-from layerstream.completion import Completion
+from layerstream.api.completion import Completion
 
 from tests.faults.trials import MODES, NUM_PROMPTS, Mode
 from tests.harness import budget_for, draw_prompt, shrink_units

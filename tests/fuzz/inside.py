@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from layerstream import LayerStream
-from layerstream.kv.segment import SUFFIX
+from layerstream.store.segment import SUFFIX
 
 SECONDS = 30.0  # in which what was cancelled is gone
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from layerstream.completion import Completion, CompletionMetrics, Delta, FinishReason, TokenLogprob, Usage
-from layerstream.params import SamplingParams
-from layerstream.request import Request
+from layerstream.api.completion import Completion, CompletionMetrics, Delta, FinishReason, TokenLogprob, Usage
+from layerstream.api.params import SamplingParams
+from layerstream.api.request import Request
 
 from tests.chat.families import make_turns
 

@@ -10,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream import LayerStream, SamplingParams
-from layerstream.assembly import assemble
-from layerstream.config import EngineConfig
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import Sweep
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
-from layerstream.self_check import step_greedily
-from layerstream.sequence import Sequence
-from layerstream.sweep import Sweep
+from layerstream.setup.assembly import assemble
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.self_check import step_greedily
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model

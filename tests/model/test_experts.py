@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layerstream.api.params import SamplingParams
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.model import elementwise
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.experts import Matrices, compute_experts
 from layerstream.model.routing import gathering
-from layerstream.params import SamplingParams
-from layerstream.sequence import Sequence
-from layerstream.streaming.expert_bank import Wish
-from layerstream.sweep import RowBlock, Span, Sweep
+from layerstream.streaming.experts.bank import Wish
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 

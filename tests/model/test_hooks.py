@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from layerstream.api.params import SamplingParams
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.model import hooks
 from layerstream.model.context import SweepContext, sweeping
-from layerstream.params import SamplingParams
-from layerstream.sequence import Sequence
-from layerstream.sweep import RowBlock, Span, Sweep
 
 
 def test_row_blocks_come_one_by_one_with_ordinary_strides() -> None:

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from layerstream.api.params import SamplingParams
 from layerstream.checkpoint.codecs.bnb import BnbInt8
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.model import linear
 from layerstream.model.context import Rows, SweepContext, sweeping
 from layerstream.model.linear import JoinedLinears, LinearSlice, PackedMatrix, PlainMatrix, SlicedLinear, padded_blocks
-from layerstream.params import SamplingParams
-from layerstream.sequence import Sequence
-from layerstream.sweep import RowBlock, Span, Sweep
 
 
 def whole(matrix: linear.Matrix, rows: int, bias: torch.Tensor | None = None) -> SlicedLinear:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from layerstream.planner import facts as assumed
-from layerstream.planner import spending
-from layerstream.sizing import plan_model
+from layerstream.planner import on_host as spending
+from layerstream.setup.plan_model import plan_model
 
 from tests.harness import NEW_TOKENS, STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model

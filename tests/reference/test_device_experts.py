@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream import LayerStream
-from layerstream.assembly import assemble
-from layerstream.config import EngineConfig
 from layerstream.errors import BudgetTooSmall, ConfigurationError
-from layerstream.expert_statistics import VARIABLE
-from layerstream.planner import spending
-from layerstream.self_check import step_greedily
-from layerstream.sizing import plan_model
-from layerstream.streaming.device_experts import DeviceBank
-from layerstream.streaming.expert_paths import ExpertPaths
+from layerstream.model.expert_usage import VARIABLE
+from layerstream.planner import on_host as spending
+from layerstream.setup.assembly import assemble
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.plan_model import plan_model
+from layerstream.setup.self_check import step_greedily
+from layerstream.streaming.experts.device_bank import DeviceBank
+from layerstream.streaming.experts.paths import ExpertPaths
 
 from tests.harness import add_tokenizer, assert_equals, draw_prompt, lose_an_expert, run_greedily
 from tests.models import make_model

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream.assembly import assemble
-from layerstream.draft import ROOT, DraftTree
-from layerstream.self_check import step_greedily
-from layerstream.sequence import Sequence as TokenSequence
+from layerstream.core.draft import ROOT, DraftTree
+from layerstream.core.sequence import Sequence as TokenSequence
+from layerstream.setup.assembly import assemble
+from layerstream.setup.self_check import step_greedily
 
 from tests.harness import add_tokenizer, config_for, draw_prompt
 from tests.models import VOCAB_SIZE, make_model

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream.config import EngineConfig
 from layerstream.errors import ConfigurationError
-from layerstream.sizing import plan_model
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.plan_model import plan_model
 
 from tests.harness import config_for, draw_prompt, run_greedily
 from tests.models import make_model

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream import LayerStream
-from layerstream.assembly import assemble
-from layerstream.config import EngineConfig
+from layerstream.core.sweep import Sweep
 from layerstream.errors import BudgetTooSmall, InvalidRouting, MissingTensor
-from layerstream.expert_statistics import VARIABLE
+from layerstream.hardware.reader import DirectReader
 from layerstream.model import experts as computing
 from layerstream.model.context import SweepContext, sweeping
-from layerstream.planner import spending
-from layerstream.self_check import step_greedily
-from layerstream.sizing import plan_model
-from layerstream.streaming.expert_bank import ExpertBank
-from layerstream.streaming.reader import DirectReader
-from layerstream.sweep import Sweep
+from layerstream.model.expert_usage import VARIABLE
+from layerstream.planner import on_host as spending
+from layerstream.setup.assembly import assemble
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.plan_model import plan_model
+from layerstream.setup.self_check import step_greedily
+from layerstream.streaming.experts.bank import ExpertBank
 from safetensors.torch import load_file, save_file
 
 from tests.harness import add_tokenizer, assert_equals, draw_prompt, lose_an_expert, run_greedily

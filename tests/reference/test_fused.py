@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream import LayerStream, SamplingParams, assembly, sizing
-from layerstream.config import EngineConfig
-from layerstream.kv.config import KVStoreConfig
-from layerstream.model.weights import SAME_INPUT
-from layerstream.pack import pack
-from layerstream.self_check import step_greedily
-from layerstream.sizing import plan_model
+from layerstream import LayerStream, SamplingParams
+from layerstream.model.device_weights import SAME_INPUT
+from layerstream.setup import assembly
+from layerstream.setup import plan_model as sizing
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.pack import pack
+from layerstream.setup.plan_model import plan_model
+from layerstream.setup.self_check import step_greedily
+from layerstream.store.config import KVStoreConfig
 
 from tests.checkpoint.test_tiled import needs_kernel
 from tests.gguf_files import Kind, write_gguf
@@ -99,7 +101,7 @@ def test_joined_projections_answer_as_separate_ones(quantised: Path, monkeypatch
     config = EngineConfig(str(quantised), memory_bytes=budget_for(quantised, "tight", "bfloat16"), dtype="bfloat16")
     found = []
     for names in (SAME_INPUT, ()):
-        monkeypatch.setattr("layerstream.model.weights.SAME_INPUT", names)
+        monkeypatch.setattr("layerstream.model.device_weights.SAME_INPUT", names)
         parts = assembly.assemble(config, None)
         found.append(step_greedily(parts, [draw_prompt(20)], 4)[1][0])
         parts.close()

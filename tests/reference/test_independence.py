@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream.assembly import assemble
-from layerstream.planner import spending
-from layerstream.self_check import step_greedily
+from layerstream.planner import on_host as spending
+from layerstream.setup.assembly import assemble
+from layerstream.setup.self_check import step_greedily
 
 from tests.harness import add_tokenizer, config_for, draw_prompt, run_greedily
 from tests.models import make_model

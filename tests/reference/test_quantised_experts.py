@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from layerstream.config import EngineConfig
 from layerstream.errors import InvalidHeader, UnsupportedFormat
-from layerstream.pack import pack
-from layerstream.sizing import plan_model
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.pack import pack
+from layerstream.setup.plan_model import plan_model
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

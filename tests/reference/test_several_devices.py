@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from layerstream.sizing import plan_model
+from layerstream.setup.plan_model import plan_model
 
 from tests.harness import STREAMING, add_tokenizer, assert_equals, devices_config, draw_prompt, run_greedily
 from tests.models import make_model

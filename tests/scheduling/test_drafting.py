@@ -9,15 +9,15 @@ from collections.abc import Sequence as Seq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layerstream.draft import ROOT, DraftTree
-from layerstream.params import SamplingParams
+from layerstream.api.params import SamplingParams
+from layerstream.core.draft import ROOT, DraftTree
+from layerstream.core.sequence import Sequence
 from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.drafting.acceptance import Acceptance
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.verify import verify
-from layerstream.sequence import Sequence
 
 ENDLESS = 1e9  # seconds that a read takes: rows are free
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence as Seq
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream.draft import ROOT, DraftTree
+from layerstream.api.params import SamplingParams
+from layerstream.core.draft import ROOT, DraftTree
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import Sweep
 from layerstream.kv.pages import PagePool
-from layerstream.params import SamplingParams
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.scheduling.verify import verify
-from layerstream.sequence import Sequence
-from layerstream.sweep import Sweep
 
 PAGE = 8
 LIMITS = SweepLimits(max_tokens=20, chunk_tokens=PAGE, decode_rows=4, prompt_rows=16, max_draft_rows=6)

@@ -10,11 +10,11 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import pytest
 import torch
-from layerstream.draft import ROOT, DraftTree
-from layerstream.params import SamplingParams
+from layerstream.api.params import SamplingParams
+from layerstream.core.draft import ROOT, DraftTree
+from layerstream.core.sequence import Sequence
 from layerstream.scheduling.sampler import processed_distribution, sample
 from layerstream.scheduling.verify import verify
-from layerstream.sequence import Sequence
 
 VOCAB = 5
 LENGTH = 3

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream.params import SamplingParams
+from layerstream.api.params import SamplingParams
+from layerstream.core.sequence import Sequence
 from layerstream.scheduling import queue as module
 from layerstream.scheduling.queue import AGEING_SWEEPS, WaitingQueue
-from layerstream.sequence import Sequence
 
 
 def make(number: int, priority: int = 0, client: str = "") -> Sequence:

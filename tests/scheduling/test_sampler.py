@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from layerstream.api.params import SamplingParams
+from layerstream.core.sequence import Sequence
 from layerstream.errors import InvalidLogits
-from layerstream.params import SamplingParams
 from layerstream.scheduling.sampler import processed_distribution, sample
-from layerstream.sequence import Sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 VOCAB = 12

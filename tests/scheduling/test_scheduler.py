@@ -6,12 +6,12 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
+from layerstream.api.params import SamplingParams
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import Sweep
 from layerstream.kv.pages import PagePool
-from layerstream.params import SamplingParams
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
-from layerstream.sequence import Sequence
-from layerstream.sweep import Sweep
 
 LIMITS = SweepLimits(max_tokens=20, chunk_tokens=8, decode_rows=4)
 

@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream import KVStoreConfig, LayerStream, PromptTooLong, SamplingParams, StorageFull
-from layerstream.assembly import assemble
-from layerstream.config import EngineConfig
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import Sweep
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Published, Stored, page_keys
 from layerstream.planner import facts as assumed
-from layerstream.planner import spending
+from layerstream.planner import on_host as spending
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
-from layerstream.self_check import step_greedily
-from layerstream.sequence import Sequence
-from layerstream.sweep import Sweep
+from layerstream.setup.assembly import assemble
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.self_check import step_greedily
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model
@@ -297,7 +297,7 @@ def test_damage_in_a_page_that_streams(model: Path, store: KVStoreConfig) -> Non
     cold, _ = run(wanted, prompt)
     key = page_keys(prompt, 32)[3]
     for path in store.path.rglob("*.kv"):
-        from layerstream.kv.segment import read_info
+        from layerstream.store.segment import read_info
 
         if key in read_info(path).keys:
             data = bytearray(path.read_bytes())

@@ -6,8 +6,8 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
+from layerstream.core.sizes import PAGE
 from layerstream.hardware.arena import Arena
-from layerstream.sizes import PAGE
 from layerstream.streaming.ring import RingAllocator
 
 

@@ -12,15 +12,15 @@ import torch
 from layerstream.checkpoint.header import read_header
 from layerstream.checkpoint.names import ParameterSource
 from layerstream.checkpoint.pieces import PiecedTensor, concatenate, stack
+from layerstream.core.sizes import PAGE
 from layerstream.errors import EngineClosed, ReadError, TruncatedFile
-from layerstream.sizes import PAGE
-from layerstream.streaming.copies import CopyFeed
+from layerstream.hardware.reader import DirectReader
+from layerstream.streaming.copy_feed import CopyFeed
 from layerstream.streaming.feed import ReadFeed
-from layerstream.streaming.host import HostSource
+from layerstream.streaming.host_source import HostSource
+from layerstream.streaming.layout import Part, UnitLayout, lay_out
 from layerstream.streaming.loader import load_unit
-from layerstream.streaming.reader import DirectReader
 from layerstream.streaming.streamer import ScheduleMismatch, Streamer
-from layerstream.streaming.unit import Part, UnitLayout, lay_out
 from safetensors.torch import save_file
 
 from tests.pretend import PretendDevice

@@ -10,8 +10,8 @@ import torch
 from layerstream.checkpoint.header import read_header
 from layerstream.checkpoint.names import ParameterSource
 from layerstream.checkpoint.pieces import PiecedTensor
-from layerstream.streaming.reader import DirectReader
-from layerstream.streaming.unit import Part, UnitLayout, lay_out
+from layerstream.hardware.reader import DirectReader
+from layerstream.streaming.layout import Part, UnitLayout, lay_out
 from safetensors.torch import save_file
 
 

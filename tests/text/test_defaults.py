@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from layerstream.api.params import SamplingParams
 from layerstream.errors import InvalidHeader
-from layerstream.params import SamplingParams
 from layerstream.text.defaults import LEAST_TOP_P, GenerationDefaults, load_defaults
 
 NEUTRAL: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}

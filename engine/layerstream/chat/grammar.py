@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from layerstream.chat.formats import ToolFormat
 from layerstream.chat.tools import Selection, closed
-from layerstream.scheduling.grammar import JSON_STYLE
+from layerstream.text.response_format import JSON_STYLE
 
 Thoughts: TypeAlias = Literal["none", "allowed", "begun"]
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerstream.api.params import SamplingParams
 from layerstream.chat.formats import GENERIC, ToolFormat, find_format, thinks
 from layerstream.chat.grammar import Thoughts, answer_grammar
 from layerstream.chat.messages import explain_schema, explain_tools, plain_messages, without_system
 from layerstream.chat.reader import Reply, ReplyReader, gather, response_template
 from layerstream.chat.tools import Selection, ToolChoice, closed, select_tools
 from layerstream.errors import PromptError, ToolError
-from layerstream.params import SamplingParams
 from layerstream.text.prompt import Message, PromptEncoder
 
 _JSON_FORMATS = ("json_schema", "json_object")

@@ -37,7 +37,7 @@ from layerstream.errors import (
     StorageFull,
     UnsupportedFormat,
 )
-from layerstream.machine import cache_folder
+from layerstream.hardware.machine import cache_folder
 
 DEMO = "demo"
 _NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 
 if TYPE_CHECKING:
+    from layerstream.api.completion import Completion
+    from layerstream.api.request import Request
     from layerstream.chat.reader import Piece
     from layerstream.chat.turn import Turn
-    from layerstream.completion import Completion
-    from layerstream.request import Request
 
 _KEPT = "\t\n"
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in _KEPT} | dict.fromkeys(

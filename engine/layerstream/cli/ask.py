@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerstream.api.params import SamplingParams
 from layerstream.cli.answering import Answer
 from layerstream.cli.options import EngineOptions, Model, SamplingOptions, with_options
 from layerstream.demo.retrieval import Passage, Retriever, join_passages, load_documents
-from layerstream.params import SamplingParams
 from layerstream.text.prompt import QUESTION_PROMPT
 
 if TYPE_CHECKING:
+    from layerstream.api.request import Request
     from layerstream.engine import LayerStream
-    from layerstream.request import Request
 
 ANSWER_TOKENS = 64  # kept free for the answer where max_tokens does not say
 

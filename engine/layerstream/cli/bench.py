@@ -12,18 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from layerstream.api.params import SamplingParams
 from layerstream.cli.ask import submit
 from layerstream.cli.bench_experts import experts, without_guesses
 from layerstream.cli.demo import FOLDER, load_questions
 from layerstream.cli.options import EngineOptions, Model, SamplingOptions, with_options
 from layerstream.cli.report import format_seconds, format_streamed
+from layerstream.core.sizes import format_size
 from layerstream.demo.retrieval import Retriever, load_documents
 from layerstream.errors import ConfigurationError, DocumentError
-from layerstream.params import SamplingParams
-from layerstream.sizes import format_size
 
 if TYPE_CHECKING:
-    from layerstream.completion import Completion
+    from layerstream.api.completion import Completion
     from layerstream.engine import LayerStream
     from layerstream.stats import EngineStats
 

@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from layerstream.api.params import SamplingParams
 from layerstream.cli.demo import FOLDER, load_questions
 from layerstream.cli.options import EngineOptions, Model, with_options
 from layerstream.cli.report import format_seconds, format_streamed
+from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
-from layerstream.params import SamplingParams
-from layerstream.sizes import format_size
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream

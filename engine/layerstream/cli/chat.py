@@ -20,8 +20,8 @@ from layerstream.cli.options import EngineOptions, SamplingOptions, with_options
 from layerstream.errors import ConfigurationError, DeviceLost, EngineClosed, LayerStreamError, PromptTooLong
 
 if TYPE_CHECKING:
+    from layerstream.api.params import SamplingParams
     from layerstream.engine import LayerStream
-    from layerstream.params import SamplingParams
 
 ANSWER_TOKENS = 256  # kept free for the answer where max_tokens does not say
 MORE, ASK = "… ", "> "

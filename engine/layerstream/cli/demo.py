@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from layerstream.core.sizes import format_size, parse_size
 from layerstream.demo.retrieval import Retriever, load_documents
-from layerstream.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from layerstream.demo.answering import Answer

@@ -15,7 +15,7 @@ import typer
 from layerstream import __version__
 from layerstream.cli.failures import FAILED
 from layerstream.cli.report import format_streamed
-from layerstream.sizes import format_size
+from layerstream.core.sizes import format_size
 
 Verdict = Literal["ok", "note", "warn", "bad"]
 MARKS: dict[Verdict, str] = {"ok": "✓", "note": "·", "warn": "!", "bad": "✗"}
@@ -64,7 +64,7 @@ def _findings(model: str, again: bool) -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from layerstream.machine import available_memory_bytes
+    from layerstream.hardware.machine import available_memory_bytes
 
     free = available_memory_bytes()
     verdict: Verdict = "ok" if free >= 2 * 2**30 else "warn"
@@ -99,7 +99,7 @@ def _pinning() -> Iterator[Finding]:
 
     from layerstream.errors import ConfigurationError
     from layerstream.hardware.arena import Arena
-    from layerstream.streaming.cuda import CudaDevice
+    from layerstream.hardware.cuda import CudaDevice
 
     arena, device = Arena(2**30), CudaDevice(torch.device("cuda"))
     try:
@@ -112,12 +112,12 @@ def _pinning() -> Iterator[Finding]:
 
 
 def _model(model: str, again: bool) -> Iterator[Finding]:
-    from layerstream.config import EngineConfig
-    from layerstream.machine import network_file_system
+    from layerstream.hardware.accelerators import resolve_device
+    from layerstream.hardware.machine import network_file_system
+    from layerstream.measuring.rates import rates_for, weights_file
     from layerstream.planner.rates import SLOW_DISK
-    from layerstream.probe import rates_for, weights_file
-    from layerstream.sizing import plan_facts
-    from layerstream.streaming.accelerators import resolve_device
+    from layerstream.setup.config import EngineConfig
+    from layerstream.setup.plan_model import plan_facts
 
     _, skeleton, _ = plan_facts(EngineConfig(model))
     file = weights_file(skeleton)
@@ -140,8 +140,8 @@ def _model(model: str, again: bool) -> Iterator[Finding]:
 
 def _direct_reads(file: Path) -> Finding:
     from layerstream.hardware.arena import Arena
+    from layerstream.hardware.reader import DirectReader, ReadRequest
     from layerstream.streaming.loader import Countdown
-    from layerstream.streaming.reader import DirectReader, ReadRequest
 
     reader, countdown = DirectReader(1), Countdown(1)
     try:
@@ -158,8 +158,8 @@ def _direct_reads(file: Path) -> Finding:
 
 
 def _folders() -> Iterator[Finding]:
-    from layerstream.kv.config import store_config
-    from layerstream.machine import cache_folder
+    from layerstream.hardware.machine import cache_folder
+    from layerstream.store.config import store_config
 
     store = store_config("auto")
     if store is not None:

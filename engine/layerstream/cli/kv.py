@@ -14,13 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from layerstream.core.sizes import format_size, parse_size
 from layerstream.errors import KVStoreUnusable, StorageFull
-from layerstream.kv.config import KVStoreConfig, default_folder
-from layerstream.sizes import format_size, parse_size
+from layerstream.store.config import KVStoreConfig, default_folder
 
 if TYPE_CHECKING:
-    from layerstream.kv.maintenance import NamespaceSummary
-    from layerstream.kv.tiers.folder import Access, StoreFolder
+    from layerstream.store.maintenance import NamespaceSummary
+    from layerstream.store.tiers.folder import Access, StoreFolder
 
 app = typer.Typer(help="Look after the store of computed prefixes.", no_args_is_help=True)
 
@@ -32,7 +32,7 @@ SHORT = 8  # characters of an id that are shown
 @app.command("ls")
 def list_(store: Store = None) -> None:
     """Show what is stored for which model, how large, how often used."""
-    from layerstream.kv.maintenance import summarise
+    from layerstream.store.maintenance import summarise
 
     with _opened(store, or_files=True) as folder:
         if folder.has_files_only:
@@ -55,8 +55,8 @@ def list_(store: Store = None) -> None:
 @app.command()
 def verify(store: Store = None) -> None:
     """Read everything, drop what is damaged; exits 1 if something was."""
-    from layerstream.kv.maintenance import verify_all
-    from layerstream.kv.tiers.folder import Access
+    from layerstream.store.maintenance import verify_all
+    from layerstream.store.tiers.folder import Access
 
     with _opened(store, Access(is_suspect=True)) as folder:
         count = damaged = 0
@@ -76,7 +76,7 @@ def prune(
     store: Store = None,
 ) -> None:
     """Evict what is worth least. What is pinned or being used stays."""
-    from layerstream.kv.maintenance import prune as prune_to
+    from layerstream.store.maintenance import prune as prune_to
 
     wanted = parse_size(to)
     with _opened(store, writes=True) as folder:
@@ -93,7 +93,7 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove what is stored for a model, or everything, pinned or not, with the answers that are remembered."""
-    from layerstream.kv.maintenance import choose, summarise
+    from layerstream.store.maintenance import choose, summarise
 
     with _opened(store, writes=True, or_files=True) as folder:
         chosen = choose(folder, which)
@@ -113,8 +113,8 @@ def clear(
 
 def _clear(folder: StoreFolder, chosen: list[NamespaceSummary]) -> int:
     """Clear *chosen*, say what had to stay; the bytes that became free."""
-    from layerstream.kv.maintenance import clear as clear_namespace
-    from layerstream.kv.maintenance import remaining_segments
+    from layerstream.store.maintenance import clear as clear_namespace
+    from layerstream.store.maintenance import remaining_segments
 
     freed = sum(clear_namespace(folder, summary) for summary in chosen)
     stayed = [row for summary in chosen for row in remaining_segments(folder, summary)]
@@ -147,8 +147,8 @@ def export(
     store: Store = None,
 ) -> None:
     """Write what is stored for a model to a file, to take it to another machine."""
-    from layerstream.kv.maintenance import choose
-    from layerstream.kv.maintenance import export as export_namespace
+    from layerstream.store.maintenance import choose
+    from layerstream.store.maintenance import export as export_namespace
 
     if out.exists():
         raise KVStoreUnusable(f"{out} is there already; name another file, or remove it first")
@@ -170,10 +170,10 @@ def import_(
     store: Store = None,
 ) -> None:
     """Take over what another machine has computed, if this one would compute exactly the same."""
-    from layerstream.assembly import identify
-    from layerstream.config import EngineConfig
-    from layerstream.kv.maintenance import import_ as import_file
-    from layerstream.kv.tiers.folder import Bounds
+    from layerstream.setup.assembly import identify
+    from layerstream.setup.config import EngineConfig
+    from layerstream.store.maintenance import import_ as import_file
+    from layerstream.store.tiers.folder import Bounds
 
     config = KVStoreConfig(store)
     budget = None if memory is None else parse_size(memory)
@@ -206,8 +206,8 @@ def _opened(
     Args:
         or_files: where the index cannot be opened, as on a full disk, the files alone.
     """
-    from layerstream.kv.database import explain
-    from layerstream.kv.tiers.folder import Access, StoreFolder, StoreUnavailable
+    from layerstream.store.database import explain
+    from layerstream.store.tiers.folder import Access, StoreFolder, StoreUnavailable
 
     path = store if store is not None else default_folder()
     if must_exist and not path.exists():

@@ -18,8 +18,8 @@ import typer
 from layerstream.cli.answering import is_terminal, printable
 from layerstream.cli.failures import explain
 from layerstream.cli.report import format_streamed
+from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall, LayerStreamError
-from layerstream.sizes import format_size
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo
@@ -93,9 +93,9 @@ def look_at(model: Found) -> tuple[str, str]:
 
 def _look_at(path: Path) -> tuple[str, str]:
     from layerstream.cli.plan import minimum_bytes
-    from layerstream.config import EngineConfig
-    from layerstream.kv.config import store_config
-    from layerstream.sizing import plan_facts, spend
+    from layerstream.setup.config import EngineConfig
+    from layerstream.setup.plan_model import plan_facts, spend
+    from layerstream.store.config import store_config
 
     config = EngineConfig(str(path), kv_store=store_config("auto"))
     facts, skeleton, _ = plan_facts(config)

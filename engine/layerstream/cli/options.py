@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
+from layerstream.api.params import SamplingParams
+from layerstream.core.sizes import parse_size
 from layerstream.errors import ConfigurationError
-from layerstream.params import SamplingParams
-from layerstream.sizes import parse_size
 
 if TYPE_CHECKING:
-    from layerstream.config import EngineConfig
     from layerstream.engine import LayerStream
+    from layerstream.setup.config import EngineConfig
 
 ESCAPES = {"\\n": "\n", "\\t": "\t"}
 
@@ -102,8 +102,8 @@ class EngineOptions:
 
     def config(self, model: str) -> EngineConfig:
         """What :meth:`open` would make an engine from."""
-        from layerstream.config import MAX_QUEUED, EngineConfig
-        from layerstream.kv.config import store_config
+        from layerstream.setup.config import MAX_QUEUED, EngineConfig
+        from layerstream.store.config import store_config
 
         given = self.arguments()
         memory, host_memory = given.pop("memory", None), given.pop("host_memory", None)

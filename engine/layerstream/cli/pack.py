@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
-from layerstream.sizes import format_size
 
 
 def pack(
@@ -27,7 +27,7 @@ def pack(
     if len(chosen) != 1:
         raise ConfigurationError("choose one of --nf4, --int8 and --int4")
     from layerstream.checkpoint.hub import locate
-    from layerstream.pack import pack as run
+    from layerstream.setup.pack import pack as run
 
     report = run(locate(model), out, chosen[0], keep_head=keep_head, on_shard=_show if sys.stderr.isatty() else _skip)
     share = report.packed_bytes / report.source_bytes

@@ -11,17 +11,17 @@ import typer
 from layerstream.cli.failures import in_shell_words
 from layerstream.cli.options import EngineOptions, with_options
 from layerstream.cli.report import format_seconds, format_streamed
+from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall, ConfigurationError
-from layerstream.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from layerstream.config import EngineConfig
     from layerstream.model.skeleton import Skeleton
     from layerstream.planner import ModelFacts, Plan
     from layerstream.planner.advice import Advice
     from layerstream.planner.forecast import Forecast
+    from layerstream.setup.config import EngineConfig
 
 
 PROMPT_TOKENS = 1000
@@ -41,16 +41,16 @@ def plan(
     The first token is that of a prompt of --context tokens, 1,000 if not given; --quantization: as if it were packed.
     """
     from layerstream.checkpoint.hub import are_weights_here, locate_headers
-    from layerstream.kernels import fused_rows
+    from layerstream.hardware.accelerators import is_there
     from layerstream.model.assumed import assume_weights, has_config_alone
+    from layerstream.model.kernels import fused_rows
     from layerstream.planner.advice import advise, quantised
-    from layerstream.sizing import devices_of, plan_facts, spend
-    from layerstream.streaming.accelerators import is_there
+    from layerstream.setup.plan_model import devices_of, plan_facts, spend
 
     asked = engine.config(model)
     folder = locate_headers(model, revision=asked.revision)
     if plot is not None:
-        from layerstream.plot import check, draw
+        from layerstream.measuring.plot import check, draw
 
         check(plot)
         if asked.quantization is not None or not are_weights_here(folder):
@@ -90,8 +90,8 @@ def _beside_draft_model(config: EngineConfig) -> EngineConfig:
     """*config* with what its draft model takes set apart."""
     if config.draft_model is None:
         return config
-    from layerstream.draft_setup import draft_config
-    from layerstream.sizing import plan_model
+    from layerstream.setup.draft import draft_config
+    from layerstream.setup.plan_model import plan_model
 
     draft = plan_model(draft_config(config))[0]
     return dataclasses.replace(
@@ -102,9 +102,9 @@ def _beside_draft_model(config: EngineConfig) -> EngineConfig:
 
 
 def _forecast(config: EngineConfig, made: Plan, skeleton: Skeleton, context: int, *, again: bool) -> Forecast:
+    from layerstream.measuring.rates import rates_for
     from layerstream.planner.forecast import Forecast
-    from layerstream.probe import rates_for
-    from layerstream.sizing import devices_of
+    from layerstream.setup.plan_model import devices_of
 
     rates = rates_for(skeleton, devices_of(config)[0], again=again)
     return Forecast(made, rates, str(skeleton.dtype).removeprefix("torch."), context)
@@ -158,7 +158,7 @@ def _expert_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 def minimum_bytes(config: EngineConfig, facts: ModelFacts) -> int:
     """The smallest budget that a model of *facts* runs within."""
-    from layerstream.sizing import spend
+    from layerstream.setup.plan_model import spend
 
     try:
         spend(dataclasses.replace(config, memory_bytes=1, memory_each=(1,) * len(config.memory_each)), facts)

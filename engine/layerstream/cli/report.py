@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerstream.sizes import format_size
+from layerstream.core.sizes import format_size
 
 if TYPE_CHECKING:
     from layerstream.stats import EngineStats

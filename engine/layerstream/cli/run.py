@@ -16,10 +16,10 @@ from layerstream.cli.options import EngineOptions, SamplingOptions, with_options
 from layerstream.errors import ConfigurationError, EmptyPrompt, PromptError
 
 if TYPE_CHECKING:
+    from layerstream.api.completion import Completion
+    from layerstream.api.params import SamplingParams
     from layerstream.chat.turn import Turn
-    from layerstream.completion import Completion
     from layerstream.engine import LayerStream
-    from layerstream.params import SamplingParams
 
 STDIN = "-"
 _MODEL = re.compile(r"demo|[.~/]\S*|[\w.-]+/[\w.-]+|\S+\.gguf")

@@ -11,10 +11,10 @@ import typer
 
 from layerstream.cli.doctor import why_not_writable
 from layerstream.cli.options import EngineOptions, Model, with_options
+from layerstream.core.sizes import format_size
 from layerstream.demo.retrieval import load_documents, split_passages
 from layerstream.errors import KVStoreUnusable, StorageFull
-from layerstream.kv.config import KVStoreConfig, store_config
-from layerstream.sizes import format_size
+from layerstream.store.config import KVStoreConfig, store_config
 
 if TYPE_CHECKING:
     from layerstream.warming import WarmForecast

@@ -7,7 +7,7 @@ import mmap
 
 import torch
 
-from layerstream.sizes import PAGE
+from layerstream.core.sizes import PAGE
 
 POPULATED_AT_ONCE = 8 * 2**20
 _MADV_POPULATE_WRITE = 23

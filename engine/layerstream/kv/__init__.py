@@ -1,1 +1,1 @@
-"""Floor 3: the keys and values of every sequence, in pages."""
+"""What lives in memory: the keys and values of every sequence, in pages, and which prefixes they hold."""

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from layerstream.draft import DraftTree
+from layerstream.core.draft import DraftTree
+from layerstream.core.sequence import Sequence as TokenSequence
+from layerstream.core.sweep import Span
 from layerstream.kv.state import LayerState
-from layerstream.sequence import Sequence as TokenSequence
-from layerstream.sweep import Span
 
 
 class DraftedRows:

@@ -29,11 +29,11 @@ from typing import TypeAlias
 
 import torch
 
+from layerstream.core.sweep import Span, Sweep
+from layerstream.hardware.device import Device, Mark, Placement
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.shape import PageShape
 from layerstream.kv.state import LayerState, PagedRows, runs
-from layerstream.streaming.device import Device, Mark, Placement
-from layerstream.sweep import Span, Sweep
 
 Wait: TypeAlias = Callable[[int], None]  # until the stored pages of this layer are on the host
 

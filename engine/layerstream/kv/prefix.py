@@ -32,9 +32,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from layerstream.core.sequence import Sequence as TokenSequence
+from layerstream.core.sweep import PageLoad
 from layerstream.kv.pages import PagePool
-from layerstream.sequence import Sequence as TokenSequence
-from layerstream.sweep import PageLoad
 
 Key = bytes
 

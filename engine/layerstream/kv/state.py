@@ -13,11 +13,11 @@ from math import prod
 
 import torch
 
+from layerstream.core.sizes import PAGE
 from layerstream.hardware.arena import Arena
+from layerstream.hardware.device import Device
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.shape import PageShape
-from layerstream.sizes import PAGE
-from layerstream.streaming.device import Device
 
 
 class PageMemory:

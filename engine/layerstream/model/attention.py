@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import Span
 from layerstream.model.context import SweepContext, current
 from layerstream.model.device_attention import Sight, attend_on_device
-from layerstream.sequence import Sequence
-from layerstream.sweep import Span
 
 IMPLEMENTATION = "layerstream"
 SCORES_AT_ONCE = 2**20  # 4 MiB

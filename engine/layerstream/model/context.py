@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.state import PagedRows
-from layerstream.sweep import RowBlock, Span, Sweep
 
 if TYPE_CHECKING:
     from layerstream.model.routing import Routing

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from layerstream.checkpoint.names import PackedSource, Source
+from layerstream.core.sizes import PAGE
 from layerstream.errors import UnsupportedFormat
 from layerstream.hardware.arena import Arena
-from layerstream.sizes import PAGE
+from layerstream.hardware.reader import DirectReader, ReadRequest
 from layerstream.streaming.loader import Countdown
-from layerstream.streaming.reader import DirectReader, ReadRequest
 
 _DEMAND = 0  # before scheduled reads: the sweep cannot start without it
 

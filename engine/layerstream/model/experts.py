@@ -24,12 +24,12 @@ from transformers.integrations.moe import ExpertsInterface
 
 from layerstream.checkpoint.codecs.base import Codec, Planes
 from layerstream.checkpoint.names import PackedSource
+from layerstream.core.sweep import SweepFailed
 from layerstream.errors import InvalidRouting
 from layerstream.model import elementwise
 from layerstream.model.context import current
 from layerstream.model.routing import Call
-from layerstream.streaming.expert_bank import ExpertLost, Wish
-from layerstream.sweep import SweepFailed
+from layerstream.streaming.experts.bank import ExpertLost, Wish
 
 IMPLEMENTATION = "layerstream"
 EARLY_ROWS = 64  # that may be computed before their turn, however few rows there are

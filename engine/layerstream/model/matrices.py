@@ -11,13 +11,13 @@ from layerstream.checkpoint.codecs.base import Codec
 from layerstream.checkpoint.codecs.bnb import aligned
 from layerstream.checkpoint.codecs.tiled import TILE, TiledInt4, rewrite, staying_shapes, tiled
 from layerstream.checkpoint.names import PackedSource, ParameterSource, Source
+from layerstream.core.sizes import PAGE
 from layerstream.hardware.arena import Arena
 from layerstream.model.experts import EXPERT_ROWS, FusedMatrix, PackedExperts
 from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
 from layerstream.model.skeleton import Skeleton
-from layerstream.sizes import PAGE
-from layerstream.streaming.residency import PlannedUnit
-from layerstream.streaming.unit import Part
+from layerstream.planner.units import PlannedUnit
+from layerstream.streaming.layout import Part
 
 Tensors = Mapping[str, torch.Tensor]
 Weights = tuple[Matrix, torch.Tensor | None]

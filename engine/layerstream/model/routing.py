@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from layerstream.core.sweep import Span
 from layerstream.model.context import current
-from layerstream.sweep import Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,11 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import Sweep
 from layerstream.hardware.arena import Arena
+from layerstream.hardware.device import Placement
 from layerstream.kv.drafted import DraftedRows
-from layerstream.kv.loader import PageLoader
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.state import LayerState
 from layerstream.model.cache import PagedCache
@@ -27,11 +29,9 @@ from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.families import latent_width
 from layerstream.model.linear import padded_blocks
-from layerstream.model.placed import ModelWeights
+from layerstream.model.model_weights import ModelWeights
 from layerstream.model.skeleton import Skeleton
-from layerstream.sequence import Sequence
-from layerstream.streaming.device import Placement
-from layerstream.sweep import Sweep
+from layerstream.store.loader import PageLoader
 
 
 class SweepRunner:

@@ -25,8 +25,8 @@ from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts, llama4
 from layerstream.model.families import check_supported
 from layerstream.model.linear import TILE_VALUES
-from layerstream.model.weighing import Weigher, is_fused_experts
-from layerstream.streaming.residency import ExpertsNode, WeightNode, linears
+from layerstream.model.module_sizes import Weigher, is_fused_experts
+from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner.facts import ModelFacts
 from layerstream.planner.forecast import Forecast
 from layerstream.planner.on_device import comfortable_host_bytes, make_device_plan
+from layerstream.planner.on_devices import make_devices_plan
+from layerstream.planner.on_host import comfortable_bytes, make_plan
 from layerstream.planner.plan import Plan
-from layerstream.planner.several import make_devices_plan
-from layerstream.planner.spending import comfortable_bytes, make_plan
-from layerstream.sizes import format_size
-from layerstream.streaming.residency import ExpertsNode, WeightNode, linears
+from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 BITS = {"nf4": 4.13, "int4": 4.25, "int8": 8.02}  # per weight, scales included, as `pack` writes them
 KERNELS = {"int4": "int4", "int8": "int8"}

@@ -2,15 +2,15 @@
 
 With routers that send every row to *k* of *E* experts independently, *n* rows want ``E (1 - (1 - k/E)^n)`` of them. Of
 those wanted, the share that is there is the share of all uses that fall on the experts that stay; nobody knows it
-before the model has run, and then it is remembered (:mod:`layerstream.expert_statistics`). Until then uses are taken to
-be spread evenly, which is the worst that there is.
+before the model has run, and then it is remembered (:mod:`layerstream.model.expert_usage`). Until then uses are taken
+to be spread evenly, which is the worst that there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerstream.streaming.residency import ExpertsNode
+from layerstream.planner.units import ExpertsNode
 
 HOST_ROWS = 256  # of a layer that the processor computes experts for, where the sweep itself has no more
 

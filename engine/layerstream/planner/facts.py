@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from layerstream.kv.pages import LAYERS_IN_HAND
-from layerstream.streaming.residency import ExpertsNode, WeightNode, linears
+from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident; on an accelerator, always
 STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more

@@ -15,7 +15,7 @@ from functools import cached_property
 from layerstream.planner.experts import num_wanted
 from layerstream.planner.plan import Plan
 from layerstream.planner.rates import Rates
-from layerstream.streaming.residency import PlannedUnit, WeightNode, linears
+from layerstream.planner.units import PlannedUnit, WeightNode, linears
 
 TOKENS_PER_SWEEP = 2.7  # accepted, guesses from the context alone: measured on held-out questions (benchmarks/drafting)
 ANSWER_TOKENS = 64

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall
-from layerstream.planner import spending
+from layerstream.planner import on_host as spending
 from layerstream.planner.experts import HOST_ROWS
 from layerstream.planner.facts import ModelFacts
 from layerstream.planner.plan import HostPlan, Plan
-from layerstream.sizes import format_size
-from layerstream.streaming.residency import PlannedUnit, choose_residents
+from layerstream.planner.units import PlannedUnit, choose_residents
 
 HOST_KV_SHARE = 0.25  # of host memory, for KV beyond what is wanted first
 HOST_WORKSPACE_BYTES = 64 * 2**20  # bounce buffers, embedding rows, logits

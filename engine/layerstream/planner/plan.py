@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from layerstream.core.sizes import format_size
 from layerstream.planner.experts import hit_rate, read_bytes
 from layerstream.planner.facts import STREAMING_ROWS, ModelFacts
-from layerstream.sizes import format_size
-from layerstream.streaming.residency import UnitPlan
+from layerstream.planner.units import UnitPlan
 
 RESIDENT_ROWS = 8  # eight rows take a tenth longer than one; guesses fill them
 

@@ -1,4 +1,4 @@
-"""What a machine does per second, as far as forecasts need it. Pure; measured by :mod:`layerstream.probe`."""
+"""What a machine does per second, as far as forecasts need it. Pure; measured by :mod:`layerstream.measuring.rates`."""
 
 from __future__ import annotations
 

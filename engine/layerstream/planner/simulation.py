@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerstream.planner.forecast import Forecast
-from layerstream.streaming.residency import PlannedUnit
+from layerstream.planner.units import PlannedUnit
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from layerstream.fitting import Line, mixed
+from layerstream.core.line import Line, mixed
 
 MARGIN = 0.9  # of the read: what the compute may take and still hide behind it
 PAYS = 1.1  # times what it takes: what a row with experts of its own has to bring

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
+from layerstream.core.sequence import Sequence, Suspension
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, SpillStore
-from layerstream.sequence import Sequence, Suspension
 
 LOOK_AHEAD_TOKENS = 32  # room for guesses, where frames are free
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from layerstream.draft import DraftTree
-from layerstream.sequence import Sequence
-from layerstream.sweep import RowBlock, Span
+from layerstream.core.draft import DraftTree
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import RowBlock, Span
 
 
 @dataclass(frozen=True, slots=True)

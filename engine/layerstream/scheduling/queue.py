@@ -26,7 +26,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import groupby, islice
 
-from layerstream.sequence import Sequence
+from layerstream.core.sequence import Sequence
 
 AGEING_SWEEPS = 8
 LOOK_AHEAD = 128

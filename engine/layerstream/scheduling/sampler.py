@@ -20,10 +20,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from layerstream.completion import TokenLogprob
+from layerstream.api.completion import TokenLogprob
+from layerstream.api.params import SamplingParams
+from layerstream.core.sequence import Sequence
 from layerstream.errors import GrammarError, InvalidLogits
-from layerstream.params import SamplingParams
-from layerstream.sequence import Sequence
 
 _NO_IDS = torch.empty((1, 0), dtype=torch.long)  # the processors that truncate do not look at tokens
 _COLDEST = 1e-30  # below it the temperature is 0 in fp32; here only the best tokens are left already

@@ -20,8 +20,8 @@ Rules:
 * prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
   many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
   attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
-* guesses (:mod:`layerstream.draft`) follow their sequence's newest token as decode rows, as many as there is room for;
-  a sequence never gets guesses past its longest answer;
+* guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
+  for; a sequence never gets guesses past its longest answer;
 * a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
   (:mod:`layerstream.scheduling.spill`);
 * a removed sequence is in no later sweep and its pages are free at once;
@@ -37,7 +37,9 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Protocol
 
-from layerstream.draft import DraftTree
+from layerstream.core.draft import DraftTree
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import PageLoad, RowBlock, Span, Sweep
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
@@ -46,8 +48,6 @@ from layerstream.scheduling.frames import Frames, Swap
 from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
 from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
-from layerstream.sequence import Sequence
-from layerstream.sweep import PageLoad, RowBlock, Span, Sweep
 
 
 class Drafting(Protocol):

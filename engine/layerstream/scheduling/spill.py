@@ -23,11 +23,11 @@ Invariants:
 
 from __future__ import annotations
 
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import PageLoad
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Key, Published, SpillStore
-from layerstream.sequence import Sequence
-from layerstream.sweep import PageLoad
 
 
 class Spill:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from layerstream.draft import ROOT, DraftTree
+from layerstream.core.draft import ROOT, DraftTree
 
 Draw = Callable[[int], tuple[Seq[int], bool]]
 
@@ -14,8 +14,8 @@ def verify(tree: DraftTree | None, draw: Draw) -> list[int]:
     """The nodes of *tree* that were right, a path from the root's child on.
 
     Args:
-        draw: appends to the sequence what comes after a node (:data:`~layerstream.draft.ROOT`: its newest token): one
-            token drawn from the model's own distribution there, and those that a grammar forces then. Returns them,
+        draw: appends to the sequence what comes after a node (:data:`~layerstream.core.draft.ROOT`: its newest token):
+            one token drawn from the model's own distribution there, and those that a grammar forces then. Returns them,
             and whether the sequence goes on.
     """
     right: list[int] = []

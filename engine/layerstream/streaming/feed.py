@@ -29,10 +29,10 @@ import torch
 
 from layerstream.errors import LayerStreamError
 from layerstream.hardware.arena import Arena
-from layerstream.streaming.reader import DirectReader
+from layerstream.hardware.reader import DirectReader
+from layerstream.hardware.timeline import Timeline
+from layerstream.streaming.layout import UnitLayout
 from layerstream.streaming.ring import RingAllocator
-from layerstream.streaming.timeline import Timeline
-from layerstream.streaming.unit import UnitLayout
 
 
 @dataclass(slots=True)

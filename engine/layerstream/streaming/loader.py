@@ -9,9 +9,9 @@ from itertools import accumulate
 import torch
 
 from layerstream.hardware.arena import Arena
-from layerstream.streaming.reader import DirectReader
+from layerstream.hardware.reader import DirectReader
+from layerstream.streaming.layout import UnitLayout
 from layerstream.streaming.streamer import views
-from layerstream.streaming.unit import UnitLayout
 
 
 class Countdown:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from layerstream.sizes import PAGE
+from layerstream.core.sizes import PAGE
 
 
 class RingAllocator:

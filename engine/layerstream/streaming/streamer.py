@@ -21,9 +21,9 @@ from typing import Protocol
 import torch
 
 from layerstream.errors import LayerStreamError
+from layerstream.hardware.timeline import Timeline
 from layerstream.streaming.feed import Feed
-from layerstream.streaming.timeline import Timeline
-from layerstream.streaming.unit import UnitLayout
+from layerstream.streaming.layout import UnitLayout
 
 
 class ScheduleMismatch(LayerStreamError):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerstream.api.params import SamplingParams
 from layerstream.checkpoint.folder import MAX_CONFIG_BYTES
 from layerstream.checkpoint.reading import read_object
 from layerstream.errors import InvalidHeader, InvalidSamplingParams
-from layerstream.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
+from layerstream.core.sequence import Sequence
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
-from layerstream.sequence import Sequence
 
 
 class AnswerMemory(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from layerstream.sequence import Sequence
+from layerstream.core.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layerstream.core.sequence import Sequence
 from layerstream.scheduling.drafting.base import NOTHING, Guess, Guesses
 from layerstream.scheduling.drafting.relevance import START_TOKENS, UNRELATED, Starts, relate
-from layerstream.sequence import Sequence
 
 LONGEST_MATCH = 24
 MOST_PLACES = 96

@@ -13,11 +13,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerstream.draft import ROOT, DraftTree
+from layerstream.core.draft import ROOT, DraftTree
+from layerstream.core.sequence import Sequence
 from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.drafting.acceptance import Acceptance
 from layerstream.scheduling.drafting.base import Drafter
-from layerstream.sequence import Sequence
 
 LEAST_PROBABILITY = 0.004
 

@@ -29,9 +29,9 @@ from llama_index.llms.layerstream import responses, structured
 from llama_index.llms.layerstream.messages import as_chat, selections
 from llama_index.llms.layerstream.responses import Asked, Reader
 
+from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
 from layerstream.errors import ToolError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
-from layerstream.params import SAMPLING_NAMES, SamplingParams, merge_params
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool

@@ -20,7 +20,7 @@ from llama_index.core.prompts.utils import is_chat_model
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode, TransformComponent
 from llama_index.llms.layerstream.base import LayerStreamLLM
 
-from layerstream.prefix_order import prefix_order
+from layerstream.api.prefix_order import prefix_order
 
 CONTEXT_FIRST_REFINE = PromptTemplate(
     "More context is below.\n---------------------\n{context_msg}\n---------------------\n"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, LogProb, MessageRole
 from llama_index.llms.layerstream.messages import as_blocks
 
+from layerstream.api.completion import Completion, Delta, openai_logprobs
 from layerstream.chat.reader import Piece, ReplyReader, gather, join_pieces
-from layerstream.completion import Completion, Delta, openai_logprobs
 
 if TYPE_CHECKING:
-    from layerstream.request import Request
+    from layerstream.api.request import Request
 
 Reader = ReplyReader | None
 """What reads an answer to a chat; ``None``: it is text."""

@@ -21,7 +21,7 @@ from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.types import PydanticProgramMode
 
-from layerstream.completion import why_cut_off
+from layerstream.api.completion import why_cut_off
 from layerstream.errors import AnswerCutOff
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""The nouns that every floor shares: sequences, guesses, sweeps, constraints, sizes. Pure."""

@@ -1,0 +1,163 @@
+"""A :class:`Sweep`: the rows that one pass over all layers carries, cut into row blocks of fixed shape.
+
+A row's bits depend on the shape a kernel is called with, not on what the other rows hold (design: "fixed row
+blocks"). So everything that computes rows does it one :class:`RowBlock` after the other, and a block's shape
+follows from its own rows alone: a prompt's chunk counted from position 0, its remainder, or a block of decode
+rows padded to a constant. A request's answer then does not depend on its neighbours.
+
+A generated token is always a decode row, a span of its own that attends alone: whether it was sampled one sweep
+earlier, forced by a grammar or guessed by a drafter, its kernels are called with the same shapes, and its bits are the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from layerstream.core.draft import ROOT, DraftTree
+from layerstream.core.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``[start, stop)`` of one sequence, as neighbouring rows; or the one token of a node of its draft."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    node: int = ROOT
+
+    @property
+    def is_drafted(self) -> bool:
+        """Whether it is a guess: its KV is not in the pages until it is accepted."""
+        return self.node != ROOT
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Rows computed together: spans, then padding up to ``num_rows``."""
+
+    spans: tuple[Span, ...]
+    num_rows: int
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it computes a prompt; otherwise generated and guessed tokens."""
+        return self.spans[0].start < self.spans[0].sequence.num_prompt_tokens
+
+    @property
+    def num_used(self) -> int:
+        """Rows at the beginning that belong to somebody."""
+        return sum(map(len, self.spans))
+
+    @property
+    def num_padding(self) -> int:
+        """Rows at the end that belong to nobody."""
+        return self.num_rows - self.num_used
+
+
+@dataclass(frozen=True, slots=True)
+class PageLoad:
+    """A page whose KV lies on disk under *key* and is brought to frame *page* while the sweep goes on."""
+
+    key: bytes
+    page: int
+
+
+class SweepFailed(Exception):
+    """What some rows need is not to be had; the sweep had no effect, and one without them may go well.
+
+    Attributes:
+        sequences: whose rows they are.
+        error: what happened.
+    """
+
+    def __init__(self, sequences: frozenset[Sequence], error: Exception) -> None:
+        super().__init__(str(error))
+        self.sequences = sequences
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Row blocks in order, the sequences that are sampled, and the stored pages that the rows need.
+
+    A sequence appears in ``sampled`` exactly when its last known token is among the rows. ``drafts`` has trees of
+    some of them; a row is there for every node.
+    """
+
+    blocks: tuple[RowBlock, ...]
+    sampled: tuple[Sequence, ...]
+    loads: tuple[PageLoad, ...] = ()
+    drafts: Mapping[Sequence, DraftTree] = field(default_factory=dict)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows of all blocks, padding included."""
+        return sum(block.num_rows for block in self.blocks)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Rows of known tokens."""
+        return sum(len(span) for _, span in self.known_spans())
+
+    @cached_property
+    def num_drafted(self) -> int:
+        """Rows of guesses."""
+        return sum(map(len, self.drafts.values()))
+
+    @cached_property
+    def num_prompt_rows(self) -> int:
+        """Rows of blocks that compute prompts."""
+        return sum(block.num_rows for block in self.blocks if block.is_prompt)
+
+    @cached_property
+    def num_decode_blocks(self) -> int:
+        """Blocks of generated and guessed tokens."""
+        return sum(not block.is_prompt for block in self.blocks)
+
+    @cached_property
+    def num_decode_rows(self) -> int:
+        """Rows of generated and guessed tokens."""
+        return sum(block.num_used for block in self.blocks if not block.is_prompt)
+
+    @cached_property
+    def sampled_rows(self) -> tuple[int, ...]:
+        """The packed rows that need logits: for each of ``sampled`` its last token's, then its nodes' in order."""
+        last: dict[tuple[Sequence, int], int] = {}
+        for row, span in self.spans():
+            last[span.sequence, span.node] = row + len(span) - 1
+        return tuple(last[s, node] for s in self.sampled for node in range(ROOT, len(self.drafts.get(s, ()))))
+
+    def logit_rows(self) -> Iterator[tuple[Sequence, slice]]:
+        """Which rows of the logits belong to each of ``sampled``: its last token, then its nodes."""
+        at = 0
+        for sequence in self.sampled:
+            count = 1 + len(self.drafts.get(sequence, ()))
+            yield sequence, slice(at, at + count)
+            at += count
+
+    def token_ids(self, span: Span) -> list[int]:
+        """The tokens of *span*."""
+        if span.is_drafted:
+            return [self.drafts[span.sequence].token_ids[span.node]]
+        return span.sequence.token_ids[span.start : span.stop]
+
+    def spans(self) -> Iterator[tuple[int, Span]]:
+        """Every span with the packed row that it starts at."""
+        row = 0
+        for block in self.blocks:
+            at = row
+            for span in block.spans:
+                yield at, span
+                at += len(span)
+            row += block.num_rows
+
+    def known_spans(self) -> Iterator[tuple[int, Span]]:
+        """Those that are not guesses."""
+        return ((row, span) for row, span in self.spans() if not span.is_drafted)

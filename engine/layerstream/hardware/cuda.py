@@ -1,0 +1,138 @@
+"""NVIDIA devices: streams are lanes, events are marks.
+
+Not tested on a card yet: what is above it runs on a pretended device in the tests. Under ROCm torch has the same calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from layerstream.core.sizes import format_size
+from layerstream.errors import ConfigurationError
+from layerstream.hardware.arena import Arena
+from layerstream.hardware.device import EventMark
+
+_PORTABLE = 1  # cudaHostRegisterPortable
+
+
+class _Stream:
+    """A CUDA stream of *device*; ``None``: whichever is torch's current one there."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._device = device
+        self._own = stream
+
+    @property
+    def _stream(self) -> torch.cuda.Stream:
+        return self._own if self._own is not None else torch.cuda.current_stream(self._device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def mark(self, *, timed: bool = False) -> EventMark:
+        event = torch.cuda.Event(enable_timing=timed)
+        event.record(self._stream)
+        return EventMark(event)
+
+    def after(self, mark: EventMark) -> None:
+        self._stream.wait_event(mark.event)
+
+
+class CudaDevice:
+    """An NVIDIA device, or an AMD one under ROCm.
+
+    Raises:
+        ConfigurationError: there is no such device, or torch was built without it.
+    """
+
+    def __init__(self, torch_device: torch.device) -> None:
+        check_cuda(torch_device)
+        index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
+        self.torch_device = torch.device("cuda", index)
+        self.name = cuda_name(self.torch_device)
+        with self.use():
+            self.compute = _Stream(self.torch_device, None)
+            self.inward, self.outward = (
+                _Stream(self.torch_device, torch.cuda.Stream(self.torch_device)) for _ in range(2)
+            )
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Make it torch's current device."""
+        with torch.cuda.device(self.torch_device):
+            yield
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """From torch's allocator, so that the ceiling counts it."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+
+    def pin(self, arena: Arena) -> None:
+        """By ``cudaHostRegister``, for all devices: torch's own pinned allocator rounds up to powers of two."""
+        with self.use():
+            code = _runtime().cudaHostRegister(arena.tensor.data_ptr(), arena.num_bytes, _PORTABLE)
+        if int(code):
+            raise ConfigurationError(
+                f"the system does not let {format_size(arena.num_bytes)} of host memory be pinned (CUDA error "
+                f"{int(code)}): pass a smaller host_memory, or raise the limit (ulimit -l; within WSL: .wslconfig)"
+            )
+
+    def unpin(self, arena: Arena) -> None:
+        """By ``cudaHostUnregister``."""
+        with self.use(), contextlib.suppress(RuntimeError):
+            _runtime().cudaHostUnregister(arena.tensor.data_ptr())
+
+    def limit(self, num_bytes: int) -> None:
+        """By torch's allocator, which then raises ``OutOfMemoryError``."""
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), self.torch_device)
+
+    def peak_bytes(self) -> int:
+        """Reserved, with what the allocator holds in reserve."""
+        return torch.cuda.max_memory_reserved(self.torch_device)
+
+    def free_unused(self) -> None:
+        """The allocator's cache."""
+        torch.cuda.empty_cache()
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Errors of the driver stay with the process; running out of memory is none."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _runtime() -> Any:
+    """CUDA's own calls, which torch gives no types to."""
+    return torch.cuda.cudart()
+
+
+def cuda_name(device: torch.device) -> str:
+    """What the arithmetic of *device* depends on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+
+
+def check_cuda(device: torch.device) -> None:
+    """Nothing, if *device* is there.
+
+    Raises:
+        ConfigurationError: says what is missing, or which devices there are.
+    """
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = (
+            f"torch {torch.__version__} was built for {built}, but finds no device or no driver: 'layerstream doctor'"
+            if built
+            else f"torch {torch.__version__} was built without CUDA: install a build for your driver "
+            "(pytorch.org/get-started)"
+        )
+        raise ConfigurationError(f"device is {str(device)!r}, and {reason}; or pass device='cpu'")
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        names = ", ".join(f"'cuda:{index}'" for index in range(count))
+        raise ConfigurationError(f"device is {str(device)!r}, and this machine has {names}")

@@ -1,0 +1,1 @@
+"""What this machine does per second, and pictures of what a sweep did."""

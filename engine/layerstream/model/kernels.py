@@ -1,0 +1,140 @@
+"""Which way to multiply by quantised weights is faster on this machine, by the rows of a row block.
+
+Measured once and remembered in the user's cache folder: the numbers go into every plan, and with it into the
+fingerprint of stored KV, so that they must not change from one process to the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.nn import functional as F
+
+from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.bnb import BnbInt8
+from layerstream.checkpoint.codecs.tiled import TiledInt4, tile_codes, tile_scales
+from layerstream.hardware.files import write_whole
+from layerstream.hardware.machine import cache_folder, processor
+from layerstream.model.linear import PackedMatrix, tile_rows
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "LAYERSTREAM_KERNELS"
+SIZE = 4096  # of the square matrix that is multiplied by: larger than a core's cache in any format
+GROUP = 128
+ROWS = (4, 8, 16, 32, 64)  # chunks of prompts have more, and share what is decoded; smaller row blocks cost in calls
+REPEATS = 3
+
+
+def fused_rows(kernels: Iterable[str]) -> dict[str, int]:
+    """For each of *kernels*, the most rows of a row block that it is faster for than decoding; those of 0 left out.
+
+    Remembered in the file that ``LAYERSTREAM_KERNELS`` names, else in the user's cache folder.
+    """
+    wanted = set(kernels)
+    if not wanted:
+        return {}
+    path = Path(os.environ.get(VARIABLE) or cache_folder() / "kernels.json").expanduser()
+    key = _machine()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            known = _read(path)
+            if key not in known or not wanted <= known[key].keys():
+                known[key] = known.get(key, {}) | {name: measure(name) for name in _MATRICES}
+                write_whole(path, json.dumps(known, indent=1))
+            found = known[key]
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): kernels are measured anew by every process", path, error)
+        found = {name: measure(name) for name in wanted}
+    return {name: found[name] for name in sorted(wanted) if found[name]}
+
+
+def measure(kernel: str) -> int:
+    """The most rows for which *kernel* is no slower than decoding; 0: it is slower, wrong or absent."""
+    matrix = sample_matrix(kernel)
+    inputs = torch.randn((ROWS[-1], SIZE), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    try:
+        if not _agrees(matrix, inputs[:2]):
+            return 0
+        best = 0
+        for rows in ROWS:
+            if _seconds(matrix.product, inputs[:rows]) > _seconds(partial(_decoded, matrix), inputs[:rows]):
+                break
+            best = rows
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        logger.info("the kernel %s is not used: %s", kernel, error)
+        return 0
+    logger.info("the kernel %s is used for up to %d rows", kernel, best)
+    return best
+
+
+def sample_matrix(kernel: str) -> PackedMatrix:
+    """A random matrix ``(SIZE, SIZE)`` that *kernel* multiplies by."""
+    codec, planes = _MATRICES[kernel]()
+    scratch = torch.empty(tile_rows(codec, SIZE, SIZE) * SIZE, dtype=torch.bfloat16)
+    return PackedMatrix(codec, planes, 0, SIZE, SIZE, scratch)
+
+
+def _agrees(matrix: PackedMatrix, inputs: torch.Tensor) -> bool:
+    """The kernel reads the layout as it is meant, and gives a row the same bits beside others."""
+    found, expected = matrix.product(inputs), _decoded(matrix, inputs)
+    difference = (found.float() - expected.float()).abs().max()
+    is_close = bool(difference <= 0.02 * expected.float().abs().max())
+    return is_close and torch.equal(matrix.product(inputs[:1]), found[:1])
+
+
+def _decoded(matrix: PackedMatrix, inputs: torch.Tensor) -> torch.Tensor:
+    output = inputs.new_empty((inputs.shape[0], matrix.last))
+    for start, stop, weight in matrix.tiles():
+        output[:, start:stop] = F.linear(matrix.arranged(inputs), weight)
+    return output
+
+
+def _seconds(multiply: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> float:
+    best = float("inf")
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        multiply(inputs)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _int4() -> tuple[Codec, Planes]:
+    random = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (SIZE, SIZE), dtype=torch.uint8, generator=random)
+    scale = torch.rand((SIZE, SIZE // GROUP), generator=random)
+    return TiledInt4(GROUP), {"weight": tile_codes(codes), "scale": tile_scales(scale, scale - 0.5)}
+
+
+def _int8() -> tuple[Codec, Planes]:
+    random = torch.Generator().manual_seed(2)
+    values = torch.randint(-127, 128, (SIZE, SIZE), dtype=torch.int8, generator=random)
+    return BnbInt8(), {"weight": values, "SCB": torch.rand(SIZE, generator=random)}
+
+
+_MATRICES: Mapping[str, Callable[[], tuple[Codec, Planes]]] = {"int4": _int4, "int8": _int8}
+
+
+def _machine() -> str:
+    """What the times depend on."""
+    facts = [processor(), torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads()), torch.__version__]
+    return f"{facts[0]}, {facts[2]} threads, {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+
+
+def _read(path: Path) -> dict[str, dict[str, int]]:
+    """What is remembered; nothing if the file is not what was written here."""
+    try:
+        known = json.loads(path.read_text())
+        return {str(key): {str(name): int(rows) for name, rows in value.items()} for key, value in known.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}

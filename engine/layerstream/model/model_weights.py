@@ -1,0 +1,173 @@
+"""The weights of a whole model, wherever they are computed with: on the processor, on a device, or on several.
+
+Where several devices compute, each has the weights of its own layers, with rings and residents of its own
+(:class:`DeviceWeights`), and what a layer is given crosses to its device first. Hidden states cross once for a layer;
+what all layers are given alike (rotary embeddings) crosses once for a sweep and a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from layerstream.hardware.device import Device, Placement
+from layerstream.hardware.reader import DirectReader
+from layerstream.hardware.timeline import Timeline
+from layerstream.model.context import current
+from layerstream.model.device_weights import DeviceWeights, OnBytes
+from layerstream.model.linear import SlicedLinear
+from layerstream.model.skeleton import Skeleton
+from layerstream.planner.units import UnitPlan
+from layerstream.streaming.experts.cache import ExpertCache
+from layerstream.streaming.experts.device_bank import AnyBank
+from layerstream.streaming.streamer import Source, Streams
+
+
+class ModelWeights:
+    """The weights of *skeleton* under a plan.
+
+    Args:
+        plan: all units.
+        parts: those of each device of *placement*.
+        placement: ``None``: the processor computes.
+        expert_shares: how much each expert was used lately.
+        host_fused_rows: as :class:`~layerstream.model.device_weights.DeviceWeights` has it.
+
+    Attributes:
+        streamer: what brings weights for sweeps; ``None`` if all are resident.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: UnitPlan,
+        reader: DirectReader,
+        on_load: OnBytes,
+        fused_rows: Mapping[str, int],
+        placement: Placement | None = None,
+        parts: Sequence[UnitPlan] = (),
+        expert_shares: Sequence[float] = (),
+        host_fused_rows: Mapping[str, int] | None = None,
+    ) -> None:
+        self.plan = plan
+        self._parts: list[DeviceWeights] = []
+        try:
+            if placement is None:
+                made = DeviceWeights(skeleton, plan, reader, on_load, fused_rows, expert_shares=expert_shares)
+                self._parts.append(made)
+            else:
+                for place, (device, part) in enumerate(zip(placement.devices, parts, strict=True)):
+                    computes = _computes(skeleton, placement, place)
+                    with device.use():
+                        made = DeviceWeights(
+                            skeleton,
+                            part,
+                            reader,
+                            on_load,
+                            fused_rows,
+                            device,
+                            computes,
+                            expert_shares=expert_shares,
+                            host_fused_rows=host_fused_rows,
+                        )
+                    self._parts.append(made)
+        except BaseException:
+            self.close()
+            raise
+        if placement is not None and len(placement.devices) > 1:
+            _install_crossings(skeleton, placement)
+        bringing = [source for part in self._parts for source in (part.streamer, part.bank) if source is not None]
+        self.streamer: Source | None = Streams(bringing) if len(bringing) > 1 else next(iter(bringing), None)
+
+    @property
+    def head(self) -> SlicedLinear:
+        """The output projection."""
+        return next(part.head for part in self._parts if part.head is not None)
+
+    @property
+    def bank(self) -> AnyBank | None:
+        """What brings experts as they are routed to; ``None``: there are none."""
+        return next((part.bank for part in self._parts if part.bank is not None), None)
+
+    @property
+    def experts(self) -> ExpertCache | None:
+        """What is known of their use."""
+        return None if self.bank is None else self.bank.cache
+
+    def tell(self, on_unit: OnBytes) -> None:
+        """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""
+        for part in self._parts:
+            part.on_unit = on_unit
+
+    def resident_matrix(self, key: str) -> torch.Tensor | None:
+        """The whole tensor *key* of the output projection, if it is resident in one piece."""
+        return next((found for part in self._parts if (found := part.resident_matrix(key)) is not None), None)
+
+    def load_matrix(self, key: str, reader: DirectReader) -> torch.Tensor:
+        """Load one more tensor to stay, in its compute dtype, where the first layer is computed."""
+        return self._parts[0].load_matrix(key, reader)
+
+    def record(self, timeline: Timeline | None) -> None:
+        """Have *timeline* told of waits, copies and compute; ``None``: no more."""
+        for part in self._parts:
+            part.record(timeline)
+
+    def close(self) -> None:
+        """Let go of what streams; nothing is under way. Idempotent."""
+        for part in self._parts:
+            part.close()
+
+
+def _computes(skeleton: Skeleton, placement: Placement, place: int) -> Callable[[str], bool]:
+    """Whether the module of a path is computed at *place*: layers where they were put, what follows them with the last
+    of them, the rest with the first."""
+    first, last = placement.layers[0], placement.layers[-1]
+    places: dict[str, int] = {skeleton.head.name: last}
+    seen = False
+    for node in skeleton.body:
+        seen = seen or node.layer is not None
+        places[node.name] = placement.layers[node.layer] if node.layer is not None else last if seen else first
+
+    def computes(path: str) -> bool:
+        within = (at for name, at in places.items() if path == name or path.startswith(f"{name}."))
+        return next(within, first) == place
+
+    return computes
+
+
+def _install_crossings(skeleton: Skeleton, placement: Placement) -> None:
+    for node in skeleton.body:
+        if node.layer is not None:
+            _install_crossing(skeleton.model.get_submodule(node.name), placement.of(node.layer))
+
+
+def _install_crossing(layer: torch.nn.Module, device: Device) -> None:
+    """Have what *layer* is given cross to *device*."""
+    forward = layer.forward
+
+    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        crossed = current().crossed
+        with device.use():
+            hidden = hidden_states.to(device.torch_device, non_blocking=True)
+            args, kwargs = _cross((args, kwargs), device.torch_device, crossed)
+            return forward(hidden, *args, **kwargs)
+
+    layer.forward = run
+
+
+def _cross(value: Any, device: torch.device, crossed: dict[tuple[int, torch.device], Any]) -> Any:
+    """*value* with all its tensors on *device*; those that crossed in this sweep are known."""
+    if isinstance(value, torch.Tensor):
+        if value.device == device:
+            return value
+        known = crossed.get((id(value), device))
+        if known is None:  # kept with the original, so that no other tensor gets its id
+            known = crossed[id(value), device] = value, value.to(device, non_blocking=True)
+        return known[1]
+    if isinstance(value, tuple | list):
+        return type(value)(_cross(item, device, crossed) for item in value)
+    if isinstance(value, dict):
+        return {key: _cross(item, device, crossed) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""The engine's thread: it takes requests in, runs sweeps, delivers answers, and decides whose an error is."""

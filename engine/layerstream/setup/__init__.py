@@ -1,0 +1,1 @@
+"""From what the caller chose to an engine that runs: configuration, plan, store, assembly."""

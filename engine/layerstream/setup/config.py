@@ -1,0 +1,91 @@
+"""What the caller chose, checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerstream.api import arguments
+from layerstream.checkpoint.codecs.encode import KINDS
+from layerstream.errors import ConfigurationError
+from layerstream.store.config import KVStoreConfig
+
+CHUNK_CHOICES = (32, 64, 128, 256, 512)
+ATTENTIONS = ("auto", "sdpa", "flash_attn")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+MAX_QUEUED = 65536
+"""Answers that may wait, if nobody says: a prompt of 1,000 tokens that waits takes some 20 kB."""
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """An engine that is wanted.
+
+    ``memory_each`` is the memory of each of several devices, where they do not have the same; ``reserved_bytes`` of the
+    memory (of the first device) and ``reserved_host_bytes`` are a draft model's; ``packed`` is the model in the
+    ``quantization`` asked for.
+
+    Raises:
+        ConfigurationError: a value that nothing can be done with.
+    """
+
+    model: str
+    device: str = "auto"
+    device_map: str | None = None
+    memory_bytes: int | None = None
+    memory_each: tuple[int, ...] = ()
+    host_memory_bytes: int | None = None
+    host_compute: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
+    max_context: int | None = None
+    chunk_tokens: int | None = None
+    max_queued: int | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+    token: str | None = None
+    allow_untested: bool = False
+    allow_control_tokens: bool = False
+    kv_store: KVStoreConfig | None = None
+    kv_store_is_default: bool = False
+    speculation: str = "auto"
+    draft_model: str | None = None
+    reserved_bytes: int = 0
+    reserved_host_bytes: int = 0
+    quantization: str | None = None
+    packed: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise arguments.refusal("device", self.device, "'auto', 'cpu', 'cuda', 'cuda:1' and so on, or 'mps'")
+        self._check_devices()
+        arguments.one_of("attention", self.attention, ATTENTIONS)
+        arguments.one_of("host_compute", self.host_compute, ("auto", "off"))
+        arguments.one_of("speculation", self.speculation, ("auto", "off"))
+        arguments.one_of("quantization", self.quantization, (None, *KINDS))
+        arguments.one_of("chunk_tokens", self.chunk_tokens, (None, *CHUNK_CHOICES))
+        arguments.text("dtype", self.dtype)
+        for field in ("revision", "token", "draft_model"):
+            if getattr(self, field) is not None:
+                arguments.text(field, getattr(self, field), may_be_empty=False)
+        for field in ("trust_remote_code", "allow_untested"):
+            arguments.flag(field, getattr(self, field))
+        for field in ("max_context", "max_queued"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, arguments.whole_number(field, getattr(self, field), 1))
+        if self.draft_model is not None and self.speculation == "off":
+            raise ConfigurationError("draft_model is set and speculation is 'off': leave out one of the two")
+
+    def _check_devices(self) -> None:
+        arguments.one_of("device_map", self.device_map, (None, *DEVICE_MAPS))
+        if self.device_map is not None and self.device not in {"auto", "cuda"}:
+            raise ConfigurationError(
+                f"device_map spreads layers over all CUDA devices, and device is {self.device!r}: leave it out, and "
+                "choose among them with CUDA_VISIBLE_DEVICES"
+            )
+        if self.memory_each and self.device_map is None:
+            raise ConfigurationError(
+                "memory is a list, of a ceiling for each device: pass device_map='auto' with it, or one size"
+            )

@@ -1,0 +1,222 @@
+"""From a configuration to a plan: what is known of the model and of the machine before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from math import prod
+from pathlib import Path
+
+import torch
+
+from layerstream.checkpoint.hub import locate
+from layerstream.core.sizes import format_size
+from layerstream.errors import ConfigurationError
+from layerstream.hardware.accelerators import all_devices, free_bytes, is_there, resolve_device
+from layerstream.hardware.machine import available_memory_bytes
+from layerstream.model.attention import has_bf16_products
+from layerstream.model.expert_usage import ExpertStatistics
+from layerstream.model.families import kv_values_per_token, usable_context
+from layerstream.model.kernels import fused_rows
+from layerstream.model.linear import DEVICE_TILE_VALUES, TILE_VALUES
+from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
+from layerstream.planner import facts as assumed
+from layerstream.planner.on_device import make_device_plan
+from layerstream.planner.on_devices import make_devices_plan
+from layerstream.setup.config import EngineConfig
+from layerstream.setup.open_store import weight_paths
+
+logger = logging.getLogger(__name__)
+
+SPARE_SHARE = 0.8  # of the free memory, when no budget was given
+DEVICE_WORKSPACE_BYTES = 128 * 2**20  # matrix libraries' buffers, and what an allocator cannot hand out
+
+
+def plan_model(config: EngineConfig) -> tuple[Plan, Skeleton, Path]:
+    """The plan for *config*, the skeleton and the folder it comes from, without reading a weight.
+
+    An accelerator need not be there where ``memory`` is given.
+
+    Raises:
+        BudgetTooSmall: names the minimum.
+    """
+    facts, skeleton, folder = plan_facts(config)
+    return spend(config, facts), skeleton, folder
+
+
+def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
+    """The plan for a model of *facts*.
+
+    Raises:
+        BudgetTooSmall: names the minimum.
+        ConfigurationError: host memory for an accelerator, and there is none.
+    """
+    if facts.is_on_device:
+        return _device_plan(config, facts)
+    if config.host_memory_bytes is not None:
+        raise ConfigurationError(
+            "host_memory is the memory behind an accelerator, and the CPU computes in 'memory': leave it at None"
+        )
+    return _with_free(make_plan(facts, _budget(config, facts)), config)
+
+
+def _with_free(plan: Plan, config: EngineConfig) -> Plan:
+    """*plan*, which says so where its budget is more than there is."""
+    device = resolve_device(config.device)
+    if config.memory_bytes is not None and is_there(device) and config.memory_bytes > (free := available_bytes(device)):
+        plan = dataclasses.replace(plan, free_bytes=free)
+    if plan.host is not None and (config.host_memory_bytes or 0) > (free := available_memory_bytes()):
+        plan = dataclasses.replace(plan, host=dataclasses.replace(plan.host, free_bytes=free))
+    return plan
+
+
+def devices_of(config: EngineConfig) -> list[torch.device]:
+    """What may compute; an accelerator need not be there where ``memory`` is given.
+
+    Raises:
+        ConfigurationError: there is none, and its memory is to be planned with.
+    """
+    if config.device_map is None:
+        return [resolve_device(config.device)]
+    return all_devices(len(config.memory_each) or None)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free where *device* computes.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    return available_memory_bytes() if device.type == "cpu" else free_bytes(device)
+
+
+def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
+    """What the plan for *config* depends on, the skeleton and the folder it comes from."""
+    folder = config.packed or locate_model(config)
+    is_on_device = config.device_map is not None or resolve_device(config.device).type != "cpu"
+    skeleton = build_skeleton(
+        folder,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        allow_untested=config.allow_untested,
+        tile_values=DEVICE_TILE_VALUES if is_on_device else TILE_VALUES,
+    )
+    longest, wanted = usable_context(skeleton.config), config.max_context or 0
+    context_length = min(longest, wanted or longest)
+    if wanted > longest:
+        logger.warning("max_context is %d, and the model's context has %d tokens: that is it", wanted, longest)
+    facts = model_facts(
+        skeleton,
+        context_length,
+        config.chunk_tokens,
+        can_spill=config.kv_store is not None,
+        is_on_device=is_on_device,
+    )
+    facts = dataclasses.replace(facts, wanted_context=wanted if wanted > longest else 0)
+    if config.device_map is not None:  # experts come with their blocks there
+        facts = dataclasses.replace(facts, experts=())
+    if facts.experts and is_on_device and config.host_compute == "auto":
+        facts = dataclasses.replace(facts, host_fused_rows=fused_rows(skeleton.kernels))
+    if facts.experts:
+        statistics = ExpertStatistics(weight_paths(skeleton), facts.experts)
+        facts = dataclasses.replace(facts, expert_shares=statistics.load())
+    return facts, skeleton, folder
+
+
+def _device_plan(config: EngineConfig, facts: ModelFacts) -> Plan:
+    host_bytes = config.host_memory_bytes or int(available_memory_bytes() * SPARE_SHARE)
+    host_bytes -= config.reserved_host_bytes
+    if config.device_map is None:
+        plan = _with_free(make_device_plan(facts, _budget(config, facts), host_bytes), config)
+    else:
+        plan = make_devices_plan(facts, config.device_map, _memories(config), host_bytes)
+    assert plan.host is not None
+    if config.host_memory_bytes is None:  # it was not asked for, so no more of it is taken than has a use
+        plan = dataclasses.replace(plan, host=dataclasses.replace(plan.host, budget_bytes=plan.host.planned_bytes))
+    return plan
+
+
+def model_facts(
+    skeleton: Skeleton,
+    context_length: int,
+    chunk_tokens: int | None = None,
+    *,
+    can_spill: bool = False,
+    is_on_device: bool = False,
+) -> ModelFacts:
+    """What a plan depends on, read off the skeleton."""
+    config = skeleton.config
+    embedding = skeleton.sources[skeleton.embedding_key]
+    embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
+    widest = max(module.out_features for module in _linears(skeleton))
+    fused = {} if is_on_device else fused_rows(skeleton.kernels)
+    if is_on_device:
+        streaming_rows = assumed.STREAMING_ROWS
+    elif skeleton.decodes(fused):
+        streaming_rows = assumed.DECODING_STREAMING_ROWS
+    else:
+        is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
+        streaming_rows = assumed.FAST_STREAMING_ROWS if is_fast else assumed.STREAMING_ROWS
+    streaming_chunk_tokens = assumed.CHUNK_TOKENS if is_on_device else assumed.STREAMING_CHUNK_TOKENS
+    return ModelFacts(
+        body=skeleton.body,
+        routed_body=skeleton.routed_body,
+        experts=skeleton.routed,
+        head=skeleton.head,
+        embedding_bytes=0 if skeleton.is_tied else embedding_bytes,
+        kv_token_bytes=kv_values_per_token(config) * skeleton.dtype.itemsize,
+        hidden_size=config.hidden_size,
+        intermediate_size=widest,
+        vocab_size=skeleton.head.num_rows,
+        itemsize=skeleton.dtype.itemsize,
+        context_length=context_length,
+        chunk_tokens=chunk_tokens or assumed.CHUNK_TOKENS,
+        streaming_chunk_tokens=chunk_tokens or streaming_chunk_tokens,
+        streaming_rows=streaming_rows,
+        prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
+        sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
+        fused_rows=fused,
+        num_values=skeleton.num_values,
+        num_layers=config.num_hidden_layers,
+        can_spill=can_spill and not is_on_device,
+        is_on_device=is_on_device,
+        workspace_bytes=DEVICE_WORKSPACE_BYTES if is_on_device else 0,
+    )
+
+
+def locate_model(config: EngineConfig) -> Path:
+    """Where the files of the model that was asked for lie; they are fetched if they are not here."""
+    return locate(
+        config.model, revision=config.revision, token=config.token, trust_remote_code=config.trust_remote_code
+    )
+
+
+def _budget(config: EngineConfig, facts: ModelFacts) -> int:
+    """The caller's budget, or what the model wants within what the machine, or its accelerator, has free."""
+    if facts.is_on_device and config.memory_bytes is not None:
+        return max(1, config.memory_bytes - config.reserved_bytes)  # it need not be there, to plan for it
+    available = available_bytes(resolve_device(config.device))
+    if config.memory_bytes is None:
+        return max(1, min(comfortable_bytes(facts), int(available * SPARE_SHARE) - config.reserved_bytes))
+    if config.memory_bytes > available:
+        logger.warning(
+            "the memory budget of %s is more than the %s that are free",
+            format_size(config.memory_bytes),
+            format_size(available),
+        )
+    return max(1, config.memory_bytes - config.reserved_bytes)
+
+
+def _memories(config: EngineConfig) -> list[int]:
+    """The budget of each of several accelerators."""
+    found = list(config.memory_each)
+    if not found:
+        given = config.memory_bytes
+        found = [int(free_bytes(d) * SPARE_SHARE) if given is None else given for d in devices_of(config)]
+    found[0] -= config.reserved_bytes
+    return [max(1, size) for size in found]
+
+
+def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:
+    return [module for module in skeleton.decoder.modules() if isinstance(module, torch.nn.Linear)]

@@ -1,0 +1,1 @@
+"""What outlives the process: pages of prefixes, and what was answered after them, on disk."""

@@ -1,0 +1,1 @@
+"""Experts as they are routed to: which are there, which come, and where they are computed."""
