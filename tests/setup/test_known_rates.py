@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layerstream import LayerStream, SamplingParams
+from layerstream.hardware.remembered import machine_name
 from layerstream.measuring import rates as probe
 from layerstream.planner import make_plan
 from layerstream.planner.forecast import Forecast
 from layerstream.planner.rates import Rates
 from layerstream.setup.config import EngineConfig
-from layerstream.setup.known_rates import VARIABLE, KnownRates, correct, machine_name
+from layerstream.setup.known_rates import VARIABLE, KnownRates, correct
 from layerstream.setup.plan_model import plan_facts
 
 from tests.harness import draw_prompt

@@ -370,7 +370,7 @@ class TestFolders:
             assemble(config(model, store), None)
 
     def test_on_a_network(self, model: Path, store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("layerstream.store.tiers.folder._file_system", lambda path: "nfs4")
+        monkeypatch.setattr("layerstream.store.tiers.folder.network_file_system", lambda path: "nfs4")
         with pytest.raises(KVStoreUnusable, match=r"network file system \(nfs4\)"):
             assemble(config(model, store), None)
         assert not store.path.exists()

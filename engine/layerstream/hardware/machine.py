@@ -9,7 +9,9 @@ from pathlib import Path
 import platformdirs
 import psutil
 
-_NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "gluster", "lustre", "fuse.sshfs", "fuse.s3", "fuse.gcs", "beegfs")
+_NETWORK = tuple(  # how their names begin
+    "nfs cifs smb 9p ceph gluster lustre beegfs afpfs webdav davfs fuse.sshfs fuse.s3fs fuse.gcsfuse".split()
+)
 _CGROUP_V2 = Path("/sys/fs/cgroup")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 
@@ -40,12 +42,13 @@ def available_memory_bytes() -> int:
 def network_file_system(path: Path) -> str | None:
     """The kind of network file system that *path* lies on, as the system calls it; ``None``: a local one."""
     try:
-        mounts = [line.split(" ") for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
+        mounts = [(mount.mountpoint, mount.fstype.lower()) for mount in psutil.disk_partitions(all=True)]
+    except (OSError, RuntimeError):  # a system that does not say
         return None
-    resolved = path.resolve()
-    points = [(mount[1].replace("\\040", " "), mount[2]) for mount in mounts if len(mount) > 2]
-    kind = max(((len(point), kind) for point, kind in points if resolved.is_relative_to(point)), default=(0, ""))[1]
+    resolved, innermost, kind = path.resolve(), -1, ""
+    for point, its_kind in mounts:  # of two on the same folder, the later one covers the other
+        if resolved.is_relative_to(point) and len(point) >= innermost:
+            innermost, kind = len(point), its_kind
     return kind if kind.startswith(_NETWORK) else None
 
 

@@ -27,6 +27,7 @@ from layerstream.core.sizes import PAGE
 from layerstream.hardware.accelerators import open_device
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.reader import REQUEST_BYTES, DirectReader, ReadRequest
+from layerstream.hardware.remembered import machine_name
 from layerstream.model.kernels import sample_matrix
 from layerstream.model.linear import TILE_VALUES, PackedMatrix, tile_rows
 from layerstream.model.matrices import packed_parts
@@ -34,7 +35,7 @@ from layerstream.model.skeleton import Skeleton
 from layerstream.planner.rates import Rates
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
-from layerstream.setup.known_rates import KnownRates, disk_name, machine_name
+from layerstream.setup.known_rates import KnownRates, disk_name
 from layerstream.setup.open_store import weight_paths
 from layerstream.setup.self_check import step_greedily
 from layerstream.streaming.layout import lay_out

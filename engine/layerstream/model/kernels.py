@@ -6,24 +6,19 @@ fingerprint of stored KV, so that they must not change from one process to the n
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock
 from torch.nn import functional as F
 
 from layerstream.checkpoint.codecs.base import Codec, Planes
 from layerstream.checkpoint.codecs.bnb import BnbInt8
 from layerstream.checkpoint.codecs.tiled import TiledInt4, tile_codes, tile_scales
-from layerstream.hardware.files import write_whole
-from layerstream.hardware.machine import cache_folder, processor
+from layerstream.hardware.remembered import Remembered, machine_name
 from layerstream.model.linear import PackedMatrix, tile_rows
 
 logger = logging.getLogger(__name__)
@@ -43,18 +38,17 @@ def fused_rows(kernels: Iterable[str]) -> dict[str, int]:
     wanted = set(kernels)
     if not wanted:
         return {}
-    path = Path(os.environ.get(VARIABLE) or cache_folder() / "kernels.json").expanduser()
-    key = _machine()
+    machine = machine_name()
+    file = Remembered.named(VARIABLE, "kernels.json", lock_seconds=-1)  # others wait rather than measure at once
+
+    def complete(known: dict[str, Any]) -> None:
+        if not wanted <= _rows_of(known, machine).keys():
+            known[machine] = {name: measure(name) for name in _MATRICES}
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            known = _read(path)
-            if key not in known or not wanted <= known[key].keys():
-                known[key] = known.get(key, {}) | {name: measure(name) for name in _MATRICES}
-                write_whole(path, json.dumps(known, indent=1))
-            found = known[key]
+        found = _rows_of(file.change(complete), machine)
     except OSError as error:
-        logger.warning("%s cannot be written (%s): kernels are measured anew by every process", path, error)
+        logger.warning("%s cannot be written (%s): kernels are measured anew by every process", file.path, error)
         found = {name: measure(name) for name in wanted}
     return {name: found[name] for name in sorted(wanted) if found[name]}
 
@@ -125,16 +119,9 @@ def _int8() -> tuple[Codec, Planes]:
 _MATRICES: Mapping[str, Callable[[], tuple[Codec, Planes]]] = {"int4": _int4, "int8": _int8}
 
 
-def _machine() -> str:
-    """What the times depend on."""
-    facts = [processor(), torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads()), torch.__version__]
-    return f"{facts[0]}, {facts[2]} threads, {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
-
-
-def _read(path: Path) -> dict[str, dict[str, int]]:
-    """What is remembered; nothing if the file is not what was written here."""
+def _rows_of(known: dict[str, Any], machine: str) -> dict[str, int]:
+    """What is remembered of *machine*; nothing if it is not what was written here."""
     try:
-        known = json.loads(path.read_text())
-        return {str(key): {str(name): int(rows) for name, rows in value.items()} for key, value in known.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+        return {str(name): int(rows) for name, rows in known[machine].items()}
+    except (KeyError, ValueError, AttributeError, TypeError):
         return {}

@@ -14,7 +14,7 @@ from layerstream.core.sweep import Sweep
 from layerstream.errors import OutOfMemory
 from layerstream.hardware.device import Device, is_out_of_memory
 from layerstream.hardware.footprint import Footprint
-from layerstream.model.expert_usage import ExpertStatistics
+from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import SweepRunner
 from layerstream.scheduling.scheduler import Scheduler
@@ -43,7 +43,7 @@ class SweepStep:
         weights: ModelWeights,
         store: PrefixStore | None,
         devices: Seq[Device] = (),
-        statistics: ExpertStatistics | None = None,
+        statistics: ExpertUsage | None = None,
         footprint: Footprint | None = None,
         learn: Callable[[float], None] | None = None,
     ) -> None:

@@ -29,7 +29,7 @@ from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.swap import PageSwap
 from layerstream.model.device_attention import resolve_attention
 from layerstream.model.embedding import EmbeddingRows
-from layerstream.model.expert_usage import ExpertStatistics
+from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import SweepRunner
@@ -298,7 +298,7 @@ def _assemble(
         if placement is not None:
             rides = [part.facts.kv_rides for part in plan.by_device]
             device_kv = DeviceKV(placement, states, plan.num_pages, plan.page_tokens, rides)
-        statistics = ExpertStatistics(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
+        statistics = ExpertUsage(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
         learn = None if devices else partial(correct, plan, str(skeleton.dtype).removeprefix("torch."))
         runner = SweepRunner(
             skeleton, weights, embedding, states, plan.head_rows, loader, placement, device_kv, prefers_flash

@@ -8,18 +8,13 @@ write it: under a lock, with what others wrote in the meantime.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
-from layerstream.hardware.files import write_whole
-from layerstream.hardware.machine import cache_folder, processor
+from layerstream.hardware.remembered import Remembered, machine_name, table
 from layerstream.planner import Plan
 from layerstream.planner.forecast import Forecast
 from layerstream.planner.rates import Rates
@@ -27,14 +22,6 @@ from layerstream.planner.rates import Rates
 logger = logging.getLogger(__name__)
 
 VARIABLE = "LAYERSTREAM_RATES"
-LOCK_SECONDS = 10.0
-
-
-def machine_name(device: torch.device) -> str:
-    """What the rates depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = [processor(), name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__]
-    return f"{facts[0]}, {name}, {facts[3]} threads, {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
 
 def disk_name(file: Path) -> str:
@@ -46,8 +33,8 @@ class KnownRates:
     """The file; whatever is wrong with it counts as nothing known."""
 
     def __init__(self) -> None:
-        self._path = Path(os.environ.get(VARIABLE) or cache_folder() / "machine.json").expanduser()
-        self._known = self._read()
+        self._file = Remembered.named(VARIABLE, "machine.json")
+        self._known = self._file.read()
 
     def rates(self, name: str) -> Rates | None:
         """Those of the machine *name*."""
@@ -65,30 +52,15 @@ class KnownRates:
 
     def write(self, name: str, rates: Rates, disk: str | None = None) -> None:
         """Remember those of the machine *name*, and that of the *disk* that they are with."""
+
+        def change(known: dict[str, Any]) -> None:
+            known["machines"] = table(known.get("machines")) | {name: rates.as_json()}
+            known["disks"] = table(known.get("disks")) | ({} if disk is None else {disk: rates.disk})
+
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._path.with_suffix(".lock"), timeout=LOCK_SECONDS):
-                known = self._read()
-                machines, disks = (_table(known.get(key)) for key in ("machines", "disks"))
-                machines[name] = rates.as_json()
-                if disk is not None:
-                    disks[disk] = rates.disk
-                known = {"machines": machines, "disks": disks}
-                write_whole(self._path, json.dumps(known, indent=1))
-                self._known = known
+            self._known = self._file.change(change)
         except OSError as error:
-            logger.warning("%s cannot be written (%s): the next forecast measures again", self._path, error)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            known = json.loads(self._path.read_text())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return _table(known)
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+            logger.warning("%s cannot be written (%s): the next forecast measures again", self._file.path, error)
 
 
 def correct(plan: Plan, dtype: str, block_seconds: float) -> None:

@@ -15,7 +15,7 @@ from layerstream.errors import ConfigurationError
 from layerstream.hardware.accelerators import all_devices, free_bytes, is_there, resolve_device
 from layerstream.hardware.machine import available_memory_bytes
 from layerstream.model.attention import has_bf16_products
-from layerstream.model.expert_usage import ExpertStatistics
+from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.families import kv_values_per_token, usable_context
 from layerstream.model.kernels import fused_rows
 from layerstream.model.linear import DEVICE_TILE_VALUES, TILE_VALUES
@@ -119,7 +119,7 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
     if facts.experts and is_on_device and config.host_compute == "auto":
         facts = dataclasses.replace(facts, host_fused_rows=fused_rows(skeleton.kernels))
     if facts.experts:
-        statistics = ExpertStatistics(weight_paths(skeleton), facts.experts)
+        statistics = ExpertUsage(weight_paths(skeleton), facts.experts)
         facts = dataclasses.replace(facts, expert_shares=statistics.load())
     return facts, skeleton, folder
 

@@ -35,6 +35,7 @@ import psutil
 
 from layerstream.errors import KVStoreUnusable
 from layerstream.hardware.files import TEMPORARY, write_whole, writer_of
+from layerstream.hardware.machine import network_file_system
 from layerstream.store.database import BUSY_SECONDS, explain
 from layerstream.store.eviction import choose_victims
 from layerstream.store.index import Index
@@ -48,11 +49,6 @@ MARKER_TO_BE = f"-{MARKER}{TEMPORARY}"  # how its name ends while it is written
 INDEX = "index.sqlite"
 ABOUT = "about.json"
 FORMAT = 1
-REMOTE_FILE_SYSTEMS = frozenset(
-    "nfs nfs4 cifs smb smb2 smb3 smbfs 9p afpfs webdav fuse.sshfs fuse.s3fs fuse.gcsfuse".split()
-)
-
-
 PASSING = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY)
 )
@@ -257,8 +253,7 @@ def _unlink_index(path: Path) -> None:
 def _check(path: Path) -> None:
     """Refuse what cannot or must not be a store, before anything is written."""
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
-    kind = _file_system(existing)
-    if kind in REMOTE_FILE_SYSTEMS:
+    if (kind := network_file_system(existing)) is not None:
         raise KVStoreUnusable(
             f"{path} is on a network file system ({kind}), where the index's locks cannot be relied on: pass a folder "
             "on a local disk as kv_store, or None for no store"
@@ -327,14 +322,3 @@ def _read_about(path: Path) -> str:
 
 def _write_json(path: Path, content: dict) -> None:
     write_whole(path, json.dumps(content, indent=1, sort_keys=True), is_private=True)
-
-
-def _file_system(path: Path) -> str:
-    """The type of the file system that *path* is on, if it can be told."""
-    best, kind = "", ""
-    with contextlib.suppress(OSError, RuntimeError):
-        for part in psutil.disk_partitions(all=True):
-            inside = path == Path(part.mountpoint) or Path(part.mountpoint) in path.parents
-            if inside and len(part.mountpoint) >= len(best):
-                best, kind = part.mountpoint, part.fstype
-    return kind.lower()
