@@ -25,8 +25,9 @@ lint: $(VENV)/.installed ## ruff and the import contracts
 types: $(VENV)/.installed ## pyright on engine and integrations
 	$(BIN)/pyright
 
+# Threads that wait for each other sleep: spinning ones take the cores from the other worker's.
 fast: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal
 
 slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments with the oldest and newest frameworks
 	$(BIN)/pytest -m slow
