@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 FIGURES = Path(__file__).parent.parent / "figures.md"
-WIDTH, LABELS, BAR, GAP, TOP = 760, 250, 22, 12, 34
+WIDTH, LABELS, BAR, GAP, TOP = 760, 310, 22, 12, 34
 OURS, OTHERS = "#4477aa", "#9aa5b1"
 
 
