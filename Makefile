@@ -34,7 +34,7 @@ types: $(VENV)/.installed ## pyright on engine and integrations
 fast: $(VENV)/.installed
 	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal
 
-coverage: $(VENV)/.installed ## The fast tests once more, and which lines they run (slower by a half; no gate)
+coverage: $(VENV)/.installed ## The fast tests once more, and which lines they run; no gate
 	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report term:skip-covered
 
 slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments with the oldest and newest frameworks

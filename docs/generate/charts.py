@@ -28,10 +28,11 @@ def draw_peers() -> str:
     """Seconds for each further token, one bar for each runner."""
     header, *rows = read_table("Beside others")
     column = header.index("each further token")
-    return bars(
-        "Seconds for each token: Llama-3.2-3B's shape, bf16, 7.2 GB, within 3 GiB",
-        [(row[0].split(",", 1)[0] if row[0].startswith("LayerStream") else row[0], _seconds(row[column])) for row in rows],
-    )
+    ours = rows[0][0].split(",")[0]  # its budget is in the title
+    named = [ours, *(row[0] for row in rows[1:])]
+    seconds = [float(row[column].removesuffix("s")) for row in rows]
+    title = "Seconds for each token: Llama-3.2-3B's shape, bf16, 7.2 GB, within 3 GiB"
+    return bars(title, list(zip(named, seconds, strict=True)))
 
 
 def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
@@ -54,7 +55,3 @@ def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
             f'<text x="{LABELS + length + 6}" y="{top + 16}" fill="#222222"{weight}>{value:g} s</text>',
         ]
     return "\n".join([*lines, "</svg>"]) + "\n"
-
-
-def _seconds(cell: str) -> float:
-    return float(cell.removesuffix("s"))

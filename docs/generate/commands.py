@@ -9,9 +9,8 @@ from typing import Any
 from unittest import mock
 
 import typer
-from typer.testing import CliRunner
-
 from layerstream.cli import app
+from typer.testing import CliRunner
 
 SHARED = ("Sampling", "Engine")
 """Boxes of options that several commands have alike; a page shows each once."""

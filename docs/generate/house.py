@@ -116,16 +116,20 @@ def _functions(folder: Path) -> Iterator[tuple[int, int, str]]:
     """Lines, arguments (without ``self``) and name of every function."""
     for path in folder.rglob("*.py"):
         tree = ast.parse(path.read_text("utf-8"))
-        owners = {id(child): node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for child in node.body}
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        owners = {id(child): f"{owner.name}." for owner in classes for child in owner.body}
         for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            owner = owners.get(id(node), "")
-            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-            num_arguments = len(arguments) - bool(owner)
-            first = node.body[0].lineno if ast.get_docstring(node) is None else node.body[0].end_lineno + 1
-            name = f"{path.relative_to(folder)}: {owner + '.' if owner else ''}{node.name}"
-            yield node.end_lineno - first + 1, num_arguments, name
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                owner = owners.get(id(node), "")
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                name = f"{path.relative_to(folder)}: {owner}{node.name}"
+                yield _num_lines(node), len(arguments) - bool(owner), name
+
+
+def _num_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of the body, its docstring left out."""
+    body = node.body if ast.get_docstring(node) is None else node.body[1:]
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
 def main() -> None:

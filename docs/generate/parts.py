@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import layerstream.errors
+
 from docs.generate import charts, commands, house
 
 DOCS = Path(__file__).parent.parent
