@@ -5,9 +5,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# Not quiet: two minutes without a word look like a hang.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --no-warn-script-location
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types fast slow faults fuzz bench clean
+.PHONY: help demo test format lint types fast coverage slow faults fuzz bench docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
@@ -16,6 +18,10 @@ demo: $(VENV)/.installed ## Answer questions about the bundled documents, the mo
 	$(BIN)/layerstream demo
 
 test: lint types fast ## Lint, types and the fast tests
+
+format: $(VENV)/.installed ## Write the layout that lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: $(VENV)/.installed ## ruff and the import contracts
 	$(BIN)/ruff check .
@@ -29,6 +35,9 @@ types: $(VENV)/.installed ## pyright on engine and integrations
 fast: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal
 
+coverage: $(VENV)/.installed ## The fast tests once more, and which lines they run; no gate
+	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report term:skip-covered
+
 slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments with the oldest and newest frameworks
 	$(BIN)/pytest -m slow
 
@@ -41,13 +50,21 @@ fuzz: $(VENV)/.installed ## Random engines against plain transformers, and again
 bench: $(VENV)/.installed ## Sweep speed against a raw read of the same bytes (benchmarks/README.md has the rest)
 	$(BIN)/python -m benchmarks.sweep $(or $(MODEL),$(error which model? make bench MODEL=folder; python -m benchmarks.grow 3B FOLDER writes one))
 
+docs: $(VENV)/.installed ## The pages as a site in build/site; a dead link is an error
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## Remove what make made
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "LayerStream needs Python 3.11 or newer; none found as '$(PYTHON)': make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "Installing into $(VENV), about 2 GB, two minutes or so: this happens once."
+	@$(PYTHON) -m venv $(VENV)
+	@echo "1 of 2: $(TORCH)"
+	@$(INSTALL) $(TORCH)
+	@echo "2 of 2: LayerStream and what its tests need"
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -38,6 +38,9 @@ def test_answers_everything_within_less_than_the_model() -> None:
     assert max(map(len, result.stdout.splitlines())) <= 80
     planned, budget, model = re.findall(r"[\d.]+ MiB", result.stdout)[-3:]
     assert parse_size(planned) <= parse_size(budget) < parse_size(model)
+    *_, chat, _, plan = result.stdout.splitlines()
+    assert chat.endswith("layerstream chat demo")
+    assert plan.endswith("layerstream plan Qwen/Qwen3-8B --memory 3GiB")
 
 
 def test_a_wrong_answer_counts(engine: LayerStream, capsys: pytest.CaptureFixture[str]) -> None:

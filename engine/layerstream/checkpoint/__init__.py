@@ -1,1 +1,1 @@
-"""Floor 1: weights are read where they lie; only headers are read at open."""
+"""Weights are read where they lie; only headers are read at open."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent.parent / "demo"
 BUDGET_SHARE = 0.95  # of the model's weights: they cannot all be there at a time
+NEXT = (
+    ("chat demo", "talk with the bundled reader"),
+    ("plan Qwen/Qwen3-8B --memory 3GiB", "what a model that does not fit would take"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,17 @@ def _conclude(engine: LayerStream, num_right: int, num_questions: int) -> None:
         f"{format_size(stats.planned_memory_bytes)} of {format_size(stats.budget_bytes)}, "
         f"the model has {format_size(stats.model_bytes)}."
     )
+    typer.echo("\nTry next:")
+    for arguments, purpose in NEXT:
+        typer.echo(f"  # {purpose}\n  {_command()} {arguments}")
+
+
+def _command() -> str:
+    """What the shell calls this command: its path, where an environment is not activated."""
+    if which("layerstream") is not None:
+        return "layerstream"
+    beside = Path(sys.executable).with_name("layerstream")
+    return os.path.relpath(beside) if beside.exists() else "python -m layerstream"
 
 
 def _plain(text: str) -> str:

@@ -1,1 +1,1 @@
-"""Floor 4: transformers' own modules, run one row block at a time past streaming weights."""
+"""Transformers' own modules, run one row block at a time past streaming weights."""

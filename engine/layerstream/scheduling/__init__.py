@@ -1,1 +1,1 @@
-"""Floor 5: which rows go into the next sweep, and which tokens come out of it."""
+"""Which rows go into the next sweep, and which tokens come out of it."""

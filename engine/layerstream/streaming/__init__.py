@@ -1,1 +1,1 @@
-"""Floor 2: weights flow from the checkpoint's files through a fixed ring."""
+"""Weights flow from the checkpoint's files through a fixed ring."""

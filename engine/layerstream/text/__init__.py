@@ -1,1 +1,1 @@
-"""Floor 5: prompts to tokens, tokens to text."""
+"""Prompts to tokens, tokens to text."""

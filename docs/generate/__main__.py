@@ -1,0 +1,11 @@
+"""Write the parts of the pages that come from the code: ``python -m docs.generate``."""
+
+from __future__ import annotations
+
+from docs.generate.parts import DOCS, should_be
+
+for path, text in should_be().items():
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, "utf-8")
+        print(f"docs/{path.relative_to(DOCS)} written")
