@@ -21,6 +21,7 @@ from typing import TypeAlias
 import torch
 
 from layerstream.checkpoint.folder import open_folder
+from layerstream.checkpoint.gguf import open_gguf, read_rope_factors
 from layerstream.comparing.differences import difference
 from layerstream.comparing.judging import (
     TOLERANCES,
@@ -110,7 +111,9 @@ def compare(
     parts = assemble(_alone(config), None)
     try:
         with tempfile.TemporaryDirectory(prefix="layerstream-compare-") as folder:
-            return _Session(parts, Path(folder), on_progress).compare(_encode(parts, prompt, num_tokens, is_raw), num_tokens)
+            return _Session(parts, Path(folder), on_progress).compare(
+                _encode(parts, prompt, num_tokens, is_raw), num_tokens
+            )
     finally:
         parts.close()
 
@@ -164,7 +167,9 @@ class _Session:
         walk = Walk(self._open_plain(), self._stations, record, expected, self._tolerance)
         try:
             own, given = walk.run(
-                [*ids, *answer[:-1]], num_tokens, lambda done, count: self._on_progress("plain transformers", done, count)
+                [*ids, *answer[:-1]],
+                num_tokens,
+                lambda done, count: self._on_progress("plain transformers", done, count),
             )
         except LayerStreamError:
             raise
@@ -201,22 +206,21 @@ class _Session:
         return tokens[0], logits[0]
 
     def _open_plain(self) -> PlainModel:
-        parts, skeleton = self._parts, self._parts.skeleton
-        path = parts.config.packed or locate_model(parts.config)
+        skeleton, trusts = self._parts.skeleton, self._parts.config.trust_remote_code
+        path = self._parts.config.packed or locate_model(self._parts.config)
         if path.suffix == ".gguf":
-            weights = GgufWeights(skeleton.sources)
-        else:
-            config = load_config(path, trust_remote_code=parts.config.trust_remote_code)
-            is_part = config.get_text_config(decoder=True) is not config
-            weights = FolderWeights(open_folder(path), skeleton.embedding_key if is_part else None)
-        return PlainModel(
-            skeleton.config, skeleton.dtype, weights, trust_remote_code=parts.config.trust_remote_code
-        )
+            factors = read_rope_factors(open_gguf(path))
+            return PlainModel(skeleton.config, skeleton.dtype, GgufWeights(skeleton.sources), rope_factors=factors)
+        config = load_config(path, trust_remote_code=trusts)
+        is_part = config.get_text_config(decoder=True) is not config
+        weights = FolderWeights(open_folder(path), skeleton.embedding_key if is_part else None)
+        return PlainModel(skeleton.config, skeleton.dtype, weights, trust_remote_code=trusts)
 
     def _of_logits(self, logits: torch.Tensor, own: torch.Tensor, given: torch.Tensor, first: int) -> Finding:
         apart = difference(logits, given, self._tolerance)
+        row = apart.worst_row
         drifted = float((logits.float() - own.float()).abs().max() / own.float().abs().max())
-        return Finding("logits", apart.worst, float(apart.apart.max()), first + apart.worst_row, drifted)
+        return Finding("logits", apart.worst, float(apart.apart[row]), first + row, drifted)
 
     def _find_culprit(
         self,

@@ -31,11 +31,12 @@ class Tolerance:
 
 TOLERANCES: Mapping[str, Tolerance] = {
     "float32": Tolerance(roundings=2**-18, share=1e-4, tie=1e-4),
-    "float16": Tolerance(roundings=2**-8, share=2**-5, tie=2**-8),
-    "bfloat16": Tolerance(roundings=2**-5, share=2**-3, tie=2**-5),
+    "float16": Tolerance(roundings=2**-7, share=2**-5, tie=2**-8),
+    "bfloat16": Tolerance(roundings=2**-4, share=2**-2, tie=2**-5),
 }
-"""Eight units in the last place of bfloat16 and of float16, and as much again for each sum; in float32, where both
-sides add in another order, what sums of some thousand products are off at the most."""
+"""Small random models of the tested families (tests/reference) stay below a third of it in float32, where both sides
+only add in another order, and below two thirds in the others. There most of it is attention's: a score of 64 is rounded
+to a quarter in bfloat16, and the softmax makes a factor of that. So float32 finds what bfloat16 has no room for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from layerstream.comparing.weights import Weights
 from layerstream.errors import InvalidHeader, MissingTensor
 from layerstream.model.hooks import named_holders
+from layerstream.model.skeleton import divide_frequencies
 
 Watch: TypeAlias = Callable[[str, torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Told of a module that has run, its weights still there: path, module, arguments, what it gave."""
@@ -47,12 +48,21 @@ class PlainModel:
     Args:
         config: of the language model.
         weights: the values of its checkpoint.
+        rope_factors: what rotary frequencies are divided by; GGUF files have it, and transformers does not read it.
 
     Attributes:
         model: on the meta device, but for what is running.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, weights: Weights, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        weights: Weights,
+        *,
+        rope_factors: torch.Tensor | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         with init_empty_weights(include_buffers=False):
             self.model: Any = transformers.AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
@@ -62,11 +72,13 @@ class PlainModel:
                 trust_remote_code=trust_remote_code,
             )
         self.model.eval()
+        if rope_factors is not None:
+            divide_frequencies(self.model, rope_factors)
         self._weights = weights
         self._config = LoadStateDictConfig(
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
-            weight_mapping=None if weights.are_parameters else get_model_conversion_mapping(self.model),
+            weight_mapping=[] if weights.are_parameters else _conversions(self.model),
         )
         self._stored = self._find_stored()
 
@@ -176,6 +188,11 @@ class PlainModel:
                 if made in meta:
                     found.setdefault(made, []).append(name)
         return found
+
+
+def _conversions(model: Any) -> list[WeightConverter | WeightRenaming]:
+    """How stored names and layouts become parameters."""
+    return [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightConverter | WeightRenaming)]
 
 
 def _with(output: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -29,11 +29,12 @@ class Record:
         self._tensors: dict[str, torch.Tensor] = {}
         self._seen: dict[str, torch.Tensor] = {}
 
-    def put(self, name: str, tensor: torch.Tensor, total: int, rows: Rows) -> None:
-        """File the *rows* of *tensor*, which has *total* rows, as far as it has rows at all."""
-        found = by_rows(tensor, total)
-        if found is None:
+    def put(self, name: str, tensors: Sequence[torch.Tensor], total: int, rows: Rows) -> None:
+        """File the *rows* of *tensors*, side by side; of those that have *total* rows."""
+        parts = [found for tensor in tensors if (found := by_rows(tensor, total)) is not None]
+        if not parts:
             return
+        found = torch.cat(parts, 1)
         if name not in self._tensors:
             self._seen[name] = torch.zeros(self._num_tokens, dtype=torch.bool)
             self._tensors[name] = self._make(found.shape[1], found.dtype)
@@ -70,17 +71,13 @@ def in_hand() -> tuple[int, Rows]:
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """What a module computes on: the first tensor of numbers."""
-    return _first((*args, *kwargs.values()))
+    return next(iter(gave((*args, *kwargs.values()))), None)
 
 
-def gave(output: Any) -> torch.Tensor | None:
-    """What it makes of that: the first tensor of numbers."""
-    return _first(output if isinstance(output, tuple | list) else (output,))
-
-
-def _first(values: Sequence[Any]) -> torch.Tensor | None:
-    tensors = (value for value in values if isinstance(value, torch.Tensor))
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+def gave(output: Any) -> list[torch.Tensor]:
+    """What it makes of that: a tensor, or several, of which the first are hidden states where there are any."""
+    values = output if isinstance(output, tuple | list) else (output,)
+    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
 class Taps:
@@ -101,7 +98,8 @@ class Taps:
         """File what the module *path* is given as ``path:in``."""
 
         def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._file(f"{path}:in", given(args, kwargs))
+            hidden = given(args, kwargs)
+            self._file(f"{path}:in", [] if hidden is None else [hidden])
 
         module = self._model.get_submodule(path)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -122,15 +120,14 @@ class Taps:
 
         def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             _, index, weights = (*args, *kwargs.values())[:3]
-            self._file(f"{path}:experts", index)
-            self._file(f"{path}:weights", weights)
+            self._file(f"{path}:experts", [index])
+            self._file(f"{path}:weights", [weights])
 
         module = self._model.get_submodule(path)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _file(self, name: str, tensor: torch.Tensor | None) -> None:
-        if tensor is not None:
-            self._record.put(name, tensor, *self._rows())
+    def _file(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        self._record.put(name, tensors, *self._rows())
 
     @contextmanager
     def open(self) -> Iterator[Taps]:

@@ -55,7 +55,9 @@ class Stations:
 
 def find_stations(skeleton: Skeleton) -> Stations:
     """Those of a model."""
-    chain = tuple(node.name for node in skeleton.body)
+    above = skeleton.embedding_key.rpartition(".")[0].rpartition(".")[0]
+    norms = (f"{above}.{name}" for name, _ in skeleton.decoder.named_children() if "norm" in name)
+    chain = tuple(dict.fromkeys([*(node.name for node in skeleton.body), *norms]))  # OLMo's norm has no weights
     found = (path for path, module in skeleton.model.named_modules() if is_fused_experts(module))
     mixtures = (Mixture(path.rpartition(".")[0], path) for path in found)
     return Stations(

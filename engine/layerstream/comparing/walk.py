@@ -83,14 +83,13 @@ class Walk:
         for excess in self._of_mixture:
             apart = Difference(torch.maximum(apart.excess, excess), apart.apart)
         is_first = all(finding.agrees for finding in self.findings)
-        self._add(path, apart, drift(found, self._rows(gave(output))))
+        self._add(path, apart, drift(found, self._rows(*gave(output)[:1])))
         if is_first and is_layer and not apart.agrees:
             self._look_inside(path, module, args, kwargs, entering)
 
     def _add(self, path: str, apart: Difference, drifted: float = 0.0) -> None:
         row = apart.worst_row
-        finding = Finding(path, apart.worst, float(apart.apart.max()), row, drifted, self._num_ties)
-        self.findings.append(finding)
+        self.findings.append(Finding(path, apart.worst, float(apart.apart[row]), row, drifted, self._num_ties))
 
     def _look_inside(self, path: str, module: torch.nn.Module, args: Any, kwargs: Any, entering: torch.Tensor) -> None:
         rows = [(0, 0, self._num_tokens)]
@@ -100,7 +99,7 @@ class Walk:
                 taps.on_input(inner)
                 taps.on_output(inner)
             output = self._aside(module, args, kwargs, entering)
-        self._inside.put(f"{path}:out", output, self._num_tokens, rows)
+        self._inside.put(f"{path}:out", [output], self._num_tokens, rows)
         self.returned = [*taps.returned, path]
 
     def _aside(self, module: torch.nn.Module, args: Any, kwargs: Any, entering: torch.Tensor) -> torch.Tensor:
@@ -108,7 +107,7 @@ class Walk:
         self._is_aside = True
         try:
             args, kwargs = _substitute(args, kwargs, entering)
-            return self._rows(gave(module.forward(*args, **kwargs)))
+            return self._rows(*gave(module.forward(*args, **kwargs))[:1])
         finally:
             self._is_aside = False
 
@@ -137,10 +136,10 @@ class Walk:
         return _substitute(args, kwargs, found)
 
     def _route(self, mixture: Mixture, args: Any, kwargs: Any) -> Any:
-        hidden, index, weights = (*args, *kwargs.values())[:3]
         found = self._record.get(f"{mixture.experts}:experts"), self._record.get(f"{mixture.experts}:weights")
         if found[0] is None or found[1] is None:  # computed by another way than this module
             return None
+        hidden, index, weights = (*args, *kwargs.values())[:3]
         ties, wrong = rerouted((found[0], found[1]), (index, weights), self._tolerance)
         self._num_ties = int(ties.sum())
         self._of_mixture.append(torch.where(wrong, torch.inf, 0.0))
@@ -154,7 +153,7 @@ class Walk:
             )
         return found
 
-    def _rows(self, tensor: torch.Tensor | None) -> torch.Tensor:
+    def _rows(self, tensor: torch.Tensor | None = None) -> torch.Tensor:
         found = None if tensor is None else by_rows(tensor, self._num_tokens)
         if found is None:
             raise UnsupportedModel("this model cannot be compared: one of its layers has no row for each token")
