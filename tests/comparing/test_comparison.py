@@ -161,14 +161,18 @@ def test_a_wrong_scale_of_attention(mode: str, make: Callable[[str], Path], monk
     assert found.culprit == Culprit(path, between=(f"{path}.v_proj", f"{path}.o_proj"))
 
 
-def test_a_window_that_is_left_out(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_is_too_wide(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Only tokens past the window differ."""
 
     def break_(model: Any) -> None:
-        model.model.layers[2].self_attn.sliding_window = None
+        assert model.model.layers[2].self_attn.sliding_window == 40
+        model.model.layers[2].self_attn.sliding_window = 60
 
-    found = broken(make("mistral-window"), monkeypatch, break_, "layers")
-    assert found.culprit is None or found.culprit.path == "model.layers.2.self_attn"
+    found = broken(make("qwen2-window"), monkeypatch, break_, "layers")
+    assert found.culprit is not None
+    assert found.culprit.path == "model.layers.2.self_attn"
+    assert found.first is not None
+    assert found.first.position >= 40
 
 
 def test_a_wrong_expert(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,11 +54,9 @@ def compare(
 def verdict(found: Comparison) -> str:
     """One sentence that says what it came to, and what to do next."""
     other = [choice for choice in found.choices if not choice.agrees]
-    count = len(found.choices)
     if found.outcome == "same":
         return (
-            f"same: all modules agree within what {found.dtype} rounds, and {count} token{'s' * (count > 1)} of the "
-            "answer are plain transformers'"
+            f"same: all modules agree within what {found.dtype} rounds, and the answer's tokens are plain transformers'"
         )
     if found.outcome == "tie":
         return f"same but for a tie: {_token(found, other[0])}; rounding decides between two that are as good as equal"
@@ -72,7 +70,7 @@ def verdict(found: Comparison) -> str:
     blame = "when the prompt was answered once more it did not: what is read or computed is not the same each time"
     if found.culprit is not None:
         blame = _blame(found.culprit)
-    tokens = f"; {_token(found, other[0])}" if other else f"; all {count} tokens are the same nevertheless"
+    tokens = f"; {_token(found, other[0])}" if other else "; the answer's tokens are the same nevertheless"
     return f"different: {found.first.module} is the first that differs; {blame}{tokens}"
 
 

@@ -34,8 +34,8 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "float16": Tolerance(roundings=2**-7, share=2**-5, tie=2**-8),
     "bfloat16": Tolerance(roundings=2**-4, share=2**-2, tie=2**-5),
 }
-"""Small random models of the tested families (tests/reference) stay below a third of it in float32, where both sides
-only add in another order, and below two thirds in the others. There most of it is attention's: a score of 64 is rounded
+"""Small random models of all tested families stay below a thirtieth of it in float32, where both sides only add in
+another order, and below two thirds in the others. There most of it is attention's: a score of 64 is rounded
 to a quarter in bfloat16, and the softmax makes a factor of that. So float32 finds what bfloat16 has no room for."""
 
 

@@ -75,9 +75,11 @@ def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
 
 
 def gave(output: Any) -> list[torch.Tensor]:
-    """What it makes of that: a tensor, or several, of which the first are hidden states where there are any."""
+    """What it makes of that: the first tensor of numbers, and what routers give beside it: the weights of experts.
+    (Attention's weights, of more dimensions, are there in plain transformers alone.)"""
     values = output if isinstance(output, tuple | list) else (output,)
-    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    numbers = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return numbers[:1] + [value for value in numbers[1:] if value.dim() <= 2]
 
 
 class Taps:
