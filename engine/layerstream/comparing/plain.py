@@ -144,9 +144,7 @@ class PlainModel:
         needed = {*wanted, *(other for other in tied.values() if other is not None)}
         before = [(*holders[key], holders[key][0][holders[key][1]]) for key in needed]
         names = {name for key in needed for name in self._stored.get(key, ())}
-        found, _ = convert_and_load_state_dict_in_model(
-            self.model, {name: self._weights.read(name) for name in names}, self._config
-        )
+        found, _ = convert_and_load_state_dict_in_model(self.model, self._weights.read(names), self._config)
         for key, other in tied.items():
             if other is not None:
                 (holder, name), (source, stored) = holders[key], holders[other]

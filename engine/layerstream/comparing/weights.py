@@ -7,7 +7,7 @@ and decoded at once. What both share is how a quantised matrix is found among th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,8 +32,8 @@ class Weights(Protocol):
         """What there is."""
         ...
 
-    def read(self, name: str) -> torch.Tensor:
-        """One of them; what was quantised in fp32."""
+    def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Some of them; what was quantised in fp32."""
         ...
 
 
@@ -50,23 +50,23 @@ class FolderWeights:
         stored: dict[str, TensorEntry | PackedTensor] = {**checkpoint.tensors, **checkpoint.packed}
         renamed = {} if embedding is None else language_model_names(stored, embedding)
         self._stored = {renamed.get(name, name): found for name, found in stored.items()}
-        self._open = cache(_open)
 
     @property
     def names(self) -> Collection[str]:
         """As the files have them, but for the prefix of a language model among others."""
         return self._stored.keys()
 
-    def read(self, name: str) -> torch.Tensor:
-        """By the safetensors library; decoded by the codec."""
-        found = self._stored[name]
-        if isinstance(found, TensorEntry):
-            return self._read(found)
-        return decode(found.codec, {plane: self._read(entry) for plane, entry in found.planes.items()}, found.shape)
+    def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """By the safetensors library, which maps files into memory: each until its tensors are gone."""
+        opened = cache(_open)
+        return {name: self._read(self._stored[name], opened) for name in names}
 
-    def _read(self, entry: TensorEntry) -> torch.Tensor:
-        tensor = self._open(entry.extent.path).get_tensor(entry.name)
-        dtype = PLANE_DTYPES.get(entry.dtype)
+    def _read(self, found: TensorEntry | PackedTensor, opened: Callable[[Path], Any]) -> torch.Tensor:
+        if isinstance(found, PackedTensor):
+            planes = {name: self._read(entry, opened) for name, entry in found.planes.items()}
+            return decode(found.codec, planes, found.shape)
+        tensor = opened(found.extent.path).get_tensor(found.name)
+        dtype = PLANE_DTYPES.get(found.dtype)
         return tensor if dtype is None or tensor.dtype == dtype else tensor.view(dtype)
 
 
@@ -83,12 +83,9 @@ class GgufWeights:
         """The model's parameters."""
         return self._sources.keys()
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """Plain reads; decoded by the codec."""
-        source = self._sources[name]
-        if not isinstance(source, PackedSource):
-            return _read_plane(source)
-        return decode(source.codec, {name: _read_plane(plane) for name, plane in source.planes.items()}, source.shape)
+        return {name: _read_source(self._sources[name]) for name in names}
 
 
 def decode(codec: Codec, planes: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
@@ -102,6 +99,12 @@ def decode(codec: Codec, planes: Mapping[str, torch.Tensor], shape: tuple[int, .
 
 def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
+
+
+def _read_source(source: Source) -> torch.Tensor:
+    if not isinstance(source, PackedSource):
+        return _read_plane(source)
+    return decode(source.codec, {name: _read_plane(plane) for name, plane in source.planes.items()}, source.shape)
 
 
 def _read_plane(source: ParameterSource) -> torch.Tensor:
