@@ -17,7 +17,7 @@ from layerstream.planner import advice
 from typer.main import get_command
 from typer.testing import CliRunner
 
-RUNNING = ("run", "chat", "ask", "warm", "bench", "bench rag", "bench experts", "plan")
+RUNNING = ("run", "chat", "ask", "warm", "bench", "bench rag", "bench experts", "plan", "compare")
 NOT_IN_A_SHELL = {"self", "model", "token", "progress", "max_queued"}
 """HF_TOKEN names the token, a terminal shows progress, and nobody queues in a shell."""
 

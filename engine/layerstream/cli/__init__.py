@@ -14,6 +14,7 @@ from layerstream import __version__
 from layerstream.cli.ask import ask
 from layerstream.cli.bench import app as bench
 from layerstream.cli.chat import chat
+from layerstream.cli.compare import compare
 from layerstream.cli.demo import demo
 from layerstream.cli.doctor import doctor
 from layerstream.cli.failures import (
@@ -35,9 +36,9 @@ from layerstream.cli.warm import warm
 
 ANYWHERE = ("--debug", "--traceback")
 ELSEWHERE = {
-    "complete": "run", "convert": "pack", "generate": "run", "index": "warm", "info": "plan", "ingest": "warm",
-    "list": "ls", "models": "ls", "prefill": "warm", "prompt": "run", "quantize": "pack", "query": "ask",
-    "repl": "chat", "show": "plan",
+    "complete": "run", "convert": "pack", "diff": "compare", "generate": "run", "index": "warm", "info": "plan",
+    "ingest": "warm", "list": "ls", "models": "ls", "prefill": "warm", "prompt": "run", "quantize": "pack",
+    "query": "ask", "repl": "chat", "show": "plan",
 }  # fmt: skip
 """What other tools call it."""
 
@@ -99,6 +100,7 @@ app.command()(plan)
 app.command()(warm)
 app.command()(pack)
 app.command()(demo)
+app.command()(compare)
 app.command()(doctor)
 app.add_typer(kv, name="kv", cls=Group)
 app.add_typer(bench, name="bench", cls=Group)

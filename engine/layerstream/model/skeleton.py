@@ -146,7 +146,7 @@ def build_skeleton(
     with explained(f"{folder}: no model can be built as its config says"):
         model = build_meta(text_config, compute_dtype, trust_remote_code)
     if file is not None and (factors := read_rope_factors(file)) is not None:
-        _divide_frequencies(model, factors)
+        divide_frequencies(model, factors)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
         raise UnsupportedModel(
@@ -225,7 +225,7 @@ def _shapes(checkpoint: Checkpoint) -> Collection[tuple[int, ...]]:
     return [entry.shape for entry in (*checkpoint.tensors.values(), *packed)]
 
 
-def _divide_frequencies(model: Any, factors: torch.Tensor) -> None:
+def divide_frequencies(model: Any, factors: torch.Tensor) -> None:
     """Divide the frequencies of rotary embeddings by *factors*."""
     for module in model.modules():
         for name in ("inv_freq", "original_inv_freq"):

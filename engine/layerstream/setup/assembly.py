@@ -72,6 +72,7 @@ class Assembly:
     plan: Plan
     context_length: int
     model_bytes: int
+    skeleton: Skeleton
     reader: DirectReader
     weights: ModelWeights
     scheduler: Scheduler
@@ -310,6 +311,7 @@ def _assemble(
             plan=plan,
             context_length=min(plan.facts.context_length, scheduler.max_prompt_tokens),
             model_bytes=skeleton.model_bytes,
+            skeleton=skeleton,
             reader=reader,
             weights=weights,
             scheduler=scheduler,
