@@ -67,7 +67,7 @@ def test_what_was_computed_is_not_computed_again() -> None:
     for number, question in enumerate(([50, 51], [60, 61, 62])):
         scheduler.add(sequence := make(number, context + question))
         run_all(scheduler)
-    assert sequence.num_cached == 24
+    assert sequence.tenancy.num_cached == 24
     assert len(scheduler.prefixes) == 4, "the page that both share once, and the first question's own page"
 
 
@@ -82,7 +82,7 @@ def test_questions_that_arrive_together_compute_their_context_once_in_the_same_s
     assert sweep.num_tokens == 16 + 4
     assert set(sweep.sampled) == set(sequences)
     assert scheduler.pool.num_used == 2 + 4
-    assert [sequence.num_cached for sequence in sequences] == [0, 16, 16, 16]
+    assert [sequence.tenancy.num_cached for sequence in sequences] == [0, 16, 16, 16]
 
 
 def test_a_long_context_is_followed_over_several_sweeps() -> None:
@@ -106,7 +106,7 @@ def test_a_sharer_takes_over_when_the_owner_leaves() -> None:
     scheduler.remove(first)
     scheduler.check_integrity()
     assert (second.num_computed, third.num_computed) == (24, 40), "three pages are there; the second goes on from them"
-    assert second.num_cached == 24
+    assert second.tenancy.num_cached == 24
     run_all(scheduler)
     assert second.num_output_tokens == third.num_output_tokens == 2
 
@@ -118,7 +118,7 @@ def test_pages_made_by_decoding_are_never_shared() -> None:
     assert first.num_tokens == 25
     scheduler.add(second := make(1, [*first.token_ids, 1]))
     run_all(scheduler)
-    assert second.num_cached == 0
+    assert second.tenancy.num_cached == 0
 
 
 def test_idle_prefixes_make_room_the_oldest_and_their_ends_first() -> None:

@@ -58,7 +58,6 @@ class Memory:
     def accept(self, sequence: Sequence, count: int) -> None:
         for position in range(sequence.num_computed, sequence.num_computed + count):
             self.pages[sequence.pages[position // PAGE]][position % PAGE] = sequence.token_ids[position]
-        sequence.num_computed += count
 
 
 class Chain:
@@ -70,7 +69,7 @@ class Chain:
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         trees = {}
         for sequence in sequences:
-            room = min(sequence.capacity, sequence.max_num_tokens - 1) - sequence.num_tokens
+            room = min(sequence.tenancy.capacity, sequence.max_num_tokens - 1) - sequence.num_tokens
             count = min(room, self._rng.randint(0, 3))
             if count > 0:
                 last = sequence.token_ids[-1]
@@ -101,6 +100,7 @@ def go_on(scheduler: Scheduler, memory: Memory, sweep: Sweep) -> None:
             scheduler.remove(sequence)
         else:
             memory.accept(sequence, len(right))
+            scheduler.accept(sequence, len(right))
 
 
 @settings(max_examples=150, deadline=None)
@@ -153,8 +153,8 @@ def test_a_suspended_sequence_computes_nothing_again() -> None:
         sweep = scheduler.schedule()
         assert sweep is not None
         scheduler.check_integrity()
-        suspended |= any(sequence.suspension is not None for sequence in both)
-        assert both[0].suspension is None, "the one that came first goes on"
+        suspended |= any(sequence.tenancy.suspension is not None for sequence in both)
+        assert both[0].tenancy.suspension is None, "the one that came first goes on"
         go_on(scheduler, memory, sweep)
     assert suspended
     assert memory.num_rows == 2 * (15 + 33 - 1)
@@ -171,5 +171,5 @@ def test_room_that_was_reserved_and_not_reached_is_given_up_first() -> None:
     scheduler.add(second := make(1, 9, 4, 1))
     sweep = scheduler.schedule()
     assert second.pages
-    assert first.suspension is None
+    assert first.tenancy.suspension is None
     scheduler.check_integrity()

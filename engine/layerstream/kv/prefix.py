@@ -30,7 +30,7 @@ import heapq
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import PageLoad
@@ -103,6 +103,13 @@ class SpillStore(StoredPrefixes, Protocol):
     def unhold(self, owner: int) -> None:
         """*owner* needs nothing any more."""
         ...
+
+
+class Inherited(NamedTuple):
+    """A pending page whose owner is another one from now on, which has to compute it."""
+
+    heir: TokenSequence
+    position: int
 
 
 @dataclass(slots=True)
@@ -203,29 +210,33 @@ class PrefixTable:
             return None
         return Published(tuple(e.key for e in fresh), fresh[0].parent, tuple(e.page for e in fresh))
 
-    def abandon(self, keys: Sequence[Key], owner: TokenSequence, others: Iterable[TokenSequence]) -> list[Key]:
+    def abandon(
+        self, keys: Sequence[Key], owner: TokenSequence, others: Iterable[TokenSequence]
+    ) -> tuple[list[Key], list[Inherited]]:
         """*owner* is leaving: what only it wanted goes, what it owned goes to the first of *others* that shares it.
 
         Returns:
-            Keys that nobody is going to compute any more.
+            Keys that nobody is going to compute any more, and who computes the others.
         """
         entries = [entry for key in keys if (entry := self._entries.get(key)) is not None]
         heirs = list(others)
-        gone = self._hand_over([entry for entry in entries if entry.owner is owner], heirs)
+        handed_over = self._hand_over([entry for entry in entries if entry.owner is owner], heirs)
         unwanted = [entry for entry in entries if entry.is_stored and not any(_holds(heir, entry) for heir in heirs)]
         for entry in reversed(unwanted):
             self._remove(entry)
-        return gone
+        return handed_over
 
-    def lose(self, key: Key, running: Iterable[TokenSequence]) -> None:
-        """The store has not got page *key* any more: it and its stored descendants are computed by who shares them."""
+    def lose(self, key: Key, running: Iterable[TokenSequence]) -> list[Inherited]:
+        """The store has not got page *key* any more: it and its stored descendants are computed by who shares them.
+
+        Returns:
+            Who computes each of them.
+        """
         lost = [entry for entry in self._entries.values() if entry.is_stored and self._descends(entry, key)]
         for entry in lost:
             entry.is_stored = False
-        self._hand_over(sorted(lost, key=lambda entry: entry.position), list(running))
-        for entry in lost:
-            if entry.owner is not None:
-                entry.owner.num_loaded -= self._pool.page_tokens
+        _, heirs = self._hand_over(sorted(lost, key=lambda entry: entry.position), list(running))
+        return heirs
 
     def evict(self, count: int) -> int:
         """Free up to *count* pages of prefixes that nobody uses; how many it was."""
@@ -271,20 +282,18 @@ class PrefixTable:
         for entry in self._entries.values():
             assert entry.num_children == children.get(entry.key, 0), "children are counted wrongly"
 
-    def _hand_over(self, entries: Sequence[Entry], heirs: Sequence[TokenSequence]) -> list[Key]:
+    def _hand_over(self, entries: Sequence[Entry], heirs: Sequence[TokenSequence]) -> tuple[list[Key], list[Inherited]]:
         """*entries*, parents first, are pending from now on and owned by the first heir that shares them, or go."""
-        gone = []
+        gone, inherited = [], []
         for entry in entries:
             entry.owner = next((heir for heir in heirs if _holds(heir, entry)), None)
             if entry.owner is not None:
-                start = entry.position * self._pool.page_tokens
-                entry.owner.num_computed = min(entry.owner.num_computed, start)
-                entry.owner.num_cached = min(entry.owner.num_cached, start)
+                inherited.append(Inherited(entry.owner, entry.position))
         for entry in reversed(entries):
             if entry.owner is None:
                 self._remove(entry)
                 gone.append(entry.key)
-        return gone
+        return gone, inherited
 
     def _descends(self, entry: Entry, key: Key) -> bool:
         found: Entry | None = entry

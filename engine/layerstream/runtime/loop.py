@@ -301,8 +301,8 @@ class EngineLoop:
         self.counters.tokens_in += sweep.num_tokens
         for sequence in sweep.sampled:
             if self._answers[sequence].is_new:
-                self.counters.prefix_hits += sequence.num_cached > 0
-                self.counters.reused_tokens += sequence.num_cached
+                self.counters.prefix_hits += sequence.tenancy.num_cached > 0
+                self.counters.reused_tokens += sequence.tenancy.num_cached
         for answer in {self._answers[span.sequence] for _, span in sweep.spans()}:
             answer.took_part(streamed_bytes)
 

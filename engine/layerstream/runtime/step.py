@@ -151,7 +151,7 @@ class SweepStep:
         """The guesses *nodes*, a path from the root of *sequence*'s draft in the last sweep, were right."""
         if nodes:
             self._runner.accept(sequence, nodes)
-            sequence.num_computed += len(nodes)
+            self._scheduler.accept(sequence, len(nodes))
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let *child*, a copy of *parent*, run beside it.

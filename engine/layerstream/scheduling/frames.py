@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from layerstream.core.sequence import Sequence, Suspension
+from layerstream.core.sequence import Sequence
+from layerstream.core.tenancy import Suspension
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, SpillStore
 
@@ -81,11 +82,11 @@ class Frames:
             own = self.acquire(missing, sequence.pages[-1], [other for other in running if other is not sequence])
             if own is None:
                 return False
-            sequence.pages += own
+            sequence.tenancy.pages += own
         wanted = min(sequence.num_tokens + LOOK_AHEAD_TOKENS, sequence.max_num_tokens)
         more = self._pool.pages_for(wanted) - len(sequence.pages)
         if 0 < more <= self._pool.num_free - len(running):
-            sequence.pages += self._pool.acquire(more, after=sequence.pages[-1]) or []
+            sequence.tenancy.pages += self._pool.acquire(more, after=sequence.pages[-1]) or []
         return True
 
     def suspend(self, sequence: Sequence) -> None:
@@ -95,9 +96,9 @@ class Frames:
         number = None
         if self._swap is not None and own and not self._prefixes.loads(sequence.prefix_keys):
             number = self._swap.write(own)
-        sequence.suspension = Suspension(sequence.num_computed, kept, len(own), number)
+        sequence.tenancy.suspension = Suspension(sequence.num_computed, kept, len(own), number)
         self._pool.release(sequence.pages)
-        sequence.pages = []
+        sequence.tenancy.pages = []
 
     def resume(self, sequence: Sequence, num_shared: int) -> bool:
         """Bring back what :meth:`suspend` wrote into the pages of *sequence*, whose first *num_shared* are others'.
@@ -105,14 +106,14 @@ class Frames:
         Returns:
             False if that is not all that it had computed: it goes on from what is there.
         """
-        suspension = sequence.suspension
+        suspension = sequence.tenancy.suspension
         is_whole = suspension is not None and suspension.number is not None and num_shared >= suspension.kept
         if is_whole:
             assert suspension is not None and suspension.number is not None and self._swap is not None
             first, stop = num_shared - suspension.kept, suspension.kept + suspension.num_pages
             try:
                 self._swap.read(suspension.number, first, sequence.pages[num_shared:stop])
-                sequence.num_computed = suspension.num_computed
+                sequence.tenancy.num_computed = suspension.num_computed
             except OSError:
                 is_whole = False
         self.forget(sequence)
@@ -120,7 +121,7 @@ class Frames:
 
     def forget(self, sequence: Sequence) -> None:
         """What :meth:`suspend` wrote of *sequence* is not wanted any more."""
-        suspension, sequence.suspension = sequence.suspension, None
+        suspension, sequence.tenancy.suspension = sequence.tenancy.suspension, None
         if suspension is not None and suspension.number is not None and self._swap is not None:
             self._swap.drop(suspension.number)
 
@@ -148,7 +149,7 @@ class Frames:
             if spare > 0 and missing > 0:
                 cut = len(other.pages) - min(spare, missing)
                 self._pool.release(other.pages[cut:])
-                del other.pages[cut:]
+                del other.tenancy.pages[cut:]
 
     def _release(self, pages: list[int]) -> None:
         """The store does not hold *pages* any more."""

@@ -31,15 +31,16 @@ Rules:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import closing
 from dataclasses import replace
 from typing import Protocol
 
 from layerstream.core.draft import DraftTree
-from layerstream.core.sequence import Sequence
+from layerstream.core.sequence import BeamGroup, Sequence
 from layerstream.core.sweep import PageLoad, RowBlock, Span, Sweep
+from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
@@ -129,7 +130,7 @@ class Scheduler:
                 return
             self._abandon(sequence)
             self.pool.release(sequence.pages)
-            sequence.pages = []
+            sequence.tenancy.pages = []
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
             self._waiting.leave(sequence)
@@ -154,7 +155,7 @@ class Scheduler:
             if self._store is not None:
                 self._store.abandon(sequence.prefix_keys[sequence.num_computed // self.pool.page_tokens :])
                 self._store.unhold(sequence.sequence_id)
-            sequence.pages, sequence.reserve, sequence.slots = [], [], []
+            sequence.tenancy = Tenancy()
         held = Counter(self._frames.held_by_store)
         for page in range(self.pool.num_pages + self.pool.num_transit):
             self.pool.release([page] * (self.pool.refcount(page) - held[page]))
@@ -178,8 +179,7 @@ class Scheduler:
                 raise StorageFull("there is no memory for one more beam: ask for fewer, or give the engine more memory")
             self._suspend(victims[-1])
         self.pool.share(shared)
-        child.pages = [*shared, *(own or [])]
-        child.num_computed, child.prefix_keys = parent.num_computed, parent.prefix_keys
+        child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[])
         self._running.insert(self._running.index(parent) + 1, child)
         self._waiting.enter(child)
         return (parent.pages[num_whole], child.pages[num_whole]) if own else None
@@ -200,7 +200,7 @@ class Scheduler:
                 if planned[sequence] == sequence.num_prompt_tokens:
                     ready.append(sequence)
         for sequence in ready:
-            sequence.capacity = len(sequence.pages) * self.pool.page_tokens
+            sequence.tenancy.capacity = len(sequence.pages) * self.pool.page_tokens
         spans = [span for sequence in ready for span in decode_spans(sequence)]
         chunks = prompts.blocks()
         drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
@@ -218,7 +218,7 @@ class Scheduler:
         self.prefixes.loaded(load for load in sweep.loads if not self.pool.is_transit(load.page))
         before = {span.sequence: span.sequence.num_computed for _, span in sweep.known_spans()}
         for _, span in sweep.known_spans():
-            span.sequence.num_computed = span.stop
+            span.sequence.tenancy.num_computed = span.stop
             self._waiting.serve(span.sequence, len(span))
         found = [self._publish(sequence, start) for sequence, start in before.items()]
         published = [item for item in found if item is not None]
@@ -227,9 +227,19 @@ class Scheduler:
                 self._frames.share_with_store(item.pages)
         return published
 
+    def accept(self, sequence: Sequence, num_tokens: int) -> None:
+        """The KV of *num_tokens* more of *sequence* is in its pages: they were guessed, and right."""
+        sequence.tenancy.num_computed += num_tokens
+
+    def rewind(self, sequence: Sequence, num_tokens: int) -> None:
+        """Tokens of *sequence* from *num_tokens* on are computed once more."""
+        sequence.tenancy.rewind(num_tokens)
+
     def lose(self, key: bytes) -> None:
         """The store has lost page *key*, and the sweep that was to load it had no effect: the page is computed."""
-        self.prefixes.lose(key, self._running)
+        for heir, position in self.prefixes.lose(key, self._running):
+            heir.tenancy.rewind(position * self.pool.page_tokens)
+            heir.tenancy.num_loaded -= self.pool.page_tokens
         for sequence in [s for s in self._running if s.is_long and key in s.prefix_keys]:
             self._restart(sequence)
 
@@ -274,7 +284,7 @@ class Scheduler:
                     if not self._admit_long(sequence):
                         return
                     continue
-                if sequence.fork_of is not None and not self._has_room_for_beams(sequence):
+                if sequence.group is not None and not self._has_room_for_beams(sequence):
                     return
                 shared = self.prefixes.match(sequence.prefix_keys)
                 self.pool.share(shared)
@@ -283,7 +293,7 @@ class Scheduler:
                     self.pool.release(shared)
                     return
                 if not self._begin_or_fail(sequence, shared, own):  # it failed, or is being computed elsewhere
-                    sequence.pages = []
+                    sequence.tenancy.pages = []
                     self.pool.release(shared + own)
 
     def _acquire(self, sequence: Sequence, shared: list[int]) -> list[int] | None:
@@ -314,19 +324,19 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
         """*sequence* runs, in pages that it shares and its own; False, and no change, if another process is at it."""
-        size = self.pool.page_tokens
-        sequence.pages = shared + own
-        is_first, stored = sequence.suspension is None, Stored(0, 0)
+        size, tenancy = self.pool.page_tokens, sequence.tenancy
+        tenancy.pages = shared + own
+        is_first, stored = tenancy.suspension is None, Stored(0, 0)
         if is_first or not self._frames.resume(sequence, len(shared)):
             found = self._take(sequence, len(shared))
             if found is None:
                 return False
             stored = found
-            sequence.num_computed = (len(shared) + stored.num_pages) * size
+            tenancy.num_computed = (len(shared) + stored.num_pages) * size
         if is_first:
-            sequence.num_cached = sequence.num_computed
-            sequence.num_loaded = stored.num_pages * size
-            sequence.num_declined = stored.num_declined * size
+            tenancy.num_cached = tenancy.num_computed
+            tenancy.num_loaded = stored.num_pages * size
+            tenancy.num_declined = stored.num_declined * size
         self._waiting.remove(sequence)
         self._running.append(sequence)
         self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
@@ -342,18 +352,19 @@ class Scheduler:
 
     def _victims(self) -> list[Sequence]:
         """Who may be suspended, the one to begin with last."""
-        return [sequence for sequence in self._running if not sequence.is_long and sequence.fork_of is None]
+        return [sequence for sequence in self._running if not sequence.is_long and sequence.group is None]
 
     def _has_room_for_logits(self, sequence: Sequence) -> bool:
         """Whether all that run, and *sequence*, may be sampled from in one sweep."""
-        rows = {other.fork_of or other: other.num_group_rows for other in (*self._running, sequence)}
-        return sum(rows.values()) <= self.limits.max_sequences
+        everyone = (*self._running, sequence)
+        num_alone = sum(other.group is None for other in everyone)
+        return num_alone + sum(group.num_rows for group in _groups(everyone)) <= self.limits.max_sequences
 
     def _has_room_for_beams(self, sequence: Sequence) -> bool:
         """Whether all searches that run, and that of *sequence*, could have what they may need at once."""
-        groups = {other.fork_of: other.num_group_pages for other in (*self._running, sequence)}
+        num_pages = sum(group.num_pages for group in _groups((*self._running, sequence)))
         num_long = sum(len(self._spill.held_by(other)) for other in self._running if other.is_long)
-        return sum(groups.values()) + num_long <= self.pool.num_pages
+        return num_pages + num_long <= self.pool.num_pages
 
     def _suspend(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -363,7 +374,9 @@ class Scheduler:
 
     def _abandon(self, sequence: Sequence) -> None:
         """*sequence* does not run any more: prefixes that it was to compute are another's, or nobody's."""
-        gone = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
+        gone, heirs = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
+        for heir, position in heirs:
+            heir.tenancy.rewind(position * self.pool.page_tokens)
         if self._store is not None:
             self._store.abandon(gone)
 
@@ -398,7 +411,7 @@ class Scheduler:
         """A long sequence lost a page: it is admitted again, with what the store has of it."""
         self._running.remove(sequence)
         self._spill.remove(sequence)
-        sequence.num_computed = sequence.num_cached = sequence.num_loaded = 0
+        sequence.tenancy = Tenancy()
         self._waiting.add(sequence)
 
     def _publish(self, sequence: Sequence, start: int) -> Published | None:
@@ -456,3 +469,7 @@ class Scheduler:
             prompts.add(Span(sequence, start, stop))
             start = stop
         return start
+
+
+def _groups(sequences: Iterable[Sequence]) -> set[BeamGroup]:
+    return {sequence.group for sequence in sequences if sequence.group is not None}
