@@ -137,11 +137,11 @@ class Frames:
 
     def _make_room(self, count: int, running: Seq[Sequence]) -> None:
         missing = count - self._pool.num_free
-        if self._store is not None and self._prefixes.num_idle < missing:
+        if self._store is not None and self._prefixes.count_idle(missing) < missing:
             self._release(self._store.give_back())
-        idle = self._prefixes.num_idle
+        missing = count - self._pool.num_free
         unreached = {other: len(other.pages) - self._pool.pages_for(other.num_tokens + 1) for other in running}
-        if idle + sum(max(0, spare) for spare in unreached.values()) < (missing := count - self._pool.num_free):
+        if self._prefixes.count_idle(missing) + sum(max(0, spare) for spare in unreached.values()) < missing:
             return
         self._prefixes.evict(missing)
         for other, spare in unreached.items():

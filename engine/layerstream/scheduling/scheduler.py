@@ -381,7 +381,7 @@ class Scheduler:
             self._store.abandon(gone)
 
     def _num_cached(self, sequence: Sequence) -> int:
-        return len(self.prefixes.match(sequence.prefix_keys)) * self.pool.page_tokens
+        return self.prefixes.count_known(sequence.prefix_keys) * self.pool.page_tokens
 
     def _admit_long(self, sequence: Sequence) -> bool:
         """Admit a sequence that does not fit the frames; False while it has to wait, and those behind it too."""
