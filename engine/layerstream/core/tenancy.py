@@ -16,13 +16,14 @@ class Suspension:
     Attributes:
         num_computed: tokens.
         kept: pages at its beginning that others held too.
-        num_pages: those behind them, which were written under *number* (``None``: they were not).
+        num_pages: those behind them.
+        is_kept: whether what was in those is kept elsewhere.
     """
 
     num_computed: int
     kept: int
     num_pages: int
-    number: int | None
+    is_kept: bool
 
 
 @dataclass(slots=True, eq=False)

@@ -99,14 +99,6 @@ class SpillStore(StoredPrefixes, Protocol):
         """Whether page *key*, whose sequence waits for it, could not be stored since it was published last."""
         ...
 
-    def hold(self, owner: int, keys: Sequence[Key]) -> None:
-        """Keep *keys* from eviction until :meth:`unhold` for the same owner."""
-        ...
-
-    def unhold(self, owner: int) -> None:
-        """*owner* needs nothing any more."""
-        ...
-
 
 class Inherited(NamedTuple):
     """A pending page whose owner is another one from now on, which has to compute it."""

@@ -124,7 +124,7 @@ class ModelDrafter:
         mirror = self._mirrors.pop(sequence, None)
         if mirror is not None:
             self._growing.pop(mirror, None)
-            self._scheduler.remove(mirror)
+            self._step.steward.remove(mirror)
 
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         """For the small model's own scheduler: the trees that are being grown."""
@@ -168,7 +168,7 @@ class ModelDrafter:
         return bool(chosen)
 
     def _schedule(self) -> Sweep | None:
-        return self._scheduler.schedule(self)
+        return self._step.steward.schedule(self)
 
     def _run(self, sweep: Sweep) -> None:
         logits = self._step.run(sweep)

@@ -1,4 +1,8 @@
-"""Decides what goes into the next sweep. Pure: it moves no tensor and reads no clock.
+"""Decides what goes into the next sweep. Pure: it moves no tensor, reads no clock, opens no file.
+
+Beside the sweep it decides what is to be done first about pages on disk; whoever runs the sweep does it
+(``next_decision``, :mod:`layerstream.scheduling.decisions`). A store is asked for what it knows, and answers at once;
+so are those who guess, and they may compute.
 
 The one invariant that covers chunking and decoding alike: a sequence has ``num_computed`` tokens in its pages, and a
 sweep carries some of ``token_ids[num_computed:]``, in order, without gaps. When the last known token is among them,
@@ -30,7 +34,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import closing
@@ -45,7 +49,8 @@ from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
 from layerstream.scheduling.budget import ExpertLoad, SweepBudget
-from layerstream.scheduling.frames import Frames, Swap
+from layerstream.scheduling.decisions import Decision, Forget, LetGo
+from layerstream.scheduling.frames import Frames
 from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
 from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
@@ -66,7 +71,7 @@ class _NoDrafting:
         return {}
 
 
-_NO_DRAFTING = _NoDrafting()
+NO_DRAFTING = _NoDrafting()
 
 
 class Scheduler:
@@ -75,7 +80,7 @@ class Scheduler:
     Args:
         store: what outlives the process; ``None``: prefixes are shared in memory alone.
         read_seconds: what reading the streamed weights of a sweep takes.
-        swap: where pages go when memory is short.
+        can_swap: whether pages may be kept elsewhere when memory is short.
         experts: what rows bring in a mixture of experts; ``None``: it is none, or they come with their block.
     """
 
@@ -85,7 +90,7 @@ class Scheduler:
         pool: PagePool,
         store: SpillStore | None = None,
         read_seconds: Callable[[], float] = lambda: 0.0,
-        swap: Swap | None = None,
+        can_swap: bool = False,
         experts: ExpertLoad | None = None,
     ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
@@ -95,11 +100,12 @@ class Scheduler:
         )
         self.pool = pool
         self._store = store
-        self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1)
+        self._decisions: deque[Decision] = deque()
+        self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1, self._decisions)
         self._failed: list[tuple[Sequence, Exception]] = []
-        self._swap = swap
+        self._can_swap = can_swap
         self.prefixes = PrefixTable(pool)
-        self._frames = Frames(pool, self.prefixes, store, swap)
+        self._frames = self._make_frames()
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
 
@@ -146,16 +152,17 @@ class Scheduler:
         frames, running, waiting = self._frames, self._running, list(self._waiting)
         self._running, self._waiting, self._failed = [], WaitingQueue(), []
         self.prefixes = PrefixTable(self.pool)
-        self._frames = Frames(self.pool, self.prefixes, self._store, self._swap)
+        self._frames = self._make_frames()
         self._frames.held_by_store = frames.held_by_store
         self._spill = self._spill.renewed()
-        for sequence in waiting:
-            frames.forget(sequence)
         for sequence in (*running, *waiting):
             if self._store is not None:
                 self._store.abandon(sequence.prefix_keys[sequence.num_computed // self.pool.page_tokens :])
-                self._store.unhold(sequence.sequence_id)
             sequence.tenancy = Tenancy()
+        undone = [decision.sequence for decision in self._decisions]
+        self._decisions.clear()
+        for sequence in dict.fromkeys((*running, *waiting, *undone)):
+            self._decisions += Forget(sequence), LetGo(sequence)
         held = Counter(self._frames.held_by_store)
         for page in range(self.pool.num_pages + self.pool.num_transit):
             self.pool.release([page] * (self.pool.refcount(page) - held[page]))
@@ -184,7 +191,7 @@ class Scheduler:
         self._waiting.enter(child)
         return (parent.pages[num_whole], child.pages[num_whole]) if own else None
 
-    def schedule(self, drafting: Drafting = _NO_DRAFTING) -> Sweep | None:
+    def schedule(self, drafting: Drafting = NO_DRAFTING) -> Sweep | None:
         """The next sweep, with guesses of *drafting*; ``None`` when nothing is there to run."""
         self._frames.take_back_stored()
         self._settle()
@@ -254,6 +261,24 @@ class Scheduler:
         self.budget.max_draft_rows = max_draft_rows
         return True
 
+    def next_decision(self) -> Decision | None:
+        """What is to be done next, before a row is computed or a page copied; ``None``: nothing."""
+        return self._decisions.popleft() if self._decisions else None
+
+    def lose_kept(self, sequence: Sequence) -> None:
+        """What was to be kept of *sequence* while it was suspended is not to be had: it is computed again."""
+        if is_running := sequence in self._running:
+            self._running.remove(sequence)
+        self._frames.unmake(sequence)
+        if is_running:
+            self._abandon(sequence)
+            self._waiting.add(sequence)
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """*sequence* cannot go on because of *error*."""
+        if all(other is not sequence for other, _ in self._failed):
+            self._failed.append((sequence, error))
+
     def take_failed(self) -> list[tuple[Sequence, Exception]]:
         """Sequences that cannot go on, and why; they are still to be removed."""
         failed, self._failed = self._failed, []
@@ -274,6 +299,9 @@ class Scheduler:
         running = [self._spill.held_by(s) if s.is_long else s.pages for s in self._running]
         self.pool.check_integrity([*running, self.prefixes.held_pages(), self._frames.held_by_store])
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
+
+    def _make_frames(self) -> Frames:
+        return Frames(self.pool, self.prefixes, self._store, self._decisions, can_swap=self._can_swap)
 
     def _admit(self) -> None:
         with closing(self._waiting.in_order(self._num_cached)) as waiting:
@@ -311,16 +339,12 @@ class Scheduler:
         return self._frames.acquire(least + spare, after, self._running)
 
     def _begin_or_fail(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
-        """:meth:`_begin`; what it could not bring back, from the store or from the swap file, is its own misfortune."""
+        """:meth:`_begin`; what the store could not say is its own misfortune."""
         try:
             return self._begin(sequence, shared, own)
         except Exception as error:  # noqa: BLE001  # nothing has changed for the others
-            self._fail(sequence, error)
+            self.fail(sequence, error)
             return False
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        if all(other is not sequence for other, _ in self._failed):
-            self._failed.append((sequence, error))
 
     def _begin(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
         """*sequence* runs, in pages that it shares and its own; False, and no change, if another process is at it."""
@@ -392,7 +416,7 @@ class Scheduler:
             if not self._spill.admit(sequence):
                 return False
         except StorageFull as error:
-            self._fail(sequence, error)
+            self.fail(sequence, error)
             return True
         self._waiting.remove(sequence)
         self._running.append(sequence)
@@ -405,7 +429,7 @@ class Scheduler:
                 if not self._spill.settle(sequence):
                     self._restart(sequence)
             except StorageFull as error:
-                self._fail(sequence, error)
+                self.fail(sequence, error)
 
     def _restart(self, sequence: Sequence) -> None:
         """A long sequence lost a page: it is admitted again, with what the store has of it."""

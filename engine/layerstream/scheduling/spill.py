@@ -1,6 +1,7 @@
 """Sequences whose KV is larger than the memory for it: whole pages of their prompt lie in the store and stream.
 
-Pure accounting, for the scheduler. A page of such a sequence is in one of two places:
+Pure accounting, for the scheduler: that the store is to hold pages is decided here, and carried out by others
+(:mod:`layerstream.scheduling.decisions`). A page of such a sequence is in one of two places:
 
 | place | its KV is | from when |
 |---|---|---|
@@ -23,27 +24,31 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import deque
+
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import PageLoad
 from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Key, Published, SpillStore
+from layerstream.scheduling.decisions import Decision, Hold, LetGo
 
 
 class Spill:
     """The long sequences among the running ones."""
 
-    def __init__(self, pool: PagePool, store: SpillStore | None, sweep_pages: int) -> None:
+    def __init__(self, pool: PagePool, store: SpillStore | None, sweep_pages: int, decisions: deque[Decision]) -> None:
         self._pool = pool
         self._store = store
         self._sweep_pages = sweep_pages
+        self._decisions = decisions
         self._slots: dict[Key, int] = {}
         self._running: list[Sequence] = []
 
     def renewed(self) -> Spill:
         """One for the same pool and store, with no sequence in it."""
-        return Spill(self._pool, self._store, self._sweep_pages)
+        return Spill(self._pool, self._store, self._sweep_pages, self._decisions)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -115,7 +120,8 @@ class Spill:
             num_declined=stored.num_declined * self._pool.page_tokens,
         )
         self._running.append(sequence)
-        store.hold(sequence.sequence_id, keys[: stored.num_pages])
+        if stored.num_pages:
+            self._decisions.append(Hold(sequence, tuple(keys[: stored.num_pages])))
         return True
 
     def settle(self, sequence: Sequence) -> bool:
@@ -145,7 +151,7 @@ class Spill:
                 break  # the writer is about to let go of it
             held.reserve.append(held.pages[at])
             held.pages[at] = held.slots[at]
-            self._store.hold(sequence.sequence_id, [sequence.prefix_keys[at]])
+            self._decisions.append(Hold(sequence, (sequence.prefix_keys[at],)))
         missing = first + num_stored
         return missing == last or self._pool.refcount(held.pages[missing]) > 1
 
@@ -181,7 +187,7 @@ class Spill:
         """*sequence* goes, or starts anew: free what it holds."""
         assert self._store is not None
         self._running.remove(sequence)
-        self._store.unhold(sequence.sequence_id)
+        self._decisions.append(LetGo(sequence))
         computed = sequence.num_computed // self._pool.page_tokens
         self._store.abandon(sequence.prefix_keys[computed:])
         self._pool.release(self.held_by(sequence))
