@@ -149,6 +149,10 @@ class PrefixTable:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """There are no prefixes; their pages are somebody else's to free."""
+        self._entries, self._leaves = {}, []
+
     def keys_of(self, token_ids: Sequence[int]) -> list[Key]:
         """Keys of the pages that a prompt may share: whole ones, and never the last token, which has to be sampled."""
         return page_keys(token_ids, self._pool.page_tokens)

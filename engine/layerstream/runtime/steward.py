@@ -16,8 +16,9 @@ from __future__ import annotations
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
 from layerstream.kv.swap import PageSwap
+from layerstream.scheduling.composing import NO_DRAFTING, Drafting
 from layerstream.scheduling.decisions import Forget, Hold, LetGo, Resume, Suspend
-from layerstream.scheduling.scheduler import NO_DRAFTING, Drafting, Scheduler
+from layerstream.scheduling.scheduler import Scheduler
 from layerstream.store.store import PrefixStore
 
 

@@ -4,11 +4,8 @@ Beside the sweep it decides what is to be done first about pages on disk; whoeve
 (``next_decision``, :mod:`layerstream.scheduling.decisions`). A store is asked for what it knows, and answers at once;
 so are those who guess, and they may compute.
 
-The one invariant that covers chunking and decoding alike: a sequence has ``num_computed`` tokens in its pages, and a
-sweep carries some of ``token_ids[num_computed:]``, in order, without gaps. When the last known token is among them,
-the sequence is sampled.
-
-Rules:
+Who runs, and with what memory, is decided here; which rows of those that run are in the sweep, in
+:mod:`layerstream.scheduling.composing`. Rules:
 
 * a sequence is admitted when there is memory for its prompt and for the logits of its row, in the order of
   :mod:`layerstream.scheduling.queue`; until then it waits. Its answer gets memory as it grows, and where there is none,
@@ -16,16 +13,6 @@ Rules:
   Pages of its prompt that others have computed, or are going to, it shares; prefixes that nobody uses any more are
   evicted when their pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes
   on; what another process is just computing is waited for, and others go ahead meanwhile;
-* a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
-  blocks: every layer appends a block's KV before it turns to the next block. Owners were admitted before sharers,
-  so the first sequence never waits for another;
-* every admitted sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it
-  into the sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
-* prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
-  many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
-  attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
-* guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
-  for; a sequence never gets guesses past its longest answer;
 * a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
   (:mod:`layerstream.scheduling.spill`);
 * a removed sequence is in no later sweep and its pages are free at once;
@@ -35,43 +22,23 @@ Rules:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
-from typing import Protocol
 
-from layerstream.core.draft import DraftTree
 from layerstream.core.sequence import BeamGroup, Sequence
-from layerstream.core.sweep import PageLoad, RowBlock, Span, Sweep
+from layerstream.core.sweep import Sweep
 from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
 from layerstream.scheduling.budget import ExpertLoad, SweepBudget
+from layerstream.scheduling.composing import NO_DRAFTING, Composer, Drafting
 from layerstream.scheduling.decisions import Decision, Forget, LetGo
 from layerstream.scheduling.frames import Frames
-from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
+from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
-
-
-class Drafting(Protocol):
-    """Where guesses come from."""
-
-    def propose(
-        self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int
-    ) -> Mapping[Sequence, DraftTree]:
-        """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
-        ...
-
-
-class _NoDrafting:
-    def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
-        return {}
-
-
-NO_DRAFTING = _NoDrafting()
 
 
 class Scheduler:
@@ -90,11 +57,11 @@ class Scheduler:
         pool: PagePool,
         store: SpillStore | None = None,
         read_seconds: Callable[[], float] = lambda: 0.0,
+        *,
         can_swap: bool = False,
         experts: ExpertLoad | None = None,
     ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
-        self.limits = limits
         self.budget = SweepBudget(
             limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds, experts
         )
@@ -103,11 +70,16 @@ class Scheduler:
         self._decisions: deque[Decision] = deque()
         self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1, self._decisions)
         self._failed: list[tuple[Sequence, Exception]] = []
-        self._can_swap = can_swap
         self.prefixes = PrefixTable(pool)
-        self._frames = self._make_frames()
+        self._frames = Frames(pool, self.prefixes, store, self._decisions, can_swap=can_swap)
+        self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
+
+    @property
+    def limits(self) -> SweepLimits:
+        """What sweeps keep to by now."""
+        return self._composer.limits
 
     @property
     def num_waiting(self) -> int:
@@ -149,12 +121,10 @@ class Scheduler:
         Raises:
             AssertionError: pages are lost all the same.
         """
-        frames, running, waiting = self._frames, self._running, list(self._waiting)
+        running, waiting = self._running, list(self._waiting)
         self._running, self._waiting, self._failed = [], WaitingQueue(), []
-        self.prefixes = PrefixTable(self.pool)
-        self._frames = self._make_frames()
-        self._frames.held_by_store = frames.held_by_store
-        self._spill = self._spill.renewed()
+        self.prefixes.clear()
+        self._spill.clear()
         for sequence in (*running, *waiting):
             if self._store is not None:
                 self._store.abandon(sequence.prefix_keys[sequence.num_computed // self.pool.page_tokens :])
@@ -198,22 +168,7 @@ class Scheduler:
         self._grow()
         self._admit()
         self._waiting.tick()
-        ready = [sequence for sequence in self._running if sequence.is_prefilled and sequence.num_pending]
-        prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
-        planned: dict[Sequence, int] = {}
-        for sequence in sorted(self._running, key=lambda sequence: -sequence.priority):
-            if not sequence.is_prefilled and not self._is_ahead(sequence, planned):
-                planned[sequence] = self._add_chunks(prompts, sequence)
-                if planned[sequence] == sequence.num_prompt_tokens:
-                    ready.append(sequence)
-        for sequence in ready:
-            sequence.tenancy.capacity = len(sequence.pages) * self.pool.page_tokens
-        spans = [span for sequence in ready for span in decode_spans(sequence)]
-        chunks = prompts.blocks()
-        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
-        spans += [span for sequence, tree in drafts.items() for span in draft_spans(sequence, tree)]
-        blocks = [*chunks, *decode_blocks(spans, self.limits)]
-        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts) if blocks else None
+        return self._composer.compose(self._running, drafting)
 
     def commit(self, sweep: Sweep) -> list[Published]:
         """The rows of *sweep* are in their pages: sequences advance, and whole pages of prompts may be shared.
@@ -252,14 +207,7 @@ class Scheduler:
 
     def shrink(self) -> bool:
         """A sweep did not fit the memory: from now on they carry half as much. False: they cannot carry less."""
-        limits = self.limits
-        least = max(limits.chunk_tokens, limits.prompt_rows)
-        if limits.max_tokens <= least and not limits.max_draft_rows:
-            return False
-        max_tokens, max_draft_rows = max(least, limits.max_tokens // 2), limits.max_draft_rows // 2
-        self.limits = replace(limits, max_tokens=max_tokens, max_draft_rows=max_draft_rows)
-        self.budget.max_draft_rows = max_draft_rows
-        return True
+        return self._composer.shrink()
 
     def next_decision(self) -> Decision | None:
         """What is to be done next, before a row is computed or a page copied; ``None``: nothing."""
@@ -267,7 +215,8 @@ class Scheduler:
 
     def lose_kept(self, sequence: Sequence) -> None:
         """What was to be kept of *sequence* while it was suspended is not to be had: it is computed again."""
-        if is_running := sequence in self._running:
+        is_running = sequence in self._running
+        if is_running:
             self._running.remove(sequence)
         self._frames.unmake(sequence)
         if is_running:
@@ -299,9 +248,6 @@ class Scheduler:
         running = [self._spill.held_by(s) if s.is_long else s.pages for s in self._running]
         self.pool.check_integrity([*running, self.prefixes.held_pages(), self._frames.held_by_store])
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
-
-    def _make_frames(self) -> Frames:
-        return Frames(self.pool, self.prefixes, self._store, self._decisions, can_swap=self._can_swap)
 
     def _admit(self) -> None:
         with closing(self._waiting.in_order(self._num_cached)) as waiting:
@@ -449,50 +395,6 @@ class Scheduler:
         if self._store is None or num_shared == len(sequence.prefix_keys):
             return Stored(0, 0)
         return self._store.take(sequence.prefix_keys, num_shared)
-
-    def _loads(self, blocks: list[RowBlock]) -> tuple[PageLoad, ...]:
-        """The stored pages that the rows of *blocks* attend to."""
-        sequences = {span.sequence: None for block in blocks for span in block.spans}
-        loads: dict[PageLoad, None] = {}
-        for sequence in sequences:
-            found = self._spill.loads(sequence) if sequence.is_long else self.prefixes.loads(sequence.prefix_keys)
-            loads.update(dict.fromkeys(found))
-        return tuple(loads)
-
-    def _is_ahead(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
-        """Whether *sequence* shares pages that are neither computed nor planned for the sweep so far."""
-        if sequence.is_long:
-            return False
-        size = self.pool.page_tokens
-        return any(
-            planned.get(owner, owner.num_computed) < (position + 1) * size
-            for position, owner in self.prefixes.owners(sequence.prefix_keys[: sequence.num_computed // size])
-        )
-
-    def _prompt_blocks(self, num_decoded: int) -> PromptBlocks:
-        """Room for prompts beside *num_decoded* decode rows."""
-        most = self.limits.max_tokens - num_decoded
-        free = most
-        if num_decoded:
-            free = self.budget.prompt_tokens(num_decoded, most, self.limits.chunk_tokens)
-        return PromptBlocks(self.limits, most, free)
-
-    def _add_chunks(self, prompts: PromptBlocks, sequence: Sequence) -> int:
-        """Put the next chunks of *sequence* into *prompts*, as far as there is room.
-
-        Returns:
-            The position where they end.
-        """
-        start, size = sequence.num_computed, self.limits.chunk_tokens
-        while start < sequence.num_prompt_tokens:
-            stop = min(start // size * size + size, sequence.num_prompt_tokens)
-            if not prompts.has_room(stop - start):
-                break
-            if sequence.is_long and not self._spill.frames(sequence, start // size):
-                break  # they are still being written
-            prompts.add(Span(sequence, start, stop))
-            start = stop
-        return start
 
 
 def _groups(sequences: Iterable[Sequence]) -> set[BeamGroup]:

@@ -46,9 +46,9 @@ class Spill:
         self._slots: dict[Key, int] = {}
         self._running: list[Sequence] = []
 
-    def renewed(self) -> Spill:
-        """One for the same pool and store, with no sequence in it."""
-        return Spill(self._pool, self._store, self._sweep_pages, self._decisions)
+    def clear(self) -> None:
+        """There are no sequences; their frames and slots are somebody else's to free."""
+        self._slots, self._running = {}, []
 
     @property
     def max_prompt_tokens(self) -> int:

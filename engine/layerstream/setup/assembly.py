@@ -351,7 +351,7 @@ def _scheduler(
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
     load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
-    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader, rows=0), True, load)
+    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader, rows=0), can_swap=True, experts=load)
 
 
 class _ExpertLoad:

@@ -25,7 +25,7 @@ from layerstream.core.sequence import Sequence
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
 from layerstream.model.families import TESTED, check_supported
 from layerstream.model.skeleton import load_config
-from layerstream.scheduling.scheduler import Drafting
+from layerstream.scheduling.composing import Drafting
 from layerstream.scheduling.verify import verify
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
