@@ -20,7 +20,7 @@ from layerstream.api.params import SamplingParams, derive_seed
 from layerstream.api.request import Request
 from layerstream.chat.turn import TurnMaker
 from layerstream.core.constraint import Constraint
-from layerstream.core.sequence import Sequence
+from layerstream.core.sequence import BeamGroup, Sequence
 from layerstream.errors import ConfigurationError
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer, largest
@@ -94,20 +94,22 @@ class Intake:
             choose = None if wanted.best_of is None else functools.partial(_most_probable, wanted)
             request = Request(wanted.best_of or wanted.n, self._cancel, choose, self._home)
             requests.append(request)
-            answers.extend(self._answers(request, token_ids, wanted, submitted))
+            answers.extend(self._answers(request, token_ids, wanted, terms, submitted))
         for answer in answers:
             answer.deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
-            answer.sequence.priority, answer.sequence.client = terms.priority, terms.client
         return requests, answers
 
     def _answers(
-        self, request: Request, token_ids: list[int], params: SamplingParams, submitted: float
+        self, request: Request, token_ids: list[int], params: SamplingParams, terms: Terms, submitted: float
     ) -> Iterator[Answer]:
         params = dataclasses.replace(params, max_tokens=self._max_tokens(len(token_ids), params.max_tokens))
         if params.best_of is not None and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
         keys = self._parts.scheduler.prefixes.keys_of(token_ids)
+        width, group = params.beam_width, None
+        if width is not None:
+            group = BeamGroup(self._num_beam_pages(len(token_ids), width, params.max_tokens or 1), width)
         ends = frozenset(params.stop_token_ids) | self._stop_ids(params.stop)
         if not params.ignore_eos:
             ends |= self._end_token_ids
@@ -119,7 +121,15 @@ class Intake:
                 request=request,
                 index=index,
                 sequence=Sequence(
-                    number, list(token_ids), len(token_ids), own, prefix_keys=keys, constraint=self._constraint(own)
+                    number,
+                    list(token_ids),
+                    len(token_ids),
+                    own,
+                    prefix_keys=keys,
+                    constraint=self._constraint(own),
+                    group=group,
+                    priority=terms.priority,
+                    client=terms.client,
                 ),
                 detokenizer=Detokenizer(
                     self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=own.skip_special_tokens
@@ -130,14 +140,11 @@ class Intake:
                 **more,
             )
 
-        if params.beam_width is None:
+        if width is None:
             yield from (make(index) for index in range(params.best_of or params.n))
             return
-        search = BeamSearch(params.beam_width, params.max_tokens or 1, params.length_penalty, ends, largest)
-        answer = make(0, BeamAnswer, search=search, make_answer=make)
-        answer.sequence.num_group_pages = self._num_beam_pages(len(token_ids), params)
-        answer.sequence.num_group_rows = params.beam_width
-        yield answer
+        search = BeamSearch(width, params.max_tokens or 1, params.length_penalty, ends, largest)
+        yield make(0, BeamAnswer, search=search, make_answer=make)
 
     def _stop_ids(self, stops: Iterable[str]) -> frozenset[int]:
         """The special tokens among *stops*: they are not shown, so they are no part of the text."""
@@ -145,9 +152,9 @@ class Intake:
         known, added = tokenizer.added_tokens_decoder, tokenizer.added_tokens_encoder
         return frozenset(added[stop] for stop in stops if stop in added and known[added[stop]].special)
 
-    def _num_beam_pages(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+    def _num_beam_pages(self, num_prompt_tokens: int, width: int, max_tokens: int) -> int:
         """Pages that a beam search may need. Beams run together or not at all."""
-        pool, width, max_tokens = self._parts.scheduler.pool, params.beam_width or 1, params.max_tokens or 1
+        pool = self._parts.scheduler.pool
         needed = pool.pages_for(num_prompt_tokens) + width * (pool.pages_for(max_tokens) + 1)
         if needed > pool.num_pages:
             raise ConfigurationError(

@@ -67,7 +67,7 @@ def test_what_was_computed_is_not_computed_again() -> None:
     for number, question in enumerate(([50, 51], [60, 61, 62])):
         scheduler.add(sequence := make(number, context + question))
         run_all(scheduler)
-    assert sequence.num_cached == 24
+    assert sequence.tenancy.num_cached == 24
     assert len(scheduler.prefixes) == 4, "the page that both share once, and the first question's own page"
 
 
@@ -82,7 +82,7 @@ def test_questions_that_arrive_together_compute_their_context_once_in_the_same_s
     assert sweep.num_tokens == 16 + 4
     assert set(sweep.sampled) == set(sequences)
     assert scheduler.pool.num_used == 2 + 4
-    assert [sequence.num_cached for sequence in sequences] == [0, 16, 16, 16]
+    assert [sequence.tenancy.num_cached for sequence in sequences] == [0, 16, 16, 16]
 
 
 def test_a_long_context_is_followed_over_several_sweeps() -> None:
@@ -106,7 +106,7 @@ def test_a_sharer_takes_over_when_the_owner_leaves() -> None:
     scheduler.remove(first)
     scheduler.check_integrity()
     assert (second.num_computed, third.num_computed) == (24, 40), "three pages are there; the second goes on from them"
-    assert second.num_cached == 24
+    assert second.tenancy.num_cached == 24
     run_all(scheduler)
     assert second.num_output_tokens == third.num_output_tokens == 2
 
@@ -118,7 +118,7 @@ def test_pages_made_by_decoding_are_never_shared() -> None:
     assert first.num_tokens == 25
     scheduler.add(second := make(1, [*first.token_ids, 1]))
     run_all(scheduler)
-    assert second.num_cached == 0
+    assert second.tenancy.num_cached == 0
 
 
 def test_idle_prefixes_make_room_the_oldest_and_their_ends_first() -> None:
@@ -133,6 +133,102 @@ def test_idle_prefixes_make_room_the_oldest_and_their_ends_first() -> None:
     keys = scheduler.prefixes.keys_of(old)
     assert len(scheduler.prefixes.match(keys)) == 1, "its second page went, and one of the first is left"
     assert len(scheduler.prefixes.match(scheduler.prefixes.keys_of(new))) == 2
+
+
+def begin(table: PrefixTable, pool: PagePool, number: int, tokens: list[int]) -> Sequence | None:
+    """A sequence of *tokens* that holds its pages, all of them computed; ``None`` if there are too few."""
+    sequence = make(number, [*tokens, 0])
+    keys = sequence.prefix_keys = table.keys_of(sequence.token_ids)
+    shared = table.match(keys)
+    own = pool.acquire(len(keys) - len(shared))
+    if own is None:
+        return None
+    pool.share(shared)
+    sequence.tenancy.pages = [*shared, *own]
+    table.enter(keys, len(shared), sequence)
+    sequence.tenancy.num_computed = len(keys) * PAGE
+    table.publish(keys, sequence)
+    return sequence
+
+
+def test_pages_go_in_the_order_of_their_last_use_and_ends_first() -> None:
+    pool = PagePool(9, PAGE)
+    table = PrefixTable(pool)
+    ones, twos, threes = ([number] * PAGE for number in (1, 2, 3))
+    for number, tokens in enumerate((ones + ones + ones, ones + twos + twos, threes + threes)):
+        sequence = begin(table, pool, number, tokens)
+        assert sequence is not None
+        assert sequence.pages == [[0, 1, 2], [0, 3, 4], [5, 6]][number]
+        pool.release(sequence.pages)
+    held = begin(table, pool, 3, twos)
+    assert held is not None
+    assert len(table.match(table.keys_of([*ones, *ones, *ones, 0]))) == 3, "the first is the newest now"
+    before, gone = set(table.held_pages()), []
+    while table.evict(1):
+        table.check_integrity()
+        gone += before - set(table.held_pages())
+        before = set(table.held_pages())
+    assert gone == [4, 3, 6, 5, 2, 1, 0]
+    assert before == set(held.pages)
+    pool.release(held.pages)
+    assert table.evict(9) == 1
+
+
+def idle_by_looking_at_all(table: PrefixTable, pool: PagePool) -> list[int]:
+    """Pages in the order in which they are to go: the rule of the module, without a heap."""
+    left, gone = dict(table._entries), []
+    while True:
+        parents = {entry.parent for entry in left.values()}
+        idle = [e for e in left.values() if e.is_ready and e.key not in parents and pool.refcount(e.page) == 1]
+        if not idle:
+            return gone
+        oldest = min(idle, key=lambda entry: (entry.last_used, -entry.position, entry.key))
+        gone.append(left.pop(oldest.key).page)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_eviction_is_the_rule_applied_to_all(rng: random.Random) -> None:
+    pool = PagePool(24, PAGE)
+    table, running = PrefixTable(pool), list[Sequence]()
+
+    def draw() -> list[int]:
+        return [token for _ in range(rng.randrange(1, 6)) for token in [rng.randrange(2)] * PAGE]
+
+    for number in range(60):
+        match rng.randrange(4):
+            case 0 | 1 if (sequence := begin(table, pool, number, draw())) is not None:
+                running.append(sequence)
+            case 2 if running:
+                pool.release(running.pop(rng.randrange(len(running))).pages)
+            case 3:
+                table.match(table.keys_of([*draw(), 0]))
+        expected, count = idle_by_looking_at_all(table, pool), rng.randrange(4)
+        assert [table.count_idle(most) for most in (1, 5, 99)] == [min(most, len(expected)) for most in (1, 5, 99)]
+        before = set(table.held_pages())
+        assert table.evict(count) == min(count, len(expected))
+        assert before - set(table.held_pages()) == set(expected[:count])
+        table.check_integrity()
+
+
+def test_what_an_eviction_looks_at_does_not_grow_with_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in pages whose holders are asked for."""
+    for num_prompts in (10, 500):
+        pool, looked = PagePool(4 * num_prompts, PAGE), [0]
+        table = PrefixTable(pool)
+        for number in range(num_prompts):
+            sequence = begin(table, pool, number, [number] * (4 * PAGE))
+            assert sequence is not None
+            pool.release(sequence.pages)
+
+        def refcount(page: int, count=pool.refcount, looked: list[int] = looked) -> int:
+            looked[0] += 1
+            return count(page)
+
+        monkeypatch.setattr(pool, "refcount", refcount)
+        for _ in range(20):
+            assert table.count_idle(1) == table.evict(1) == 1
+        assert looked[0] <= 20 * 4, f"{num_prompts} prompts"
 
 
 @settings(max_examples=200)

@@ -35,7 +35,7 @@ class Guesser:
     ) -> Mapping[TokenSequence, DraftTree]:
         trees = {}
         for sequence in sequences:
-            room = min(sequence.capacity, sequence.max_num_tokens - 1) - sequence.num_tokens
+            room = min(sequence.tenancy.capacity, sequence.max_num_tokens - 1) - sequence.num_tokens
             if room > 0 and self._rng.random() < 0.8:
                 trees[sequence] = self._draw(self._answers[sequence.sequence_id][sequence.num_output_tokens :], room)
                 self.num_guessed += len(trees[sequence])

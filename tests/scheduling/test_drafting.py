@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from layerstream.api.params import SamplingParams
 from layerstream.core.draft import ROOT, DraftTree
 from layerstream.core.sequence import Sequence
+from layerstream.core.tenancy import Tenancy
 from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.drafting.acceptance import Acceptance
 from layerstream.scheduling.drafting.answers import AnswerDrafter
@@ -25,7 +26,8 @@ ENDLESS = 1e9  # seconds that a read takes: rows are free
 def make(prompt: Seq[int], answer: Seq[int] = (), max_tokens: int = 50, number: int = 0) -> Sequence:
     tokens = [*prompt, *answer]
     params = SamplingParams(max_tokens=max_tokens)
-    return Sequence(number, tokens, len(prompt), params, num_computed=len(tokens) - 1, capacity=10_000)
+    tenancy = Tenancy(num_computed=len(tokens) - 1, capacity=10_000)
+    return Sequence(number, tokens, len(prompt), params, tenancy=tenancy)
 
 
 def make_budget(rows: int = 64, read_seconds: float = ENDLESS, per_block: int = 16) -> SweepBudget:
@@ -103,7 +105,7 @@ def test_the_same_question_gets_its_answer_as_the_guess() -> None:
 def test_trees_keep_to_their_bounds(prompts: list[list[int]], rows: int, max_tokens: int, room: int) -> None:
     sequences = [make(prompt, [1], max_tokens, number) for number, prompt in enumerate(prompts)]
     for sequence in sequences:
-        sequence.capacity = sequence.num_tokens + room
+        sequence.tenancy.capacity = sequence.num_tokens + room
     trees = TreeDrafting([SuffixDrafter()], make_budget(rows)).propose(sequences, len(sequences), 0)
     assert sum(map(len, trees.values())) <= rows
     for sequence, tree in trees.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Seq
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream.api.params import SamplingParams
@@ -12,6 +13,8 @@ from layerstream.core.draft import ROOT, DraftTree
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
 from layerstream.kv.pages import PagePool
+from layerstream.runtime.steward import Steward
+from layerstream.scheduling.decisions import Resume, Suspend
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.scheduling.verify import verify
@@ -29,21 +32,27 @@ class Memory:
         self.num_rows = 0
         self._rng = rng
 
-    def write(self, pages: Seq[int]) -> int | None:
+    def write(self, number: int, pages: Seq[int]) -> bool:
         if self._rng is not None and self._rng.random() < 0.2:
-            return None  # the disk is full
-        number = len(self.kept) + self.num_rows * 1000
+            return False  # the disk is full
+        assert number not in self.kept
         self.kept[number] = [list(self.pages[page]) for page in pages]
-        return number
+        return True
 
-    def read(self, number: int, first: int, pages: Seq[int]) -> None:
+    def read(self, number: int, first: int, pages: Seq[int]) -> bool:
+        if number not in self.kept:
+            assert self._rng is not None, "it was written"
+            return False
         contents = self.kept[number][first:]
         assert len(contents) == len(pages)
+        if self._rng is not None and self._rng.random() < 0.2:
+            return False  # the disk does not give them
         for page, content in zip(pages, contents, strict=True):
             self.pages[page] = list(content)
+        return True
 
     def drop(self, number: int) -> None:
-        del self.kept[number]
+        self.kept.pop(number, None)
 
     def run(self, sweep: Sweep) -> None:
         """Every known row finds the tokens before it, and leaves its own."""
@@ -58,7 +67,6 @@ class Memory:
     def accept(self, sequence: Sequence, count: int) -> None:
         for position in range(sequence.num_computed, sequence.num_computed + count):
             self.pages[sequence.pages[position // PAGE]][position % PAGE] = sequence.token_ids[position]
-        sequence.num_computed += count
 
 
 class Chain:
@@ -70,7 +78,7 @@ class Chain:
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         trees = {}
         for sequence in sequences:
-            room = min(sequence.capacity, sequence.max_num_tokens - 1) - sequence.num_tokens
+            room = min(sequence.tenancy.capacity, sequence.max_num_tokens - 1) - sequence.num_tokens
             count = min(room, self._rng.randint(0, 3))
             if count > 0:
                 last = sequence.token_ids[-1]
@@ -86,10 +94,14 @@ def make(number: int, num_tokens: int, max_tokens: int, context: int) -> Sequenc
     return Sequence(number, shared + own, num_tokens, SamplingParams(max_tokens=max_tokens), priority=number % 3 // 2)
 
 
-def go_on(scheduler: Scheduler, memory: Memory, sweep: Sweep) -> None:
+def make_steward(num_pages: int, memory: Memory) -> Steward:
+    return Steward(Scheduler(LIMITS, PagePool(num_pages, PAGE), can_swap=True), memory, None)  # type: ignore[arg-type]
+
+
+def go_on(steward: Steward, memory: Memory, sweep: Sweep) -> None:
     """Run, commit and sample: the next token is always the last one's successor."""
     memory.run(sweep)
-    scheduler.commit(sweep)
+    steward.scheduler.commit(sweep)
     for sequence in sweep.sampled:
 
         def draw(node: int, sequence: Sequence = sequence) -> tuple[list[int], bool]:
@@ -98,9 +110,10 @@ def go_on(scheduler: Scheduler, memory: Memory, sweep: Sweep) -> None:
 
         right = verify(sweep.drafts.get(sequence), draw)
         if sequence.num_tokens == sequence.max_num_tokens:
-            scheduler.remove(sequence)
+            steward.remove(sequence)
         else:
             memory.accept(sequence, len(right))
+            steward.scheduler.accept(sequence, len(right))
 
 
 @settings(max_examples=150, deadline=None)
@@ -114,24 +127,25 @@ def test_everybody_finishes_with_what_they_computed(
     requests: list[tuple[int, int, int]], num_pages: int, is_flaky: bool, rng: random.Random
 ) -> None:
     memory = Memory(num_pages, rng if is_flaky else None)
-    scheduler = Scheduler(LIMITS, PagePool(num_pages, PAGE), swap=memory)
+    steward = make_steward(num_pages, memory)
+    scheduler = steward.scheduler
     chain = Chain(rng)
     arriving = [make(number, *request) for number, request in enumerate(requests)]
     everyone, cancelled = list(arriving), set()
     for _ in range(3000):
         while arriving and rng.random() < 0.4:
             scheduler.add(arriving.pop(0))
-        sweep = scheduler.schedule(chain)
+        sweep = steward.schedule(chain)
         scheduler.check_integrity()
         if sweep is None:
             if not arriving and not scheduler.num_waiting:
                 break
             assert scheduler.num_waiting == 0 or scheduler.num_running == 0 or arriving
             continue
-        go_on(scheduler, memory, sweep)
+        go_on(steward, memory, sweep)
         for sequence in everyone:
             if sequence.num_output_tokens and sequence.num_tokens < sequence.max_num_tokens and rng.random() < 0.02:
-                scheduler.remove(sequence)
+                steward.remove(sequence)
                 everyone.remove(sequence)
                 cancelled.add(sequence)
                 break
@@ -144,32 +158,97 @@ def test_everybody_finishes_with_what_they_computed(
 
 def test_a_suspended_sequence_computes_nothing_again() -> None:
     memory = Memory(6)
-    scheduler = Scheduler(LIMITS, PagePool(6, PAGE), swap=memory)
+    steward = make_steward(6, memory)
+    scheduler = steward.scheduler
     both = [make(number, 15, 33, number) for number in range(2)]  # six pages each, and there are six
     for sequence in both:
         scheduler.add(sequence)
     suspended = False
     while scheduler.num_running or scheduler.num_waiting:
-        sweep = scheduler.schedule()
+        sweep = steward.schedule()
         assert sweep is not None
         scheduler.check_integrity()
-        suspended |= any(sequence.suspension is not None for sequence in both)
-        assert both[0].suspension is None, "the one that came first goes on"
-        go_on(scheduler, memory, sweep)
+        suspended |= any(sequence.tenancy.suspension is not None for sequence in both)
+        assert both[0].tenancy.suspension is None, "the one that came first goes on"
+        go_on(steward, memory, sweep)
     assert suspended
     assert memory.num_rows == 2 * (15 + 33 - 1)
 
 
 def test_room_that_was_reserved_and_not_reached_is_given_up_first() -> None:
     memory = Memory(8)
-    scheduler = Scheduler(LIMITS, PagePool(8, PAGE), swap=memory)
+    steward = make_steward(8, memory)
+    scheduler = steward.scheduler
     scheduler.add(first := make(0, 4, 60, 0))
-    sweep = scheduler.schedule()
+    sweep = steward.schedule()
     assert sweep is not None
     assert len(first.pages) == 8, "as long as nobody else wants them"
-    go_on(scheduler, memory, sweep)
+    go_on(steward, memory, sweep)
     scheduler.add(second := make(1, 9, 4, 1))
-    sweep = scheduler.schedule()
+    sweep = steward.schedule()
     assert second.pages
-    assert first.suspension is None
+    assert first.tenancy.suspension is None
     scheduler.check_integrity()
+
+
+def test_what_is_decided_about_a_suspended_sequence_is_said_page_by_page() -> None:
+    """Whoever is asked for the next sweep does nothing of it."""
+    memory = Memory(6)
+    steward = make_steward(6, memory)
+    scheduler = steward.scheduler
+    first, second = (make(number, 15, 33, number) for number in range(2))
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    found = []
+    while scheduler.num_running or scheduler.num_waiting:
+        sweep = scheduler.schedule()
+        assert sweep is not None
+        for decision in iter(scheduler.next_decision, None):
+            found.append(decision)
+            if isinstance(decision, Suspend):
+                assert memory.write(0, decision.pages)
+            else:
+                assert memory.read(0, decision.first, decision.pages)
+        go_on(steward, memory, sweep)
+    assert found == [Suspend(second, (3, 4, 5)), Resume(second, 0, (1, 2, 3))]
+
+
+@pytest.mark.parametrize("broken", ["write", "read"])
+def test_what_was_not_kept_is_computed_again(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(6)
+    steward = make_steward(6, memory)
+    monkeypatch.setattr(memory, broken, lambda *args: False)
+    for sequence in (both := [make(number, 15, 33, number) for number in range(2)]):
+        steward.scheduler.add(sequence)
+    while (sweep := steward.schedule()) is not None:
+        steward.scheduler.check_integrity()
+        go_on(steward, memory, sweep)
+    assert [sequence.num_output_tokens for sequence in both] == [33, 33]
+    assert memory.num_rows > 2 * (15 + 33 - 1)
+    assert not steward.scheduler.take_failed()
+    assert not memory.kept
+
+
+def test_a_fault_in_bringing_pages_back_is_that_sequences_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*args: object) -> bool:
+        raise RuntimeError("a fault")
+
+    memory = Memory(6)
+    steward = make_steward(6, memory)
+    monkeypatch.setattr(memory, "read", read)
+    first, second = (make(number, 15, 33, number) for number in range(2))
+    for sequence in (first, second):
+        steward.scheduler.add(sequence)
+    failed: list[Sequence] = []
+    while steward.scheduler.num_running or steward.scheduler.num_waiting:
+        sweep = steward.schedule()
+        steward.scheduler.check_integrity()
+        if found := steward.scheduler.take_failed():
+            failed += [sequence for sequence, error in found if str(error) == "a fault"]
+            steward.remove(second)
+        elif sweep is not None:
+            go_on(steward, memory, sweep)
+    assert failed == [second]
+    assert first.num_output_tokens == 33
+    assert not memory.kept
+    assert steward.scheduler.pool.num_used == len(steward.scheduler.prefixes)

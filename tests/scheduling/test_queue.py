@@ -138,6 +138,7 @@ class Reference:
     def __init__(self) -> None:
         self.waited: dict[Sequence, int] = {}
         self.running: list[Sequence] = []
+        self.before: dict[Sequence, int] = {}  # what those that run have waited
         self.served: dict[str, int] = {}
         self.gone: dict[str, int] = {}
         self.sweep = 0
@@ -210,7 +211,7 @@ def test_is_the_order_of_one_sort(steps: list[tuple], cached: dict[int, int], lo
                 _admit(queue, reference, first, cached)
             elif kind == "suspend" and reference.running:
                 queue.add(sequence := reference.running.pop(first % len(reference.running)))
-                reference.waited[sequence] = sequence.num_waited
+                reference.waited[sequence] = reference.before[sequence]
             elif kind == "leave" and here:
                 sequence = here[first % len(here)]
                 if sequence in queue:
@@ -236,7 +237,7 @@ def _admit(queue: WaitingQueue, reference: Reference, count: int, cached: dict[i
     in_order = queue.in_order(lambda sequence: cached.get(sequence.sequence_id, 0))
     for _, sequence in zip(range(count), in_order, strict=False):
         queue.remove(sequence)
-        del reference.waited[sequence]
+        reference.before[sequence] = reference.waited.pop(sequence)
         reference.running.append(sequence)
     in_order.close()
 

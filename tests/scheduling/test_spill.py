@@ -18,6 +18,7 @@ from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Published, Stored, page_keys
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_host as spending
+from layerstream.runtime.steward import Steward
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.setup.assembly import assemble
@@ -77,6 +78,9 @@ class FakeStore:
     def unhold(self, owner: int) -> None:
         self.held.pop(owner, None)
 
+    def lose(self, key: bytes) -> None:
+        """It is gone already."""
+
     def work(self, frames: dict[int, tuple[int, ...]], *, is_full: bool = False) -> None:
         """Write something of what is queued."""
         while self.queue and self.rng.random() < 0.7:
@@ -126,6 +130,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
     pool = PagePool(10, PAGE, num_transit=30)
     store = FakeStore(rng)
     scheduler = Scheduler(LIMITS, pool, store)
+    steward = Steward(scheduler, None, store)  # type: ignore[arg-type]
     pages: dict[int, tuple[int, ...]] = {}
     contexts = [[rng.randrange(3) for _ in range(80)] for _ in range(2)]
     alive: list[Sequence] = []
@@ -134,7 +139,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
             tokens = [*rng.choice(contexts)[: rng.randrange(1, 80)], rng.randrange(9)]
             alive.append(make(number, tokens, rng.randrange(1, 8)))
             scheduler.add(alive[-1])
-        sweep = scheduler.schedule()
+        sweep = steward.schedule()
         scheduler.check_integrity()
         for sequence, _ in scheduler.take_failed():
             raise AssertionError(f"{sequence.sequence_id} failed though the store had room")
@@ -143,7 +148,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
             continue
         lost = run_rows(sweep, pages, store)
         if lost is not None:
-            scheduler.lose(lost)
+            steward.lose(lost)
             scheduler.check_integrity()
             continue
         for published in scheduler.commit(sweep):
@@ -151,10 +156,10 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
         for sequence in sweep.sampled:
             sequence.token_ids.append(7)
             if sequence.num_output_tokens == sequence.params.max_tokens:
-                scheduler.remove(sequence)
+                steward.remove(sequence)
                 alive.remove(sequence)
         if alive and rng.random() < 0.05:
-            scheduler.remove(victim := rng.choice(alive))
+            steward.remove(victim := rng.choice(alive))
             alive.remove(victim)
         if rng.random() < 0.05:
             store.evict()
@@ -163,19 +168,19 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
     for _ in range(2000):  # whatever is left comes to its end
         if not alive:
             break
-        sweep = scheduler.schedule()
+        sweep = steward.schedule()
         store.work(pages)
         if sweep is None:
             continue
         if (lost := run_rows(sweep, pages, store)) is not None:
-            scheduler.lose(lost)
+            steward.lose(lost)
             continue
         for published in scheduler.commit(sweep):
             store.publish(published)
         for sequence in sweep.sampled:
             sequence.token_ids.append(7)
             if sequence.num_output_tokens == sequence.params.max_tokens:
-                scheduler.remove(sequence)
+                steward.remove(sequence)
                 alive.remove(sequence)
     assert not alive
     assert not store.held
@@ -184,15 +189,16 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
 def test_a_store_that_is_full_fails_the_long_sequence_alone() -> None:
     store = FakeStore(random.Random(1))
     scheduler = Scheduler(LIMITS, PagePool(10, PAGE, num_transit=30), store)
+    steward = Steward(scheduler, None, store)  # type: ignore[arg-type]
     long, short = make(0, list(range(80)), 2), make(1, list(range(100, 110)), 2)
     scheduler.add(long)
     scheduler.add(short)
     failed, done = [], set()
     for _ in range(60):
-        sweep = scheduler.schedule()
+        sweep = steward.schedule()
         for sequence, error in scheduler.take_failed():
             failed.append((sequence, error))
-            scheduler.remove(sequence)
+            steward.remove(sequence)
             sweep = None
         store.work(dict.fromkeys(range(40), ()), is_full=True)
         if sweep is not None:
@@ -201,7 +207,7 @@ def test_a_store_that_is_full_fails_the_long_sequence_alone() -> None:
             for sequence in sweep.sampled:
                 sequence.token_ids.append(7)
                 if sequence.num_output_tokens == 2:
-                    scheduler.remove(sequence)
+                    steward.remove(sequence)
                     done.add(sequence)
         scheduler.check_integrity()
     assert [sequence for sequence, _ in failed] == [long]

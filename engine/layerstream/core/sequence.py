@@ -1,4 +1,14 @@
-"""A :class:`Sequence`: the tokens of one prompt and its answer, and how far their KV has come."""
+"""A :class:`Sequence`: the tokens of one prompt and its answer, and what it has of the memory for KV.
+
+Who writes what:
+
+| field | who | when |
+|---|---|---|
+| ``token_ids``, ``constraint`` | whom it is computed for: an answer, a beam search, a drafter | a token is accepted |
+| ``prefix_keys`` | who makes it; else ``Scheduler.add`` | once |
+| ``tenancy`` | :mod:`layerstream.scheduling` alone | memory changes hands, a sweep is committed |
+| all others | who makes it | once |
+"""
 
 from __future__ import annotations
 
@@ -6,74 +16,48 @@ from dataclasses import dataclass, field
 
 from layerstream.api.params import SamplingParams
 from layerstream.core.constraint import Constraint
+from layerstream.core.tenancy import Tenancy
 
 
-@dataclass(frozen=True, slots=True)
-class Suspension:
-    """What a sequence had computed when its memory was taken.
+@dataclass(frozen=True, slots=True, eq=False)
+class BeamGroup:
+    """One beam search, as its beams have it in common: they run together, unsuspended and without guesses.
 
     Attributes:
-        num_computed: tokens.
-        kept: pages at its beginning that others held too.
-        num_pages: those behind them, which were written under *number* (``None``: they were not).
+        num_pages, num_rows: pages, and rows that are sampled in a sweep, that all beams together may need.
     """
 
-    num_computed: int
-    kept: int
     num_pages: int
-    number: int | None
+    num_rows: int
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One token sequence on its way through the sweeps.
 
-    The scheduler reads it, the engine's commit step writes it, nobody else does.
-
     Attributes:
         sequence_id: unique within the engine; also the order of arrival.
         token_ids: prompt, then every accepted token.
         num_prompt_tokens: how many of them are the prompt.
         params: sampling parameters with the model's defaults filled in.
-        num_computed: tokens whose KV is in ``pages``; ``token_ids[num_computed:]`` are still to be computed.
-        pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
-        reserve, slots: frames to come and transit slots of a sequence that does not fit the frames as a whole.
         prefix_keys: page keys of those pages of the prompt that other sequences may share.
-        num_cached: tokens whose KV was there, or was another sequence's to compute, when this one was admitted.
-        num_loaded: those among them that came from the store.
-        num_declined: tokens that the store had and that it was faster to compute.
         constraint: the grammar that its output keeps to, if it has one.
-        suspension: what it had computed, while it waits for memory that was taken from it.
-        capacity: tokens that its pages have room for.
-        fork_of: what beams of one search have in common; they are never guessed for, and never suspended.
-        num_group_pages, num_group_rows: pages, and rows that are sampled in a sweep, that all beams of its search
-            together may need.
+        group: the beam search that it is a beam of.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
-        num_waited: sweeps that it has waited for its admission, before it was suspended too.
+        tenancy: its memory for KV, and how much of that is filled.
     """
 
     sequence_id: int
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
-    num_computed: int = 0
-    pages: list[int] = field(default_factory=list)
-    reserve: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
     prefix_keys: list[bytes] = field(default_factory=list)
-    num_cached: int = 0
-    num_loaded: int = 0
-    num_declined: int = 0
     constraint: Constraint | None = None
-    suspension: Suspension | None = None
-    capacity: int = 0
-    fork_of: object = None
-    num_group_pages: int = 0
-    num_group_rows: int = 1
+    group: BeamGroup | None = None
     priority: int = 0
     client: str = ""
-    num_waited: int = 0
+    tenancy: Tenancy = field(default_factory=Tenancy)
 
     @property
     def num_tokens(self) -> int:
@@ -96,6 +80,16 @@ class Sequence:
         return self.num_prompt_tokens + (self.params.max_tokens or 0)
 
     @property
+    def pages(self) -> list[int]:
+        """Page ids in order, to be read: page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``."""
+        return self.tenancy.pages
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose KV is in the pages."""
+        return self.tenancy.num_computed
+
+    @property
     def num_pending(self) -> int:
         """Known tokens that are still to be computed."""
         return len(self.token_ids) - self.num_computed
@@ -103,7 +97,7 @@ class Sequence:
     @property
     def is_long(self) -> bool:
         """Whether pages of its prompt stream."""
-        return bool(self.slots)
+        return bool(self.tenancy.slots)
 
     @property
     def is_prefilled(self) -> bool:

@@ -20,7 +20,10 @@ Invariants:
   order of admission becomes the owner and starts there; with no sharer the entry goes too;
 * a stored entry has a sharer; when the last one goes, so does the entry;
 * only a ready entry that nobody but the table holds, and that is no entry's parent, is evicted: least recently used
-  first.
+  first;
+* every ready entry that is no parent is in a heap, by when it was used at some time: an entry that was used since comes
+  up too early and is put back, one that has become a parent is dropped and comes again when its last child goes. So an
+  eviction looks at few entries, however many there are.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import heapq
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import PageLoad
@@ -96,13 +99,12 @@ class SpillStore(StoredPrefixes, Protocol):
         """Whether page *key*, whose sequence waits for it, could not be stored since it was published last."""
         ...
 
-    def hold(self, owner: int, keys: Sequence[Key]) -> None:
-        """Keep *keys* from eviction until :meth:`unhold` for the same owner."""
-        ...
 
-    def unhold(self, owner: int) -> None:
-        """*owner* needs nothing any more."""
-        ...
+class Inherited(NamedTuple):
+    """A pending page whose owner is another one from now on, which has to compute it."""
+
+    heir: TokenSequence
+    position: int
 
 
 @dataclass(slots=True)
@@ -117,11 +119,22 @@ class Entry:
     owner: TokenSequence | None = None
     is_stored: bool = False
     num_children: int = 0
+    is_queued: bool = False
 
     @property
     def is_ready(self) -> bool:
         """Whether its KV is in the page."""
         return self.owner is None and not self.is_stored
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it may be evicted, as far as the table knows."""
+        return self.is_ready and not self.num_children
+
+    @property
+    def age(self) -> tuple[int, int, Key]:
+        """Its place among those that may be evicted; the least is the first to go."""
+        return self.last_used, -self.position, self.key
 
 
 class PrefixTable:
@@ -130,10 +143,15 @@ class PrefixTable:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._entries: dict[Key, Entry] = {}
+        self._leaves: list[tuple[int, int, Key]] = []  # a heap of ages, at most one of each entry
         self._clock = 0
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def clear(self) -> None:
+        """There are no prefixes; their pages are somebody else's to free."""
+        self._entries, self._leaves = {}, []
 
     def keys_of(self, token_ids: Sequence[int]) -> list[Key]:
         """Keys of the pages that a prompt may share: whole ones, and never the last token, which has to be sampled."""
@@ -189,6 +207,7 @@ class PrefixTable:
             entry = self._entries[load.key]
             entry.is_stored = False
             self._pool.share([entry.page])
+            self._queue(entry)
 
     def publish(self, keys: Sequence[Key], owner: TokenSequence) -> Published | None:
         """The rows of *owner* up to ``owner.num_computed`` are in its pages; those that are ready since."""
@@ -198,59 +217,70 @@ class PrefixTable:
             if entry is not None and entry.owner is owner:
                 entry.owner = None
                 self._pool.share([entry.page])
+                self._queue(entry)
                 fresh.append(entry)
         if not fresh:
             return None
         return Published(tuple(e.key for e in fresh), fresh[0].parent, tuple(e.page for e in fresh))
 
-    def abandon(self, keys: Sequence[Key], owner: TokenSequence, others: Iterable[TokenSequence]) -> list[Key]:
+    def abandon(
+        self, keys: Sequence[Key], owner: TokenSequence, others: Iterable[TokenSequence]
+    ) -> tuple[list[Key], list[Inherited]]:
         """*owner* is leaving: what only it wanted goes, what it owned goes to the first of *others* that shares it.
 
         Returns:
-            Keys that nobody is going to compute any more.
+            Keys that nobody is going to compute any more, and who computes the others.
         """
         entries = [entry for key in keys if (entry := self._entries.get(key)) is not None]
         heirs = list(others)
-        gone = self._hand_over([entry for entry in entries if entry.owner is owner], heirs)
+        handed_over = self._hand_over([entry for entry in entries if entry.owner is owner], heirs)
         unwanted = [entry for entry in entries if entry.is_stored and not any(_holds(heir, entry) for heir in heirs)]
         for entry in reversed(unwanted):
             self._remove(entry)
-        return gone
+        return handed_over
 
-    def lose(self, key: Key, running: Iterable[TokenSequence]) -> None:
-        """The store has not got page *key* any more: it and its stored descendants are computed by who shares them."""
+    def lose(self, key: Key, running: Iterable[TokenSequence]) -> list[Inherited]:
+        """The store has not got page *key* any more: it and its stored descendants are computed by who shares them.
+
+        Returns:
+            Who computes each of them.
+        """
         lost = [entry for entry in self._entries.values() if entry.is_stored and self._descends(entry, key)]
-        for entry in lost:
-            entry.is_stored = False
-        self._hand_over(sorted(lost, key=lambda entry: entry.position), list(running))
-        for entry in lost:
-            if entry.owner is not None:
-                entry.owner.num_loaded -= self._pool.page_tokens
+        _, heirs = self._hand_over(sorted(lost, key=lambda entry: entry.position), list(running))
+        return heirs
 
     def evict(self, count: int) -> int:
         """Free up to *count* pages of prefixes that nobody uses; how many it was."""
-        idle = [self._age(entry) for entry in self._entries.values() if self._is_idle(entry)] if count > 0 else []
-        heapq.heapify(idle)
-        freed = 0
-        while idle and freed < count:
-            entry = self._entries[heapq.heappop(idle)[2]]
-            self._remove(entry)
-            self._pool.release([entry.page])
-            freed += 1
-            if entry.position and self._is_idle(parent := self._entries[entry.parent]):
-                heapq.heappush(idle, self._age(parent))
+        freed, in_use = 0, []
+        while freed < count and (entry := self._take_oldest()) is not None:
+            if self._is_idle(entry):
+                self._remove(entry)
+                self._pool.release([entry.page])
+                freed += 1
+            else:
+                in_use.append(entry)
+        for entry in in_use:
+            self._queue(entry)
         return freed
 
-    @property
-    def num_idle(self) -> int:
-        """Pages that :meth:`evict` could free: nobody uses them or a descendant (a page being stored holds its own)."""
-        busy: set[Key] = set()
+    def count_idle(self, most: int) -> int:
+        """How many pages, up to *most*, :meth:`evict` could free: nobody uses them or a descendant.
+
+        A page that is being stored is used.
+        """
         count = 0
-        for entry in sorted(self._entries.values(), key=lambda entry: -entry.position):
-            if entry.key in busy or not entry.is_ready or self._pool.refcount(entry.page) > 1:
-                busy.add(entry.parent)
-            else:
+        num_children: dict[Key, int] = {}  # of parents, those that were not counted
+        for _, _, key in self._leaves:
+            entry = self._entries[key]
+            left = entry.num_children
+            while count < most and not left and self._is_idle(entry):
                 count += 1
+                if not entry.position:
+                    break
+                entry = self._entries[entry.parent]
+                left = num_children[entry.key] = num_children.get(entry.key, entry.num_children) - 1
+            if count == most:
+                break
         return count
 
     def held_pages(self) -> list[int]:
@@ -268,23 +298,27 @@ class PrefixTable:
                 assert not entry.is_stored, "an entry that is both computed and loaded"
             if entry.is_stored:
                 assert self._pool.refcount(entry.page), "a stored entry that nobody wants"
+        queued = {key: (last_used, place, key) for last_used, place, key in self._leaves}
+        assert len(queued) == len(self._leaves), "an entry is queued twice"
         for entry in self._entries.values():
             assert entry.num_children == children.get(entry.key, 0), "children are counted wrongly"
+            assert entry.is_queued == (entry.key in queued), "an entry that is queued, or is not, and does not know it"
+            if entry.is_leaf:
+                assert queued[entry.key] <= entry.age, "an entry that would be evicted too late"
+        assert queued.keys() <= self._entries.keys(), "an entry that is gone is queued"
 
-    def _hand_over(self, entries: Sequence[Entry], heirs: Sequence[TokenSequence]) -> list[Key]:
+    def _hand_over(self, entries: Sequence[Entry], heirs: Sequence[TokenSequence]) -> tuple[list[Key], list[Inherited]]:
         """*entries*, parents first, are pending from now on and owned by the first heir that shares them, or go."""
-        gone = []
-        for entry in entries:
-            entry.owner = next((heir for heir in heirs if _holds(heir, entry)), None)
-            if entry.owner is not None:
-                start = entry.position * self._pool.page_tokens
-                entry.owner.num_computed = min(entry.owner.num_computed, start)
-                entry.owner.num_cached = min(entry.owner.num_cached, start)
+        gone, inherited = [], []
         for entry in reversed(entries):
-            if entry.owner is None:
+            heir = next((heir for heir in heirs if _holds(heir, entry)), None)
+            if heir is None:
                 self._remove(entry)
                 gone.append(entry.key)
-        return gone
+            else:
+                entry.owner, entry.is_stored = heir, False
+                inherited.append(Inherited(heir, entry.position))
+        return gone, inherited
 
     def _descends(self, entry: Entry, key: Key) -> bool:
         found: Entry | None = entry
@@ -294,16 +328,34 @@ class PrefixTable:
             found = self._entries.get(found.parent)
         return False
 
-    def _age(self, entry: Entry) -> tuple[int, int, Key]:
-        return entry.last_used, -entry.position, entry.key
-
     def _is_idle(self, entry: Entry) -> bool:
-        return entry.is_ready and not entry.num_children and self._pool.refcount(entry.page) == 1
+        return entry.is_ready and self._pool.refcount(entry.page) == 1
+
+    def _queue(self, entry: Entry) -> None:
+        """*entry* may be evicted when its turn comes, if it is a leaf."""
+        if entry.is_leaf and not entry.is_queued:
+            entry.is_queued = True
+            heapq.heappush(self._leaves, entry.age)
+
+    def _take_oldest(self) -> Entry | None:
+        """Take the leaf that was not used for longest out of the heap."""
+        while self._leaves:
+            age = heapq.heappop(self._leaves)
+            entry = self._entries[age[2]]
+            entry.is_queued = False
+            if entry.is_leaf and age == entry.age:
+                return entry
+            self._queue(entry)
+        return None
 
     def _remove(self, entry: Entry) -> None:
+        """Take *entry* out of the table."""
+        assert not entry.is_queued and not entry.num_children, "an entry that something leads to"
         del self._entries[entry.key]
         if entry.position:
-            self._entries[entry.parent].num_children -= 1
+            parent = self._entries[entry.parent]
+            parent.num_children -= 1
+            self._queue(parent)
 
 
 def page_keys(token_ids: Sequence[int], page_tokens: int) -> list[Key]:

@@ -19,7 +19,7 @@ class PageSwap:
     """Room for pages in a file in *folder* (``None``: where temporary files go).
 
     Every page of every layer has the same size, so the file is an array of slots; those that were dropped are used
-    again. Reading and writing happen on the caller's thread, between sweeps.
+    again. Whoever writes gives its pages a number. Reading and writing happen on the caller's thread, between sweeps.
     """
 
     def __init__(self, states: Sequence[LayerState], folder: Path | None = None) -> None:
@@ -29,11 +29,11 @@ class PageSwap:
         self._free: list[int] = []
         self._num_slots = 0
         self._slots: dict[int, list[int]] = {}
-        self._next = 0
         self.written_pages = 0
 
-    def write(self, pages: Sequence[int]) -> int | None:
-        """Keep *pages*; ``None`` if the disk has no room for them."""
+    def write(self, number: int, pages: Sequence[int]) -> bool:
+        """Keep *pages* under *number*; False if the disk has no room for them."""
+        assert number not in self._slots, "pages are kept once"
         slots = [self._free.pop() if self._free else self._new_slot() for _ in pages]
         try:
             if self._file is None:
@@ -45,24 +45,29 @@ class PageSwap:
         except OSError as error:
             logger.warning("a suspended answer is going to be computed again: %s", error)
             self._free.extend(slots)
-            return None
+            return False
         self.written_pages += len(pages)
-        number, self._next = self._next, self._next + 1
         self._slots[number] = slots
-        return number
+        return True
 
-    def read(self, number: int, first: int, pages: Sequence[int]) -> None:
-        """Put the pages of *number*, from *first* on, into *pages*."""
-        assert self._file is not None, "read before write"
-        for page, slot in zip(pages, self._slots[number][first:], strict=True):
-            self._file.seek(slot * self._page_bytes())
-            for data in self._pieces(page):
-                got = self._file.readinto(data)  # type: ignore[attr-defined]
-                assert got == len(data), "a page was written whole"
+    def read(self, number: int, first: int, pages: Sequence[int]) -> bool:
+        """Put the pages of *number*, from *first* on, into *pages*; False if the disk, or nobody, has them."""
+        if self._file is None or number not in self._slots:
+            return False
+        try:
+            for page, slot in zip(pages, self._slots[number][first:], strict=True):
+                self._file.seek(slot * self._page_bytes())
+                for data in self._pieces(page):
+                    got = self._file.readinto(data)  # type: ignore[attr-defined]
+                    assert got == len(data), "a page was written whole"
+        except OSError as error:
+            logger.warning("a suspended answer is computed again: %s", error)
+            return False
+        return True
 
     def drop(self, number: int) -> None:
-        """Let the slots of *number* be used again."""
-        self._free.extend(self._slots.pop(number))
+        """Let the slots of *number*, if there are any, be used again."""
+        self._free.extend(self._slots.pop(number, ()))
 
     def close(self) -> None:
         """Remove the file. Idempotent."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from layerstream.core.sequence import Sequence
+from layerstream.core.tenancy import Tenancy
 from layerstream.runtime.answer import Answer
 from layerstream.scheduling.beam import BeamSearch
 from layerstream.scheduling.sampler import SampledToken
@@ -36,7 +37,6 @@ class BeamAnswer(Answer):
     _logits: dict[Sequence, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sequence.fork_of = self
         self._beams = [self.sequence] * self.search.width
 
     def collect(self, sequence: Sequence, logits: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ class BeamAnswer(Answer):
         for parent in parents:
             if parent in beams:
                 child = dataclasses.replace(
-                    parent, sequence_id=next(_numbers), token_ids=list(parent.token_ids), pages=[], reserve=[], slots=[]
+                    parent, sequence_id=next(_numbers), token_ids=list(parent.token_ids), tenancy=Tenancy()
                 )
                 fork(parent, child)
                 parent = child

@@ -124,7 +124,7 @@ class ModelDrafter:
         mirror = self._mirrors.pop(sequence, None)
         if mirror is not None:
             self._growing.pop(mirror, None)
-            self._scheduler.remove(mirror)
+            self._step.steward.remove(mirror)
 
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         """For the small model's own scheduler: the trees that are being grown."""
@@ -141,7 +141,7 @@ class ModelDrafter:
             self._mirrors[sequence] = mirror
             self._scheduler.add(mirror)
         mirror.token_ids.extend(sequence.token_ids[mirror.num_tokens :])
-        mirror.num_computed = min(mirror.num_computed, mirror.num_tokens - 1)
+        self._scheduler.rewind(mirror, mirror.num_tokens - 1)
         return mirror
 
     def _ask(self) -> bool:
@@ -160,15 +160,15 @@ class ModelDrafter:
             num_rows += len(path)
             if num_rows > ROWS_AT_ONCE and chosen:
                 break
-            if mirror.num_tokens + len(path) <= min(mirror.capacity, mirror.max_num_tokens - 1):
+            if mirror.num_tokens + len(path) <= min(mirror.tenancy.capacity, mirror.max_num_tokens - 1):
                 chosen.setdefault(mirror, []).append(path)
         self._asking = {mirror: self._growing[mirror].ask(paths) for mirror, paths in chosen.items()}
         for mirror in chosen:
-            mirror.num_computed = mirror.num_tokens - 1
+            self._scheduler.rewind(mirror, mirror.num_tokens - 1)
         return bool(chosen)
 
     def _schedule(self) -> Sweep | None:
-        return self._scheduler.schedule(self)
+        return self._step.steward.schedule(self)
 
     def _run(self, sweep: Sweep) -> None:
         logits = self._step.run(sweep)

@@ -171,13 +171,13 @@ class EngineLoop:
         try:
             for sequence in sequences:
                 self._guesses.forget(sequence)
-            self._scheduler.reset()
+            self._sweep_step.steward.reset()
         finally:
             for request in requests:
                 request.fail(error)
 
     def _step(self) -> None:
-        sweep = self._scheduler.schedule(self._guesses)
+        sweep = self._sweep_step.steward.schedule(self._guesses)
         failed = self._scheduler.take_failed()
         for sequence, error in failed:
             if (answer := self._answers.get(sequence)) is not None:
@@ -301,8 +301,8 @@ class EngineLoop:
         self.counters.tokens_in += sweep.num_tokens
         for sequence in sweep.sampled:
             if self._answers[sequence].is_new:
-                self.counters.prefix_hits += sequence.num_cached > 0
-                self.counters.reused_tokens += sequence.num_cached
+                self.counters.prefix_hits += sequence.tenancy.num_cached > 0
+                self.counters.reused_tokens += sequence.tenancy.num_cached
         for answer in {self._answers[span.sequence] for _, span in sweep.spans()}:
             answer.took_part(streamed_bytes)
 
@@ -379,7 +379,7 @@ class EngineLoop:
         del self._answers[sequence]
         self._guesses.forget(sequence)
         try:
-            self._scheduler.remove(sequence)
+            self._sweep_step.steward.remove(sequence)
         except Exception as error:
             raise _BooksBroken(error) from error
 

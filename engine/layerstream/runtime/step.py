@@ -17,15 +17,14 @@ from layerstream.hardware.footprint import Footprint
 from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import SweepRunner
-from layerstream.scheduling.scheduler import Scheduler
+from layerstream.runtime.steward import Steward
 from layerstream.store.loader import PagesLost
-from layerstream.store.store import PrefixStore
 
 logger = logging.getLogger(__name__)
 
 
 class SweepStep:
-    """Runs the sweeps that *scheduler* makes; one thread.
+    """Runs the sweeps that the scheduler of *steward* makes; one thread.
 
     Args:
         learn: told at the end the least that computing a sweep of one row block took, which decoded.
@@ -38,19 +37,19 @@ class SweepStep:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        steward: Steward,
         runner: SweepRunner,
         weights: ModelWeights,
-        store: PrefixStore | None,
         devices: Seq[Device] = (),
         statistics: ExpertUsage | None = None,
         footprint: Footprint | None = None,
         learn: Callable[[float], None] | None = None,
     ) -> None:
-        self._scheduler = scheduler
+        self.steward = steward
+        self._scheduler = steward.scheduler
         self._runner = runner
         self._weights = weights
-        self._store = store
+        self._store = steward.store
         self._devices = devices
         self._statistics = statistics
         self.footprint = footprint or Footprint()
@@ -85,9 +84,7 @@ class SweepStep:
             logits = self._runner.run(sweep)
         except PagesLost as lost:
             logger.warning("a stored prefix is computed again: %s", lost)
-            assert self._store is not None
-            self._store.lose(lost.key)
-            self._scheduler.lose(lost.key)
+            self.steward.lose(lost.key)
             return None
         except Exception as error:
             if not is_out_of_memory(error):
@@ -151,7 +148,7 @@ class SweepStep:
         """The guesses *nodes*, a path from the root of *sequence*'s draft in the last sweep, were right."""
         if nodes:
             self._runner.accept(sequence, nodes)
-            sequence.num_computed += len(nodes)
+            self._scheduler.accept(sequence, len(nodes))
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let *child*, a copy of *parent*, run beside it.
@@ -159,7 +156,7 @@ class SweepStep:
         Raises:
             StorageFull: there is no memory for it.
         """
-        copied = self._scheduler.fork(parent, child)
+        copied = self.steward.fork(parent, child)
         if copied is not None:
             self._runner.copy_page(*copied)
 

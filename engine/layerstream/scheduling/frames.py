@@ -3,7 +3,8 @@
 In this order: a free frame; one of a prefix that nobody uses; one whose page is only waiting to be stored; one that a
 running sequence holds for the rest of its answer and has not reached yet. When none of them is to be had, the sequence
 that was admitted last is *suspended*: pages that only it holds go to disk, and when it is admitted again they come
-back, so nothing that was computed is computed again.
+back, so nothing that was computed is computed again. Pure: that is decided here, and carried out by others
+(:mod:`layerstream.scheduling.decisions`).
 
 Invariants: frames of a suspended sequence are free, and its tokens stay; the sequence that was admitted first is never
 suspended for another one, so there is always one that goes on.
@@ -11,47 +12,41 @@ suspended for another one, so there is always one that goes on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from typing import Protocol
 
-from layerstream.core.sequence import Sequence, Suspension
+from layerstream.core.sequence import Sequence
+from layerstream.core.tenancy import Suspension
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, SpillStore
+from layerstream.scheduling.decisions import Decision, Forget, Resume, Suspend
 
 LOOK_AHEAD_TOKENS = 32  # room for guesses, where frames are free
-
-
-class Swap(Protocol):
-    """Where the pages of suspended sequences wait."""
-
-    def write(self, pages: Seq[int]) -> int | None:
-        """Keep what is in *pages*; a number to ask for it, ``None`` if it cannot be kept."""
-        ...
-
-    def read(self, number: int, first: int, pages: Seq[int]) -> None:
-        """Put what *number* stands for, from its page *first* on, into *pages*."""
-        ...
-
-    def drop(self, number: int) -> None:
-        """Forget it."""
-        ...
 
 
 class Frames:
     """Gives frames of *pool* to sequences.
 
     Args:
-        swap: ``None``: suspended sequences are computed again.
+        decisions: where what is to be done is put.
+        can_swap: False: suspended sequences are computed again.
     """
 
     def __init__(
-        self, pool: PagePool, prefixes: PrefixTable, store: SpillStore | None, swap: Swap | None = None
+        self,
+        pool: PagePool,
+        prefixes: PrefixTable,
+        store: SpillStore | None,
+        decisions: deque[Decision],
+        *,
+        can_swap: bool = False,
     ) -> None:
         self._pool = pool
         self._prefixes = prefixes
         self._store = store
-        self._swap = swap
+        self._decisions = decisions
+        self._can_swap = can_swap
         self.held_by_store: list[int] = []
 
     def acquire(self, count: int, after: int | None, running: Iterable[Sequence] = ()) -> list[int] | None:
@@ -81,48 +76,52 @@ class Frames:
             own = self.acquire(missing, sequence.pages[-1], [other for other in running if other is not sequence])
             if own is None:
                 return False
-            sequence.pages += own
+            sequence.tenancy.pages += own
         wanted = min(sequence.num_tokens + LOOK_AHEAD_TOKENS, sequence.max_num_tokens)
         more = self._pool.pages_for(wanted) - len(sequence.pages)
         if 0 < more <= self._pool.num_free - len(running):
-            sequence.pages += self._pool.acquire(more, after=sequence.pages[-1]) or []
+            sequence.tenancy.pages += self._pool.acquire(more, after=sequence.pages[-1]) or []
         return True
 
     def suspend(self, sequence: Sequence) -> None:
         """Free the frames of *sequence*, which stops running; what only it holds goes to disk."""
         kept = self._num_held_by_others(sequence)
         own = sequence.pages[kept : self._pool.pages_for(sequence.num_computed)]
-        number = None
-        if self._swap is not None and own and not self._prefixes.loads(sequence.prefix_keys):
-            number = self._swap.write(own)
-        sequence.suspension = Suspension(sequence.num_computed, kept, len(own), number)
-        self._pool.release(sequence.pages)
-        sequence.pages = []
+        is_kept = self._can_swap and bool(own) and not self._prefixes.loads(sequence.prefix_keys)
+        if is_kept:
+            self._decisions.append(Suspend(sequence, tuple(own)))
+        sequence.tenancy.suspension = Suspension(sequence.num_computed, kept, len(own), is_kept)
+        self._free(sequence)
+
+    def unmake(self, sequence: Sequence) -> None:
+        """Nothing is kept of *sequence*, whether it waits or, as it was resumed in vain, stops running."""
+        sequence.tenancy.suspension = Suspension(num_computed=0, kept=0, num_pages=0, is_kept=False)
+        self._free(sequence)
 
     def resume(self, sequence: Sequence, num_shared: int) -> bool:
-        """Bring back what :meth:`suspend` wrote into the pages of *sequence*, whose first *num_shared* are others'.
+        """Bring back what :meth:`suspend` kept into the pages of *sequence*, whose first *num_shared* are others'.
 
         Returns:
             False if that is not all that it had computed: it goes on from what is there.
         """
-        suspension = sequence.suspension
-        is_whole = suspension is not None and suspension.number is not None and num_shared >= suspension.kept
-        if is_whole:
-            assert suspension is not None and suspension.number is not None and self._swap is not None
-            first, stop = num_shared - suspension.kept, suspension.kept + suspension.num_pages
-            try:
-                self._swap.read(suspension.number, first, sequence.pages[num_shared:stop])
-                sequence.num_computed = suspension.num_computed
-            except OSError:
-                is_whole = False
-        self.forget(sequence)
-        return is_whole
+        suspension = sequence.tenancy.suspension
+        if suspension is None or not suspension.is_kept or num_shared < suspension.kept:
+            self.forget(sequence)
+            return False
+        first, stop = num_shared - suspension.kept, suspension.kept + suspension.num_pages
+        self._decisions.append(Resume(sequence, first, tuple(sequence.pages[num_shared:stop])))
+        sequence.tenancy.num_computed, sequence.tenancy.suspension = suspension.num_computed, None
+        return True
 
     def forget(self, sequence: Sequence) -> None:
-        """What :meth:`suspend` wrote of *sequence* is not wanted any more."""
-        suspension, sequence.suspension = sequence.suspension, None
-        if suspension is not None and suspension.number is not None and self._swap is not None:
-            self._swap.drop(suspension.number)
+        """What :meth:`suspend` kept of *sequence* is not wanted any more."""
+        suspension, sequence.tenancy.suspension = sequence.tenancy.suspension, None
+        if suspension is not None and suspension.is_kept:
+            self._decisions.append(Forget(sequence))
+
+    def _free(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.pages)
+        sequence.tenancy.pages = []
 
     def _num_held_by_others(self, sequence: Sequence) -> int:
         """Pages at the beginning of *sequence* that another sequence holds too."""
@@ -136,11 +135,11 @@ class Frames:
 
     def _make_room(self, count: int, running: Seq[Sequence]) -> None:
         missing = count - self._pool.num_free
-        if self._store is not None and self._prefixes.num_idle < missing:
+        if self._store is not None and self._prefixes.count_idle(missing) < missing:
             self._release(self._store.give_back())
-        idle = self._prefixes.num_idle
+        missing = count - self._pool.num_free
         unreached = {other: len(other.pages) - self._pool.pages_for(other.num_tokens + 1) for other in running}
-        if idle + sum(max(0, spare) for spare in unreached.values()) < (missing := count - self._pool.num_free):
+        if self._prefixes.count_idle(missing) + sum(max(0, spare) for spare in unreached.values()) < missing:
             return
         self._prefixes.evict(missing)
         for other, spare in unreached.items():
@@ -148,7 +147,7 @@ class Frames:
             if spare > 0 and missing > 0:
                 cut = len(other.pages) - min(spare, missing)
                 self._pool.release(other.pages[cut:])
-                del other.pages[cut:]
+                del other.tenancy.pages[cut:]
 
     def _release(self, pages: list[int]) -> None:
         """The store does not hold *pages* any more."""

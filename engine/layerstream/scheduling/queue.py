@@ -42,6 +42,7 @@ class WaitingQueue:
         self._sweep = 0
         self._clients = Clients()
         self._came: dict[Sequence, int] = {}
+        self._waited: dict[Sequence, int] = {}  # sweeps, of those that were admitted
         self._ranks: dict[int, _Rank] = {}
         self._ordered_ranks: list[int] = []
 
@@ -65,11 +66,12 @@ class WaitingQueue:
 
     def leave(self, sequence: Sequence) -> None:
         """*sequence* does not run and does not wait any more."""
+        self._waited.pop(sequence, None)
         self._clients.leave(sequence.client, self._sweep)
 
     def add(self, sequence: Sequence) -> None:
         """*sequence*, which is present, waits from now on."""
-        came = self._came[sequence] = self._sweep - sequence.num_waited
+        came = self._came[sequence] = self._sweep - self._waited.pop(sequence, 0)
         number = AGEING_SWEEPS * sequence.priority - came
         if number not in self._ranks:
             self._ranks[number] = _Rank(self._clients.served)
@@ -79,7 +81,7 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         """*sequence* is admitted, or gone."""
         came = self._came.pop(sequence)
-        sequence.num_waited = self._sweep - came
+        self._waited[sequence] = self._sweep - came
         number = AGEING_SWEEPS * sequence.priority - came
         self._ranks[number].remove(sequence)
         if not len(self._ranks[number]):

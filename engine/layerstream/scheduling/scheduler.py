@@ -1,10 +1,11 @@
-"""Decides what goes into the next sweep. Pure: it moves no tensor and reads no clock.
+"""Decides what goes into the next sweep. Pure: it moves no tensor, reads no clock, opens no file.
 
-The one invariant that covers chunking and decoding alike: a sequence has ``num_computed`` tokens in its pages, and a
-sweep carries some of ``token_ids[num_computed:]``, in order, without gaps. When the last known token is among them,
-the sequence is sampled.
+Beside the sweep it decides what is to be done first about pages on disk; whoever runs the sweep does it
+(``next_decision``, :mod:`layerstream.scheduling.decisions`). A store is asked for what it knows, and answers at once;
+so are those who guess, and they may compute.
 
-Rules:
+Who runs, and with what memory, is decided here; which rows of those that run are in the sweep, in
+:mod:`layerstream.scheduling.composing`. Rules:
 
 * a sequence is admitted when there is memory for its prompt and for the logits of its row, in the order of
   :mod:`layerstream.scheduling.queue`; until then it waits. Its answer gets memory as it grows, and where there is none,
@@ -12,16 +13,6 @@ Rules:
   Pages of its prompt that others have computed, or are going to, it shares; prefixes that nobody uses any more are
   evicted when their pages are wanted. What a store has of the rest is loaded while the first sweep that needs it goes
   on; what another process is just computing is waited for, and others go ahead meanwhile;
-* a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
-  blocks: every layer appends a block's KV before it turns to the next block. Owners were admitted before sharers,
-  so the first sequence never waits for another;
-* every admitted sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it
-  into the sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
-* prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
-  many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
-  attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
-* guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
-  for; a sequence never gets guesses past its longest answer;
 * a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
   (:mod:`layerstream.scheduling.spill`);
 * a removed sequence is in no later sweep and its pages are free at once;
@@ -30,42 +21,24 @@ Rules:
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
-from typing import Protocol
 
-from layerstream.core.draft import DraftTree
-from layerstream.core.sequence import Sequence
-from layerstream.core.sweep import PageLoad, RowBlock, Span, Sweep
+from layerstream.core.sequence import BeamGroup, Sequence
+from layerstream.core.sweep import Sweep
+from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
 from layerstream.scheduling.budget import ExpertLoad, SweepBudget
-from layerstream.scheduling.frames import Frames, Swap
-from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
+from layerstream.scheduling.composing import NO_DRAFTING, Composer, Drafting
+from layerstream.scheduling.decisions import Decision, Forget, LetGo
+from layerstream.scheduling.frames import Frames
+from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
-
-
-class Drafting(Protocol):
-    """Where guesses come from."""
-
-    def propose(
-        self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int
-    ) -> Mapping[Sequence, DraftTree]:
-        """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
-        ...
-
-
-class _NoDrafting:
-    def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
-        return {}
-
-
-_NO_DRAFTING = _NoDrafting()
 
 
 class Scheduler:
@@ -74,7 +47,7 @@ class Scheduler:
     Args:
         store: what outlives the process; ``None``: prefixes are shared in memory alone.
         read_seconds: what reading the streamed weights of a sweep takes.
-        swap: where pages go when memory is short.
+        can_swap: whether pages may be kept elsewhere when memory is short.
         experts: what rows bring in a mixture of experts; ``None``: it is none, or they come with their block.
     """
 
@@ -84,23 +57,29 @@ class Scheduler:
         pool: PagePool,
         store: SpillStore | None = None,
         read_seconds: Callable[[], float] = lambda: 0.0,
-        swap: Swap | None = None,
+        *,
+        can_swap: bool = False,
         experts: ExpertLoad | None = None,
     ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
-        self.limits = limits
         self.budget = SweepBudget(
             limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds, experts
         )
         self.pool = pool
         self._store = store
-        self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1)
+        self._decisions: deque[Decision] = deque()
+        self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1, self._decisions)
         self._failed: list[tuple[Sequence, Exception]] = []
-        self._swap = swap
         self.prefixes = PrefixTable(pool)
-        self._frames = Frames(pool, self.prefixes, store, swap)
+        self._frames = Frames(pool, self.prefixes, store, self._decisions, can_swap=can_swap)
+        self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
+
+    @property
+    def limits(self) -> SweepLimits:
+        """What sweeps keep to by now."""
+        return self._composer.limits
 
     @property
     def num_waiting(self) -> int:
@@ -129,7 +108,7 @@ class Scheduler:
                 return
             self._abandon(sequence)
             self.pool.release(sequence.pages)
-            sequence.pages = []
+            sequence.tenancy.pages = []
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
             self._waiting.leave(sequence)
@@ -142,19 +121,18 @@ class Scheduler:
         Raises:
             AssertionError: pages are lost all the same.
         """
-        frames, running, waiting = self._frames, self._running, list(self._waiting)
+        running, waiting = self._running, list(self._waiting)
         self._running, self._waiting, self._failed = [], WaitingQueue(), []
-        self.prefixes = PrefixTable(self.pool)
-        self._frames = Frames(self.pool, self.prefixes, self._store, self._swap)
-        self._frames.held_by_store = frames.held_by_store
-        self._spill = self._spill.renewed()
-        for sequence in waiting:
-            frames.forget(sequence)
+        self.prefixes.clear()
+        self._spill.clear()
         for sequence in (*running, *waiting):
             if self._store is not None:
                 self._store.abandon(sequence.prefix_keys[sequence.num_computed // self.pool.page_tokens :])
-                self._store.unhold(sequence.sequence_id)
-            sequence.pages, sequence.reserve, sequence.slots = [], [], []
+            sequence.tenancy = Tenancy()
+        undone = [decision.sequence for decision in self._decisions]
+        self._decisions.clear()
+        for sequence in dict.fromkeys((*running, *waiting, *undone)):
+            self._decisions += Forget(sequence), LetGo(sequence)
         held = Counter(self._frames.held_by_store)
         for page in range(self.pool.num_pages + self.pool.num_transit):
             self.pool.release([page] * (self.pool.refcount(page) - held[page]))
@@ -178,35 +156,19 @@ class Scheduler:
                 raise StorageFull("there is no memory for one more beam: ask for fewer, or give the engine more memory")
             self._suspend(victims[-1])
         self.pool.share(shared)
-        child.pages = [*shared, *(own or [])]
-        child.num_computed, child.prefix_keys = parent.num_computed, parent.prefix_keys
+        child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[])
         self._running.insert(self._running.index(parent) + 1, child)
         self._waiting.enter(child)
         return (parent.pages[num_whole], child.pages[num_whole]) if own else None
 
-    def schedule(self, drafting: Drafting = _NO_DRAFTING) -> Sweep | None:
+    def schedule(self, drafting: Drafting = NO_DRAFTING) -> Sweep | None:
         """The next sweep, with guesses of *drafting*; ``None`` when nothing is there to run."""
         self._frames.take_back_stored()
         self._settle()
         self._grow()
         self._admit()
         self._waiting.tick()
-        ready = [sequence for sequence in self._running if sequence.is_prefilled and sequence.num_pending]
-        prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
-        planned: dict[Sequence, int] = {}
-        for sequence in sorted(self._running, key=lambda sequence: -sequence.priority):
-            if not sequence.is_prefilled and not self._is_ahead(sequence, planned):
-                planned[sequence] = self._add_chunks(prompts, sequence)
-                if planned[sequence] == sequence.num_prompt_tokens:
-                    ready.append(sequence)
-        for sequence in ready:
-            sequence.capacity = len(sequence.pages) * self.pool.page_tokens
-        spans = [span for sequence in ready for span in decode_spans(sequence)]
-        chunks = prompts.blocks()
-        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
-        spans += [span for sequence, tree in drafts.items() for span in draft_spans(sequence, tree)]
-        blocks = [*chunks, *decode_blocks(spans, self.limits)]
-        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts) if blocks else None
+        return self._composer.compose(self._running, drafting)
 
     def commit(self, sweep: Sweep) -> list[Published]:
         """The rows of *sweep* are in their pages: sequences advance, and whole pages of prompts may be shared.
@@ -218,7 +180,7 @@ class Scheduler:
         self.prefixes.loaded(load for load in sweep.loads if not self.pool.is_transit(load.page))
         before = {span.sequence: span.sequence.num_computed for _, span in sweep.known_spans()}
         for _, span in sweep.known_spans():
-            span.sequence.num_computed = span.stop
+            span.sequence.tenancy.num_computed = span.stop
             self._waiting.serve(span.sequence, len(span))
         found = [self._publish(sequence, start) for sequence, start in before.items()]
         published = [item for item in found if item is not None]
@@ -227,22 +189,44 @@ class Scheduler:
                 self._frames.share_with_store(item.pages)
         return published
 
+    def accept(self, sequence: Sequence, num_tokens: int) -> None:
+        """The KV of *num_tokens* more of *sequence* is in its pages: they were guessed, and right."""
+        sequence.tenancy.num_computed += num_tokens
+
+    def rewind(self, sequence: Sequence, num_tokens: int) -> None:
+        """Tokens of *sequence* from *num_tokens* on are computed once more."""
+        sequence.tenancy.rewind(num_tokens)
+
     def lose(self, key: bytes) -> None:
         """The store has lost page *key*, and the sweep that was to load it had no effect: the page is computed."""
-        self.prefixes.lose(key, self._running)
+        for heir, position in self.prefixes.lose(key, self._running):
+            heir.tenancy.rewind(position * self.pool.page_tokens)
+            heir.tenancy.num_loaded -= self.pool.page_tokens
         for sequence in [s for s in self._running if s.is_long and key in s.prefix_keys]:
             self._restart(sequence)
 
     def shrink(self) -> bool:
         """A sweep did not fit the memory: from now on they carry half as much. False: they cannot carry less."""
-        limits = self.limits
-        least = max(limits.chunk_tokens, limits.prompt_rows)
-        if limits.max_tokens <= least and not limits.max_draft_rows:
-            return False
-        max_tokens, max_draft_rows = max(least, limits.max_tokens // 2), limits.max_draft_rows // 2
-        self.limits = replace(limits, max_tokens=max_tokens, max_draft_rows=max_draft_rows)
-        self.budget.max_draft_rows = max_draft_rows
-        return True
+        return self._composer.shrink()
+
+    def next_decision(self) -> Decision | None:
+        """What is to be done next, before a row is computed or a page copied; ``None``: nothing."""
+        return self._decisions.popleft() if self._decisions else None
+
+    def lose_kept(self, sequence: Sequence) -> None:
+        """What was to be kept of *sequence* while it was suspended is not to be had: it is computed again."""
+        is_running = sequence in self._running
+        if is_running:
+            self._running.remove(sequence)
+        self._frames.unmake(sequence)
+        if is_running:
+            self._abandon(sequence)
+            self._waiting.add(sequence)
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """*sequence* cannot go on because of *error*."""
+        if all(other is not sequence for other, _ in self._failed):
+            self._failed.append((sequence, error))
 
     def take_failed(self) -> list[tuple[Sequence, Exception]]:
         """Sequences that cannot go on, and why; they are still to be removed."""
@@ -274,7 +258,7 @@ class Scheduler:
                     if not self._admit_long(sequence):
                         return
                     continue
-                if sequence.fork_of is not None and not self._has_room_for_beams(sequence):
+                if sequence.group is not None and not self._has_room_for_beams(sequence):
                     return
                 shared = self.prefixes.match(sequence.prefix_keys)
                 self.pool.share(shared)
@@ -283,7 +267,7 @@ class Scheduler:
                     self.pool.release(shared)
                     return
                 if not self._begin_or_fail(sequence, shared, own):  # it failed, or is being computed elsewhere
-                    sequence.pages = []
+                    sequence.tenancy.pages = []
                     self.pool.release(shared + own)
 
     def _acquire(self, sequence: Sequence, shared: list[int]) -> list[int] | None:
@@ -301,32 +285,28 @@ class Scheduler:
         return self._frames.acquire(least + spare, after, self._running)
 
     def _begin_or_fail(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
-        """:meth:`_begin`; what it could not bring back, from the store or from the swap file, is its own misfortune."""
+        """:meth:`_begin`; what the store could not say is its own misfortune."""
         try:
             return self._begin(sequence, shared, own)
         except Exception as error:  # noqa: BLE001  # nothing has changed for the others
-            self._fail(sequence, error)
+            self.fail(sequence, error)
             return False
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        if all(other is not sequence for other, _ in self._failed):
-            self._failed.append((sequence, error))
 
     def _begin(self, sequence: Sequence, shared: list[int], own: list[int]) -> bool:
         """*sequence* runs, in pages that it shares and its own; False, and no change, if another process is at it."""
-        size = self.pool.page_tokens
-        sequence.pages = shared + own
-        is_first, stored = sequence.suspension is None, Stored(0, 0)
+        size, tenancy = self.pool.page_tokens, sequence.tenancy
+        tenancy.pages = shared + own
+        is_first, stored = tenancy.suspension is None, Stored(0, 0)
         if is_first or not self._frames.resume(sequence, len(shared)):
             found = self._take(sequence, len(shared))
             if found is None:
                 return False
             stored = found
-            sequence.num_computed = (len(shared) + stored.num_pages) * size
+            tenancy.num_computed = (len(shared) + stored.num_pages) * size
         if is_first:
-            sequence.num_cached = sequence.num_computed
-            sequence.num_loaded = stored.num_pages * size
-            sequence.num_declined = stored.num_declined * size
+            tenancy.num_cached = tenancy.num_computed
+            tenancy.num_loaded = stored.num_pages * size
+            tenancy.num_declined = stored.num_declined * size
         self._waiting.remove(sequence)
         self._running.append(sequence)
         self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
@@ -342,18 +322,19 @@ class Scheduler:
 
     def _victims(self) -> list[Sequence]:
         """Who may be suspended, the one to begin with last."""
-        return [sequence for sequence in self._running if not sequence.is_long and sequence.fork_of is None]
+        return [sequence for sequence in self._running if not sequence.is_long and sequence.group is None]
 
     def _has_room_for_logits(self, sequence: Sequence) -> bool:
         """Whether all that run, and *sequence*, may be sampled from in one sweep."""
-        rows = {other.fork_of or other: other.num_group_rows for other in (*self._running, sequence)}
-        return sum(rows.values()) <= self.limits.max_sequences
+        everyone = (*self._running, sequence)
+        num_alone = sum(other.group is None for other in everyone)
+        return num_alone + sum(group.num_rows for group in _groups(everyone)) <= self.limits.max_sequences
 
     def _has_room_for_beams(self, sequence: Sequence) -> bool:
         """Whether all searches that run, and that of *sequence*, could have what they may need at once."""
-        groups = {other.fork_of: other.num_group_pages for other in (*self._running, sequence)}
+        num_pages = sum(group.num_pages for group in _groups((*self._running, sequence)))
         num_long = sum(len(self._spill.held_by(other)) for other in self._running if other.is_long)
-        return sum(groups.values()) + num_long <= self.pool.num_pages
+        return num_pages + num_long <= self.pool.num_pages
 
     def _suspend(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -363,12 +344,14 @@ class Scheduler:
 
     def _abandon(self, sequence: Sequence) -> None:
         """*sequence* does not run any more: prefixes that it was to compute are another's, or nobody's."""
-        gone = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
+        gone, heirs = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
+        for heir, position in heirs:
+            heir.tenancy.rewind(position * self.pool.page_tokens)
         if self._store is not None:
             self._store.abandon(gone)
 
     def _num_cached(self, sequence: Sequence) -> int:
-        return len(self.prefixes.match(sequence.prefix_keys)) * self.pool.page_tokens
+        return self.prefixes.count_known(sequence.prefix_keys) * self.pool.page_tokens
 
     def _admit_long(self, sequence: Sequence) -> bool:
         """Admit a sequence that does not fit the frames; False while it has to wait, and those behind it too."""
@@ -379,7 +362,7 @@ class Scheduler:
             if not self._spill.admit(sequence):
                 return False
         except StorageFull as error:
-            self._fail(sequence, error)
+            self.fail(sequence, error)
             return True
         self._waiting.remove(sequence)
         self._running.append(sequence)
@@ -392,13 +375,13 @@ class Scheduler:
                 if not self._spill.settle(sequence):
                     self._restart(sequence)
             except StorageFull as error:
-                self._fail(sequence, error)
+                self.fail(sequence, error)
 
     def _restart(self, sequence: Sequence) -> None:
         """A long sequence lost a page: it is admitted again, with what the store has of it."""
         self._running.remove(sequence)
         self._spill.remove(sequence)
-        sequence.num_computed = sequence.num_cached = sequence.num_loaded = 0
+        sequence.tenancy = Tenancy()
         self._waiting.add(sequence)
 
     def _publish(self, sequence: Sequence, start: int) -> Published | None:
@@ -413,46 +396,6 @@ class Scheduler:
             return Stored(0, 0)
         return self._store.take(sequence.prefix_keys, num_shared)
 
-    def _loads(self, blocks: list[RowBlock]) -> tuple[PageLoad, ...]:
-        """The stored pages that the rows of *blocks* attend to."""
-        sequences = {span.sequence: None for block in blocks for span in block.spans}
-        loads: dict[PageLoad, None] = {}
-        for sequence in sequences:
-            found = self._spill.loads(sequence) if sequence.is_long else self.prefixes.loads(sequence.prefix_keys)
-            loads.update(dict.fromkeys(found))
-        return tuple(loads)
 
-    def _is_ahead(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
-        """Whether *sequence* shares pages that are neither computed nor planned for the sweep so far."""
-        if sequence.is_long:
-            return False
-        size = self.pool.page_tokens
-        return any(
-            planned.get(owner, owner.num_computed) < (position + 1) * size
-            for position, owner in self.prefixes.owners(sequence.prefix_keys[: sequence.num_computed // size])
-        )
-
-    def _prompt_blocks(self, num_decoded: int) -> PromptBlocks:
-        """Room for prompts beside *num_decoded* decode rows."""
-        most = self.limits.max_tokens - num_decoded
-        free = most
-        if num_decoded:
-            free = self.budget.prompt_tokens(num_decoded, most, self.limits.chunk_tokens)
-        return PromptBlocks(self.limits, most, free)
-
-    def _add_chunks(self, prompts: PromptBlocks, sequence: Sequence) -> int:
-        """Put the next chunks of *sequence* into *prompts*, as far as there is room.
-
-        Returns:
-            The position where they end.
-        """
-        start, size = sequence.num_computed, self.limits.chunk_tokens
-        while start < sequence.num_prompt_tokens:
-            stop = min(start // size * size + size, sequence.num_prompt_tokens)
-            if not prompts.has_room(stop - start):
-                break
-            if sequence.is_long and not self._spill.frames(sequence, start // size):
-                break  # they are still being written
-            prompts.add(Span(sequence, start, stop))
-            start = stop
-        return start
+def _groups(sequences: Iterable[Sequence]) -> set[BeamGroup]:
+    return {sequence.group for sequence in sequences if sequence.group is not None}

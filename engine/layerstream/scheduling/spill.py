@@ -1,6 +1,7 @@
 """Sequences whose KV is larger than the memory for it: whole pages of their prompt lie in the store and stream.
 
-Pure accounting, for the scheduler. A page of such a sequence is in one of two places:
+Pure accounting, for the scheduler: that the store is to hold pages is decided here, and carried out by others
+(:mod:`layerstream.scheduling.decisions`). A page of such a sequence is in one of two places:
 
 | place | its KV is | from when |
 |---|---|---|
@@ -23,26 +24,31 @@ Invariants:
 
 from __future__ import annotations
 
+from collections import deque
+
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import PageLoad
+from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Key, Published, SpillStore
+from layerstream.scheduling.decisions import Decision, Hold, LetGo
 
 
 class Spill:
     """The long sequences among the running ones."""
 
-    def __init__(self, pool: PagePool, store: SpillStore | None, sweep_pages: int) -> None:
+    def __init__(self, pool: PagePool, store: SpillStore | None, sweep_pages: int, decisions: deque[Decision]) -> None:
         self._pool = pool
         self._store = store
         self._sweep_pages = sweep_pages
+        self._decisions = decisions
         self._slots: dict[Key, int] = {}
         self._running: list[Sequence] = []
 
-    def renewed(self) -> Spill:
-        """One for the same pool and store, with no sequence in it."""
-        return Spill(self._pool, self._store, self._sweep_pages)
+    def clear(self) -> None:
+        """There are no sequences; their frames and slots are somebody else's to free."""
+        self._slots, self._running = {}, []
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -95,21 +101,27 @@ class Spill:
         if reserve is None:
             return False
         new = [key for key in keys if key not in self._slots]
-        slots = self._pool.acquire_transit(len(new))
-        stored = None if slots is None else store.take(keys, 0)
-        if slots is None or stored is None:
-            self._pool.release(reserve + (slots or []))
+        fresh = self._pool.acquire_transit(len(new))
+        stored = None if fresh is None else store.take(keys, 0)
+        if fresh is None or stored is None:
+            self._pool.release(reserve + (fresh or []))
             return False
         self._pool.share([self._slots[key] for key in keys if key in self._slots])
-        self._slots.update(zip(new, slots, strict=True))
-        sequence.reserve = reserve
-        sequence.slots = [self._slots[key] for key in keys]
-        sequence.pages = sequence.slots[: stored.num_pages]
-        size = self._pool.page_tokens
-        sequence.num_computed = sequence.num_cached = sequence.num_loaded = stored.num_pages * size
-        sequence.num_declined = stored.num_declined * size
+        self._slots.update(zip(new, fresh, strict=True))
+        slots = [self._slots[key] for key in keys]
+        num_loaded = stored.num_pages * self._pool.page_tokens
+        sequence.tenancy = Tenancy(
+            num_computed=num_loaded,
+            pages=slots[: stored.num_pages],
+            reserve=reserve,
+            slots=slots,
+            num_cached=num_loaded,
+            num_loaded=num_loaded,
+            num_declined=stored.num_declined * self._pool.page_tokens,
+        )
         self._running.append(sequence)
-        store.hold(sequence.sequence_id, keys[: stored.num_pages])
+        if stored.num_pages:
+            self._decisions.append(Hold(sequence, tuple(keys[: stored.num_pages])))
         return True
 
     def settle(self, sequence: Sequence) -> bool:
@@ -122,7 +134,8 @@ class Spill:
             StorageFull: the store could not take one of them.
         """
         assert self._store is not None
-        first = next((at for at, page in enumerate(sequence.pages) if not self._pool.is_transit(page)), None)
+        held = sequence.tenancy
+        first = next((at for at, page in enumerate(held.pages) if not self._pool.is_transit(page)), None)
         last = min(sequence.num_computed // self._pool.page_tokens, len(sequence.prefix_keys))
         if first is None or first >= last:
             return True
@@ -134,24 +147,25 @@ class Spill:
                 "(KVStoreConfig(max_bytes=...)), or the engine more memory"
             )
         for at in range(first, first + num_stored):
-            if self._pool.refcount(sequence.pages[at]) > 1:
+            if self._pool.refcount(held.pages[at]) > 1:
                 break  # the writer is about to let go of it
-            sequence.reserve.append(sequence.pages[at])
-            sequence.pages[at] = sequence.slots[at]
-            self._store.hold(sequence.sequence_id, [sequence.prefix_keys[at]])
+            held.reserve.append(held.pages[at])
+            held.pages[at] = held.slots[at]
+            self._decisions.append(Hold(sequence, (sequence.prefix_keys[at],)))
         missing = first + num_stored
-        return missing == last or self._pool.refcount(sequence.pages[missing]) > 1
+        return missing == last or self._pool.refcount(held.pages[missing]) > 1
 
     def frames(self, sequence: Sequence, position: int) -> bool:
         """Make sure that page *position* has a frame; False while there is none to be had."""
-        if position < len(sequence.pages):
+        held = sequence.tenancy
+        if position < len(held.pages):
             return True
         num_tail = self._pool.pages_for(sequence.max_num_tokens) - len(sequence.prefix_keys)
         if position >= len(sequence.prefix_keys):
-            sequence.pages += sequence.reserve[:num_tail]
-            sequence.reserve = sequence.reserve[num_tail:]
-        elif len(sequence.reserve) > num_tail:
-            sequence.pages.append(sequence.reserve.pop())
+            held.pages += held.reserve[:num_tail]
+            held.reserve = held.reserve[num_tail:]
+        elif len(held.reserve) > num_tail:
+            held.pages.append(held.reserve.pop())
         else:
             return False
         return True
@@ -173,14 +187,15 @@ class Spill:
         """*sequence* goes, or starts anew: free what it holds."""
         assert self._store is not None
         self._running.remove(sequence)
-        self._store.unhold(sequence.sequence_id)
+        self._decisions.append(LetGo(sequence))
         computed = sequence.num_computed // self._pool.page_tokens
         self._store.abandon(sequence.prefix_keys[computed:])
         self._pool.release(self.held_by(sequence))
         self._slots = {key: slot for key, slot in self._slots.items() if self._pool.refcount(slot)}
-        sequence.pages, sequence.reserve, sequence.slots = [], [], []
+        held = sequence.tenancy
+        held.pages, held.reserve, held.slots = [], [], []
 
     def held_by(self, sequence: Sequence) -> list[int]:
         """Every frame and slot that *sequence* holds, once each."""
         frames = [page for page in sequence.pages if not self._pool.is_transit(page)]
-        return [*frames, *sequence.reserve, *sequence.slots]
+        return [*frames, *sequence.tenancy.reserve, *sequence.tenancy.slots]

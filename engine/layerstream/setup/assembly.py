@@ -39,6 +39,7 @@ from layerstream.planner.rates import SLOW_DISK
 from layerstream.runtime.draft_model import ModelDrafter
 from layerstream.runtime.loop import LoopCounters
 from layerstream.runtime.step import SweepStep
+from layerstream.runtime.steward import Steward
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
@@ -293,7 +294,8 @@ def _assemble(
         if weights.streamer is not None:
             weights.streamer.read_ahead()
         swap = PageSwap(states)
-        scheduler = _scheduler(skeleton, plan, store, reader, swap, weights.bank)
+        scheduler = _scheduler(skeleton, plan, store, reader, weights.bank)
+        steward = Steward(scheduler, swap, store)
         loader = None if store is None else store.loader
         device_kv = None
         if placement is not None:
@@ -315,7 +317,7 @@ def _assemble(
             reader=reader,
             weights=weights,
             scheduler=scheduler,
-            step=SweepStep(scheduler, runner, weights, store, devices, statistics, footprint, learn),
+            step=SweepStep(steward, runner, weights, devices, statistics, footprint, learn),
             drafting=TreeDrafting(_drafters(config, store, draft), scheduler.budget),
             store=store,
             swap=swap,
@@ -337,7 +339,6 @@ def _scheduler(
     plan: Plan,
     store: PrefixStore | None,
     reader: DirectReader,
-    swap: PageSwap,
     experts: AnyBank | None,
 ) -> Scheduler:
     limits = SweepLimits(
@@ -352,7 +353,7 @@ def _scheduler(
     num_transit = plan.num_transit if store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
     load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
-    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader, rows=0), swap, load)
+    return Scheduler(limits, pool, store, lambda: _moving_seconds(plan, reader, rows=0), can_swap=True, experts=load)
 
 
 class _ExpertLoad:

@@ -1,4 +1,8 @@
-"""From a configuration to a plan: what is known of the model and of the machine before a weight is read."""
+"""From a configuration to a plan: what is known of the model and of the machine before a weight is read.
+
+Of the model, headers and ``config.json`` are read. Of the machine, free memory is asked for; which kernels are faster
+here than decoding is measured once for each machine, and remembered in a file (:mod:`layerstream.model.kernels`).
+"""
 
 from __future__ import annotations
 
@@ -145,7 +149,10 @@ def model_facts(
     can_spill: bool = False,
     is_on_device: bool = False,
 ) -> ModelFacts:
-    """What a plan depends on, read off the skeleton."""
+    """What a plan depends on: sizes from the skeleton, and on the processor which of its kernels are fast here.
+
+    The first call on a machine for a quantised model measures those, for some seconds, and writes a file.
+    """
     config = skeleton.config
     embedding = skeleton.sources[skeleton.embedding_key]
     embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize

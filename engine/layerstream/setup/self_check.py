@@ -25,7 +25,7 @@ from layerstream.core.sequence import Sequence
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
 from layerstream.model.families import TESTED, check_supported
 from layerstream.model.skeleton import load_config
-from layerstream.scheduling.scheduler import Drafting
+from layerstream.scheduling.composing import Drafting
 from layerstream.scheduling.verify import verify
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
@@ -105,7 +105,7 @@ def step_greedily(
     for sequence in sequences:
         parts.scheduler.add(sequence)
     while parts.scheduler.num_waiting or parts.scheduler.num_running:
-        sweep = parts.scheduler.schedule(drafting) if drafting else parts.scheduler.schedule()
+        sweep = parts.step.steward.schedule(drafting) if drafting else parts.step.steward.schedule()
         for _, error in parts.scheduler.take_failed():
             raise error
         if sweep is None:  # a page is being stored
@@ -125,7 +125,7 @@ def step_greedily(
 
             right = verify(sweep.drafts.get(sequence), draw)
             if sequence.num_output_tokens == num_tokens:
-                parts.scheduler.remove(sequence)
+                parts.step.steward.remove(sequence)
             else:
                 parts.step.accept(sequence, right)
     return [sequence.output_ids for sequence in sequences], [torch.stack(rows) for rows in logits]

@@ -4,6 +4,9 @@ Leaf first: a segment that another one continues stays as long as that one does.
 priority goes; a priority is the clock at the last use plus frequency · seconds / bytes (greedy-dual-size-frequency,
 Cherkasova 1998), where seconds is what computing the pages took. The clock is the highest priority evicted so far: a
 number in the index, not the time of day. Pinned segments and those in use stay.
+
+Priorities come with the candidates: the index computes them, in SQL, when a segment is written or used
+(:meth:`~layerstream.store.index.Index.touch`), and moves the clock when one is removed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ Threads, and what they may wait for:
 | writer | encodes, writes, keeps leases alive | disk, other processes |
 
 A ``take`` that was not answered within its moment is asked again; a ``recall`` does without. Only ``look_up``,
-``room``, ``flush``, ``wait_until_open`` and ``close`` wait longer, and are not for the engine's thread.
+``room``, ``flush``, ``wait_until_open`` and ``close`` wait longer, and are not for the engine's thread. ``hold`` opens
+files: it is called between sweeps, by whoever carries out what the scheduler decided.
 
 What a page goes through:
 

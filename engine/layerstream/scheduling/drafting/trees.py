@@ -72,7 +72,7 @@ class TreeDrafting:
 
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
-        growing = [s for s in sequences if s.fork_of is None and s.max_num_tokens - s.num_tokens > 1]
+        growing = [s for s in sequences if s.group is None and s.max_num_tokens - s.num_tokens > 1]
         if growing:
             for drafter in self._drafters:
                 drafter.prepare(growing)
@@ -150,7 +150,7 @@ class TreeDrafting:
     def _expand(self, node: _Node, waiting: list[tuple[float, int, _Node]]) -> None:
         """Put the children of *node* among those *waiting*."""
         sequence = node.sequence
-        if sequence.num_tokens + len(node.path) + 1 > min(sequence.capacity, sequence.max_num_tokens - 1):
+        if sequence.num_tokens + len(node.path) + 1 > min(sequence.tenancy.capacity, sequence.max_num_tokens - 1):
             return
         children: dict[int, _Node] = {}
         for drafter, state in node.states:

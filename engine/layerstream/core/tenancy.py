@@ -1,0 +1,57 @@
+"""A :class:`Tenancy`: what a sequence has of the memory for KV, and how far its KV has come.
+
+Only :mod:`layerstream.scheduling` writes it. Everybody else reads it, mostly through the properties of
+:class:`~layerstream.core.sequence.Sequence`, and asks the scheduler for changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Suspension:
+    """What a sequence had computed when its memory was taken.
+
+    Attributes:
+        num_computed: tokens.
+        kept: pages at its beginning that others held too.
+        num_pages: those behind them.
+        is_kept: whether what was in those is kept elsewhere.
+    """
+
+    num_computed: int
+    kept: int
+    num_pages: int
+    is_kept: bool
+
+
+@dataclass(slots=True, eq=False)
+class Tenancy:
+    """One sequence's.
+
+    Attributes:
+        num_computed: tokens whose KV is in ``pages``; those behind them are still to be computed.
+        pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
+        reserve, slots: frames to come and transit slots of a sequence that does not fit the frames as a whole.
+        capacity: tokens that the pages had room for when the last sweep was scheduled.
+        suspension: what was computed, while the sequence waits for memory that was taken from it.
+        num_cached: tokens whose KV was there, or was another sequence's to compute, when it was admitted.
+        num_loaded: those among them that came from the store.
+        num_declined: tokens that the store had and that it was faster to compute.
+    """
+
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    reserve: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    capacity: int = 0
+    suspension: Suspension | None = None
+    num_cached: int = 0
+    num_loaded: int = 0
+    num_declined: int = 0
+
+    def rewind(self, num_tokens: int) -> None:
+        """Tokens from *num_tokens* on are to be computed, whether they were or not."""
+        self.num_computed = min(self.num_computed, num_tokens)
+        self.num_cached = min(self.num_cached, num_tokens)

@@ -1,0 +1,91 @@
+"""The scheduler decides, the steward does: the file of suspended pages, and what the store holds for running sequences.
+
+Whoever runs sweeps asks the steward where the scheduler would decide something that is to be carried out, so nothing
+decided is left undone when a row is computed.
+
+| what fails | then |
+|---|---|
+| keeping pages: the disk is full | the sequence is computed again when its turn comes |
+| bringing them back: the disk does not give them | the same, and a sweep without it is scheduled |
+| bringing them back: anything else | the same, and the sequence has failed (``Scheduler.take_failed``) |
+| holding stored pages: the store | nothing here; the sweep that wants them finds them lost |
+"""
+
+from __future__ import annotations
+
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import Sweep
+from layerstream.kv.swap import PageSwap
+from layerstream.scheduling.composing import NO_DRAFTING, Drafting
+from layerstream.scheduling.decisions import Forget, Hold, LetGo, Resume, Suspend
+from layerstream.scheduling.scheduler import Scheduler
+from layerstream.store.store import PrefixStore
+
+
+class Steward:
+    """Carries out what *scheduler* decides; one thread."""
+
+    def __init__(self, scheduler: Scheduler, swap: PageSwap, store: PrefixStore | None) -> None:
+        self.scheduler = scheduler
+        self.store = store
+        self._swap = swap
+
+    def schedule(self, drafting: Drafting = NO_DRAFTING) -> Sweep | None:
+        """The next sweep, ready to run; ``None`` when nothing is there to run."""
+        while True:
+            sweep = self.scheduler.schedule(drafting)
+            if self._carry_out():
+                return sweep
+
+    def remove(self, sequence: Sequence) -> None:
+        """As :meth:`Scheduler.remove`."""
+        self.scheduler.remove(sequence)
+        self._carry_out()
+
+    def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
+        """As :meth:`Scheduler.fork`."""
+        copied = self.scheduler.fork(parent, child)
+        self._carry_out()
+        return copied
+
+    def reset(self) -> None:
+        """As :meth:`Scheduler.reset`."""
+        self.scheduler.reset()
+        self._carry_out()
+
+    def lose(self, key: bytes) -> None:
+        """Stored page *key* turned out damaged or gone: it is computed again."""
+        assert self.store is not None
+        self.store.lose(key)
+        self.scheduler.lose(key)
+        self._carry_out()
+
+    def _carry_out(self) -> bool:
+        """Do all that was decided; False if pages did not come back, so that a sweep with them cannot be run."""
+        is_done = True
+        while (decision := self.scheduler.next_decision()) is not None:
+            match decision:
+                case Suspend(sequence, pages):
+                    if not self._swap.write(sequence.sequence_id, pages):
+                        self.scheduler.lose_kept(sequence)
+                case Resume(sequence):
+                    is_done &= self._resume(decision)
+                case Forget(sequence):
+                    self._swap.drop(sequence.sequence_id)
+                case Hold(sequence, keys) if self.store is not None:
+                    self.store.hold(sequence.sequence_id, keys)
+                case LetGo(sequence) if self.store is not None:
+                    self.store.unhold(sequence.sequence_id)
+        return is_done
+
+    def _resume(self, decision: Resume) -> bool:
+        """Whether the pages came back."""
+        sequence, is_back = decision.sequence, False
+        try:
+            is_back = self._swap.read(sequence.sequence_id, decision.first, decision.pages)
+        except Exception as error:  # noqa: BLE001  # its own misfortune: nothing has changed for the others
+            self.scheduler.fail(sequence, error)
+        self._swap.drop(sequence.sequence_id)
+        if not is_back:
+            self.scheduler.lose_kept(sequence)
+        return is_back

@@ -1,0 +1,148 @@
+"""From the sequences that run to the row blocks of a sweep. Pure.
+
+The one invariant that covers chunking and decoding alike: a sequence has ``num_computed`` tokens in its pages, and a
+sweep carries some of ``token_ids[num_computed:]``, in order, without gaps. When the last known token is among them,
+the sequence is sampled.
+
+Rules:
+
+* a sequence that shares pages still to be computed goes along in the very sweep that computes them, in later row
+  blocks: every layer appends a block's KV before it turns to the next block. Owners were admitted before sharers,
+  so the first sequence never waits for another;
+* every sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it into the
+  sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
+* prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
+  many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
+  attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
+* guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
+  for; a sequence never gets guesses past its longest answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Protocol
+
+from layerstream.core.draft import DraftTree
+from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import PageLoad, RowBlock, Span, Sweep
+from layerstream.kv.pages import PagePool
+from layerstream.kv.prefix import PrefixTable
+from layerstream.scheduling.budget import SweepBudget
+from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
+from layerstream.scheduling.spill import Spill
+
+
+class Drafting(Protocol):
+    """Where guesses come from."""
+
+    def propose(
+        self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int
+    ) -> Mapping[Sequence, DraftTree]:
+        """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
+        ...
+
+
+class _NoDrafting:
+    def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
+        return {}
+
+
+NO_DRAFTING = _NoDrafting()
+
+
+class Composer:
+    """Puts rows together, within *limits*.
+
+    Args:
+        budget: what rows cost.
+        prefixes, spill: who computes shared pages, and what has to be loaded.
+    """
+
+    def __init__(
+        self, limits: SweepLimits, budget: SweepBudget, pool: PagePool, prefixes: PrefixTable, spill: Spill
+    ) -> None:
+        self.limits = limits
+        self._budget = budget
+        self._pool = pool
+        self._prefixes = prefixes
+        self._spill = spill
+
+    def compose(self, running: Seq[Sequence], drafting: Drafting) -> Sweep | None:
+        """A sweep of *running*, in order of admission, with guesses of *drafting*; ``None`` if none has a row."""
+        ready = [sequence for sequence in running if sequence.is_prefilled and sequence.num_pending]
+        prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
+        ready += self._add_prompts(prompts, running)
+        for sequence in ready:
+            sequence.tenancy.capacity = len(sequence.pages) * self._pool.page_tokens
+        spans = [span for sequence in ready for span in decode_spans(sequence)]
+        chunks = prompts.blocks()
+        drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
+        spans += [span for sequence, tree in drafts.items() for span in draft_spans(sequence, tree)]
+        blocks = [*chunks, *decode_blocks(spans, self.limits)]
+        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts) if blocks else None
+
+    def shrink(self) -> bool:
+        """A sweep did not fit the memory: from now on they carry half as much. False: they cannot carry less."""
+        limits = self.limits
+        least = max(limits.chunk_tokens, limits.prompt_rows)
+        if limits.max_tokens <= least and not limits.max_draft_rows:
+            return False
+        max_tokens, max_draft_rows = max(least, limits.max_tokens // 2), limits.max_draft_rows // 2
+        self.limits = replace(limits, max_tokens=max_tokens, max_draft_rows=max_draft_rows)
+        self._budget.max_draft_rows = max_draft_rows
+        return True
+
+    def _add_prompts(self, prompts: PromptBlocks, running: Seq[Sequence]) -> list[Sequence]:
+        """Fill *prompts*; those of *running* whose prompt ends in it."""
+        planned: dict[Sequence, int] = {}
+        for sequence in sorted(running, key=lambda sequence: -sequence.priority):
+            if not sequence.is_prefilled and not self._is_ahead(sequence, planned):
+                planned[sequence] = self._add_chunks(prompts, sequence)
+        return [sequence for sequence, stop in planned.items() if stop == sequence.num_prompt_tokens]
+
+    def _loads(self, blocks: list[RowBlock]) -> tuple[PageLoad, ...]:
+        """The stored pages that the rows of *blocks* attend to."""
+        sequences = {span.sequence: None for block in blocks for span in block.spans}
+        loads: dict[PageLoad, None] = {}
+        for sequence in sequences:
+            found = self._spill.loads(sequence) if sequence.is_long else self._prefixes.loads(sequence.prefix_keys)
+            loads.update(dict.fromkeys(found))
+        return tuple(loads)
+
+    def _is_ahead(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
+        """Whether *sequence* shares pages that are neither computed nor planned for the sweep so far."""
+        if sequence.is_long:
+            return False
+        size = self._pool.page_tokens
+        return any(
+            planned.get(owner, owner.num_computed) < (position + 1) * size
+            for position, owner in self._prefixes.owners(sequence.prefix_keys[: sequence.num_computed // size])
+        )
+
+    def _prompt_blocks(self, num_decoded: int) -> PromptBlocks:
+        """Room for prompts beside *num_decoded* decode rows."""
+        most = self.limits.max_tokens - num_decoded
+        free = most
+        if num_decoded:
+            free = self._budget.prompt_tokens(num_decoded, most, self.limits.chunk_tokens)
+        return PromptBlocks(self.limits, most, free)
+
+    def _add_chunks(self, prompts: PromptBlocks, sequence: Sequence) -> int:
+        """Put the next chunks of *sequence* into *prompts*, as far as there is room.
+
+        Returns:
+            The position where they end.
+        """
+        start, size = sequence.num_computed, self.limits.chunk_tokens
+        while start < sequence.num_prompt_tokens:
+            stop = min(start // size * size + size, sequence.num_prompt_tokens)
+            if not prompts.has_room(stop - start):
+                break
+            if sequence.is_long and not self._spill.frames(sequence, start // size):
+                break  # they are still being written
+            prompts.add(Span(sequence, start, stop))
+            start = stop
+        return start
