@@ -44,7 +44,7 @@ def advise(facts: ModelFacts, forecast: Forecast, kernels: Callable[[set[str]], 
         kernels: for each kernel, the rows that it is faster for than decoding.
     """
     now = forecast.answer_seconds
-    found = []
+    found: list[Advice] = []
     for change, plan in _others(facts, forecast.plan, kernels):
         speedup = now / replace(forecast, plan=plan).answer_seconds
         if speedup >= WORTH:

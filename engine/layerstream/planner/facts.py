@@ -68,7 +68,7 @@ class ModelFacts:
     streaming_rows: int = STREAMING_ROWS
     prompt_rows: int = PROMPT_ROWS
     sweep_tokens: int = MAX_SWEEP_TOKENS
-    fused_rows: Mapping[str, int] = field(default_factory=dict)
+    fused_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     host_fused_rows: Mapping[str, int] | None = None
     num_values: int = 0
     num_layers: int = 1

@@ -123,7 +123,7 @@ def _host_slots(plan: Plan, passing: int, room: int) -> int:
 
 def _parts_with_host(parts: Sequence[Plan], staying: set[str], rings: Sequence[int]) -> tuple[Plan, ...]:
     """The plans of several devices, of whose units those named *staying* stay on the host."""
-    found = []
+    found: list[Plan] = []
     for part, ring_bytes in zip(parts, rings, strict=False):
         residents = frozenset(index for index, unit in _streamed(part) if unit.name in staying)
         weights = replace(part.weights, host_residents=residents, host_ring_bytes=ring_bytes)

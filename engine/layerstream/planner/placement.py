@@ -23,7 +23,8 @@ def in_ranges(sizes: Sequence[int], shares: Sequence[int]) -> tuple[int, ...]:
     """For each of *sizes* the device of its range, ranges being in proportion to *shares* as closely as sizes allow."""
     total, all_shares = sum(sizes), sum(shares)
     ends = [total * sum(shares[: device + 1]) / all_shares for device in range(len(shares))]
-    places, passed = [], 0
+    places: list[int] = []
+    passed = 0
     for size in sizes:
         middle = passed + size / 2
         places.append(next((device for device, end in enumerate(ends) if middle < end), len(shares) - 1))
@@ -42,7 +43,7 @@ def in_turns(sizes: Sequence[int], rooms: Sequence[int], last: int = 0) -> tuple
     shares = [room + streamed for room in rooms]
     shares[last] -= sizes[-1]
     taken = [0.0] * len(rooms)
-    places = []
+    places: list[int] = []
     for size in sizes[:-1]:
         device = min(range(len(rooms)), key=lambda at: ((taken[at] + size) / max(1.0, shares[at]), at))
         taken[device] += size

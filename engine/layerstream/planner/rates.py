@@ -34,9 +34,9 @@ class Rates:
 
     disk: float
     link: float | None = None
-    products: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    cached: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    decode: Mapping[str, float] = field(default_factory=dict)
+    products: Mapping[str, Mapping[int, float]] = field(default_factory=dict[str, Mapping[int, float]])
+    cached: Mapping[str, Mapping[int, float]] = field(default_factory=dict[str, Mapping[int, float]])
+    decode: Mapping[str, float] = field(default_factory=dict[str, float])
     layer_seconds: float = 0.0
     value_seconds: float = 0.0
     read_cost: float = 0.0
@@ -94,7 +94,7 @@ class Rates:
         Raises:
             TypeError, ValueError, AttributeError: it is something else.
         """
-        tables = {
+        tables: dict[str, Any] = {
             name: {kind: {int(rows): float(s) for rows, s in table.items()} for kind, table in values[name].items()}
             for name in ("products", "cached")
         }

@@ -128,7 +128,7 @@ class ExpertCache:
             else:
                 share = np.full(len(self._uses), self._chosen / len(self._uses))
             wanted = 1.0 - (1.0 - share) ** num_rows
-            there = self._slot_of.keys() | (other._slot_of.keys() if other is not None else set())
+            there = self._slot_of.keys() | (other._slot_of.keys() if other is not None else set[int]())
             self._expected[asked] = float(wanted.sum()), float(wanted.sum() - wanted[list(there)].sum())
         return self._expected[asked]
 
