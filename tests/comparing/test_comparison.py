@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layerstream.comparing import comparison
+from layerstream.comparing import answering, comparison
 from layerstream.comparing.comparison import Comparison, compare
 from layerstream.comparing.judging import Culprit
 from layerstream.comparing.plain import PlainModel
@@ -25,7 +25,7 @@ from tests.models import make_model, make_tokenizer
 from tests.pretend import PretendCuda
 from tests.quantised import PACKERS, write_quantised
 
-PROMPT = draw_prompt(110)
+PROMPT = draw_prompt(70)
 """Several chunks, and longer than any window."""
 
 Break = Callable[[Any], None]
@@ -200,8 +200,27 @@ def test_a_bias_that_only_chooses_experts(make: Callable[[str], Path], monkeypat
     assert found.culprit.path == "model.layers.1.mlp.gate"
 
 
+def test_wrong_experts_with_the_right_weights(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number is wrong: rows are sent to the neighbours of their experts."""
+
+    def break_(model: Any) -> None:
+        router = model.model.layers[1].mlp.gate
+        right = router.forward
+
+        def shifted(hidden: torch.Tensor) -> Any:
+            logits, weights, index = right(hidden)
+            return logits, weights, (index + 1) % logits.shape[1]
+
+        router.forward = shifted
+
+    found = broken(make("mixtral"), monkeypatch, break_)
+    assert found.first is not None
+    assert found.first.num_misrouted > 0
+    assert found.culprit == Culprit("model.layers.1.mlp")
+
+
 def test_a_fault_that_is_not_there_again(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    step, answers = comparison.step_greedily, []
+    step, answers = answering.step_greedily, []
 
     def first_wrong(parts: Any, *args: Any) -> Any:
         module = parts.skeleton.model.model.layers[1].mlp
@@ -212,7 +231,7 @@ def test_a_fault_that_is_not_there_again(make: Callable[[str], Path], monkeypatc
         module.forward = right
         return answers[-1]
 
-    monkeypatch.setattr(comparison, "step_greedily", first_wrong)
+    monkeypatch.setattr(answering, "step_greedily", first_wrong)
     found = run(make("llama"))
     assert found.first is not None
     assert found.first.module == "model.layers.1"

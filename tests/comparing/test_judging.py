@@ -103,8 +103,15 @@ def test_no_number_differs() -> None:
 
 
 def test_experts_as_good_as_equal_are_a_tie() -> None:
-    index, weights = torch.tensor([[0, 1], [0, 1], [0, 1]]), torch.tensor([[0.6, 0.4]] * 3)
-    found = torch.tensor([[1, 0], [0, 2], [2, 0]]), torch.tensor([[0.4, 0.6], [0.6, 0.4], [0.3, 0.7]])
-    ties, wrong = rerouted(found, (index, weights), EXACT)
-    assert ties.tolist() == [False, True, False], "the same experts in another order are no other experts"
-    assert wrong.tolist() == [False, False, True]
+    index, weights = torch.tensor([[0, 1]] * 5), torch.tensor([[0.6, 0.4]] * 5)
+    found = [
+        ([1, 0], [0.4, 0.6], "the same in another order"),
+        ([0, 2], [0.6, 0.4], "tie"),
+        ([2, 0], [0.3, 0.7], "the one that both have weighs more"),
+        ([2, 1], [0.6, 0.4], "the best is another"),
+        ([2, 3], [0.6, 0.4], "both are others, with the same weights"),
+    ]
+    routes = torch.tensor([row for row, _, _ in found]), torch.tensor([row for _, row, _ in found])
+    ties, wrong = rerouted(routes, (index, weights), EXACT)
+    assert ties.tolist() == [False, True, False, False, False]
+    assert wrong.tolist() == [False, False, True, True, True]

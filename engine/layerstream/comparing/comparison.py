@@ -2,7 +2,7 @@
 
 The engine answers first, with every layer's input on record. Plain transformers then walks the same tokens in one run
 (:mod:`layerstream.comparing.walk`). If a layer differs, the engine answers once more, with what happens within that
-layer on record: its bits are the same again, and so is what is wrong with them.
+layer on record (:mod:`layerstream.comparing.blame`).
 
 The engine keeps to its budget; beside it there are one layer's weights of plain transformers, and files for the
 records.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,23 +23,22 @@ import torch
 
 from layerstream.checkpoint.folder import open_folder
 from layerstream.checkpoint.gguf import open_gguf, read_rope_factors
+from layerstream.comparing.answering import answer
+from layerstream.comparing.blame import find_culprit_inside
 from layerstream.comparing.differences import difference
 from layerstream.comparing.judging import (
     TOLERANCES,
-    Call,
     Choice,
     Culprit,
     Finding,
     Outcome,
     Tolerance,
-    find_culprit,
     first_difference,
     judge,
-    suspects,
 )
 from layerstream.comparing.plain import PlainModel
-from layerstream.comparing.recording import Record, Taps
-from layerstream.comparing.stations import find_stations
+from layerstream.comparing.recording import Record
+from layerstream.comparing.stations import Stations, find_stations
 from layerstream.comparing.walk import Walk
 from layerstream.comparing.weights import FolderWeights, GgufWeights
 from layerstream.core.sizes import format_size
@@ -48,7 +48,6 @@ from layerstream.model.skeleton import Skeleton, load_config
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import locate_model
-from layerstream.setup.self_check import step_greedily
 from layerstream.text.prompt import Prompt, PromptEncoder
 
 OnProgress: TypeAlias = Callable[[str, int, int], None]
@@ -110,10 +109,9 @@ def compare(
     """
     parts = assemble(_alone(config), None)
     try:
+        ids = _encode(parts, prompt, num_tokens, is_raw)
         with tempfile.TemporaryDirectory(prefix="layerstream-compare-") as folder:
-            return _Session(parts, Path(folder), on_progress).compare(
-                _encode(parts, prompt, num_tokens, is_raw), num_tokens
-            )
+            return _compare(parts, ids, num_tokens, Path(folder), on_progress)
     finally:
         parts.close()
 
@@ -147,155 +145,96 @@ def _encode(parts: Assembly, prompt: Prompt, num_tokens: int, is_raw: bool) -> l
     return ids
 
 
-class _Session:
-    """Both sides of one comparison."""
-
-    def __init__(self, parts: Assembly, folder: Path, on_progress: OnProgress) -> None:
-        self._parts = parts
-        self._folder = folder
-        self._on_progress = on_progress
-        self._stations = find_stations(parts.skeleton)
-        self._dtype = str(parts.skeleton.dtype).removeprefix("torch.")
-        self._tolerance = TOLERANCES[self._dtype]
-
-    def compare(self, ids: list[int], num_tokens: int) -> Comparison:
-        """Answer *ids*, and compare."""
-        known = len(ids) + num_tokens - 1
-        self._check_memory(known)
-        record, expected, found = (Record(self._make(name), known) for name in ("engine", "plain", "again"))
-        answer, logits = self._answer(ids, num_tokens, record, self._stations.tap)
-        walk = Walk(self._open_plain(), self._stations, record, expected, self._tolerance)
-        try:
-            own, given = walk.run(
-                [*ids, *answer[:-1]],
-                num_tokens,
-                lambda done, count: self._on_progress("plain transformers", done, count),
-            )
-        except LayerStreamError:
-            raise
-        except Exception as error:
-            raise UnsupportedModel(
-                f"plain transformers does not run this {self._parts.skeleton.config.model_type!r}, so there is nothing "
-                f"to compare with: {type(error).__name__}: {error}"
-            ) from error
-        findings = (*walk.findings, self._of_logits(logits, own, given, len(ids) - 1))
-        choices = tuple(_choice(len(ids) + at, token, own[at].float()) for at, token in enumerate(answer))
-        culprit = self._find_culprit(findings, walk.returned, (ids, num_tokens), expected, found)
-        named = {token for choice in choices for token in (choice.engine, choice.plain)}
-        return Comparison(
-            model=self._parts.config.model,
-            dtype=self._dtype,
-            num_prompt_tokens=len(ids),
-            findings=findings,
-            choices=choices,
-            culprit=culprit,
-            texts={token: self._parts.tokenizer.decode([token]) for token in named},
+def _compare(parts: Assembly, ids: list[int], num_tokens: int, folder: Path, on_progress: OnProgress) -> Comparison:
+    stations, dtype = find_stations(parts.skeleton), str(parts.skeleton.dtype).removeprefix("torch.")
+    known, tolerance = len(ids) + num_tokens - 1, TOLERANCES[dtype]
+    _check_memory(parts.skeleton, stations, known)
+    record, inside, again = (Record(folder / name, known) for name in ("engine", "plain", "again"))
+    on_progress("the engine", 0, 1)
+    tokens, logits = answer(parts, ids, num_tokens, record, stations.tap)
+    on_progress("the engine", 1, 1)
+    walk = Walk(_open_plain(parts), stations, record, inside, tolerance)
+    with _explained(parts.skeleton.config.model_type):
+        own, aside = walk.run(
+            [*ids, *tokens[:-1]], num_tokens, lambda done, count: on_progress("plain transformers", done, count)
         )
+    findings = (*walk.findings, _of_logits(logits, own, aside, len(ids) - 1, tolerance))
+    choices = tuple(_choice(len(ids) + at, token, own[at].float()) for at, token in enumerate(tokens))
+    first, culprit = first_difference(findings), None
+    if first is not None and first.module not in stations.layers:
+        culprit = Culprit(stations.head if first.module == "logits" else first.module)
+    elif first is not None:
+        on_progress("the engine, once more", 0, 1)
+        answer(parts, ids, num_tokens, again, lambda taps: stations.tap_inside(taps, walk.returned))
+        culprit = find_culprit_inside(first, stations, walk.returned, again, inside, tolerance)
+        on_progress("the engine, once more", 1, 1)
+    named = {token for choice in choices for token in (choice.engine, choice.plain)}
+    return Comparison(
+        model=parts.config.model,
+        dtype=dtype,
+        num_prompt_tokens=len(ids),
+        findings=findings,
+        choices=choices,
+        culprit=culprit,
+        texts={token: parts.tokenizer.decode([token]) for token in named},
+    )
 
-    def _answer(
-        self, ids: list[int], num_tokens: int, record: Record, tap: Callable[[Taps], None]
-    ) -> tuple[list[int], torch.Tensor]:
-        """The engine's tokens and logits, with what *tap* says in *record*. No page of an earlier answer is used."""
-        self._on_progress("the engine", 0, 1)
-        prefixes = self._parts.scheduler.prefixes
-        prefixes.evict(len(prefixes))
-        with Taps(self._parts.skeleton.model, record).open() as taps:
-            tap(taps)
-            tokens, logits = step_greedily(self._parts, [ids], num_tokens)
-        self._on_progress("the engine", 1, 1)
-        return tokens[0], logits[0]
 
-    def _open_plain(self) -> PlainModel:
-        skeleton, trusts = self._parts.skeleton, self._parts.config.trust_remote_code
-        path = self._parts.config.packed or locate_model(self._parts.config)
-        if path.suffix == ".gguf":
-            factors = read_rope_factors(open_gguf(path))
-            return PlainModel(skeleton.config, skeleton.dtype, GgufWeights(skeleton.sources), rope_factors=factors)
-        config = load_config(path, trust_remote_code=trusts)
-        is_part = config.get_text_config(decoder=True) is not config
-        weights = FolderWeights(open_folder(path), skeleton.embedding_key if is_part else None)
-        return PlainModel(skeleton.config, skeleton.dtype, weights, trust_remote_code=trusts)
+@contextmanager
+def _explained(family: str) -> Iterator[None]:
+    """What plain transformers dies of, as ours."""
+    try:
+        yield
+    except LayerStreamError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(
+            f"plain transformers does not run this {family!r}, so there is nothing to compare with: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
-    def _of_logits(self, logits: torch.Tensor, own: torch.Tensor, given: torch.Tensor, first: int) -> Finding:
-        apart = difference(logits, given, self._tolerance)
-        row = apart.worst_row
-        drifted = float((logits.float() - own.float()).abs().max() / own.float().abs().max())
-        return Finding("logits", apart.worst, float(apart.apart[row]), first + row, drifted)
 
-    def _find_culprit(
-        self,
-        findings: tuple[Finding, ...],
-        returned: list[str],
-        prompt: tuple[list[int], int],
-        expected: Record,
-        found: Record,
-    ) -> Culprit | None:
-        """The module to blame for the first of *findings* that differs."""
-        first = first_difference(findings)
-        if first is None:
-            return None
-        if first.module not in self._stations.layers:
-            return Culprit(self._stations.head if first.module == "logits" else first.module)
-        mixtures = {mixture.experts for mixture in self._stations.mixtures}
+def _open_plain(parts: Assembly) -> PlainModel:
+    skeleton, trusts = parts.skeleton, parts.config.trust_remote_code
+    path = parts.config.packed or locate_model(parts.config)
+    if path.suffix == ".gguf":
+        factors = read_rope_factors(open_gguf(path))
+        return PlainModel(skeleton.config, skeleton.dtype, GgufWeights(skeleton.sources), rope_factors=factors)
+    config = load_config(path, trust_remote_code=trusts)
+    is_part = config.get_text_config(decoder=True) is not config
+    weights = FolderWeights(open_folder(path), skeleton.embedding_key if is_part else None)
+    return PlainModel(skeleton.config, skeleton.dtype, weights, trust_remote_code=trusts)
 
-        def tap(taps: Taps) -> None:
-            for path in returned:
-                taps.on_input(path)
-                taps.on_output(path)
-                if path in mixtures:
-                    taps.on_routes(path)
 
-        self._answer(*prompt, found, tap)
-        agrees = lambda name: self._agrees(found, expected, name)  # noqa: E731
-        inner = [Call(path, agrees(f"{path}:in"), agrees(f"{path}:out")) for path in returned[:-1]]
-        layer = Call(first.module, True, agrees(f"{first.module}:out"))
-        culprit = find_culprit([*inner, layer])
-        if culprit is None or culprit.path not in mixtures:
-            return culprit
-        return dataclasses.replace(culprit, experts=self._suspects(culprit.path, found, expected))
+def _of_logits(
+    logits: torch.Tensor, own: torch.Tensor, aside: torch.Tensor, first: int, tolerance: Tolerance
+) -> Finding:
+    """Of the engine's *logits* from those of plain transformers' head on what the engine's was given, *aside*."""
+    apart = difference(logits, aside, tolerance)
+    row = apart.worst_row
+    drifted = float((logits.float() - own.float()).abs().max() / own.float().abs().max())
+    return Finding("logits", apart.worst, float(apart.apart[row]), first + row, drifted)
 
-    def _agrees(self, found: Record, expected: Record, name: str) -> bool | None:
-        ours, theirs = found.get(name), expected.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            return None
-        return difference(ours, theirs, self._tolerance).agrees
 
-    def _suspects(self, experts: str, found: Record, expected: Record) -> tuple[int, ...]:
-        routes = found.get(f"{experts}:experts")
-        ours, theirs = found.get(f"{experts}:out"), expected.get(f"{experts}:out")
-        if routes is None or ours is None or theirs is None:
-            return ()
-        return suspects(routes.tolist(), (difference(ours, theirs, self._tolerance).excess > 1).tolist())
+def _check_memory(skeleton: Skeleton, stations: Stations, num_tokens: int) -> None:
+    """Plain transformers has room beside the engine.
 
-    def _check_memory(self, num_tokens: int) -> None:
-        """Plain transformers has room beside the engine.
-
-        Raises:
-            ConfigurationError: it has not.
-        """
-        skeleton = self._parts.skeleton
-        of_modules = [*self._stations.chain, self._stations.embedding, self._stations.head]
-        values = max(sum(_num_values(skeleton, key) for key in skeleton.keys_of(path)) for path in of_modules)
-        weights = 2 * values * skeleton.dtype.itemsize
-        scores = 3 * 4 * skeleton.config.num_attention_heads * num_tokens**2
-        if (needed := weights + scores) > (free := available_memory_bytes()):
-            raise ConfigurationError(
-                f"plain transformers needs {format_size(needed)} beside the engine, {format_size(scores)} of it for "
-                f"attention among {num_tokens} tokens, and {format_size(free)} are free: compare a shorter prompt, or "
-                "give the engine less memory"
-            )
-
-    def _make(self, name: str) -> Path:
-        path = self._folder / name
-        path.mkdir()
-        return path
+    Raises:
+        ConfigurationError: it has not.
+    """
+    modules = (*stations.chain, stations.embedding, stations.head)
+    values = max(sum(prod(skeleton.sources[key].shape) for key in skeleton.keys_of(path)) for path in modules)
+    weights = 2 * values * skeleton.dtype.itemsize
+    scores = 3 * 4 * skeleton.config.num_attention_heads * num_tokens**2
+    if (needed := weights + scores) > (free := available_memory_bytes()):
+        raise ConfigurationError(
+            f"plain transformers needs {format_size(needed)} beside the engine, {format_size(scores)} of it for "
+            f"attention among {num_tokens} tokens, and {format_size(free)} are free: compare a shorter prompt, or give "
+            "the engine less memory"
+        )
 
 
 def _choice(position: int, token: int, logits: torch.Tensor) -> Choice:
     plain = int(logits.argmax())
     gap = float(logits[plain] - logits[token])
     return Choice(position, token, plain, gap, gap / float(logits.abs().max()))
-
-
-def _num_values(skeleton: Skeleton, key: str) -> int:
-    return prod(skeleton.sources[key].shape)

@@ -70,10 +70,23 @@ def rerouted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows ``(rows,)`` that were sent to other experts than expected: those where it is a tie, and those where not.
 
-    Both are the experts of each row and their weights, ``(rows, k)``. It is a tie where the weights are the same all
-    the same: the router found two experts as good as equal.
+    Both are the experts of each row and their weights, ``(rows, k)``. It is a tie where the experts that only one side
+    has are the least of those that it chose, and all others weigh the same on both: the router found the last of its
+    choice and the next one as good as equal.
     """
-    other = (found[0].sort(1).values != expected[0].sort(1).values).any(1)
-    off = (found[1].float().sort(1).values - expected[1].float().sort(1).values).abs().amax(1)
-    is_tie = off <= tolerance.share * expected[1].float().abs().amax(1)
+    num_experts = 1 + int(max(found[0].max(), expected[0].max()))
+    ours, theirs = (_by_expert(*routes, num_experts) for routes in (found, expected))
+    alone = ours.isnan() != theirs.isnan()
+    largest = expected[1].float().abs().amax(1, keepdim=True)
+    least = torch.minimum(*(routes[1].float().amin(1, keepdim=True) for routes in (found, expected)))
+    of_alone = torch.where(ours.isnan(), theirs, ours) - least
+    off = torch.where(alone, of_alone, ours - theirs).abs().nan_to_num(nan=0.0)
+    other = alone.any(1)
+    is_tie = (off <= tolerance.share * largest).all(1)
     return other & is_tie, other & ~is_tie
+
+
+def _by_expert(index: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """``(rows, experts)``: their weights, and NaN for experts that were not chosen."""
+    empty = torch.full((len(index), num_experts), torch.nan)
+    return empty.scatter(1, index.long(), weights.float())

@@ -50,6 +50,7 @@ class Finding:
         position: of the token whose row has it.
         drift: of plain transformers' own run, in which all differences so far add up: relative to the row.
         num_ties: rows that a router sent to other experts, which were as good.
+        num_misrouted: rows that it sent to others, which were not.
     """
 
     module: str
@@ -58,6 +59,7 @@ class Finding:
     position: int
     drift: float
     num_ties: int = 0
+    num_misrouted: int = 0
 
     @property
     def agrees(self) -> bool:

@@ -4,10 +4,10 @@ Nothing of transformers is changed: the model is built from the config with eage
 load the weights of a decoder layer before it runs and let them go after it. transformers' own loader puts them there:
 it renames, stacks experts, ties, and keeps in fp32 what it keeps in fp32. There is no cache: all tokens run at once.
 
-What it shares with the engine: the config as transformers read it; which files count, and how quantised matrices are
-found and decoded (:mod:`layerstream.comparing.weights`); torch's kernels, where both happen to call the same. What it
-does not: the plan, reading, streaming, the mapping from files to parameters, row blocks, attention, pages of KV,
-routing and experts, kernels for quantised weights, the head in slices, devices.
+What it shares with the engine: the config as transformers read it; which files count, how quantised matrices are
+decoded, and the names in GGUF files (:mod:`layerstream.comparing.weights`); torch's kernels, where both happen to call
+the same. What it does not: the plan, reading, streaming, the mapping of names to parameters, row blocks, attention,
+pages of KV, routing and experts, kernels for quantised weights, the head in slices, devices.
 
 Memory: the weights of the largest layer, embedding or head, twice while they are loaded, and attention scores of
 ``tokens × tokens`` for each head of one layer.

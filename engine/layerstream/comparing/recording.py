@@ -21,9 +21,10 @@ Rows: TypeAlias = Sequence[tuple[int, int, int]]
 
 
 class Record:
-    """Tensors ``(tokens, width)`` by name, each in a file of *folder*."""
+    """Tensors ``(tokens, width)`` by name, each in a file of *folder*, which is made."""
 
     def __init__(self, folder: Path, num_tokens: int) -> None:
+        folder.mkdir()
         self._folder = folder
         self._num_tokens = num_tokens
         self._tensors: dict[str, torch.Tensor] = {}

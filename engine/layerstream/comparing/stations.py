@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerstream.comparing.recording import Taps
@@ -43,6 +44,10 @@ class Stations:
         inside = [f"{mixture.experts}." for mixture in self.mixtures]
         return [one for one in modules if one.startswith(f"{path}.") and not one.startswith(tuple(inside))]
 
+    def mixture_in(self, path: str) -> Mixture | None:
+        """The one within *path*."""
+        return next((mixture for mixture in self.mixtures if mixture.path.startswith(f"{path}.")), None)
+
     def tap(self, taps: Taps) -> None:
         """Have all that is compared filed."""
         for path in self.chain:
@@ -51,6 +56,15 @@ class Stations:
         for mixture in self.mixtures:
             taps.on_input(mixture.path)
             taps.on_routes(mixture.experts)
+
+    def tap_inside(self, taps: Taps, modules: Sequence[str]) -> None:
+        """Have all that the *modules* within a layer are given and give filed."""
+        experts = {mixture.experts for mixture in self.mixtures}
+        for path in modules:
+            taps.on_input(path)
+            taps.on_output(path)
+            if path in experts:
+                taps.on_routes(path)
 
 
 def find_stations(skeleton: Skeleton) -> Stations:

@@ -48,7 +48,7 @@ class Walk:
         self._tolerance = tolerance
         self._is_aside = False
         self._of_mixture: list[torch.Tensor] = []
-        self._num_ties = 0
+        self._num_ties = self._num_misrouted = 0
         self._num_tokens = 0
         self.findings: list[Finding] = []
         self.returned: list[str] = []
@@ -76,7 +76,7 @@ class Walk:
         if path == self._stations.chain[0]:
             self._add(self._stations.embedding, difference(entering, self._rows(given(args, kwargs)), self._tolerance))
         self._of_mixture.clear()
-        self._num_ties = 0
+        self._num_ties = self._num_misrouted = 0
         expected = self._aside(module, args, kwargs, entering)
         is_layer = path in self._stations.layers
         apart = difference(found, expected, self._tolerance, entering if is_layer else None)
@@ -89,7 +89,8 @@ class Walk:
 
     def _add(self, path: str, apart: Difference, drifted: float = 0.0) -> None:
         row = apart.worst_row
-        self.findings.append(Finding(path, apart.worst, float(apart.apart[row]), row, drifted, self._num_ties))
+        routed = self._num_ties, self._num_misrouted
+        self.findings.append(Finding(path, apart.worst, float(apart.apart[row]), row, drifted, *routed))
 
     def _look_inside(self, path: str, module: torch.nn.Module, args: Any, kwargs: Any, entering: torch.Tensor) -> None:
         rows = [(0, 0, self._num_tokens)]
@@ -141,7 +142,7 @@ class Walk:
             return None
         hidden, index, weights = (*args, *kwargs.values())[:3]
         ties, wrong = rerouted((found[0], found[1]), (index, weights), self._tolerance)
-        self._num_ties = int(ties.sum())
+        self._num_ties, self._num_misrouted = int(ties.sum()), int(wrong.sum())
         self._of_mixture.append(torch.where(wrong, torch.inf, 0.0))
         return (hidden, found[0].to(index.dtype), found[1].to(weights.dtype)), {}
 

@@ -1,8 +1,9 @@
 """The values of a checkpoint's tensors, by name: whole, one at a time, by other ways than the engine's.
 
 What the engine streams, cuts, joins, rewrites for kernels and decodes by tiles is here read by the safetensors library
-and decoded at once. What both share is how a quantised matrix is found among the files and decoded
-(:mod:`layerstream.checkpoint.packed`, ``Codec.decode``); of a GGUF file also which parameter each tensor is.
+and decoded at once. What both share: which files count, how a quantised matrix is found among them and decoded
+(:mod:`layerstream.checkpoint.packed`, ``Codec.decode``), and the prefix of a language model among others; of a GGUF
+file also which parameter each tensor is. A fault there is on both sides, and no comparison shows it.
 """
 
 from __future__ import annotations
