@@ -32,6 +32,7 @@ class SweepStep:
     Attributes:
         prefill_tokens, prefill_seconds: of sweeps with at least one whole chunk: tokens, and the time that computing
             took, waiting for the disk left out.
+        steward: has the next sweep, and takes sequences away.
         footprint: looked at before every sweep, when the last one was sampled from, and after it, with its logits.
     """
 
