@@ -102,16 +102,16 @@ __all__ = [
 
 _ELSEWHERE = {
     "AutoModel": "airllm",
-    "Completion": "completion",
-    "CompletionMetrics": "completion",
-    "Delta": "completion",
+    "Completion": "api.completion",
+    "CompletionMetrics": "api.completion",
+    "Delta": "api.completion",
     "EngineStats": "stats",
-    "KVStoreConfig": "kv.config",
+    "KVStoreConfig": "store.config",
     "LayerStream": "engine",
-    "Request": "request",
-    "SamplingParams": "params",
-    "TokenLogprob": "completion",
-    "Usage": "completion",
+    "Request": "api.request",
+    "SamplingParams": "api.params",
+    "TokenLogprob": "api.completion",
+    "Usage": "api.completion",
 }
 """The module that a public name lives in; the names not here are errors."""
 
