@@ -25,7 +25,7 @@ from layerstream.hardware.arena import Arena
 from layerstream.model import elementwise
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_device
-from layerstream.setup import assembly
+from layerstream.setup import groundwork
 from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -337,7 +337,7 @@ def pretend_cudas(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[
     as if they were large."""
     devices = [PretendCuda(index, pause=0.0005, seed=index) for index in range(count)]
     monkeypatch.setattr(
-        assembly, "open_device", lambda wanted: devices[wanted.index or 0] if wanted.type == "cuda" else None
+        groundwork, "open_device", lambda wanted: devices[wanted.index or 0] if wanted.type == "cuda" else None
     )
     monkeypatch.setattr(sizing, "DEVICE_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(on_device, "HOST_WORKSPACE_BYTES", 0)
