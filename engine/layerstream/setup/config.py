@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from layerstream.api import arguments
 from layerstream.checkpoint.codecs.encode import KINDS
+from layerstream.core.sizes import parse_size
 from layerstream.errors import ConfigurationError
-from layerstream.store.config import KVStoreConfig
+from layerstream.store.config import KVStoreConfig, store_config
 
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
 ATTENTIONS = ("auto", "sdpa", "flash_attn")
@@ -89,3 +93,54 @@ class EngineConfig:
             raise ConfigurationError(
                 "memory is a list, of a ceiling for each device: pass device_map='auto' with it, or one size"
             )
+
+
+def as_config(
+    model: str | Path,
+    *,
+    memory: int | str | Sequence[int | str] | None = None,
+    host_memory: int | str | None = None,
+    kv_store: str | Path | KVStoreConfig | None = "auto",
+    draft_model: str | Path | None = None,
+    max_queued: int | None = MAX_QUEUED,
+    **chosen: Any,
+) -> EngineConfig:
+    """The configuration out of what :class:`~layerstream.LayerStream` is given: sizes and folders as people write them.
+
+    Args:
+        chosen: fields of the configuration, as they are.
+
+    Raises:
+        ConfigurationError: a value that nothing can be done with.
+    """
+    is_list = isinstance(memory, list | tuple)
+    return EngineConfig(
+        model=_model_name(model),
+        memory_bytes=None if memory is None or is_list else parse_size(cast(Any, memory)),
+        memory_each=_sizes(memory) if is_list else (),
+        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+        kv_store=store_config(kv_store),
+        kv_store_is_default=isinstance(kv_store, str) and kv_store == "auto",
+        draft_model=None if draft_model is None else _model_name(draft_model, "draft_model"),
+        max_queued=max_queued,
+        **chosen,
+    )
+
+
+def _sizes(memory: Sequence[int | str]) -> tuple[int, ...]:
+    if not memory:
+        raise arguments.refusal("memory", memory, "a size such as '3GiB', or one for each device")
+    return tuple(map(parse_size, memory))
+
+
+def _model_name(model: object, name: str = "model") -> str:
+    """The model as a string.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, str) or not model.strip() or "\0" in model:
+        raise arguments.refusal(name, model, "a folder, a hub id, or 'demo' for the bundled reader")
+    return model
