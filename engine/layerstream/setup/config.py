@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from layerstream.api import arguments
 from layerstream.checkpoint.codecs.encode import KINDS
 from layerstream.core.sizes import parse_size
 from layerstream.errors import ConfigurationError
+from layerstream.hardware.accelerators import is_device_name
 from layerstream.store.config import KVStoreConfig, store_config
 
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
@@ -20,7 +20,6 @@ ATTENTIONS = ("auto", "sdpa", "flash_attn")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 MAX_QUEUED = 65536
 """Answers that may wait, if nobody says: a prompt of 1,000 tokens that waits takes some 20 kB."""
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class EngineConfig:
     packed: Path | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+        if not isinstance(self.device, str) or not is_device_name(self.device):
             raise arguments.refusal("device", self.device, "'auto', 'cpu', 'cuda', 'cuda:1' and so on, or 'mps'")
         self._check_devices()
         arguments.one_of("attention", self.attention, ATTENTIONS)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from layerstream.hardware.accelerators import PROCESSOR, accelerator_of
 from layerstream.hardware.files import write_whole
 from layerstream.hardware.machine import cache_folder, processor
 from layerstream.planner import Plan
@@ -32,7 +33,8 @@ LOCK_SECONDS = 10.0
 
 def machine_name(device: torch.device) -> str:
     """What the rates depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    kind = accelerator_of(device)
+    name = PROCESSOR if kind is None else kind.model_of(device)
     facts = [processor(), name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__]
     return f"{facts[0]}, {name}, {facts[3]} threads, {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
