@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 import typer
 
 from layerstream.api.params import SamplingParams
+from layerstream.core.formats import FORMATS
 from layerstream.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class EngineOptions:
     device_map: Annotated[str | None, _engine("Layers on several CUDA devices: auto, balanced, sequential.")] = None
     dtype: Annotated[str | None, _engine("What to compute in: auto, bfloat16, float16, float32.")] = None
     attention: Annotated[str | None, _engine("auto, sdpa, flash_attn.")] = None
-    quantization: Annotated[str | None, _engine("Convert the model, once, and stream that: nf4, int8, int4.")] = None
+    quantization: Annotated[str | None, _engine(f"Convert the model, once, and stream that: {', '.join(FORMATS)}.")] = (
+        None
+    )
     draft_model: Annotated[str | None, _engine("A small model with the same tokenizer that guesses.")] = None
     speculation: Annotated[str | None, _engine("Whether guesses are verified: auto, off.")] = None
     kv_store: Annotated[str | None, _engine("The folder of the KV store, if not the default one.")] = None

@@ -20,9 +20,9 @@ import psutil
 import torch
 from torch.nn import functional as F
 
-from layerstream.checkpoint.codecs.bnb import Bnb4
 from layerstream.checkpoint.hub import are_weights_here, bundled_reader
 from layerstream.checkpoint.names import PackedSource
+from layerstream.core.formats import FORMATS, KERNELS
 from layerstream.core.sizes import PAGE
 from layerstream.hardware.accelerators import accelerator_of, open_device
 from layerstream.hardware.arena import Arena
@@ -164,7 +164,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     decode = {kind: _decode_seconds(matrix) for kind, matrix in _samples(dtype)}
     kind = accelerator_of(device)
     if kind is None:
-        for kernel in ("int4", "int8"):
+        for kernel in KERNELS:
             with suppress(RuntimeError, NotImplementedError, AttributeError):
                 products[kernel] = dict(_kernel_products(kernel))
     return Rates(
@@ -196,7 +196,7 @@ def _cached_products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple
 
 
 def _kernel_products(kernel: str) -> Iterator[tuple[int, float]]:
-    matrices = [sample_matrix(kernel) for _ in range(NUM_MATRICES)]
+    matrices = [sample_matrix(KERNELS[kernel].name) for _ in range(NUM_MATRICES)]
     rows_of, columns = matrices[0].last, matrices[0].columns
     for rows in ROWS[:5]:
         inputs = torch.ones((rows, columns), dtype=torch.bfloat16)
@@ -257,14 +257,7 @@ def _best(work: Callable[[], Any], device: torch.device | None = None) -> float:
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[str, PackedMatrix]]:
     """A matrix of each format that ``quantization=`` makes."""
-    for kernel in ("int4", "int8"):
-        matrix = sample_matrix(kernel)
-        yield kernel, dataclasses.replace(matrix, scratch=matrix.scratch.to(dtype))
-    codes = torch.randint(0, 256, (SIZE * SIZE // 2, 1), dtype=torch.uint8)
-    planes = {"weight": codes, "absmax": torch.ones(SIZE * SIZE // 64), "quant_map": torch.linspace(-1, 1, 16)}
-    codec = Bnb4("nf4", SIZE)
-    scratch = torch.empty(tile_rows(codec, SIZE, SIZE) * SIZE, dtype=dtype)
-    yield "nf4", PackedMatrix(codec, planes, 0, SIZE, SIZE, scratch)
+    return ((kind, sample_matrix(kind, dtype)) for kind in FORMATS)
 
 
 def _decode_seconds(matrix: PackedMatrix) -> float:

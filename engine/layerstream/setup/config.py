@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from layerstream.api import arguments
-from layerstream.checkpoint.codecs.encode import KINDS
+from layerstream.core.formats import FORMATS
 from layerstream.core.sizes import parse_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.accelerators import is_device_name
@@ -67,7 +67,7 @@ class EngineConfig:
         arguments.one_of("attention", self.attention, ATTENTIONS)
         arguments.one_of("host_compute", self.host_compute, ("auto", "off"))
         arguments.one_of("speculation", self.speculation, ("auto", "off"))
-        arguments.one_of("quantization", self.quantization, (None, *KINDS))
+        arguments.one_of("quantization", self.quantization, (None, *FORMATS))
         arguments.one_of("chunk_tokens", self.chunk_tokens, (None, *CHUNK_CHOICES))
         arguments.text("dtype", self.dtype)
         for field in ("revision", "token", "draft_model"):

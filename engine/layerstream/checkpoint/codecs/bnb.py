@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from layerstream.checkpoint.codecs import bnb_kernel
-from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table
+from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table, stored_as
 from layerstream.hardware.accelerators import can_run
 
 CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
@@ -33,6 +33,7 @@ class Bnb4(Codec):
     nested: tuple[int, float] | None = None
 
     whole = frozenset({"quant_map", "nested_absmax", "nested_quant_map"})
+    dtypes = stored_as(weight="U8", absmax="F32 F16 BF16 U8")
 
     @property
     def row_step(self) -> int:  # type: ignore[override]
@@ -95,6 +96,7 @@ class BnbInt8(Codec):
     name: str = "int8"
 
     kernel = "int8"
+    dtypes = stored_as(weight="I8")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Values, and the largest of each row."""
