@@ -68,7 +68,7 @@ def _changes(
     """What it is called, and the model, the memory and the host's memory after it."""
     memory, host = plan.budget_bytes, None if plan.host is None else plan.host.budget_bytes
     if not any(True for root in (*facts.body, facts.head) for _ in linears(root)):
-        for kind in FORMATS:
+        for kind in sorted(FORMATS, key=lambda kind: FORMATS[kind].bits):  # of two that pay alike, the smaller
             packed = quantised(facts, kind, kernels)
             if packed is not None:
                 yield f"quantization={kind!r}", packed, memory, host
