@@ -17,7 +17,7 @@ from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.swap import PageSwap
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.expert_usage import ExpertStatistics
-from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
+from layerstream.model.families import family_of
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import SweepRunner
 from layerstream.planner import Plan
@@ -111,7 +111,7 @@ def make_scheduler(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> 
         chunk_tokens=plan.page_tokens,
         decode_rows=plan.decode_rows,
         prompt_rows=plan.prompt_rows,
-        one_sequence_per_block=ground.skeleton.config.model_type in ONE_SEQUENCE_PER_BLOCK,
+        one_sequence_per_block=family_of(ground.skeleton.config).one_sequence_per_block,
         max_draft_rows=plan.max_draft_rows,
         max_sequences=plan.max_sequences,
     )
