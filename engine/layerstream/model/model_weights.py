@@ -16,9 +16,10 @@ from layerstream.hardware.device import Device, Placement
 from layerstream.hardware.reader import DirectReader
 from layerstream.hardware.timeline import Timeline
 from layerstream.model.context import current
-from layerstream.model.device_weights import DeviceWeights, OnBytes
+from layerstream.model.device_weights import DeviceWeights
 from layerstream.model.linear import SlicedLinear
 from layerstream.model.skeleton import Skeleton
+from layerstream.model.unit_weights import OnBytes
 from layerstream.planner.units import UnitPlan
 from layerstream.streaming.experts.cache import ExpertCache
 from layerstream.streaming.experts.device_bank import AnyBank
@@ -99,7 +100,7 @@ class ModelWeights:
     def tell(self, on_unit: OnBytes) -> None:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""
         for part in self._parts:
-            part.on_unit = on_unit
+            part.tell(on_unit)
 
     def resident_matrix(self, key: str) -> torch.Tensor | None:
         """The whole tensor *key* of the output projection, if it is resident in one piece."""
