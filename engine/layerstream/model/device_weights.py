@@ -6,7 +6,7 @@ module runs and unbound right after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +23,8 @@ from layerstream.model.linear import JoinedLinears, LinearSlice, PlainMatrix, Sl
 from layerstream.model.matrices import Matrices, Weights, packed_parts
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.unit_weights import OnBytes, Passing, Resident, Staying, Watch
-from layerstream.planner.units import PlannedUnit, UnitPlan
+from layerstream.planner import Plan
+from layerstream.planner.units import PlannedUnit
 from layerstream.streaming.copy_feed import CopyFeed
 from layerstream.streaming.experts.device_bank import AnyBank
 from layerstream.streaming.feed import Feed, ReadFeed
@@ -56,12 +57,8 @@ class DeviceWeights:
     """The weights that one device computes with, under a plan: those of the whole model, or of some of its layers.
 
     Args:
-        fused_rows: for each kernel that multiplies by quantised weights, the rows it is faster for than decoding them.
         device: what computes; ``None``: the processor, where the weights are then.
         computes: whether the module of a path is computed there.
-        expert_shares: how much each expert was used lately.
-        host_fused_rows: beside a device, the processor may compute experts, with kernels for so many rows; ``None``: it
-            may not.
 
     Attributes:
         plan: which units there are, and which of them stay.
@@ -74,31 +71,29 @@ class DeviceWeights:
     def __init__(
         self,
         skeleton: Skeleton,
-        plan: UnitPlan,
+        plan: Plan,
         reader: DirectReader,
         on_load: OnBytes,
-        fused_rows: Mapping[str, int] | None = None,
         device: Device | None = None,
         computes: Callable[[str], bool] = lambda path: True,
-        expert_shares: Sequence[float] = (),
-        host_fused_rows: Mapping[str, int] | None = None,
     ) -> None:
+        facts = plan.facts
         self._skeleton = skeleton
         self._device = device
         self._computes = computes
-        self._matrices = Matrices(skeleton, fused_rows or {}, None if device is None else device.torch_device)
+        self._matrices = Matrices(skeleton, facts.fused_rows, None if device is None else device.torch_device)
         self._watch = Watch(device)
-        self.plan = plan
-        units = [self._unit(index) for index in range(len(plan.units))]
-        self._body, self._head = units[: len(plan.body)], units[len(plan.body) :]
+        self.plan = plan.weights
+        units = [self._unit(index) for index in range(len(self.plan.units))]
+        self._body, self._head = units[: len(self.plan.body)], units[len(self.plan.body) :]
         self.resident_bytes = sum(unit.planned.compute_bytes for unit in units if unit.stays)
         self.streamer: Streamer | None = None
         self.bank: AnyBank | None = None
         try:
             self._stream([unit for unit in units if not unit.stays], reader, on_load)
-            if plan.expert_slots:
+            if self.plan.expert_slots:
                 self.bank = install_experts(
-                    skeleton, plan, self._matrices, reader, expert_shares, device, host_fused_rows
+                    skeleton, self.plan, self._matrices, reader, facts.expert_shares, device, facts.host_fused_rows
                 )
             groups = self._find_joined()
             self._load(groups, reader, on_load)

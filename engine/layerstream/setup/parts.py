@@ -70,17 +70,8 @@ def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
 def load_weights(ground: Groundwork, listener: Listener | None) -> ModelWeights:
     """What stays is there then; what streams comes from the first sweep on."""
     plan = ground.plan
-    return ModelWeights(
-        ground.skeleton,
-        plan.weights,
-        ground.reader,
-        _LoadCounter(_loaded_bytes(plan), listener).add,
-        plan.facts.fused_rows,
-        ground.placement,
-        [part.weights for part in plan.by_device],
-        plan.facts.expert_shares,
-        plan.facts.host_fused_rows,
-    )
+    on_load = _LoadCounter(_loaded_bytes(plan), listener).add
+    return ModelWeights(ground.skeleton, plan, ground.reader, on_load, ground.placement)
 
 
 def load_embedding(ground: Groundwork, weights: ModelWeights) -> EmbeddingRows:
