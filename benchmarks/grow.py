@@ -335,7 +335,7 @@ class Packer:
         is_linear = name.endswith(_LINEARS) and self._encoder.can(*tensor.shape)
         if not is_linear or tensor.dim() != 2:
             return {name: tensor}
-        if "experts." in name and not self._encoder.packs_experts:
+        if "experts." in name and not self._encoder.format.packs_experts:
             raise ValueError(f"{self._encoder.__class__.__name__} does not pack experts: take int4")
         step = self._encoder.row_step * 16
         rows = (tensor[at : at + step] for at in range(0, len(tensor), step))

@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 import torch
 from layerstream.errors import ConfigurationError
+from layerstream.hardware.accelerators import ACCELERATORS
 from layerstream.hardware.arena import Arena
+from layerstream.hardware.device import Accelerator
 from layerstream.model import elementwise
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_device
-from layerstream.setup import assembly
 from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -194,6 +195,35 @@ class PretendCuda(PretendDevice):
             _PRETENDING.depth = 0
 
 
+class Pretended(Accelerator):
+    """As many CUDA devices as *devices*, which ``device="auto"`` leaves alone."""
+
+    name = "cuda"
+    has_numbers = True
+    packages = frozenset({"flash_attn", "bitsandbytes"})
+
+    def __init__(self, devices: list[PretendCuda]) -> None:
+        self._devices = devices
+
+    def num_devices(self) -> int:
+        return len(self._devices)
+
+    def check(self, device: torch.device) -> None:
+        assert (device.index or 0) < len(self._devices), f"{device} is not pretended"
+
+    def open(self, device: torch.device) -> PretendCuda:
+        return self._devices[device.index or 0]
+
+    def free_bytes(self, device: torch.device) -> int:
+        return 2**40
+
+    def synchronize(self, device: torch.device) -> None:
+        """Its compute is done by the time that a call returns."""
+
+    def name_of(self, device: torch.device) -> str:
+        return self.open(device).name
+
+
 _PRETENDING = threading.local()
 _DEVICES: dict[torch.device, PretendCuda] = {}
 _STORAGES: dict[tuple[torch.device, int], int] = {}  # tensors on each
@@ -264,7 +294,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", "")
     if name == "__get__":
         name = getattr(func.__self__, "__name__", "")
-        if name in {"device", "is_cuda", "shape", "dtype", "ndim", "requires_grad", "layout", "is_meta"}:
+        if name in {"device", "is_cuda", "is_cpu", "shape", "dtype", "ndim", "requires_grad", "layout", "is_meta"}:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
     if name in _READS:
@@ -336,9 +366,7 @@ def pretend_cudas(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[
     """Engines with ``device="cuda"`` or a ``device_map`` compute on *count* pretended ones; small models stream to them
     as if they were large."""
     devices = [PretendCuda(index, pause=0.0005, seed=index) for index in range(count)]
-    monkeypatch.setattr(
-        assembly, "open_device", lambda wanted: devices[wanted.index or 0] if wanted.type == "cuda" else None
-    )
+    monkeypatch.setitem(ACCELERATORS, "cuda", Pretended(devices))
     monkeypatch.setattr(sizing, "DEVICE_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(on_device, "HOST_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(assumed, "DEVICE_PROMPT_ROWS", 64)

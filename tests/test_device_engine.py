@@ -13,7 +13,7 @@ from layerstream.errors import BudgetTooSmall, DeviceLost, OutOfMemory
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.reader import DirectReader
 from layerstream.planner import facts as assumed
-from layerstream.setup import assembly
+from layerstream.setup import groundwork
 
 from tests.harness import add_tokenizer, device_config, devices_config, draw_prompt, shrink_units
 from tests.models import make_model
@@ -195,7 +195,7 @@ def test_a_draft_model_shares_the_ceiling(folder: Path, tmp_path: Path, device: 
 def test_slow_disks_and_network_folders_are_said_where_sweeps_wait_for_them(
     mode: str, folder: Path, device: PretendCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(assembly, "network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr(groundwork, "network_file_system", lambda path: "nfs4")
     monkeypatch.setattr(DirectReader, "rate", lambda self: 30e6)
     with caplog.at_level(logging.WARNING, logger="layerstream"), open_engine(folder, mode):
         pass

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal
 
 from layerstream.api import arguments
 from layerstream.api.completion import Completion, Delta
@@ -22,7 +20,7 @@ from layerstream.api.request import Request
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
 from layerstream.checkpoint.hub import DEMO, bundled_reader
-from layerstream.core.sizes import format_size, parse_size
+from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.threads import run_apart
 from layerstream.hardware.timeline import Timeline
@@ -32,10 +30,10 @@ from layerstream.progress import make_listener
 from layerstream.runtime.loop import EngineLoop
 from layerstream.runtime.reception import OpenGang, Outside
 from layerstream.setup.assembly import Assembly, assemble
-from layerstream.setup.config import MAX_QUEUED, EngineConfig
+from layerstream.setup.config import MAX_QUEUED, EngineConfig, as_config
 from layerstream.setup.self_check import check_untested
 from layerstream.stats import EngineStats, collect_stats
-from layerstream.store.config import KVStoreConfig, store_config
+from layerstream.store.config import KVStoreConfig
 from layerstream.store.store import PrefixStore
 from layerstream.text.prompt import Prompt, split_prompts
 from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmReport, forecast, warm
@@ -115,16 +113,19 @@ class LayerStream:
         allow_control_tokens: bool = False,
         progress: Literal["auto"] | bool | Listener = "auto",
     ) -> None:
-        config = EngineConfig(
-            model=_model_name(model),
+        config = as_config(
+            model,
             device=device,
             device_map=device_map,
-            memory_bytes=None if memory is None or _is_list(memory) else parse_size(cast(Any, memory)),
-            memory_each=_sizes(memory) if _is_list(memory) else (),
-            host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+            memory=memory,
+            host_memory=host_memory,
             host_compute=host_compute,
             dtype=dtype,
             attention=attention,
+            quantization=quantization,
+            kv_store=kv_store,
+            speculation=speculation,
+            draft_model=draft_model,
             max_context=max_context,
             chunk_tokens=chunk_tokens,
             max_queued=max_queued,
@@ -133,11 +134,6 @@ class LayerStream:
             token=token,
             allow_untested=allow_untested,
             allow_control_tokens=allow_control_tokens,
-            kv_store=store_config(kv_store),
-            kv_store_is_default=isinstance(kv_store, str) and kv_store == "auto",
-            speculation=speculation,
-            draft_model=None if draft_model is None else _model_name(draft_model, "draft_model"),
-            quantization=quantization,
         )
         self._progress = listener = make_listener(progress)
         self._home = home = Home()
@@ -468,26 +464,3 @@ def _build(config: EngineConfig, listener: Listener | None) -> Assembly:
     if config.allow_untested:
         check_untested(config)
     return assemble(config, listener)
-
-
-def _is_list(memory: object) -> TypeGuard[Seq[int | str]]:
-    return isinstance(memory, list | tuple)
-
-
-def _sizes(memory: Seq[int | str]) -> tuple[int, ...]:
-    if not memory:
-        raise arguments.refusal("memory", memory, "a size such as '3GiB', or one for each device")
-    return tuple(map(parse_size, memory))
-
-
-def _model_name(model: object, name: str = "model") -> str:
-    """The model as a string.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    if isinstance(model, PathLike):
-        model = os.fspath(model)
-    if not isinstance(model, str) or not model.strip() or "\0" in model:
-        raise arguments.refusal(name, model, "a folder, a hub id, or 'demo' for the bundled reader")
-    return model

@@ -12,8 +12,8 @@ from layerstream import ConfigurationError, KVStoreUnusable, LayerStream, Sampli
 from layerstream.cli import app
 from layerstream.cli.failures import exit_code, explain, in_shell_words
 from layerstream.cli.options import OPTION_NAMES, EngineOptions, SamplingOptions
+from layerstream.core.formats import FORMATS
 from layerstream.errors import DocumentError, PromptTooLong, ReadError, StorageFull
-from layerstream.planner import advice
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -49,7 +49,7 @@ def test_every_command_that_samples_has_the_same_options(command: str) -> None:
 
 
 def test_what_plan_advises_is_an_option_of_ask() -> None:
-    changes = [f"quantization={kind!r}" for kind in advice.BITS]
+    changes = [f"quantization={kind!r}" for kind in FORMATS]
     changes += ["memory='3 GiB'", "host_memory='64GiB'", "draft_model='x'", "max_context=4096", "kv_store=None"]
     for change in changes:
         named = re.findall(r"--[a-z-]+", in_shell_words(f"{change}: 2.0 times faster"))

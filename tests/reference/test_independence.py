@@ -77,9 +77,9 @@ def test_suspended_and_resumed(
     parts = assemble(config, None)
     try:
         alone = [step_greedily(parts, [prompt], 70) for prompt in prompts]
-        assert not parts.swap.written_pages
+        assert not parts.kv.swap.written_pages
         tokens, logits = step_greedily(parts, prompts, 70)
-        assert parts.swap.written_pages
+        assert parts.kv.swap.written_pages
     finally:
         parts.close()
     for number, (own_tokens, own_logits) in enumerate(alone):

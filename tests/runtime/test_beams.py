@@ -167,4 +167,4 @@ def test_beams_take_the_memory_of_others_and_searches_wait_for_each_other(
             assert [[c.token_ids for c in s.completions(60)] for s in searches] == searched
             assert [request.result(60).token_ids for request in requests] == expected
             engine._parts.scheduler.check_integrity()
-        assert engine._parts.swap.written_pages
+        assert engine._parts.kv.swap.written_pages

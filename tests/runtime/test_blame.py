@@ -184,7 +184,7 @@ def test_close_from_everywhere_leaves_no_thread(folder: Path) -> None:
 def test_close_does_not_raise_whatever_is_broken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = threading.active_count()
     engine = LayerStream(folder, progress=False)
-    for part in (engine._parts.swap, engine._parts.step, engine._parts.page_memory):
+    for part in (engine._parts.kv.swap, engine._parts.step, engine._parts.kv.memory):
         poisoned(type(part), "close", lambda args: True, monkeypatch)
     engine.close()
     engine.close()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from layerstream.checkpoint.codecs.base import Codec, matrix_shape
+from layerstream.checkpoint.codecs.base import FLOATS, Codec, matrix_shape
 from layerstream.checkpoint.codecs.bnb import Bnb4, BnbInt8
 from layerstream.checkpoint.codecs.fp8 import Fp8
 from layerstream.checkpoint.codecs.int4 import Awq, CompressedInt4, Gptq
@@ -20,25 +20,6 @@ from layerstream.errors import InvalidHeader, UnsupportedFormat
 _STATE = "quant_state.bitsandbytes__"
 _BNB4_PLANES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MAX_STATE_BYTES = 64 * 1024
-_FLOATS = frozenset({"F32", "F16", "BF16"})
-_DTYPES: dict[tuple[type[Codec], str], frozenset[str]] = {
-    (Awq, "weight"): frozenset({"I32"}),
-    (Awq, "zero"): frozenset({"I32"}),
-    (Bnb4, "weight"): frozenset({"U8"}),
-    (Bnb4, "absmax"): _FLOATS | {"U8"},
-    (BnbInt8, "weight"): frozenset({"I8"}),
-    (CompressedInt4, "weight"): frozenset({"I32"}),
-    (CompressedInt4, "zero"): frozenset({"I32"}),
-    (Fp8, "weight"): frozenset({"F8_E4M3"}),
-    (Fp8, "scale"): _FLOATS | {"F8_E8M0", "U8"},
-    (Gptq, "weight"): frozenset({"I32"}),
-    (Gptq, "zero"): frozenset({"I32"}),
-    (Gptq, "g_idx"): frozenset({"I32", "I64"}),
-    (Mxfp4, "weight"): frozenset({"U8"}),
-    (Mxfp4, "scale"): frozenset({"U8", "F8_E8M0"}),
-    (TiledInt4, "weight"): frozenset({"U8"}),
-}
-"""What planes are stored as; those that are not listed are floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +252,7 @@ def _check(matrix: PackedTensor) -> None:
                 f"{entry.extent.path}: {entry.name!r} has shape {list(entry.shape)}; a matrix of {list(matrix.shape)} "
                 f"in {matrix.codec.name} needs {list(shape)}"
             )
-        dtypes = _DTYPES.get((type(matrix.codec), name), _FLOATS)
+        dtypes = matrix.codec.dtypes.get(name, FLOATS)
         if entry.dtype not in dtypes:
             raise InvalidHeader(
                 f"{entry.extent.path}: {entry.name!r} has dtype {entry.dtype}; {matrix.codec.name} needs "

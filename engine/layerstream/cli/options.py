@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 import typer
 
 from layerstream.api.params import SamplingParams
-from layerstream.core.sizes import parse_size
+from layerstream.core.formats import FORMATS
 from layerstream.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ class EngineOptions:
     device_map: Annotated[str | None, _engine("Layers on several CUDA devices: auto, balanced, sequential.")] = None
     dtype: Annotated[str | None, _engine("What to compute in: auto, bfloat16, float16, float32.")] = None
     attention: Annotated[str | None, _engine("auto, sdpa, flash_attn.")] = None
-    quantization: Annotated[str | None, _engine("Convert the model, once, and stream that: nf4, int8, int4.")] = None
+    quantization: Annotated[str | None, _engine(f"Convert the model, once, and stream that: {', '.join(FORMATS)}.")] = (
+        None
+    )
     draft_model: Annotated[str | None, _engine("A small model with the same tokenizer that guesses.")] = None
     speculation: Annotated[str | None, _engine("Whether guesses are verified: auto, off.")] = None
     kv_store: Annotated[str | None, _engine("The folder of the KV store, if not the default one.")] = None
@@ -102,23 +104,9 @@ class EngineOptions:
 
     def config(self, model: str) -> EngineConfig:
         """What :meth:`open` would make an engine from."""
-        from layerstream.setup.config import MAX_QUEUED, EngineConfig
-        from layerstream.store.config import store_config
+        from layerstream.setup.config import as_config
 
-        given = self.arguments()
-        memory, host_memory = given.pop("memory", None), given.pop("host_memory", None)
-        sizes = tuple(map(parse_size, memory)) if isinstance(memory, list) else ()
-        store = given.pop("kv_store", "auto")
-        return EngineConfig(
-            model,
-            memory_bytes=parse_size(memory) if isinstance(memory, str) else None,
-            memory_each=sizes,
-            host_memory_bytes=None if host_memory is None else parse_size(host_memory),
-            kv_store=store_config(store),
-            kv_store_is_default=store == "auto",
-            max_queued=MAX_QUEUED,
-            **given,
-        )
+        return as_config(model, **self.arguments())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,19 +1,48 @@
-"""Which devices this machine has, and what they are called."""
+"""Which devices this machine has, and what they are called: the registry of accelerators.
+
+A kind of accelerator is one :class:`~layerstream.hardware.device.Accelerator` in a file of its own, and a line in
+:data:`ACCELERATORS`. Whoever has to know what a device can asks here; the processor is no accelerator.
+"""
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-from layerstream.hardware.cuda import CudaDevice, check_cuda, cuda_name
-from layerstream.hardware.device import Device
-from layerstream.hardware.mps import MpsDevice
+from layerstream.hardware.cuda import Cuda
+from layerstream.hardware.device import Accelerator, Device
+from layerstream.hardware.mps import Mps
+
+PROCESSOR = "cpu"
+_NAME = re.compile(r"(\w+?)(?::(\d+))?")
+
+ACCELERATORS: dict[str, Accelerator] = {kind.name: kind for kind in (Cuda(), Mps())}
+"""By torch's name for the kind, in the order in which ``"auto"`` tries them."""
+
+
+def accelerator_of(device: torch.device) -> Accelerator | None:
+    """The kind that *device* is of; ``None``: it is the processor."""
+    return None if device.type == PROCESSOR else ACCELERATORS[device.type]
+
+
+def is_device_name(name: str) -> bool:
+    """Whether *name* could be a device's, or ``"auto"``."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return False
+    kind, number = match.groups()
+    if number is not None:
+        return kind in ACCELERATORS and ACCELERATORS[kind].has_numbers
+    return kind in ("auto", PROCESSOR) or kind in ACCELERATORS
 
 
 def resolve_device(name: str) -> torch.device:
-    """What *name* means; ``"auto"``: a CUDA device where there is one, else the processor."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    """What *name* means; ``"auto"``: the first kind that is there and wants to be chosen, else the processor."""
+    if name != "auto":
+        return torch.device(name)
+    chosen = (kind.name for kind in ACCELERATORS.values() if kind.is_automatic and kind.num_devices())
+    return torch.device(next(chosen, PROCESSOR))
 
 
 def all_devices(count: int | None = None) -> list[torch.device]:
@@ -22,36 +51,40 @@ def all_devices(count: int | None = None) -> list[torch.device]:
     Raises:
         ConfigurationError: there are none.
     """
+    cuda = ACCELERATORS["cuda"]
     if count is None:
-        check_cuda(torch.device("cuda"))
-        count = torch.cuda.device_count()
+        cuda.check(torch.device("cuda"))
+        count = cuda.num_devices()
     return [torch.device("cuda", index) for index in range(count)]
 
 
 def device_name(device: torch.device) -> str:
     """What the arithmetic of *device* depends on: the processor's is named elsewhere."""
-    return cuda_name(device) if device.type == "cuda" else device.type
+    kind = accelerator_of(device)
+    return PROCESSOR if kind is None else kind.name_of(device)
 
 
 def is_there(device: torch.device) -> bool:
     """Whether this process can compute with *device*."""
-    if device.type == "cuda":
-        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    return device.type == "cpu" or torch.backends.mps.is_available()
+    kind = accelerator_of(device)
+    return kind is None or (device.index or 0) < kind.num_devices()
+
+
+def can_run(package: str, device: torch.device) -> bool:
+    """Whether the kernels of *package* are made for *device*."""
+    kind = accelerator_of(device)
+    return kind is not None and package in kind.packages
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of *device* that nobody uses.
+    """Memory of the accelerator *device* that nobody uses.
 
     Raises:
         ConfigurationError: there is no such device.
     """
-    if device.type == "mps":
-        if not is_there(device):
-            MpsDevice()  # says what is missing
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    check_cuda(device)
-    return torch.cuda.mem_get_info(device)[0]
+    kind = ACCELERATORS[device.type]
+    kind.check(device)
+    return kind.free_bytes(device)
 
 
 def open_device(device: torch.device) -> Device | None:
@@ -60,6 +93,8 @@ def open_device(device: torch.device) -> Device | None:
     Raises:
         ConfigurationError: there is no such device.
     """
-    if device.type == "cpu":
+    kind = accelerator_of(device)
+    if kind is None:
         return None
-    return MpsDevice() if device.type == "mps" else CudaDevice(device)
+    kind.check(device)
+    return kind.open(device)

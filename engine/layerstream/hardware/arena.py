@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Callable
 
 import torch
 
@@ -32,8 +33,13 @@ class Arena:
         self.view = memoryview(memory)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
-    def populate(self) -> None:
-        """Have the system back all of it with memory now, where it can be asked to; what is there already stays."""
+    def populate(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Have the system back all of it with memory now, where it can be asked to, until it *is_stopped*.
+
+        What is there already stays.
+        """
         for start in range(0, self.num_bytes, POPULATED_AT_ONCE):  # so that other threads' page faults are not held up
+            if is_stopped():
+                return
             with contextlib.suppress(OSError, ValueError, AttributeError):  # before Linux 5.14, or another system
                 self._memory.madvise(_MADV_POPULATE_WRITE, start, min(POPULATED_AT_ONCE, self.num_bytes - start))

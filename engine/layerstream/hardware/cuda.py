@@ -14,7 +14,7 @@ import torch
 from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.arena import Arena
-from layerstream.hardware.device import EventMark
+from layerstream.hardware.device import Accelerator, EventMark
 
 _PORTABLE = 1  # cudaHostRegisterPortable
 
@@ -44,17 +44,12 @@ class _Stream:
 
 
 class CudaDevice:
-    """An NVIDIA device, or an AMD one under ROCm.
-
-    Raises:
-        ConfigurationError: there is no such device, or torch was built without it.
-    """
+    """An NVIDIA device, or an AMD one under ROCm, which is there."""
 
     def __init__(self, torch_device: torch.device) -> None:
-        check_cuda(torch_device)
         index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
-        self.name = cuda_name(self.torch_device)
+        self.name = Cuda().name_of(self.torch_device)
         with self.use():
             self.compute = _Stream(self.torch_device, None)
             self.inward, self.outward = (
@@ -111,28 +106,57 @@ def _runtime() -> Any:
     return torch.cuda.cudart()
 
 
-def cuda_name(device: torch.device) -> str:
-    """What the arithmetic of *device* depends on."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+class Cuda(Accelerator):
+    """NVIDIA devices, or AMD's under ROCm."""
 
+    name = "cuda"
+    has_numbers = True
+    is_automatic = True
+    packages = frozenset({"flash_attn", "bitsandbytes"})
 
-def check_cuda(device: torch.device) -> None:
-    """Nothing, if *device* is there.
+    def num_devices(self) -> int:
+        """None without a driver, or in a torch without CUDA."""
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
-    Raises:
-        ConfigurationError: says what is missing, or which devices there are.
-    """
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        reason = (
-            f"torch {torch.__version__} was built for {built}, but finds no device or no driver: 'layerstream doctor'"
-            if built
-            else f"torch {torch.__version__} was built without CUDA: install a build for your driver "
-            "(pytorch.org/get-started)"
-        )
-        raise ConfigurationError(f"device is {str(device)!r}, and {reason}; or pass device='cpu'")
-    count = torch.cuda.device_count()
-    if device.index is not None and device.index >= count:
-        names = ", ".join(f"'cuda:{index}'" for index in range(count))
-        raise ConfigurationError(f"device is {str(device)!r}, and this machine has {names}")
+    def check(self, device: torch.device) -> None:
+        """Says what is missing, or which devices there are."""
+        if not torch.cuda.is_available():
+            built = torch.version.cuda or torch.version.hip
+            reason = (
+                f"torch {torch.__version__} was built for {built}, but finds no device or no driver: 'layerstream "
+                "doctor'"
+                if built
+                else f"torch {torch.__version__} was built without CUDA: install a build for your driver "
+                "(pytorch.org/get-started)"
+            )
+            raise ConfigurationError(f"device is {str(device)!r}, and {reason}; or pass device='cpu'")
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            names = ", ".join(f"'cuda:{index}'" for index in range(count))
+            raise ConfigurationError(f"device is {str(device)!r}, and this machine has {names}")
+
+    def open(self, device: torch.device) -> CudaDevice:
+        """With lanes of its own."""
+        return CudaDevice(device)
+
+    def free_bytes(self, device: torch.device) -> int:
+        """As the driver says."""
+        return torch.cuda.mem_get_info(device)[0]
+
+    def synchronize(self, device: torch.device) -> None:
+        """All lanes."""
+        torch.cuda.synchronize(device)
+
+    def name_of(self, device: torch.device) -> str:
+        """The card, and what it computes with."""
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+
+    def model_of(self, device: torch.device) -> str:
+        """The card."""
+        return torch.cuda.get_device_name(device)
+
+    def beside_bytes(self, device: torch.device) -> int:
+        """Of all processes, where several have something there."""
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, total - free - torch.cuda.memory_reserved(device))

@@ -14,12 +14,14 @@ The processor is no :class:`Device`: weights and pages are where it computes. Wh
 lanes of its own; a tensor that goes from one to another is torch's business, which makes the compute lane of the one
 wait for that of the other.
 
-What implements this lies beside it: :mod:`cuda`, :mod:`mps`; :mod:`accelerators` finds what there is.
+What implements this lies beside it: :mod:`cuda`, :mod:`mps`; a kind of devices is an :class:`Accelerator`, and
+:mod:`accelerators` has all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -140,6 +142,58 @@ class Device(Protocol):
     def is_lost(self, error: BaseException) -> bool:
         """Whether *error* means that the device will not compute again in this process."""
         ...
+
+
+class Accelerator(ABC):
+    """A kind of devices: how they are found, what they are called, what they can.
+
+    Attributes:
+        name: torch's for the kind.
+        has_numbers: whether there may be several, called ``name:0`` and so on.
+        is_automatic: whether ``device="auto"`` chooses one.
+        packages: those whose kernels are made for them.
+    """
+
+    name: str
+    has_numbers: bool = False
+    is_automatic: bool = False
+    packages: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def num_devices(self) -> int:
+        """Those that this process can compute with."""
+
+    @abstractmethod
+    def check(self, device: torch.device) -> None:
+        """Nothing, if *device* is there.
+
+        Raises:
+            ConfigurationError: says what is missing.
+        """
+
+    @abstractmethod
+    def open(self, device: torch.device) -> Device:
+        """*device*, which is there."""
+
+    @abstractmethod
+    def free_bytes(self, device: torch.device) -> int:
+        """Memory of *device* that nobody uses."""
+
+    @abstractmethod
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for all that *device* was given to do."""
+
+    def name_of(self, device: torch.device) -> str:
+        """What the arithmetic of *device* depends on."""
+        return self.name
+
+    def model_of(self, device: torch.device) -> str:
+        """What the rates of *device* depend on."""
+        return self.name_of(device)
+
+    def beside_bytes(self, device: torch.device) -> int:
+        """What this process has on *device* beside torch's allocator: its context and libraries."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.arena import Arena
-from layerstream.hardware.device import EventMark, is_out_of_memory
+from layerstream.hardware.device import Accelerator, EventMark, is_out_of_memory
 
 
 class _Queue:
@@ -30,14 +30,9 @@ class MpsDevice:
     """An Apple device.
 
     Its memory is the host's, so nothing is pinned, and copies and compute take turns in one queue.
-
-    Raises:
-        ConfigurationError: there is none, or torch was built without it.
     """
 
     def __init__(self) -> None:
-        if not torch.backends.mps.is_available():
-            raise ConfigurationError("device is 'mps', and torch finds no Apple device here: pass device='cpu'")
         self.torch_device = torch.device("mps", 0)
         self.name = "mps"
         self.compute = self.inward = self.outward = _Queue()
@@ -71,3 +66,30 @@ class MpsDevice:
     def is_lost(self, error: BaseException) -> bool:
         """Metal says so in words."""
         return not is_out_of_memory(error) and "MPSCommandBuffer" in str(error)
+
+
+class Mps(Accelerator):
+    """Apple's devices; a machine has one."""
+
+    name = "mps"
+
+    def num_devices(self) -> int:
+        """One, or none in a torch without Metal."""
+        return int(torch.backends.mps.is_available())
+
+    def check(self, device: torch.device) -> None:
+        """Says that there is none."""
+        if not torch.backends.mps.is_available():
+            raise ConfigurationError("device is 'mps', and torch finds no Apple device here: pass device='cpu'")
+
+    def open(self, device: torch.device) -> MpsDevice:
+        """The one."""
+        return MpsDevice()
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Of what Metal recommends to take."""
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+
+    def synchronize(self, device: torch.device) -> None:
+        """The queue."""
+        torch.mps.synchronize()

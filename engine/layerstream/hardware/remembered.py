@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from layerstream.hardware.accelerators import PROCESSOR, accelerator_of
 from layerstream.hardware.files import write_whole
 from layerstream.hardware.machine import cache_folder, processor
 
@@ -76,6 +77,7 @@ def table(value: Any) -> dict[str, Any]:
 
 def machine_name(device: torch.device | None = None) -> str:
     """What measured times depend on: the processor, its *device* if one was measured, threads and torch's version."""
-    name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else "cpu"
+    kind = None if device is None else accelerator_of(device)
+    name = PROCESSOR if device is None or kind is None else kind.model_of(device)
     facts = [processor(), name, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.__version__]
     return f"{facts[0]}, {name}, {facts[3]} threads, {hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"

@@ -68,7 +68,7 @@ class DraftedRows:
 def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """From each device in one copy: hundreds of small ones would take longer."""
     found = list(tensors)
-    for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
+    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
         there = [index for index, tensor in enumerate(tensors) if tensor.device == device]
         flat = torch.cat([tensors[index].reshape(-1) for index in there]).cpu()
         for index, piece in zip(there, flat.split([tensors[index].numel() for index in there]), strict=True):

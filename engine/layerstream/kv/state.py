@@ -43,9 +43,9 @@ class PageMemory:
         self._used = -(-stop // PAGE) * PAGE
         return self._arena.tensor[start:stop].view(dtype).view(shape)
 
-    def populate(self) -> None:
-        """Touch all of it."""
-        self._arena.populate()
+    def populate(self, is_stopped: Callable[[], bool]) -> None:
+        """Touch all of it, or as far as one comes until it *is_stopped*."""
+        self._arena.populate(is_stopped)
 
     def close(self) -> None:
         """Unpin it. Idempotent."""

@@ -20,11 +20,11 @@ import psutil
 import torch
 from torch.nn import functional as F
 
-from layerstream.checkpoint.codecs.bnb import Bnb4
 from layerstream.checkpoint.hub import are_weights_here, bundled_reader
 from layerstream.checkpoint.names import PackedSource
+from layerstream.core.formats import FORMATS, KERNELS
 from layerstream.core.sizes import PAGE
-from layerstream.hardware.accelerators import open_device
+from layerstream.hardware.accelerators import accelerator_of, open_device
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.reader import REQUEST_BYTES, DirectReader, ReadRequest
 from layerstream.hardware.remembered import machine_name
@@ -74,7 +74,7 @@ def rates_for(skeleton: Skeleton, device: torch.device, *, again: bool = False) 
     formats = _formats(skeleton) if is_here else {}
     missing = [source for codec, source in formats.items() if again or codec not in rates.decode]
     decode = {source.codec.name: measure_decode(source, skeleton.dtype) for source in missing}
-    if device.type == "cpu" and (not is_sure or not rates.read_cost):
+    if accelerator_of(device) is None and (not is_sure or not rates.read_cost):
         cost = measure_read_cost(file, skeleton.dtype)
         rates = dataclasses.replace(rates, read_cost=min(rates.read_cost or cost, cost))
     rates = dataclasses.replace(rates, disk=rate, decode={**rates.decode, **decode})
@@ -163,13 +163,14 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     name = str(dtype).removeprefix("torch.")
     products: dict[str, dict[int, float]] = {name: dict(_products(device, dtype))}
     decode = {kind: _decode_seconds(matrix) for kind, matrix in _samples(dtype)}
-    if device.type == "cpu":
-        for kernel in ("int4", "int8"):
+    kind = accelerator_of(device)
+    if kind is None:
+        for kernel in KERNELS:
             with suppress(RuntimeError, NotImplementedError, AttributeError):
                 products[kernel] = dict(_kernel_products(kernel))
     return Rates(
         disk=0.0,
-        link=None if device.type == "cpu" else link_rate(device),
+        link=None if kind is None else link_rate(device),
         products=products,
         cached={name: dict(_cached_products(device, dtype))},
         decode=decode,
@@ -177,7 +178,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         value_seconds=_value_seconds(device, dtype),
         num_measured=1,
         process_bytes=process_bytes,
-        device_bytes=_device_bytes(device),
+        device_bytes=0 if kind is None else kind.beside_bytes(device),
     )
 
 
@@ -196,7 +197,7 @@ def _cached_products(device: torch.device, dtype: torch.dtype) -> Iterator[tuple
 
 
 def _kernel_products(kernel: str) -> Iterator[tuple[int, float]]:
-    matrices = [sample_matrix(kernel) for _ in range(NUM_MATRICES)]
+    matrices = [sample_matrix(KERNELS[kernel].name) for _ in range(NUM_MATRICES)]
     rows_of, columns = matrices[0].last, matrices[0].columns
     for rows in ROWS[:5]:
         inputs = torch.ones((rows, columns), dtype=torch.bfloat16)
@@ -242,36 +243,22 @@ def link_rate(device: torch.device) -> float:
         opened.unpin(arena)
 
 
-def _device_bytes(device: torch.device) -> int:
-    """What the process has on the device beside torch's allocator: its context and libraries."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - torch.cuda.memory_reserved(device))
-
-
 def _best(work: Callable[[], Any], device: torch.device | None = None) -> float:
     """Seconds of the fastest of a few times: what else the machine did made the others longer."""
+    kind = None if device is None else accelerator_of(device)
     seconds = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         work()
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device is not None and kind is not None:
+            kind.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
 
 def _samples(dtype: torch.dtype) -> Iterator[tuple[str, PackedMatrix]]:
     """A matrix of each format that ``quantization=`` makes."""
-    for kernel in ("int4", "int8"):
-        matrix = sample_matrix(kernel)
-        yield kernel, dataclasses.replace(matrix, scratch=matrix.scratch.to(dtype))
-    codes = torch.randint(0, 256, (SIZE * SIZE // 2, 1), dtype=torch.uint8)
-    planes = {"weight": codes, "absmax": torch.ones(SIZE * SIZE // 64), "quant_map": torch.linspace(-1, 1, 16)}
-    codec = Bnb4("nf4", SIZE)
-    scratch = torch.empty(tile_rows(codec, SIZE, SIZE) * SIZE, dtype=dtype)
-    yield "nf4", PackedMatrix(codec, planes, 0, SIZE, SIZE, scratch)
+    return ((kind, sample_matrix(kind, dtype)) for kind in FORMATS)
 
 
 def _decode_seconds(matrix: PackedMatrix) -> float:

@@ -76,7 +76,7 @@ def attend(
             keys, values = key[0, :, first : span.stop], value[0, :, first : span.stop]
         else:
             keys, values = past.read(span, first)
-        if query.device.type != "cpu":
+        if not query.is_cpu:
             sees = Sight(span.start, span.stop, first, window, chunk)
             out[rows] = attend_on_device(
                 query[0, :, rows], keys, values, sees, scale, softcap, s_aux, prefers_flash=context.prefers_flash

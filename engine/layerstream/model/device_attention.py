@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerstream.errors import MissingExtra
+from layerstream.hardware.accelerators import can_run
 
 SCORES_AT_ONCE = 2**23  # 32 MiB in fp32
 FLASH_WIDTH = 256  # of a head, at most
@@ -94,7 +95,7 @@ def resolve_attention(name: str, device: torch.device) -> bool:
     is_there = importlib.util.find_spec("flash_attn") is not None
     if name == "flash_attn" and not is_there:
         raise MissingExtra("flash_attn", "flash")
-    return name != "sdpa" and is_there and device.type == "cuda"
+    return name != "sdpa" and is_there and can_run("flash_attn", device)
 
 
 _NOT_FUSED: set[tuple[torch.dtype, int, int]] = set()

@@ -46,7 +46,7 @@ def steady() -> AbstractContextManager[object]:
 
 def apply(function: Function, values: torch.Tensor) -> torch.Tensor:
     """*function* of *values*, each by the same formula."""
-    if values.device.type != "cpu":
+    if not values.is_cpu:
         return function(values)
     flat = values.contiguous().view(-1)
     whole = _whole(len(flat))

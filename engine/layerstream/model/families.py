@@ -1,74 +1,82 @@
-"""Which model families run, and why the others are refused.
+"""The model families: a row each, for what this engine has to know beside what transformers does.
 
-A family is on the list because a test compares it with plain transformers, token by token (tests/reference). The flag
-``_supports_attention_backend`` alone is no proof: it is set for families that keep recurrent state, and not set for
-some that work.
+A family counts as tested because a test compares it with plain transformers, token by token (tests/reference). The flag
+``_supports_attention_backend`` is no proof: families that keep recurrent state have it, and some that work do not.
+To add one: a row here, and a small model in tests/models.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from layerstream.errors import UnsupportedModel
 
-TESTED = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "cohere",
-        "cohere2",
-        "deepseek_v3",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "glm4_moe",
-        "gpt_neox",
-        "gpt_oss",
-        "granite",
-        "granitemoe",
-        "helium",
-        "llama",
-        "llama4_text",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "seed_oss",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
 
-ONE_SEQUENCE_PER_BLOCK = frozenset({"deepseek_v2", "deepseek_v3", "llama4_text"})
-"""Latents are expanded, or temperatures counted, for one sequence at a time."""
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family.
 
-_BYPASS = frozenset({"bloom", "falcon", "gptj", "mpt", "codegen", "ctrl", "xlnet", "xlm"})
+    Attributes:
+        name: transformers' ``model_type`` of its language model.
+        is_tested: whether a test compares it with plain transformers.
+        one_sequence_per_block: whether latents are expanded, or temperatures counted, for one sequence at a time.
+        bypasses_attention: whether it computes attention inside its own modules, where this engine has no say.
+        adapt: changes the modules of a model that would compute more than they need.
+    """
+
+    name: str
+    is_tested: bool = True
+    one_sequence_per_block: bool = False
+    bypasses_attention: bool = False
+    adapt: Callable[[Any], None] | None = None
+
+
+def _adapt_llama4(model: Any) -> None:
+    from layerstream.model.llama4 import adapt  # transformers' modules of that family: not for every model
+
+    adapt(model)
+
+
+_ORDINARY = """
+    apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss granite
+    granitemoe helium llama mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss
+    smollm3 stablelm starcoder2
+"""
+_BYPASSING = "bloom falcon gptj mpt codegen ctrl xlnet xlm"
+
+FAMILIES = {
+    row.name: row
+    for row in (
+        *map(Family, _ORDINARY.split()),
+        Family("deepseek_v2", is_tested=False, one_sequence_per_block=True),
+        Family("deepseek_v3", one_sequence_per_block=True),
+        Family("llama4_text", one_sequence_per_block=True, adapt=_adapt_llama4),
+        *(Family(name, is_tested=False, bypasses_attention=True) for name in _BYPASSING.split()),
+    )
+}
+TESTED = frozenset(row.name for row in FAMILIES.values() if row.is_tested)
+
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def family_of(config: Any) -> Family:
+    """That of a model with *config*; one that has no row is not tested."""
+    name = getattr(config, "model_type", "")
+    return FAMILIES.get(name) or Family(name, is_tested=False)
 
 
 def check_supported(config: Any, *, allow_untested: bool = False) -> None:
     """Raise :class:`UnsupportedModel` where *config* is of a family that cannot run, with the reason."""
-    family = config.model_type
+    family, row = config.model_type, family_of(config)
     recurrent = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
     if recurrent:
         raise UnsupportedModel(
             f"{family!r} has layers of type {recurrent}: they keep recurrent state, and LayerStream streams models "
             "whose only state is attention's keys and values"
         )
-    if family in _BYPASS:
+    if row.bypasses_attention:
         raise UnsupportedModel(
             f"{family!r} computes attention inside its own modules and bypasses transformers' attention interface, "
             "which LayerStream runs on"
@@ -77,7 +85,7 @@ def check_supported(config: Any, *, allow_untested: bool = False) -> None:
         raise UnsupportedModel(f"{family!r} is an encoder-decoder; LayerStream runs decoder-only language models")
     if getattr(config, "use_bidirectional_attention", False) in (True, "all"):
         raise UnsupportedModel(f"this {family!r} attends in both directions; LayerStream runs causal models")
-    if family not in TESTED and not allow_untested:
+    if not row.is_tested and not allow_untested:
         raise UnsupportedModel(
             f"the family {family!r} is not among the tested ones ({', '.join(sorted(TESTED))}); allow_untested=True "
             "tries it after a self-check against plain transformers"

@@ -17,7 +17,7 @@ import torch
 from layerstream.model.context import SweepContext, current
 from layerstream.model.routing import gathering
 
-Residence: TypeAlias = Callable[[], AbstractContextManager[None]]
+Residence: TypeAlias = Callable[[], AbstractContextManager[object]]
 """Makes a module's weights present for the time of the context."""
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
-from layerstream.checkpoint.codecs.bnb import BnbInt8
-from layerstream.checkpoint.codecs.tiled import TiledInt4, tile_codes, tile_scales
+from layerstream.checkpoint.codecs.encode import ENCODERS
+from layerstream.core.formats import KERNELS
 from layerstream.hardware.remembered import Remembered, machine_name
 from layerstream.model.linear import PackedMatrix, tile_rows
 
@@ -25,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "LAYERSTREAM_KERNELS"
 SIZE = 4096  # of the square matrix that is multiplied by: larger than a core's cache in any format
-GROUP = 128
 ROWS = (4, 8, 16, 32, 64)  # chunks of prompts have more, and share what is decoded; smaller row blocks cost in calls
 REPEATS = 3
 
@@ -43,7 +41,7 @@ def fused_rows(kernels: Iterable[str]) -> dict[str, int]:
 
     def complete(known: dict[str, Any]) -> None:
         if not wanted <= _rows_of(known, machine).keys():
-            known[machine] = {name: measure(name) for name in _MATRICES}
+            known[machine] = {name: measure(name) for name in KERNELS}
 
     try:
         found = _rows_of(file.change(complete), machine)
@@ -55,7 +53,7 @@ def fused_rows(kernels: Iterable[str]) -> dict[str, int]:
 
 def measure(kernel: str) -> int:
     """The most rows for which *kernel* is no slower than decoding; 0: it is slower, wrong or absent."""
-    matrix = sample_matrix(kernel)
+    matrix = sample_matrix(KERNELS[kernel].name)
     inputs = torch.randn((ROWS[-1], SIZE), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     try:
         if not _agrees(matrix, inputs[:2]):
@@ -72,10 +70,10 @@ def measure(kernel: str) -> int:
     return best
 
 
-def sample_matrix(kernel: str) -> PackedMatrix:
-    """A random matrix ``(SIZE, SIZE)`` that *kernel* multiplies by."""
-    codec, planes = _MATRICES[kernel]()
-    scratch = torch.empty(tile_rows(codec, SIZE, SIZE) * SIZE, dtype=torch.bfloat16)
+def sample_matrix(kind: str, dtype: torch.dtype = torch.bfloat16) -> PackedMatrix:
+    """A random matrix ``(SIZE, SIZE)`` in the format *kind*, to be decoded to *dtype*."""
+    codec, planes = ENCODERS[kind].sample(SIZE)
+    scratch = torch.empty(tile_rows(codec, SIZE, SIZE) * SIZE, dtype=dtype)
     return PackedMatrix(codec, planes, 0, SIZE, SIZE, scratch)
 
 
@@ -101,22 +99,6 @@ def _seconds(multiply: Callable[[torch.Tensor], object], inputs: torch.Tensor) -
         multiply(inputs)
         best = min(best, time.perf_counter() - started)
     return best
-
-
-def _int4() -> tuple[Codec, Planes]:
-    random = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 16, (SIZE, SIZE), dtype=torch.uint8, generator=random)
-    scale = torch.rand((SIZE, SIZE // GROUP), generator=random)
-    return TiledInt4(GROUP), {"weight": tile_codes(codes), "scale": tile_scales(scale, scale - 0.5)}
-
-
-def _int8() -> tuple[Codec, Planes]:
-    random = torch.Generator().manual_seed(2)
-    values = torch.randint(-127, 128, (SIZE, SIZE), dtype=torch.int8, generator=random)
-    return BnbInt8(), {"weight": values, "SCB": torch.rand(SIZE, generator=random)}
-
-
-_MATRICES: Mapping[str, Callable[[], tuple[Codec, Planes]]] = {"int4": _int4, "int8": _int8}
 
 
 def _rows_of(known: dict[str, Any], machine: str) -> dict[str, int]:

@@ -17,7 +17,7 @@ from layerstream.model.experts import compute_experts
 
 
 def adapt(model: Any) -> None:
-    """Have the mixtures of *model*, if it is a Llama 4, compute what their rows are routed to alone."""
+    """Have the mixtures of *model*, a Llama 4, compute what their rows are routed to alone."""
     for module in model.modules():
         if isinstance(module, Llama4TextMoe) and module.top_k == 1:
             _adapt(module, model.config)

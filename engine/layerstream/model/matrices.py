@@ -12,6 +12,7 @@ from layerstream.checkpoint.codecs.bnb import aligned
 from layerstream.checkpoint.codecs.tiled import TILE, TiledInt4, rewrite, staying_shapes, tiled
 from layerstream.checkpoint.names import PackedSource, ParameterSource, Source
 from layerstream.core.sizes import PAGE
+from layerstream.hardware.accelerators import accelerator_of
 from layerstream.hardware.arena import Arena
 from layerstream.model.experts import EXPERT_ROWS, FusedMatrix, PackedExperts
 from layerstream.model.linear import Matrix, PackedMatrix, PlainMatrix, tile_rows
@@ -169,7 +170,7 @@ class Matrices:
 
     def _allocate(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
         """Memory for tensors that stay; on the host outside of the heap, where others' would leave holes."""
-        if self._device.type != "cpu":
+        if accelerator_of(self._device) is not None:
             return {n: torch.empty(shape, dtype=dtype, device=self._device) for n, (dtype, shape) in shapes.items()}
         sizes = {name: -(-prod(shape) * dtype.itemsize // PAGE) * PAGE for name, (dtype, shape) in shapes.items()}
         arena, found, start = Arena(sum(sizes.values())), {}, 0

@@ -7,7 +7,7 @@ what all layers are given alike (rotary embeddings) crosses once for a sweep and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from layerstream.hardware.device import Device, Placement
 from layerstream.hardware.reader import DirectReader
 from layerstream.hardware.timeline import Timeline
 from layerstream.model.context import current
-from layerstream.model.device_weights import DeviceWeights, OnBytes
+from layerstream.model.device_weights import DeviceWeights
 from layerstream.model.linear import SlicedLinear
 from layerstream.model.skeleton import Skeleton
-from layerstream.planner.units import UnitPlan
+from layerstream.model.unit_weights import OnBytes
+from layerstream.planner import Plan
 from layerstream.streaming.experts.cache import ExpertCache
 from layerstream.streaming.experts.device_bank import AnyBank
 from layerstream.streaming.streamer import Source, Streams
@@ -29,50 +30,31 @@ class ModelWeights:
     """The weights of *skeleton* under a plan.
 
     Args:
-        plan: all units.
-        parts: those of each device of *placement*.
-        placement: ``None``: the processor computes.
-        expert_shares: how much each expert was used lately.
-        host_fused_rows: as :class:`~layerstream.model.device_weights.DeviceWeights` has it.
+        placement: the devices of the plan; ``None``: the processor computes.
 
     Attributes:
+        plan: all units.
         streamer: what brings weights for sweeps; ``None`` if all are resident.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        plan: UnitPlan,
+        plan: Plan,
         reader: DirectReader,
         on_load: OnBytes,
-        fused_rows: Mapping[str, int],
         placement: Placement | None = None,
-        parts: Sequence[UnitPlan] = (),
-        expert_shares: Sequence[float] = (),
-        host_fused_rows: Mapping[str, int] | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan = plan.weights
         self._parts: list[DeviceWeights] = []
         try:
             if placement is None:
-                made = DeviceWeights(skeleton, plan, reader, on_load, fused_rows, expert_shares=expert_shares)
-                self._parts.append(made)
+                self._parts.append(DeviceWeights(skeleton, plan, reader, on_load))
             else:
-                for place, (device, part) in enumerate(zip(placement.devices, parts, strict=True)):
+                for place, (device, part) in enumerate(zip(placement.devices, plan.by_device, strict=True)):
                     computes = _computes(skeleton, placement, place)
                     with device.use():
-                        made = DeviceWeights(
-                            skeleton,
-                            part,
-                            reader,
-                            on_load,
-                            fused_rows,
-                            device,
-                            computes,
-                            expert_shares=expert_shares,
-                            host_fused_rows=host_fused_rows,
-                        )
-                    self._parts.append(made)
+                        self._parts.append(DeviceWeights(skeleton, part, reader, on_load, device, computes))
         except BaseException:
             self.close()
             raise
@@ -99,7 +81,7 @@ class ModelWeights:
     def tell(self, on_unit: OnBytes) -> None:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""
         for part in self._parts:
-            part.on_unit = on_unit
+            part.tell(on_unit)
 
     def resident_matrix(self, key: str) -> torch.Tensor | None:
         """The whole tensor *key* of the output projection, if it is resident in one piece."""

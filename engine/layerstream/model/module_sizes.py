@@ -13,7 +13,7 @@ from layerstream.checkpoint.codecs.tiled import tiled, tiled_bytes
 from layerstream.checkpoint.names import PackedSource, Source
 from layerstream.core.sizes import PAGE
 from layerstream.model import experts
-from layerstream.model.families import ONE_SEQUENCE_PER_BLOCK
+from layerstream.model.families import family_of
 from layerstream.model.linear import decode_bytes
 from layerstream.planner.units import ExpertsNode, WeightNode
 
@@ -136,7 +136,7 @@ def _has_to_see_whole_rows(module: torch.nn.Module) -> bool:
     """Whether *module* is attention that takes one sequence at a time: all sequences would pass between its Linears if
     they were units."""
     config = getattr(module, "config", None)
-    if not hasattr(module, "layer_idx") or getattr(config, "model_type", None) not in ONE_SEQUENCE_PER_BLOCK:
+    if not hasattr(module, "layer_idx") or not family_of(config).one_sequence_per_block:
         return False
     return not any(hasattr(child, "layer_idx") for child in module.children())  # else it is a decoder layer
 

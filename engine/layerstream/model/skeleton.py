@@ -22,8 +22,8 @@ from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, 
 from layerstream.checkpoint.names import DTYPES, PackedSource, Source, language_model_names, resolve_parameters
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
-from layerstream.model import attention, elementwise, experts, llama4
-from layerstream.model.families import check_supported
+from layerstream.model import attention, elementwise, experts
+from layerstream.model.families import check_supported, family_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
@@ -282,7 +282,8 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             config, attn_implementation=attention.IMPLEMENTATION, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.eval()
-    llama4.adapt(model)
+    if (adapt := family_of(config).adapt) is not None:
+        adapt(model)
     elementwise.install(model)
     for module in model.modules():
         if is_fused_experts(module):

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from layerstream.core.formats import FORMATS, Format
 from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner.facts import ModelFacts
@@ -16,10 +17,7 @@ from layerstream.planner.on_host import comfortable_bytes, make_plan
 from layerstream.planner.plan import Plan
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
-BITS = {"nf4": 4.13, "int4": 4.25, "int8": 8.02}  # per weight, scales included, as `pack` writes them
-KERNELS = {"int4": "int4", "int8": "int8"}
-PACKS_EXPERTS = "int4"  # the one that does
-ROW_STEP = 64
+ROW_STEP = 64  # of all formats, near enough
 WORTH = 1.15  # times faster; less is not worth a word
 GIB = 2**30
 SPARE_MEMORY = (4 * GIB, 16 * GIB, 64 * GIB)
@@ -70,7 +68,7 @@ def _changes(
     """What it is called, and the model, the memory and the host's memory after it."""
     memory, host = plan.budget_bytes, None if plan.host is None else plan.host.budget_bytes
     if not any(True for root in (*facts.body, facts.head) for _ in linears(root)):
-        for kind in BITS:
+        for kind in sorted(FORMATS, key=lambda kind: FORMATS[kind].bits):  # of two that pay alike, the smaller
             packed = quantised(facts, kind, kernels)
             if packed is not None:
                 yield f"quantization={kind!r}", packed, memory, host
@@ -97,35 +95,36 @@ def _steps(missing: int) -> Iterator[int]:
 
 def quantised(facts: ModelFacts, kind: str, kernels: Callable[[set[str]], dict[str, int]]) -> ModelFacts | None:
     """*facts* of the model packed as *kind*; ``None`` if it has no Linear that could be."""
-    body = tuple(_packed(node, kind, facts.itemsize) for node in facts.body)
-    routed = tuple(_packed(node, kind, facts.itemsize) for node in facts.routed_body)
-    experts = tuple(map(_packed_experts, facts.experts)) if kind == PACKS_EXPERTS else facts.experts
-    head = _packed(facts.head, kind, facts.itemsize)
+    to = FORMATS[kind]
+    body = tuple(_packed(node, to, facts.itemsize) for node in facts.body)
+    routed = tuple(_packed(node, to, facts.itemsize) for node in facts.routed_body)
+    experts = tuple(_packed_experts(node, to) for node in facts.experts) if to.packs_experts else facts.experts
+    head = _packed(facts.head, to, facts.itemsize)
     if body == facts.body and head == facts.head and experts == facts.experts:
         return None
-    fused = kernels({KERNELS[kind]}) if kind in KERNELS and not facts.is_on_device else {}
+    fused = kernels({to.kernel}) if to.kernel and not facts.is_on_device else {}
     fused_rows = {**facts.fused_rows, **fused}
     return replace(facts, body=body, routed_body=routed, experts=experts, head=head, fused_rows=fused_rows)
 
 
-def _packed_experts(node: ExpertsNode) -> ExpertsNode:
-    stored = int(node.num_values * BITS[PACKS_EXPERTS] / 8)
+def _packed_experts(node: ExpertsNode, to: Format) -> ExpertsNode:
+    stored = int(node.num_values * to.bits / 8)
     return replace(
         node,
         expert_bytes=stored,
         slot_bytes=node.slot_bytes - node.expert_bytes + stored,
         scratch_bytes=node.num_values * (2 + 12),
-        codec=PACKS_EXPERTS,
-        kernel=KERNELS[PACKS_EXPERTS],
+        codec=to.name,
+        kernel=to.kernel,
     )
 
 
-def _packed(node: WeightNode, kind: str, itemsize: int) -> WeightNode:
+def _packed(node: WeightNode, to: Format, itemsize: int) -> WeightNode:
     if not node.num_rows or node.num_rows < ROW_STEP:
-        return replace(node, children=tuple(_packed(child, kind, itemsize) for child in node.children))
+        return replace(node, children=tuple(_packed(child, to, itemsize) for child in node.children))
     num_values = node.compute_bytes // itemsize
     columns = num_values // node.num_rows
-    stored = int(num_values * BITS[kind] / 8)
+    stored = int(num_values * to.bits / 8)
     tile = min(num_values, max(ROW_STEP * columns, 2**20))
     return replace(
         node,
@@ -134,6 +133,6 @@ def _packed(node: WeightNode, kind: str, itemsize: int) -> WeightNode:
         row_step=ROW_STEP,
         decode_bytes=tile * (itemsize + 12),
         value_bytes=node.compute_bytes,
-        codec=kind,
-        kernel=KERNELS.get(kind, ""),
+        codec=to.name,
+        kernel=to.kernel,
     )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from layerstream.api import arguments
-from layerstream.checkpoint.codecs.encode import KINDS
+from layerstream.core.formats import FORMATS
+from layerstream.core.sizes import parse_size
 from layerstream.errors import ConfigurationError
-from layerstream.store.config import KVStoreConfig
+from layerstream.hardware.accelerators import is_device_name
+from layerstream.store.config import KVStoreConfig, store_config
 
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
 ATTENTIONS = ("auto", "sdpa", "flash_attn")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 MAX_QUEUED = 65536
 """Answers that may wait, if nobody says: a prompt of 1,000 tokens that waits takes some 20 kB."""
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,13 @@ class EngineConfig:
     packed: Path | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+        if not isinstance(self.device, str) or not is_device_name(self.device):
             raise arguments.refusal("device", self.device, "'auto', 'cpu', 'cuda', 'cuda:1' and so on, or 'mps'")
         self._check_devices()
         arguments.one_of("attention", self.attention, ATTENTIONS)
         arguments.one_of("host_compute", self.host_compute, ("auto", "off"))
         arguments.one_of("speculation", self.speculation, ("auto", "off"))
-        arguments.one_of("quantization", self.quantization, (None, *KINDS))
+        arguments.one_of("quantization", self.quantization, (None, *FORMATS))
         arguments.one_of("chunk_tokens", self.chunk_tokens, (None, *CHUNK_CHOICES))
         arguments.text("dtype", self.dtype)
         for field in ("revision", "token", "draft_model"):
@@ -89,3 +92,54 @@ class EngineConfig:
             raise ConfigurationError(
                 "memory is a list, of a ceiling for each device: pass device_map='auto' with it, or one size"
             )
+
+
+def as_config(
+    model: str | Path,
+    *,
+    memory: int | str | Sequence[int | str] | None = None,
+    host_memory: int | str | None = None,
+    kv_store: str | Path | KVStoreConfig | None = "auto",
+    draft_model: str | Path | None = None,
+    max_queued: int | None = MAX_QUEUED,
+    **chosen: Any,
+) -> EngineConfig:
+    """The configuration out of what :class:`~layerstream.LayerStream` is given: sizes and folders as people write them.
+
+    Args:
+        chosen: fields of the configuration, as they are.
+
+    Raises:
+        ConfigurationError: a value that nothing can be done with.
+    """
+    is_list = isinstance(memory, list | tuple)
+    return EngineConfig(
+        model=_model_name(model),
+        memory_bytes=None if memory is None or is_list else parse_size(cast(Any, memory)),
+        memory_each=_sizes(memory) if is_list else (),
+        host_memory_bytes=None if host_memory is None else parse_size(host_memory),
+        kv_store=store_config(kv_store),
+        kv_store_is_default=isinstance(kv_store, str) and kv_store == "auto",
+        draft_model=None if draft_model is None else _model_name(draft_model, "draft_model"),
+        max_queued=max_queued,
+        **chosen,
+    )
+
+
+def _sizes(memory: Sequence[int | str]) -> tuple[int, ...]:
+    if not memory:
+        raise arguments.refusal("memory", memory, "a size such as '3GiB', or one for each device")
+    return tuple(map(parse_size, memory))
+
+
+def _model_name(model: object, name: str = "model") -> str:
+    """The model as a string.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, str) or not model.strip() or "\0" in model:
+        raise arguments.refusal(name, model, "a folder, a hub id, or 'demo' for the bundled reader")
+    return model

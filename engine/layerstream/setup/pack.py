@@ -53,7 +53,6 @@ PART_BYTES = 8 * 2**20  # of a matrix, quantised at a time
 COPY_BYTES = 16 * 2**20
 SPARE_BYTES = 64 * 2**20
 CHECKED_ROWS = 64
-MOST_ERROR = {"nf4": 0.2, "int4": 0.2, "int8": 0.03}  # root mean square, relative
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt", "*.py", "LICENSE*", "README*")
 OnShard = Callable[[int, int, int], None]
 """Told shards done, shards in all, and bytes written so far."""
@@ -125,7 +124,7 @@ def pack(
         for number, index in enumerate(missing):
             on_shard(len(shards) - len(missing) + number, len(shards), done)
             _write(target / names[index], shards[index], encoder)
-            _compare(target / names[index], shards[index], quantisation, MOST_ERROR[kind])
+            _compare(target / names[index], shards[index], quantisation, encoder.format.most_error)
             _check_unchanged(source, identity, target / names[index])
             done += sizes[index]
         on_shard(len(shards), len(shards), done)
@@ -176,7 +175,8 @@ def _shards(skeleton: Skeleton, encoder: Encoder, keep_head: bool) -> list[list[
             entry = piece.entry
             can = len(entry.shape) == 2 and encoder.can(*entry.shape)
             is_linear = key in linears and found.is_single and entry.shape == found.shape
-            is_expert = encoder.packs_experts and len(found.shape) == 3 and piece.num_bytes == entry.extent.num_bytes
+            is_whole = piece.num_bytes == entry.extent.num_bytes
+            is_expert = encoder.format.packs_experts and len(found.shape) == 3 and is_whole
             if entry.name not in seen:
                 is_packed = can and (is_linear or is_expert)
                 groups.setdefault(node, []).append(_Item(entry.name, entry, found.dtype, is_packed))

@@ -16,7 +16,7 @@ import torch
 from layerstream.checkpoint.hub import locate
 from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
-from layerstream.hardware.accelerators import all_devices, free_bytes, is_there, resolve_device
+from layerstream.hardware.accelerators import accelerator_of, all_devices, free_bytes, is_there, resolve_device
 from layerstream.hardware.machine import available_memory_bytes
 from layerstream.model.attention import has_bf16_products
 from layerstream.model.expert_usage import ExpertUsage
@@ -92,13 +92,13 @@ def available_bytes(device: torch.device) -> int:
     Raises:
         ConfigurationError: there is no such device.
     """
-    return available_memory_bytes() if device.type == "cpu" else free_bytes(device)
+    return available_memory_bytes() if accelerator_of(device) is None else free_bytes(device)
 
 
 def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
     """What the plan for *config* depends on, the skeleton and the folder it comes from."""
     folder = config.packed or locate_model(config)
-    is_on_device = config.device_map is not None or resolve_device(config.device).type != "cpu"
+    is_on_device = config.device_map is not None or accelerator_of(resolve_device(config.device)) is not None
     skeleton = build_skeleton(
         folder,
         dtype=config.dtype,

@@ -23,7 +23,7 @@ import transformers
 from layerstream.api.params import SamplingParams
 from layerstream.core.sequence import Sequence
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
-from layerstream.model.families import TESTED, check_supported
+from layerstream.model.families import check_supported, family_of
 from layerstream.model.skeleton import load_config
 from layerstream.scheduling.composing import Drafting
 from layerstream.scheduling.verify import verify
@@ -63,7 +63,7 @@ def check_untested(config: EngineConfig) -> None:
     if folder.suffix == ".gguf":
         return  # all architectures that are read from GGUF are tested
     full = load_config(folder, trust_remote_code=config.trust_remote_code).get_text_config(decoder=True)
-    if full.model_type in TESTED:
+    if family_of(full).is_tested:
         return
     check_supported(full, allow_untested=True)
     with tempfile.TemporaryDirectory(prefix="layerstream-self-check-") as name:

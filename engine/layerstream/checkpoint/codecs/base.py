@@ -15,6 +15,12 @@ from math import prod
 import torch
 
 Planes = Mapping[str, torch.Tensor]
+FLOATS = frozenset({"F32", "F16", "BF16"})
+
+
+def stored_as(**planes: str) -> Mapping[str, frozenset[str]]:
+    """What each of *planes* may be stored as, in safetensors' words."""
+    return {plane: frozenset(words.split()) for plane, words in planes.items()}
 
 
 class Codec(ABC):
@@ -27,6 +33,7 @@ class Codec(ABC):
         kernel: which kernel multiplies by it without decoding; ``""``: none does.
         columns_first: whether it is decoded fastest into the transpose of a contiguous matrix.
         transposes: whether its matrices are the transposes of the model's.
+        dtypes: for each plane what it may be stored as; those that are not in it: floats.
     """
 
     name: str
@@ -35,6 +42,7 @@ class Codec(ABC):
     kernel: str = ""
     columns_first: bool = False
     transposes: bool = False
+    dtypes: Mapping[str, frozenset[str]] = stored_as()
 
     @abstractmethod
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:

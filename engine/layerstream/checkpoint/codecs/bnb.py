@@ -15,7 +15,8 @@ from functools import partial
 import torch
 
 from layerstream.checkpoint.codecs import bnb_kernel
-from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table
+from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table, stored_as
+from layerstream.hardware.accelerators import can_run
 
 CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
 ALIGNMENT = 16  # bytes; torch's int8 kernel (2.13) ends the process where weights lie otherwise
@@ -32,6 +33,7 @@ class Bnb4(Codec):
     nested: tuple[int, float] | None = None
 
     whole = frozenset({"quant_map", "nested_absmax", "nested_quant_map"})
+    dtypes = stored_as(weight="U8", absmax="F32 F16 BF16 U8")
 
     @property
     def row_step(self) -> int:  # type: ignore[override]
@@ -60,7 +62,7 @@ class Bnb4(Codec):
             values = torch.nn.functional.pad(values, (0, len(scales) * self.blocksize - len(values)))
             values = values.view(-1, self.blocksize).mul_(scales[:, None]).view(-1)
             out.copy_(values[: out.numel()].view(out.shape))
-        elif out.device.type == "cuda":
+        elif can_run("bitsandbytes", out.device):
             look_up = partial(self._look_up, codes, scales, planes["quant_map"], out)
             bnb_kernel.decode(self.name, self.blocksize, codes, scales, out, look_up)
         else:
@@ -94,6 +96,7 @@ class BnbInt8(Codec):
     name: str = "int8"
 
     kernel = "int8"
+    dtypes = stored_as(weight="I8")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Values, and the largest of each row."""
@@ -114,7 +117,7 @@ class BnbInt8(Codec):
 def _pairs(table: torch.Tensor) -> torch.Tensor:
     """As :func:`pair_table`; on a device it is made there, because asking for the table's values would wait for all
     that is queued."""
-    if table.device.type == "cpu":
+    if table.is_cpu:
         return pair_table(tuple(table.tolist()), 4)
     codes = torch.arange(256, device=table.device)
     both = torch.stack([table[codes >> 4], table[codes & 15]], dim=1)

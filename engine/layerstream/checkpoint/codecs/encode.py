@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from layerstream.checkpoint.codecs.base import Codec
+from layerstream.checkpoint.codecs.bnb import Bnb4, BnbInt8
 from layerstream.checkpoint.codecs.bnb_kernel import import_bitsandbytes
 from layerstream.checkpoint.codecs.tiled import TILE, TILED_METHOD, TiledInt4, tile_codes, tile_scales
+from layerstream.core.formats import FORMATS, Format
 from layerstream.errors import ConfigurationError, MissingExtra
 
 BLOCK = 64
@@ -28,11 +31,10 @@ Planes = Iterator[tuple[str, Iterable[torch.Tensor]]]
 
 
 class Encoder(ABC):
-    """Quantises matrices one way. *row_step*: parts of a matrix have a multiple of so many rows, but for the last;
-    *packs_experts*: experts' matrices too, where they are stored one by one."""
+    """Quantises matrices one way. *row_step*: parts of a matrix have a multiple of so many rows, but for the last."""
 
+    format: Format
     row_step: int = 1
-    packs_experts: bool = False
 
     @abstractmethod
     def can(self, rows: int, columns: int) -> bool:
@@ -51,6 +53,11 @@ class Encoder(ABC):
     def config(self, skipped: list[str]) -> dict[str, Any]:
         """The ``quantization_config``; modules of the names *skipped* are as they were."""
 
+    @staticmethod
+    @abstractmethod
+    def sample(size: int) -> tuple[Codec, dict[str, torch.Tensor]]:
+        """A random matrix ``(size, size)`` as it would be stored, to measure with; nothing need be installed for it."""
+
 
 def make_encoder(kind: str) -> Encoder:
     """The encoder for ``"nf4"``, ``"int8"`` or ``"int4"``.
@@ -58,9 +65,9 @@ def make_encoder(kind: str) -> Encoder:
     Raises:
         ConfigurationError: another kind. MissingExtra: bitsandbytes is wanted and not installed.
     """
-    if kind not in _ENCODERS:
-        raise ConfigurationError(f"quantization is {kind!r}; expected one of {', '.join(map(repr, _ENCODERS))}")
-    return _ENCODERS[kind]()
+    if kind not in ENCODERS:
+        raise ConfigurationError(f"quantization is {kind!r}; expected one of {', '.join(map(repr, ENCODERS))}")
+    return ENCODERS[kind]()
 
 
 def _bitsandbytes() -> Any:
@@ -73,6 +80,7 @@ def _bitsandbytes() -> Any:
 class Nf4(Encoder):
     """bitsandbytes' nf4 with double quantisation: 4.13 bits a weight."""
 
+    format = FORMATS["nf4"]
     row_step = BLOCK  # whatever the number of columns is, these are whole blocks
 
     def __init__(self) -> None:
@@ -148,9 +156,18 @@ class Nf4(Encoder):
             "llm_int8_skip_modules": skipped,
         }
 
+    @staticmethod
+    def sample(size: int) -> tuple[Codec, dict[str, torch.Tensor]]:
+        """Without double quantisation."""
+        codes = torch.randint(0, 256, (size * size // 2, 1), dtype=torch.uint8)
+        planes = {"weight": codes, "absmax": torch.ones(size * size // BLOCK), "quant_map": torch.linspace(-1, 1, 16)}
+        return Bnb4("nf4", size), planes
+
 
 class Int8(Encoder):
     """bitsandbytes' int8 by rows: 8 bits a weight."""
+
+    format = FORMATS["int8"]
 
     def __init__(self) -> None:
         self._functional = _bitsandbytes().functional
@@ -195,13 +212,20 @@ class Int8(Encoder):
             "llm_int8_skip_modules": skipped,
         }
 
+    @staticmethod
+    def sample(size: int) -> tuple[Codec, dict[str, torch.Tensor]]:
+        """All values."""
+        random = torch.Generator().manual_seed(2)
+        values = torch.randint(-127, 128, (size, size), dtype=torch.int8, generator=random)
+        return BnbInt8(), {"weight": values, "SCB": torch.rand(size, generator=random)}
+
 
 class Int4(Encoder):
     """4-bit integers in the tiles that torch's product kernel reads, in groups of 128, or of 64 where that does not
     divide the columns: 4.25 bits a weight, or 4.5."""
 
+    format = FORMATS["int4"]
     row_step = TILE
-    packs_experts = True
 
     def can(self, rows: int, columns: int) -> bool:
         """Whole groups, and whole tiles."""
@@ -232,6 +256,14 @@ class Int4(Encoder):
     def config(self, skipped: list[str]) -> dict[str, Any]:
         """Of a method that is this project's."""
         return {"quant_method": TILED_METHOD, "bits": 4, "modules_to_not_convert": skipped}
+
+    @staticmethod
+    def sample(size: int) -> tuple[Codec, dict[str, torch.Tensor]]:
+        """All codes, in the larger groups."""
+        random = torch.Generator().manual_seed(1)
+        codes = torch.randint(0, 16, (size, size), dtype=torch.uint8, generator=random)
+        scale = torch.rand((size, size // max(GROUPS)), generator=random)
+        return TiledInt4(max(GROUPS)), {"weight": tile_codes(codes), "scale": tile_scales(scale, scale - 0.5)}
 
 
 def _tiled(shape: tuple[int, ...]) -> TiledInt4:
@@ -265,5 +297,4 @@ def quantise_groups(matrix: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
     return best[0].flatten(1), best[1].squeeze(-1), best[2].squeeze(-1)
 
 
-_ENCODERS: dict[str, type[Encoder]] = {"nf4": Nf4, "int8": Int8, "int4": Int4}
-KINDS = tuple(_ENCODERS)
+ENCODERS: dict[str, type[Encoder]] = {made.format.name: made for made in (Nf4, Int8, Int4)}

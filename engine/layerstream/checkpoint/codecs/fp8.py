@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Fp8(Codec):
     name: str = "fp8"
 
     whole = frozenset({"scale"})
+    dtypes = stored_as(weight="F8_E4M3", scale="F32 F16 BF16 F8_E8M0 U8")
 
     def stacked(self, count: int) -> Codec | None:
         """Grids of scales one below the other."""

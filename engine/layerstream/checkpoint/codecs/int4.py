@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
 
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of the values 0, 1, 2, … of an int32
 
@@ -36,6 +36,7 @@ class CompressedInt4(Codec):
     group: int
     is_symmetric: bool
     name: str = "int4"
+    dtypes = stored_as(weight="I32", zero="I32")
 
     @property
     def row_step(self) -> int:  # type: ignore[override]
@@ -77,6 +78,7 @@ class Gptq(Codec):
     in_order: bool = False
     name: str = "gptq"
     row_step = 0
+    dtypes = stored_as(weight="I32", zero="I32", g_idx="I32 I64")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Codes, scales, zero points, and the group of each column."""
@@ -113,6 +115,7 @@ class Awq(Codec):
     group: int
     name: str = "awq"
     row_step = 0
+    dtypes = stored_as(weight="I32", zero="I32")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Codes, scales and zero points."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table
+from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table, stored_as
 
 BLOCK = 32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -25,6 +25,7 @@ class Mxfp4(Codec):
     name: str = "mxfp4"
 
     transposes = True
+    dtypes = stored_as(weight="U8", scale="U8 F8_E8M0")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Codes, and exponents."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
 
 TILED_METHOD = "layerstream-int4"  # the quant_method of such a checkpoint
 TILE = 64
@@ -35,6 +35,7 @@ class TiledInt4(Codec):
     kernel = "int4"
     columns_first = True
     row_step = TILE
+    dtypes = stored_as(weight="U8")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Codes, and scales with offsets."""

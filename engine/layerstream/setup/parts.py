@@ -1,0 +1,227 @@
+"""The parts of an engine, each made by one function from what it needs of the others."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from layerstream.api.events import Listener, LoadProgress
+from layerstream.hardware.footprint import Footprint
+from layerstream.hardware.reader import ASSUMED_READ_RATE, DirectReader
+from layerstream.kv.on_device import DeviceKV
+from layerstream.kv.pages import PagePool
+from layerstream.kv.state import LayerState, PageMemory, Transit
+from layerstream.kv.swap import PageSwap
+from layerstream.model.embedding import EmbeddingRows
+from layerstream.model.expert_usage import ExpertUsage
+from layerstream.model.families import family_of
+from layerstream.model.model_weights import ModelWeights
+from layerstream.model.runner import SweepRunner
+from layerstream.planner import Plan
+from layerstream.runtime.step import SweepStep
+from layerstream.runtime.steward import Steward
+from layerstream.scheduling.drafting.answers import AnswerDrafter
+from layerstream.scheduling.drafting.base import Drafter
+from layerstream.scheduling.drafting.suffix import SuffixDrafter
+from layerstream.scheduling.packing import SweepLimits
+from layerstream.scheduling.scheduler import Scheduler
+from layerstream.setup.closing import Closing
+from layerstream.setup.groundwork import Groundwork, look_at_source
+from layerstream.setup.known_rates import correct
+from layerstream.setup.open_store import HOPED_READ_RATE, open_store, weight_paths
+from layerstream.store.store import PrefixStore
+from layerstream.streaming.experts.device_bank import AnyBank
+
+
+@dataclass(frozen=True, slots=True)
+class KVParts:
+    """The KV of an engine: pages in memory, where they go when it is short, and where they outlive the process."""
+
+    memory: PageMemory
+    states: list[LayerState]
+    swap: PageSwap
+    store: PrefixStore | None
+
+
+def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
+    """Its memory is touched in the background where it surely is used.
+
+    Raises:
+        KVStoreUnusable: as :func:`open_store` says.
+    """
+    plan = ground.plan
+    kv_bytes = plan.kv_bytes if plan.host is None else plan.host.kv_bytes
+    memory = closing.keep(PageMemory(kv_bytes, ground.devices[0] if ground.devices else None))
+    transit = Transit(plan.num_transit, plan.page_tokens)
+    states = [
+        LayerState(plan.num_pages, plan.page_tokens, memory, layer, transit)
+        for layer in range(ground.skeleton.config.num_hidden_layers)
+    ]
+    store = _make_store(ground, states)
+    if store is not None:
+        closing.keep(store)
+    if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
+        closing.keep(_Populating(memory))
+    return KVParts(memory, states, closing.keep(PageSwap(states)), store)
+
+
+def load_weights(ground: Groundwork, listener: Listener | None) -> ModelWeights:
+    """What stays is there then; what streams comes from the first sweep on."""
+    plan = ground.plan
+    on_load = _LoadCounter(_loaded_bytes(plan), listener).add
+    return ModelWeights(ground.skeleton, plan, ground.reader, on_load, ground.placement)
+
+
+def load_embedding(ground: Groundwork, weights: ModelWeights) -> EmbeddingRows:
+    """Rows of the embedding: of a matrix that is there, or from disk."""
+    skeleton, plan, reader = ground.skeleton, ground.plan, ground.reader
+    resident: torch.Tensor | None = None
+    if skeleton.is_tied:
+        resident = weights.resident_matrix(skeleton.head_key)
+    elif plan.embedding_resident:
+        resident = weights.load_matrix(skeleton.embedding_key, reader)
+    source = skeleton.sources[skeleton.embedding_key]
+    return EmbeddingRows(source, skeleton.dtype, reader, max_rows=plan.max_sweep_rows, resident=resident)
+
+
+def begin_reading(ground: Groundwork, weights: ModelWeights) -> None:
+    """Loading is over: how fast it was is looked at, and what the first sweep needs is on its way."""
+    look_at_source(weight_paths(ground.skeleton), ground.plan, ground.reader.rate())
+    ground.reader.restart_rate()
+    if weights.streamer is not None:
+        weights.streamer.read_ahead()
+
+
+def make_scheduler(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Scheduler:
+    """Within the plan's limits."""
+    plan, reader = ground.plan, ground.reader
+    limits = SweepLimits(
+        max_tokens=plan.max_sweep_tokens,
+        chunk_tokens=plan.page_tokens,
+        decode_rows=plan.decode_rows,
+        prompt_rows=plan.prompt_rows,
+        one_sequence_per_block=family_of(ground.skeleton.config).one_sequence_per_block,
+        max_draft_rows=plan.max_draft_rows,
+        max_sequences=plan.max_sequences,
+    )
+    num_transit = plan.num_transit if kv.store is not None else 0
+    pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
+    load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
+    return Scheduler(limits, pool, kv.store, lambda: ground.moving_seconds(rows=0), can_swap=True, experts=load)
+
+
+def make_step(
+    ground: Groundwork, kv: KVParts, weights: ModelWeights, scheduler: Scheduler, seen: Footprint
+) -> SweepStep:
+    """What computes the sweeps of *scheduler*, with the embedding loaded."""
+    plan, skeleton = ground.plan, ground.skeleton
+    statistics = ExpertUsage(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
+    learn = None if ground.devices else partial(correct, plan, str(skeleton.dtype).removeprefix("torch."))
+    runner = _make_runner(ground, kv, weights)
+    steward = Steward(scheduler, kv.swap, kv.store)
+    return SweepStep(steward, runner, weights, ground.devices, statistics, seen, learn)
+
+
+def make_drafters(ground: Groundwork, store: PrefixStore | None, draft: Drafter | None) -> list[Drafter]:
+    """Those that guess from text alone, and *draft*, a model's."""
+    config = ground.config
+    if config.speculation == "off":
+        return []
+    drafters: list[Drafter] = [SuffixDrafter()]
+    if store is not None and config.kv_store is not None and config.kv_store.answers:
+        drafters.append(AnswerDrafter(store))
+    return drafters if draft is None else [*drafters, draft]
+
+
+def _make_store(ground: Groundwork, states: list[LayerState]) -> PrefixStore | None:
+    config = ground.config
+    if config.kv_store is None:
+        return None
+    return open_store(
+        config.kv_store,
+        is_default=config.kv_store_is_default,
+        model=config.model,
+        folder=ground.folder,
+        skeleton=ground.skeleton,
+        plan=ground.plan,
+        states=states,
+        reader=ground.reader,
+        computes=ground.computes,
+        sweep_seconds=lambda: ground.moving_seconds(HOPED_READ_RATE),
+    )
+
+
+def _make_runner(ground: Groundwork, kv: KVParts, weights: ModelWeights) -> SweepRunner:
+    plan, placement = ground.plan, ground.placement
+    device_kv = None
+    if placement is not None:
+        rides = [part.facts.kv_rides for part in plan.by_device]
+        device_kv = DeviceKV(placement, kv.states, plan.num_pages, plan.page_tokens, rides)
+    return SweepRunner(
+        ground.skeleton,
+        weights,
+        load_embedding(ground, weights),
+        kv.states,
+        plan.head_rows,
+        None if kv.store is None else kv.store.loader,
+        placement,
+        device_kv,
+        ground.prefers_flash,
+    )
+
+
+def _loaded_bytes(plan: Plan) -> int:
+    """What is read before the first sweep."""
+    loaded = plan.resident_bytes + plan.weights.expert_bytes
+    return loaded if plan.host is None else loaded + plan.host.resident_bytes + plan.host.expert_bytes
+
+
+class _Populating:
+    """Touches the memory of pages ahead, on a thread of its own, until it is closed."""
+
+    def __init__(self, memory: PageMemory) -> None:
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(
+            target=memory.populate, args=(self._is_closed.is_set,), name="layerstream-populate", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """It ends within a few megabytes."""
+        self._is_closed.set()
+        self._thread.join()
+
+
+class _ExpertLoad:
+    """What the bank expects of rows, at the rates of disk and link."""
+
+    def __init__(self, bank: AnyBank, expert_bytes: float, reader: DirectReader) -> None:
+        self._bank = bank
+        self._expert_bytes = expert_bytes
+        self._reader = reader
+
+    def wanted(self, num_rows: int) -> float:
+        return self._bank.expected(num_rows)[0]
+
+    def read_seconds(self, num_rows: int) -> float:
+        rate = self._reader.rate() or ASSUMED_READ_RATE
+        _, crossing, reading = self._bank.expected(num_rows)
+        return max(reading * self._expert_bytes / rate, crossing * self._bank.crossing_seconds)
+
+
+class _LoadCounter:
+    """Turns finished reads into events."""
+
+    def __init__(self, total_bytes: int, listener: Listener | None) -> None:
+        self.done_bytes = 0
+        self._total_bytes = total_bytes
+        self._listener = listener
+
+    def add(self, num_bytes: int) -> None:
+        """*num_bytes* more are there (several reader threads; a lost update would only shake the bar)."""
+        self.done_bytes += num_bytes
+        if self._listener is not None:
+            self._listener(LoadProgress(min(self.done_bytes, self._total_bytes), self._total_bytes))
