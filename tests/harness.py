@@ -12,10 +12,8 @@ import torch
 from layerstream import LayerStream, SamplingParams
 from layerstream.errors import BudgetTooSmall, ReadError
 from layerstream.model.skeleton import build_skeleton
-from layerstream.planner import ModelFacts
+from layerstream.planner import ModelFacts, on_host, units
 from layerstream.planner import facts as assumed
-from layerstream.planner import on_host as spending
-from layerstream.planner import units as residency
 from layerstream.setup import plan_model as sizing
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
@@ -32,13 +30,13 @@ STREAMING = {"layers", "cut", "device-host", "device-disk", "device-cut"}
 
 def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut and stream models of a few hundred kilobytes as if they were large."""
-    monkeypatch.setattr(residency, "PIN_BELOW", 0)
-    monkeypatch.setattr(residency, "UNIT_OVERHEAD", 4 * residency.PAGE)
-    monkeypatch.setattr(spending, "FINEST_UNIT_BYTES", 12 * 1024)
+    monkeypatch.setattr(units, "PIN_BELOW", 0)
+    monkeypatch.setattr(units, "UNIT_OVERHEAD", 4 * units.PAGE)
+    monkeypatch.setattr(on_host, "FINEST_UNIT_BYTES", 12 * 1024)
     monkeypatch.setattr(assumed, "CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "STREAMING_CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "PROMPT_ROWS", 64)
-    monkeypatch.setattr(spending, "MIN_KV_TOKENS", 512)
+    monkeypatch.setattr(on_host, "MIN_KV_TOKENS", 512)
     monkeypatch.setattr(assumed, "MAX_SWEEP_TOKENS", 96)
 
 
@@ -48,7 +46,7 @@ def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
     facts = model_facts(build_skeleton(folder, dtype=dtype), 1024)
     least = _least_bytes(facts)
     if mode == "resident":
-        return spending.comfortable_bytes(facts)
+        return on_host.comfortable_bytes(facts)
     if mode == "cut":
         return least + 2048
     resident = _resident_bytes(facts)
@@ -60,14 +58,14 @@ def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
 def _least_bytes(facts: ModelFacts) -> int:
     """What streaming takes at the least."""
     with pytest.raises(BudgetTooSmall) as error:
-        spending._streaming_plan(facts, 1)
+        on_host._streaming_plan(facts, 1)
     return error.value.required_bytes
 
 
 def _resident_bytes(facts: ModelFacts) -> int:
     """From there on all weights may stay, the embedding's rows coming from disk."""
-    fixed = spending._activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
-    return fixed + facts.compute_bytes - facts.embedding_bytes + spending.MIN_KV_TOKENS * facts.kv_cost_bytes
+    fixed = on_host._activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
+    return fixed + facts.compute_bytes - facts.embedding_bytes + on_host.MIN_KV_TOKENS * facts.kv_cost_bytes
 
 
 def add_tokenizer(folder: Path, tokenizer_folder: Path) -> None:
@@ -123,7 +121,7 @@ def device_config(folder: Path, mode: str, dtype: str = "float32", **options: An
     facts = model_facts(build_skeleton(folder, dtype=dtype), 1024, is_on_device=True)
     config = EngineConfig(str(folder), device="cuda", dtype=dtype, **options)
     if mode == "resident":
-        return replace(config, memory_bytes=spending.comfortable_bytes(facts), host_memory_bytes=2**30)
+        return replace(config, memory_bytes=on_host.comfortable_bytes(facts), host_memory_bytes=2**30)
     least = _least_bytes(facts)
     memory = least + 2048 if mode == "cut" else min(least + facts.compute_bytes // 3, _resident_bytes(facts) - 1)
     config = replace(config, memory_bytes=memory, host_memory_bytes=2**30)
@@ -143,7 +141,7 @@ def devices_config(
     facts = model_facts(build_skeleton(folder, dtype=dtype), 1024, is_on_device=True)
     config = EngineConfig(str(folder), device_map=device_map, dtype=dtype, host_memory_bytes=2**30, **options)
     if mode == "resident":
-        return replace(config, memory_each=(spending.comfortable_bytes(facts),) * count)
+        return replace(config, memory_each=(on_host.comfortable_bytes(facts),) * count)
     least, more = _least_each(config, count), 2048 if mode == "cut" else facts.compute_bytes // (4 * count)
     while not sizing.plan_model(config := replace(config, memory_each=(least + more,) * count))[0].streams and more:
         more //= 2

@@ -14,8 +14,7 @@ from layerstream.errors import BudgetTooSmall
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.footprint import Footprint
 from layerstream.model.runner import _LogitRoom
-from layerstream.planner import make_plan, on_device
-from layerstream.planner import on_host as spending
+from layerstream.planner import make_plan, on_device, on_host
 from layerstream.planner.on_device import make_device_plan
 from torch import bfloat16, float32
 
@@ -35,8 +34,8 @@ def test_the_logits_of_all_that_run_have_room(budget: int, vocab: int) -> None:
         return
     row = vocab * plan.facts.itemsize
     assert plan.logit_bytes == (plan.max_sequences + plan.max_draft_rows) * row
-    assert spending.LEAST_SEQUENCES <= plan.max_sequences <= spending.MAX_SEQUENCES
-    row_block, sampling = plan.head_rows * row, spending.SAMPLING_BYTES * vocab
+    assert on_host.LEAST_SEQUENCES <= plan.max_sequences <= on_host.MAX_SEQUENCES
+    row_block, sampling = plan.head_rows * row, on_host.SAMPLING_BYTES * vocab
     assert plan.logit_bytes + row_block + sampling < plan.activation_bytes
     assert plan.planned_bytes <= plan.budget_bytes
 
@@ -61,8 +60,8 @@ def test_logits_that_come_to_the_host_have_room_there() -> None:
 def crowded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """How to open an engine that has room for the logits of a few."""
     shrink_units(monkeypatch)
-    monkeypatch.setattr(spending, "LEAST_SEQUENCES", MOST_AT_ONCE)
-    monkeypatch.setattr(spending, "MAX_SEQUENCES", MOST_AT_ONCE)
+    monkeypatch.setattr(on_host, "LEAST_SEQUENCES", MOST_AT_ONCE)
+    monkeypatch.setattr(on_host, "MAX_SEQUENCES", MOST_AT_ONCE)
     return {"model": folder, "memory": budget_for(folder, "streaming"), "dtype": "float32", "kv_store": None}
 
 

@@ -107,7 +107,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         planned_memory_bytes=planned,
         budget_bytes=plan.budget_bytes,
         resident_bytes=plan.resident_bytes,
-        model_bytes=parts.ground.skeleton.model_bytes,
+        model_bytes=parts.skeleton.model_bytes,
         bytes_per_sweep=plan.streamed_bytes,
         bits_per_weight=plan.bits_per_weight,
         read_modes={str(mode): count for mode, count in parts.reader.stats.modes.items()},

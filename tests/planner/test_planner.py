@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream import LayerStream
 from layerstream.errors import BudgetTooSmall
-from layerstream.planner import ModelFacts, Plan, make_plan
+from layerstream.planner import ModelFacts, Plan, make_plan, on_host
 from layerstream.planner import facts as assumed
-from layerstream.planner import on_host as spending
 from layerstream.planner.plan import RESIDENT_ROWS
 from layerstream.planner.units import PlannedUnit, WeightNode
 
@@ -117,12 +116,12 @@ def test_fused_experts_that_cannot_be_cut_are_named_with_the_budget_they_need() 
 
 def test_kv_has_room_for_a_retrieved_context_where_the_budget_allows() -> None:
     plan = make_plan(facts(), 600 * MIB)
-    assert plan.num_pages * plan.page_tokens >= spending.WANTED_KV_TOKENS
+    assert plan.num_pages * plan.page_tokens >= on_host.WANTED_KV_TOKENS
 
 
 def test_a_short_context_takes_no_more_kv_than_its_sequences() -> None:
     plan = make_plan(facts(context=100), 4096 * MIB)
-    assert plan.num_pages <= spending.MAX_KV_SEQUENCES
+    assert plan.num_pages <= on_host.MAX_KV_SEQUENCES
 
 
 def test_weights_stored_in_another_dtype_have_room_for_their_conversion() -> None:

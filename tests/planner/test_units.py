@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layerstream.planner import units as residency
+from layerstream.planner import units
 from layerstream.planner.units import PlannedUnit, WeightNode, choose_residents, cut_units, slice_rows
 
 MIB = 2**20
@@ -83,8 +83,8 @@ def test_residents_fit_and_leave_no_room_for_another(sizes: list[int], available
 
 def test_units_are_counted_with_their_page_ends() -> None:
     unit = PlannedUnit("x", 10_000, 10_000)
-    assert unit.ring_bytes % residency.PAGE == 0
-    assert unit.ring_bytes >= 10_000 + residency.UNIT_OVERHEAD
+    assert unit.ring_bytes % units.PAGE == 0
+    assert unit.ring_bytes >= 10_000 + units.UNIT_OVERHEAD
 
 
 def test_a_matrix_that_is_never_split_is_one_unit() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from layerstream.planner import facts as assumed
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 from layerstream.setup.plan_model import plan_model
 
 from tests.harness import NEW_TOKENS, STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
@@ -58,7 +58,7 @@ def test_the_ceiling_holds(
     """Every tensor that the device holds is counted, those of an instant as well."""
     monkeypatch.setattr(assumed, "DEVICE_SWEEP_TOKENS", 2048)
     monkeypatch.setattr(assumed, "DEVICE_PROMPT_ROWS", 256)
-    monkeypatch.setattr(spending, "MIN_KV_TOKENS", 1088)
+    monkeypatch.setattr(on_host, "MIN_KV_TOKENS", 1088)
     make_model("llama", tmp_path, sizes={"intermediate_size": 96 * wide})
     add_tokenizer(tmp_path, tokenizer_folder)
     config = config_for(tmp_path, mode)
@@ -80,7 +80,7 @@ def test_the_ceiling_holds_for_long_contexts_and_for_many(
     pretended_cuda: PretendCuda,
 ) -> None:
     """From 512 tokens to 32,000, alone and 32 at once, in the smallest budget that holds one of them."""
-    monkeypatch.setattr(spending, "MIN_KV_TOKENS", length + 128)
+    monkeypatch.setattr(on_host, "MIN_KV_TOKENS", length + 128)
     make_model("llama", tmp_path, sizes={"max_position_embeddings": 33_000})
     add_tokenizer(tmp_path, tokenizer_folder)
     config = config_for(tmp_path, mode)

@@ -10,7 +10,7 @@ import torch
 from layerstream import LayerStream
 from layerstream.errors import BudgetTooSmall, ConfigurationError
 from layerstream.model.expert_usage import VARIABLE
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import plan_model
@@ -30,7 +30,7 @@ LENGTHS = (150, 5, 67, 21)
 @pytest.fixture(autouse=True)
 def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much memory there is."""
-    monkeypatch.setattr(spending, "_resident_plan", lambda *_, **__: None)
+    monkeypatch.setattr(on_host, "_resident_plan", lambda *_, **__: None)
 
 
 def config_with_slots(folder: Path, num_slots: int, num_host_slots: int, **options) -> EngineConfig:

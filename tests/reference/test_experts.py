@@ -16,7 +16,7 @@ from layerstream.hardware.reader import DirectReader
 from layerstream.model import experts as computing
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.expert_usage import VARIABLE
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import plan_model
@@ -46,7 +46,7 @@ LENGTHS = (150, 5, 67, 21)
 @pytest.fixture(autouse=True)
 def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """However much memory there is: small models would be resident before there is room for many experts."""
-    monkeypatch.setattr(spending, "_resident_plan", lambda *_, **__: None)
+    monkeypatch.setattr(on_host, "_resident_plan", lambda *_, **__: None)
 
 
 def config_with_slots(folder: Path, num_slots: int, **options) -> EngineConfig:

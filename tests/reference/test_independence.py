@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 from layerstream.setup.assembly import assemble
 from layerstream.setup.self_check import step_greedily
 
@@ -68,8 +68,8 @@ def test_suspended_and_resumed(
 ) -> None:
     """Where memory for KV runs out, the last one admitted waits on disk; its bits are those of one that never did."""
     for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
-        monkeypatch.setattr(spending, name, 256)
-    monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)
+        monkeypatch.setattr(on_host, name, 256)
+    monkeypatch.setattr(on_host, "MORE_KV_SHARE", 0.0)
     make_model("llama", tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
     config = replace(config_for(tmp_path, "layers", dtype), max_context=250)

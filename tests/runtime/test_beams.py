@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from layerstream import ConfigurationError, InvalidSamplingParams, LayerStream, SamplingParams
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import VOCAB_SIZE, make_model
@@ -152,8 +152,8 @@ def test_beams_take_the_memory_of_others_and_searches_wait_for_each_other(
 ) -> None:
     shrink_units(monkeypatch)
     for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
-        monkeypatch.setattr(spending, name, 384)
-    monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)
+        monkeypatch.setattr(on_host, name, 384)
+    monkeypatch.setattr(on_host, "MORE_KV_SHARE", 0.0)
     greedy = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
     beams = SamplingParams(max_tokens=30, beam_width=3, n=3, ignore_eos=True)
     with LayerStream(

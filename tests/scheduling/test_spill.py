@@ -17,7 +17,7 @@ from layerstream.core.sweep import Sweep
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Published, Stored, page_keys
 from layerstream.planner import facts as assumed
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 from layerstream.runtime.steward import Steward
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
@@ -227,12 +227,12 @@ def test_what_fits_stays_in_memory() -> None:
 def model(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shrink_units(monkeypatch)
     monkeypatch.setattr(assumed, "PROMPT_ROWS", 32)
-    monkeypatch.setattr(spending, "DRAFT_SHARE", 0.0)
-    monkeypatch.setattr(spending, "SEQUENCES_SHARE", 0.0)
-    monkeypatch.setattr(spending, "MIN_KV_TOKENS", 256)
-    monkeypatch.setattr(spending, "WANTED_KV_TOKENS", 256)
-    monkeypatch.setattr(spending, "MORE_KV_SHARE", 0.0)
-    monkeypatch.setattr(spending, "TRANSIT_SHARE", 0.9)
+    monkeypatch.setattr(on_host, "DRAFT_SHARE", 0.0)
+    monkeypatch.setattr(on_host, "SEQUENCES_SHARE", 0.0)
+    monkeypatch.setattr(on_host, "MIN_KV_TOKENS", 256)
+    monkeypatch.setattr(on_host, "WANTED_KV_TOKENS", 256)
+    monkeypatch.setattr(on_host, "MORE_KV_SHARE", 0.0)
+    monkeypatch.setattr(on_host, "TRANSIT_SHARE", 0.9)
     folder = tmp_path / "model"
     make_model("llama", folder)
     add_tokenizer(folder, tokenizer_folder)

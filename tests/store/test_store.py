@@ -15,7 +15,7 @@ import pytest
 import torch
 from layerstream import KVStoreConfig, KVStoreUnusable, LayerStream, SamplingParams
 from layerstream.core.sizes import PAGE
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.self_check import step_greedily
@@ -199,8 +199,8 @@ def test_whatever_kv_depends_on_separates_it(
     elif change == "salt":
         second = replace(first, kv_store=replace(store, salt="another tenant"))
     elif change == "cuts":
-        monkeypatch.setattr(spending, "FINEST_UNIT_BYTES", 4096)
-        monkeypatch.setattr(spending, "RING_SHARE", 0.1)  # matrices are cut by rows
+        monkeypatch.setattr(on_host, "FINEST_UNIT_BYTES", 4096)
+        monkeypatch.setattr(on_host, "RING_SHARE", 0.1)  # matrices are cut by rows
         second = config(model, store, "cut")
     try:
         if change == "threads":

@@ -2,7 +2,7 @@
 
 | code | when |
 |---|---|
-| 1 | it was begun and failed: a full disk, a damaged file, no memory |
+| 1 | it was begun and failed: a full disk, a damaged file, no memory; ``compare`` found a difference |
 | 2 | what was asked for cannot be done: an option, a model that is not there, a prompt that is too long |
 | 130, 141 | Ctrl-C; whoever read the answer is gone (128 + the signal, as shells have it) |
 """

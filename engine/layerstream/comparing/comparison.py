@@ -11,6 +11,7 @@ records.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from layerstream.comparing.stations import Stations, find_stations
 from layerstream.comparing.walk import Walk
 from layerstream.comparing.weights import FolderWeights, GgufWeights
 from layerstream.core.sizes import format_size
-from layerstream.errors import ConfigurationError, LayerStreamError, PromptTooLong, UnsupportedModel
+from layerstream.errors import ConfigurationError, LayerStreamError, PromptTooLong, StorageFull, UnsupportedModel
 from layerstream.hardware.machine import available_memory_bytes
 from layerstream.model.skeleton import Skeleton, load_config
 from layerstream.setup.assembly import Assembly, assemble
@@ -52,6 +53,8 @@ from layerstream.text.prompt import Prompt, PromptEncoder
 
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 """Told what is being done, and how much of it is."""
+
+RECORDED_INSIDE = 32  # times the width of the model: what the modules of one layer return
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +152,13 @@ def _compare(parts: Assembly, ids: list[int], num_tokens: int, folder: Path, on_
     stations, dtype = find_stations(parts.skeleton), str(parts.skeleton.dtype).removeprefix("torch.")
     known, tolerance = len(ids) + num_tokens - 1, TOLERANCES[dtype]
     _check_memory(parts.skeleton, stations, known)
+    _check_disk(folder, parts.skeleton, stations, known)
     record, inside, again = (Record(folder / name, known) for name in ("engine", "plain", "again"))
     on_progress("the engine", 0, 1)
     tokens, logits = answer(parts, ids, num_tokens, record, stations.tap)
     on_progress("the engine", 1, 1)
-    walk = Walk(_open_plain(parts), stations, record, inside, tolerance)
     with _explained(parts.skeleton.config.model_type):
+        walk = Walk(_open_plain(parts), stations, record, inside, tolerance)
         own, aside = walk.run(
             [*ids, *tokens[:-1]], num_tokens, lambda done, count: on_progress("plain transformers", done, count)
         )
@@ -231,6 +235,21 @@ def _check_memory(skeleton: Skeleton, stations: Stations, num_tokens: int) -> No
             f"plain transformers needs {format_size(needed)} beside the engine, {format_size(scores)} of it for "
             f"attention among {num_tokens} tokens, and {format_size(free)} are free: compare a shorter prompt, or give "
             "the engine less memory"
+        )
+
+
+def _check_disk(folder: Path, skeleton: Skeleton, stations: Stations, num_tokens: int) -> None:
+    """What is recorded has room in *folder*: the inputs of all layers, and what happens within one of them.
+
+    Raises:
+        StorageFull: it has not; a record that finds the disk full would end the process.
+    """
+    width = skeleton.config.hidden_size * skeleton.dtype.itemsize
+    needed = (len(stations.chain) + 2 * RECORDED_INSIDE) * num_tokens * width
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise StorageFull(
+            f"the record of {num_tokens} tokens takes up to {format_size(needed)}, and {folder.parent} has "
+            f"{format_size(free)} free: compare a shorter prompt, or have TMPDIR name a folder on a larger disk"
         )
 
 

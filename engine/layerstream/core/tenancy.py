@@ -15,13 +15,13 @@ class Suspension:
 
     Attributes:
         num_computed: tokens.
-        kept: pages at its beginning that others held too.
+        num_shared: pages at its beginning that others held too.
         num_pages: those behind them.
         is_kept: whether what was in those is kept elsewhere.
     """
 
     num_computed: int
-    kept: int
+    num_shared: int
     num_pages: int
     is_kept: bool
 
@@ -31,7 +31,7 @@ class Tenancy:
     """One sequence's.
 
     Attributes:
-        num_computed: tokens whose KV is in ``pages``; those behind them are still to be computed.
+        num_computed: tokens whose KV is in ``pages`` while it runs; those behind them are still to be computed.
         pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
         reserve, slots: frames to come and transit slots of a sequence that does not fit the frames as a whole.
         capacity: tokens that the pages had room for when the last sweep was scheduled.

@@ -72,7 +72,7 @@ def is_there(device: torch.device) -> bool:
 
 def can_run(package: str, device: torch.device) -> bool:
     """Whether the kernels of *package* are made for *device*."""
-    kind = accelerator_of(device)
+    kind = ACCELERATORS.get(device.type)
     return kind is not None and package in kind.packages
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ class Arena:
         self.view = memoryview(memory)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
-    def populate(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+    def populate(self, is_stopped: Callable[[], bool]) -> None:
         """Have the system back all of it with memory now, where it can be asked to, until it *is_stopped*.
 
         What is there already stays.
@@ -43,3 +44,19 @@ class Arena:
                 return
             with contextlib.suppress(OSError, ValueError, AttributeError):  # before Linux 5.14, or another system
                 self._memory.madvise(_MADV_POPULATE_WRITE, start, min(POPULATED_AT_ONCE, self.num_bytes - start))
+
+
+class Populating:
+    """Has the system back *arena* with memory ahead, on a thread of its own, until it is closed."""
+
+    def __init__(self, arena: Arena, name: str) -> None:
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(
+            target=arena.populate, args=(self._is_closed.is_set,), name=f"layerstream-{name}", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """It ends within a few megabytes. Idempotent."""
+        self._is_closed.set()
+        self._thread.join()

@@ -49,7 +49,7 @@ class CudaDevice:
     def __init__(self, torch_device: torch.device) -> None:
         index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
-        self.name = Cuda().name_of(self.torch_device)
+        self.name = _name_of(self.torch_device)
         with self.use():
             self.compute = _Stream(self.torch_device, None)
             self.inward, self.outward = (
@@ -149,8 +149,7 @@ class Cuda(Accelerator):
 
     def name_of(self, device: torch.device) -> str:
         """The card, and what it computes with."""
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+        return _name_of(device)
 
     def model_of(self, device: torch.device) -> str:
         """The card."""
@@ -160,3 +159,8 @@ class Cuda(Accelerator):
         """Of all processes, where several have something there."""
         free, total = torch.cuda.mem_get_info(device)
         return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
+def _name_of(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"

@@ -10,7 +10,7 @@ import platformdirs
 import psutil
 
 _NETWORK = tuple(  # how their names begin
-    "nfs cifs smb 9p ceph gluster lustre beegfs afpfs webdav davfs fuse.sshfs fuse.s3fs fuse.gcsfuse".split()
+    "nfs cifs smb 9p ceph gluster lustre beegfs afpfs webdav davfs fuse.sshfs fuse.s3 fuse.gcs".split()
 )
 _CGROUP_V2 = Path("/sys/fs/cgroup")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")

@@ -63,8 +63,11 @@ class Published:
     is_spilled: bool = False
 
 
-class StoredPrefixes(Protocol):
-    """What the scheduler asks of a store. Nothing here raises, or waits for a disk or another process."""
+class SpillStore(Protocol):
+    """What the scheduler asks of a store. Nothing here raises, or waits for more than a moment.
+
+    ``can_spill`` and what follows are for sequences whose pages do not fit the memory.
+    """
 
     def take(self, keys: Sequence[Key], start: int) -> Stored | None:
         """What is there of ``keys[start:]``; ``None``: not known yet, or another process is at it: ask again later."""
@@ -81,10 +84,6 @@ class StoredPrefixes(Protocol):
     def give_back(self) -> list[int]:
         """Frames that can be had by not storing what is in them."""
         ...
-
-
-class SpillStore(StoredPrefixes, Protocol):
-    """What long sequences ask of a store besides."""
 
     @property
     def can_spill(self) -> bool | None:

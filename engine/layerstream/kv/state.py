@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from layerstream.core.sizes import PAGE
-from layerstream.hardware.arena import Arena
+from layerstream.hardware.arena import Arena, Populating
 from layerstream.hardware.device import Device
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.shape import PageShape
@@ -31,6 +31,7 @@ class PageMemory:
         self._arena = Arena(num_bytes)
         self._used = 0
         self._device = device
+        self._populating: Populating | None = None
         if device is not None:
             device.pin(self._arena)
 
@@ -43,12 +44,14 @@ class PageMemory:
         self._used = -(-stop // PAGE) * PAGE
         return self._arena.tensor[start:stop].view(dtype).view(shape)
 
-    def populate(self, is_stopped: Callable[[], bool]) -> None:
-        """Touch all of it, or as far as one comes until it *is_stopped*."""
-        self._arena.populate(is_stopped)
+    def populate(self) -> None:
+        """Touch all of it, on a thread that ends when this is closed."""
+        self._populating = Populating(self._arena, "populate")
 
     def close(self) -> None:
         """Unpin it. Idempotent."""
+        if self._populating is not None:
+            self._populating.close()
         device, self._device = self._device, None
         if device is not None:
             device.unpin(self._arena)

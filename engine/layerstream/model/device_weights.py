@@ -65,7 +65,6 @@ class DeviceWeights:
         streamer: brings the streamed units; ``None`` if all are resident.
         bank: brings experts as they are routed to; ``None`` if there are none, or they come with their block.
         head: the output projection; ``None``: another device has it.
-        resident_bytes: what is resident, in the compute dtype.
     """
 
     def __init__(
@@ -86,7 +85,6 @@ class DeviceWeights:
         self.plan = plan.weights
         units = [self._unit(index) for index in range(len(self.plan.units))]
         self._body, self._head = units[: len(self.plan.body)], units[len(self.plan.body) :]
-        self.resident_bytes = sum(unit.planned.compute_bytes for unit in units if unit.stays)
         self.streamer: Streamer | None = None
         self.bank: AnyBank | None = None
         try:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall
-from layerstream.planner import on_host as spending
+from layerstream.planner import on_host
 from layerstream.planner.experts import HOST_ROWS
 from layerstream.planner.facts import ModelFacts
 from layerstream.planner.plan import HostPlan, Plan
@@ -32,14 +32,14 @@ def make_device_plan(facts: ModelFacts, memory_bytes: int, host_bytes: int) -> P
     Raises:
         BudgetTooSmall: names the minimum of the one that is short.
     """
-    return with_host(spending.make_plan(with_host_kv(facts, host_bytes), memory_bytes), host_bytes)
+    return with_host(on_host.make_plan(with_host_kv(facts, host_bytes), memory_bytes), host_bytes)
 
 
 def with_host_kv(facts: ModelFacts, host_bytes: int) -> ModelFacts:
     """*facts* with as much KV as has room among *host_bytes*."""
     room = host_bytes - HOST_WORKSPACE_BYTES
-    wanted = spending.WANTED_KV_TOKENS * facts.kv_token_bytes
-    kv_room = max(spending.MIN_KV_TOKENS * facts.kv_token_bytes, min(room // 2, wanted), int(HOST_KV_SHARE * room))
+    wanted = on_host.WANTED_KV_TOKENS * facts.kv_token_bytes
+    kv_room = max(on_host.MIN_KV_TOKENS * facts.kv_token_bytes, min(room // 2, wanted), int(HOST_KV_SHARE * room))
     return replace(facts, kv_tokens=kv_room // facts.kv_token_bytes)
 
 
@@ -109,7 +109,7 @@ def _passing_slots(plan: Plan, room: int, most: int) -> int:
     least."""
     if not plan.weights.expert_slots:
         return 0
-    most = min(most, spending.EXPERTS_BYTES, int(spending.EXPERTS_SHARE * room))
+    most = min(most, on_host.EXPERTS_BYTES, int(on_host.EXPERTS_SHARE * room))
     return min(plan.facts.num_experts, max(1, most // plan.weights.slot_bytes))
 
 

@@ -99,10 +99,6 @@ class Answer:
             self.request.push(Delta(text, token_ids, self._reason, self.index, completion))
         return completion is not None
 
-    def is_expired(self, now: float) -> bool:
-        """Whether its time is over."""
-        return now > self.deadline
-
     def timed_out(self) -> RequestTimeout:
         """Why it is given up."""
         count = self.sequence.num_output_tokens

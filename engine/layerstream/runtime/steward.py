@@ -5,7 +5,7 @@ decided is left undone when a row is computed.
 
 | what fails | then |
 |---|---|
-| keeping pages: the disk is full | the sequence is computed again when its turn comes |
+| keeping pages: the disk is full | the sequence is computed again when its turn comes, and scheduling begins anew |
 | bringing them back: the disk does not give them | the same, and a sweep without it is scheduled |
 | bringing them back: anything else | the same, and the sequence has failed (``Scheduler.take_failed``) |
 | holding stored pages: the store | nothing here; the sweep that wants them finds them lost |
@@ -38,18 +38,18 @@ class Steward:
                 return sweep
 
     def remove(self, sequence: Sequence) -> None:
-        """As :meth:`Scheduler.remove`."""
+        """Forget *sequence*, and what is kept of it elsewhere."""
         self.scheduler.remove(sequence)
         self._carry_out()
 
     def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | None:
-        """As :meth:`Scheduler.fork`."""
+        """Let *child* run on the pages of *parent*; the page to copy and its copy, if there is one."""
         copied = self.scheduler.fork(parent, child)
         self._carry_out()
         return copied
 
     def reset(self) -> None:
-        """As :meth:`Scheduler.reset`."""
+        """Forget all sequences, and what is kept of them elsewhere."""
         self.scheduler.reset()
         self._carry_out()
 
@@ -61,13 +61,14 @@ class Steward:
         self._carry_out()
 
     def _carry_out(self) -> bool:
-        """Do all that was decided; False if pages did not come back, so that a sweep with them cannot be run."""
+        """Do all that was decided; False if pages were lost over it, so that a sweep with them cannot be run."""
         is_done = True
         while (decision := self.scheduler.next_decision()) is not None:
             match decision:
                 case Suspend(sequence, pages):
                     if not self._swap.write(sequence.sequence_id, pages):
                         self.scheduler.lose_kept(sequence)
+                        is_done = False
                 case Resume(sequence):
                     is_done &= self._resume(decision)
                 case Forget(sequence):

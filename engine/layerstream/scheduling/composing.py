@@ -1,4 +1,7 @@
-"""From the sequences that run to the row blocks of a sweep. Pure.
+"""From the sequences that run to the row blocks of a sweep.
+
+No tensor, no file. It writes how much room a sequence's pages had (``capacity``), hands out frames of the reserve, and
+asks for guesses; a draft model computes when it is asked.
 
 The one invariant that covers chunking and decoding alike: a sequence has ``num_computed`` tokens in its pages, and a
 sweep carries some of ``token_ids[num_computed:]``, in order, without gaps. When the last known token is among them,

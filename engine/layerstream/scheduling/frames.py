@@ -85,17 +85,17 @@ class Frames:
 
     def suspend(self, sequence: Sequence) -> None:
         """Free the frames of *sequence*, which stops running; what only it holds goes to disk."""
-        kept = self._num_held_by_others(sequence)
-        own = sequence.pages[kept : self._pool.pages_for(sequence.num_computed)]
+        num_shared = self._num_held_by_others(sequence)
+        own = sequence.pages[num_shared : self._pool.pages_for(sequence.num_computed)]
         is_kept = self._can_swap and bool(own) and not self._prefixes.loads(sequence.prefix_keys)
         if is_kept:
             self._decisions.append(Suspend(sequence, tuple(own)))
-        sequence.tenancy.suspension = Suspension(sequence.num_computed, kept, len(own), is_kept)
+        sequence.tenancy.suspension = Suspension(sequence.num_computed, num_shared, len(own), is_kept)
         self._free(sequence)
 
     def unmake(self, sequence: Sequence) -> None:
         """Nothing is kept of *sequence*, whether it waits or, as it was resumed in vain, stops running."""
-        sequence.tenancy.suspension = Suspension(num_computed=0, kept=0, num_pages=0, is_kept=False)
+        sequence.tenancy.suspension = Suspension(num_computed=0, num_shared=0, num_pages=0, is_kept=False)
         self._free(sequence)
 
     def resume(self, sequence: Sequence, num_shared: int) -> bool:
@@ -105,10 +105,10 @@ class Frames:
             False if that is not all that it had computed: it goes on from what is there.
         """
         suspension = sequence.tenancy.suspension
-        if suspension is None or not suspension.is_kept or num_shared < suspension.kept:
+        if suspension is None or not suspension.is_kept or num_shared < suspension.num_shared:
             self.forget(sequence)
             return False
-        first, stop = num_shared - suspension.kept, suspension.kept + suspension.num_pages
+        first, stop = num_shared - suspension.num_shared, suspension.num_shared + suspension.num_pages
         self._decisions.append(Resume(sequence, first, tuple(sequence.pages[num_shared:stop])))
         sequence.tenancy.num_computed, sequence.tenancy.suspension = suspension.num_computed, None
         return True

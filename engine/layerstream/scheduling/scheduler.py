@@ -1,8 +1,8 @@
 """Decides what goes into the next sweep. Pure: it moves no tensor, reads no clock, opens no file.
 
 Beside the sweep it decides what is to be done first about pages on disk; whoever runs the sweep does it
-(``next_decision``, :mod:`layerstream.scheduling.decisions`). A store is asked for what it knows, and answers at once;
-so are those who guess, and they may compute.
+(``next_decision``, :mod:`layerstream.scheduling.decisions`). A store is asked for what it knows, and answers within a
+moment; those who guess are asked too, and they may compute.
 
 Who runs, and with what memory, is decided here; which rows of those that run are in the sweep, in
 :mod:`layerstream.scheduling.composing`. Rules:

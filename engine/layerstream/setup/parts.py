@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,7 +63,7 @@ def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
     if store is not None:
         closing.keep(store)
     if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
-        closing.keep(_Populating(memory))
+        memory.populate()
     return KVParts(memory, states, closing.keep(PageSwap(states)), store)
 
 
@@ -177,22 +176,6 @@ def _loaded_bytes(plan: Plan) -> int:
     """What is read before the first sweep."""
     loaded = plan.resident_bytes + plan.weights.expert_bytes
     return loaded if plan.host is None else loaded + plan.host.resident_bytes + plan.host.expert_bytes
-
-
-class _Populating:
-    """Touches the memory of pages ahead, on a thread of its own, until it is closed."""
-
-    def __init__(self, memory: PageMemory) -> None:
-        self._is_closed = threading.Event()
-        self._thread = threading.Thread(
-            target=memory.populate, args=(self._is_closed.is_set,), name="layerstream-populate", daemon=True
-        )
-        self._thread.start()
-
-    def close(self) -> None:
-        """It ends within a few megabytes."""
-        self._is_closed.set()
-        self._thread.join()
 
 
 class _ExpertLoad:

@@ -140,7 +140,7 @@ def _largest_difference(plain: Any, folder: Path, trust_remote_code: bool) -> fl
         prompts = [torch.randint(3, _VOCAB_SIZE, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
         tokens, logits = step_greedily(parts, prompts, NEW_TOKENS)
     finally:
-        parts.reader.close()
+        parts.close()
     worst = 0.0
     for prompt, answer, found in zip(prompts, tokens, logits, strict=True):
         with torch.inference_mode():

@@ -28,7 +28,7 @@ from functools import partial
 import torch
 
 from layerstream.errors import LayerStreamError
-from layerstream.hardware.arena import Arena
+from layerstream.hardware.arena import Arena, Populating
 from layerstream.hardware.reader import DirectReader
 from layerstream.hardware.timeline import Timeline
 from layerstream.streaming.layout import UnitLayout
@@ -198,10 +198,17 @@ class ReadFeed(Feed):
         super().__init__(layouts, ring_bytes)
         self.arena = Arena(self._ring.capacity)
         self._reader = reader
+        self._populating: Populating | None = None
 
     def populate(self) -> None:
         """On a thread of its own."""
-        threading.Thread(target=self.arena.populate, name="layerstream-ring", daemon=True).start()
+        self._populating = Populating(self.arena, "ring")
+
+    def close(self) -> None:
+        """End that thread, too. Idempotent."""
+        super().close()
+        if self._populating is not None:
+            self._populating.close()
 
     def _memory(self, offset: int, num_bytes: int) -> torch.Tensor:
         return self.arena.tensor[offset : offset + num_bytes]
