@@ -30,6 +30,12 @@ def found(
     return Comparison("m", dtype, 13, findings, choices, culprit, {7: " cat", 8: " dog"})
 
 
+def test_a_report_without_a_folder_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    result = run("demo", "--json", tmp_path / "missing" / "found.json")
+    assert result.exit_code == 2
+    assert "there is no folder" in " ".join(result.stderr.split())
+
+
 def test_the_bundled_reader_is_plain_transformers(tmp_path: Path) -> None:
     result = run("demo", "--dtype", "float32", "--tokens", 3, "--json", tmp_path / "found.json")
     assert result.exit_code == 0, result.output

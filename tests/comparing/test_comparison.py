@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from layerstream.comparing import answering, comparison
 from layerstream.comparing.comparison import Comparison, compare
 from layerstream.comparing.judging import Culprit
 from layerstream.comparing.plain import PlainModel
-from layerstream.errors import ConfigurationError, PromptTooLong, UnsupportedModel
+from layerstream.errors import ConfigurationError, PromptTooLong, StorageFull, UnsupportedModel
 from layerstream.planner import on_host
 from layerstream.setup.config import EngineConfig
 from layerstream.store.config import KVStoreConfig
@@ -249,6 +250,10 @@ def test_what_cannot_be_compared_says_why(make: Callable[[str], Path], monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "available_memory_bytes", lambda: 1000)
         with pytest.raises(ConfigurationError, match="compare a shorter prompt"):
+            compare(config, PROMPT, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(StorageFull, match="1000 B free: compare a shorter prompt, or have TMPDIR"):
             compare(config, PROMPT, 3)
     monkeypatch.setattr(PlainModel, "run", lambda *_, **__: 1 / 0)
     with pytest.raises(UnsupportedModel, match="does not run this 'llama', so there is nothing"):
