@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -173,6 +174,7 @@ class Terminal:
 
     def __init__(self, *arguments: object) -> None:
         self.shown = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
         self._pid, self._fd = pty.fork()
         if not self._pid:
@@ -190,7 +192,7 @@ class Terminal:
                 later = time.monotonic() + PATIENCE / 20
             if select.select([self._fd], [], [], 0.2)[0]:
                 try:
-                    self.shown += os.read(self._fd, 65536).decode("utf-8", "replace")
+                    self.shown += self._decode(os.read(self._fd, 65536))
                 except OSError:  # it has ended
                     assert re.search(pattern, self.shown), f"{pattern!r} is not in {self.shown!r}"
         self.shown = self.shown[match.end() :]
