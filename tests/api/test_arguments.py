@@ -239,7 +239,7 @@ def test_a_forked_child_is_told_at_once_whatever_it_asks(engine: LayerStream) ->
         lambda: running.done(),
         lambda: running.add_done_callback(print),
     ]
-    with engine._loop.reception._changed, running._changed:  # as another thread may hold them at the fork
+    with engine._loop.reception._lock, running._lock:  # as another thread may hold them at the fork
         assert {child_answers(question) for question in questions} == {"EngineClosed"}
         assert child_answers(engine.close) == "None", "a child has nothing to close"
     assert len(running.result(60).token_ids) == 300

@@ -233,7 +233,7 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(terminal: Terminal) -> None:
     terminal.type('"""\n')
     terminal.expect("… ")
     terminal.type("\x03")
-    terminal.expect("> ")
+    terminal.expect("> ", again="\x03")
     terminal.type("/help\n")
     terminal.expect("/clear")
     terminal.expect("> ")

@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 from layerstream.api import arguments
+from layerstream.api.bell import Bell
 from layerstream.api.completion import Completion, Delta
 from layerstream.api.home import Home
 from layerstream.errors import RequestTimeout
@@ -39,7 +41,7 @@ class Request:
         self._home = home or Home()
         self._on_cancel = on_cancel
         self._choose = choose
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._deltas: list[Delta] = []
         self._completions: list[Completion | None] = [None] * num_answers
         self._error: BaseException | None = None
@@ -59,14 +61,11 @@ class Request:
         """All ``n`` completions; raises as :meth:`result` does."""
         wait = arguments.seconds("timeout", timeout)
         self._home.check()
-        with self._changed:
-            if not self._is_done:
-                self._home.check_may_wait()
-            if not self._changed.wait_for(lambda: self._is_done, wait):
-                raise RequestTimeout(f"no answer within {wait:g} seconds; the request goes on: wait again or cancel")
-            if self._error is not None:
-                raise self._error
-            return [completion for completion in self._completions if completion is not None]
+        if not self._wait_for(lambda: self._is_done, wait):
+            raise RequestTimeout(f"no answer within {wait:g} seconds; the request goes on: wait again or cancel")
+        if self._error is not None:
+            raise self._error
+        return [completion for completion in self._completions if completion is not None]
 
     def cancel(self) -> None:
         """Give up: by the next sweep the request is gone, its completion says ``"cancelled"``. Idempotent."""
@@ -76,13 +75,13 @@ class Request:
     def done(self) -> bool:
         """Whether the completions, or an error, are there."""
         self._home.check()
-        with self._changed:
+        with self._lock:
             return self._is_done
 
     def exception(self) -> BaseException | None:
         """Why the request failed; ``None`` if it did not, or is not done."""
         self._home.check()
-        with self._changed:
+        with self._lock:
             return self._error
 
     def add_done_callback(self, callback: Callable[[Request], Any]) -> None:
@@ -97,7 +96,7 @@ class Request:
             if self._is_done:
                 callback(self)
 
-        with self._changed:
+        with self._lock:
             if not self._is_done:
                 self._watchers.append(watcher)
                 return
@@ -111,10 +110,8 @@ class Request:
         position = 0
         while True:
             self._home.check()
-            with self._changed:
-                if not self._is_done and len(self._deltas) <= position:
-                    self._home.check_may_wait()
-                self._changed.wait_for(lambda at=position: self._is_done or len(self._deltas) > at)
+            self._wait_for(lambda at=position: self._is_done or len(self._deltas) > at)
+            with self._lock:
                 fresh, error, is_done = self._deltas[position:], self._error, self._is_done
             yield from fresh
             position += len(fresh)
@@ -122,6 +119,28 @@ class Request:
                 if error is not None:
                     raise error
                 return
+
+    def _wait_for(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait until *holds* does; false: it does not after *seconds*. Ctrl-C leaves the request as it is."""
+        if holds():
+            return True
+        self._home.check_may_wait()
+        end = None if seconds is None else time.monotonic() + seconds
+        bell = Bell()
+        with self._lock:
+            self._watchers.append(bell.ring)
+        try:
+            while not holds():
+                if not bell.wait(None if end is None else max(0.0, end - time.monotonic())):
+                    return holds()
+            return True
+        finally:
+            self._forget(bell.ring)
+
+    def _forget(self, watcher: Callable[[], None]) -> None:
+        with self._lock:
+            if watcher in self._watchers:
+                self._watchers.remove(watcher)
 
     def __await__(self) -> Generator[Any, None, Completion]:
         return self._finished().__await__()
@@ -136,13 +155,13 @@ class Request:
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
         watcher = lambda: _wake(loop, changed)  # noqa: E731  # compared by identity below
-        with self._changed:
+        with self._lock:
             self._watchers.append(watcher)
         position = 0
         try:
             while True:
                 changed.clear()
-                with self._changed:
+                with self._lock:
                     fresh, error, is_done = self._deltas[position:], self._error, self._is_done
                 for delta in fresh:
                     yield delta
@@ -156,13 +175,11 @@ class Request:
             self.cancel()
             raise
         finally:
-            with self._changed:
-                if watcher in self._watchers:
-                    self._watchers.remove(watcher)
+            self._forget(watcher)
 
     def push(self, delta: Delta) -> None:
         """The engine: a sweep added *delta*; with a completion, that answer is finished."""
-        with self._changed:
+        with self._lock:
             if self._is_done:
                 return
             if self._choose is None:
@@ -185,15 +202,14 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """The engine: the request ends with *error*."""
-        with self._changed:
+        with self._lock:
             if self._is_done:
                 return
             self._error, self._is_done = error, True
         self._tell()
 
     def _tell(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
             watchers = list(self._watchers)
             if self._is_done:
                 self._watchers.clear()

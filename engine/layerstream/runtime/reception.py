@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from layerstream.api.bell import Bell
 from layerstream.api.events import Listener
 from layerstream.api.home import Home
 from layerstream.api.request import Request
@@ -70,9 +71,9 @@ class Reception:
         self.is_closing = False
         self._home = home
         self._inbox = inbox
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._news = Bell()
         self._cancelled: dict[Request, None] = {}
-        self._has_news = False
         self._end: EngineClosed | DeviceLost | None = None
 
     def check_open(self) -> None:
@@ -109,7 +110,7 @@ class Reception:
     def gang(self, size: int, seconds: float) -> Iterator[OpenGang]:
         """Hold what arrives until *size* requests are there, or *seconds* are over."""
         self.check_open()
-        with self._changed:
+        with self._lock:
             gang = self._inbox.open_gang(size, seconds)
 
         def leave() -> None:
@@ -132,8 +133,7 @@ class Reception:
 
     def wake(self) -> None:
         """Something that was waited for may be there: the loop looks again."""
-        with self._telling():
-            pass
+        self._news.ring()
 
     def close(self, end: EngineClosed | DeviceLost | None = None) -> None:
         """Take nothing any more. The first reason given is the one that counts."""
@@ -143,8 +143,8 @@ class Reception:
 
     def take(self, *, is_idle: bool) -> Arrivals:
         """The engine: what there is for the next sweep."""
-        with self._changed:
-            self._has_news = False
+        self._news.still()
+        with self._lock:
             cancelled, self._cancelled = list(self._cancelled), {}
             held = self._inbox.roster
             late = held.expired(time.perf_counter())
@@ -156,17 +156,16 @@ class Reception:
 
     def wait(self, seconds: float | None) -> None:
         """The engine: until there is news, *seconds* are over (``None``: never), or one that is held is out of time."""
-        with self._changed:
+        with self._lock:
             deadline = self._inbox.roster.next_deadline
-            waits = [threading.TIMEOUT_MAX if seconds is None else seconds]
-            if deadline is not None:
-                waits.append(deadline - time.perf_counter() + 1e-3)
-            if not self._has_news:
-                self._changed.wait(max(0.0, min(waits)))
+        if deadline is not None:
+            left = deadline - time.perf_counter() + 1e-3
+            seconds = left if seconds is None else min(left, seconds)
+        self._news.wait(None if seconds is None else max(0.0, seconds))
 
     def drain(self) -> list[Answer]:
         """The engine, at its end: who was never taken in."""
-        with self._changed:
+        with self._lock:
             return self._inbox.roster.drain()
 
     @property
@@ -177,7 +176,6 @@ class Reception:
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
         """Within it what threads share may be changed; the loop looks at it afterwards."""
-        with self._changed:
+        with self._lock:
             yield
-            self._has_news = True
-            self._changed.notify_all()
+        self._news.ring()
