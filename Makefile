@@ -38,7 +38,7 @@ fast: $(VENV)/.installed
 coverage: $(VENV)/.installed ## The fast tests once more, and which lines they run; no gate
 	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report term:skip-covered
 
-slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments with the oldest and newest frameworks
+slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments, all examples, more modes of devices
 	$(BIN)/pytest -m slow
 
 faults: $(VENV)/.installed ## Faults of disk, database, callers and code over running engines (TRIALS=10000 SEED=0: an hour)

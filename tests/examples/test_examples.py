@@ -51,7 +51,13 @@ def test_every_example_is_tested() -> None:
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(SAYS)
 
 
-@pytest.mark.parametrize("name", SAYS)
+QUICK = ("quickstart.py", "batch.py", "langchain_rag.py", "llama_index_rag.py", "structured.py", "from_airllm.py")
+"""Run by ``make test``; each takes the imports of a whole process, so the others are run by ``make slow``."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAYS]
+)
 def test_says_what_it_should(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],

@@ -43,7 +43,7 @@ def test_wherever_the_weights_are(
     assert pretended_cuda.ceiling == config.memory_bytes
 
 
-@pytest.mark.parametrize("wide", [1, 8], ids=["narrow", "wide"])
+@pytest.mark.parametrize("wide", [pytest.param(1, id="narrow", marks=pytest.mark.slow), pytest.param(8, id="wide")])
 @pytest.mark.parametrize("mode", ["device-resident", "device-host", "device-cut"])
 @pytest.mark.parametrize("lengths", [[1000], [300, 40, 7, 90] * 4], ids=["one long", "many"])
 def test_the_ceiling_holds(

@@ -62,7 +62,14 @@ def prepare(family: str, folder: Path, tokenizer_folder: Path, **sizes):
 
 
 @pytest.mark.parametrize("host_compute", ["auto", "off"])
-@pytest.mark.parametrize("slots", [(1, 1), (5, 3), (9, 200)], ids=["one", "some", "all behind it"])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        pytest.param((1, 1), id="one", marks=pytest.mark.slow),
+        pytest.param((5, 3), id="some"),
+        pytest.param((9, 200), id="all behind it", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_plain_transformers(
     family: str, slots: tuple[int, int], host_compute: str, tmp_path: Path, tokenizer_folder: Path, pretended_cuda

@@ -31,8 +31,10 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PretendCuda
     ("family", "mode", "device_map", "count"),
     [
         *(("llama", mode, "auto", 2) for mode in ("resident", "host", "disk", "cut")),
-        *(("llama", mode, "balanced", 3) for mode in ("resident", "host", "disk")),
-        *(("llama", mode, "sequential", 2) for mode in ("resident", "host", "cut")),
+        ("llama", "host", "balanced", 3),
+        ("llama", "cut", "sequential", 2),
+        *(pytest.param("llama", mode, "balanced", 3, marks=pytest.mark.slow) for mode in ("resident", "disk")),
+        *(pytest.param("llama", mode, "sequential", 2, marks=pytest.mark.slow) for mode in ("resident", "host")),
         ("llama", "host", "auto", 1),
         *((family, "host", "auto", 2) for family in ("gemma3", "gpt-oss", "deepseek-v3", "llama-tied")),
         ("llama4-text", "resident", "auto", 2),
