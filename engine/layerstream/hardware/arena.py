@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from layerstream.core.sizes import PAGE
+from layerstream.core.sizes import PAGE, format_size
+from layerstream.errors import OutOfMemory
 
 POPULATED_AT_ONCE = 8 * 2**20
 _MADV_POPULATE_WRITE = 23
@@ -22,11 +23,20 @@ class Arena:
     Attributes:
         view: the bytes, for ``readv``.
         tensor: the same bytes as a ``(num_bytes,)`` uint8 tensor, for parameters that are views into it.
+
+    Raises:
+        OutOfMemory: the system has not as much.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = max(PAGE, -(-num_bytes // PAGE) * PAGE)
-        memory = mmap.mmap(-1, self.num_bytes)
+        try:
+            memory = mmap.mmap(-1, self.num_bytes)
+        except OSError as error:
+            raise OutOfMemory(
+                f"the system does not give {format_size(self.num_bytes)} of memory in one piece: pass a smaller "
+                "memory=, or end what else runs"
+            ) from error
         if self.num_bytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
