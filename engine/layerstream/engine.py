@@ -142,7 +142,7 @@ class LayerStream:
             parts = self._parts
             undo.callback(parts.close)
             self._loop = EngineLoop(
-                parts.scheduler,
+                parts.steward,
                 parts.step,
                 parts.drafting,
                 parts.weights,

@@ -23,14 +23,6 @@ from tests.models import make_model, make_tokenizer
 QUESTION = "Who approves travel?"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    make_model("llama", folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def docs(tmp_path: Path) -> Path:
     (tmp_path / "travel.md").write_text("Mira approves travel.")

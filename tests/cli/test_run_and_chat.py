@@ -24,20 +24,10 @@ from layerstream.engine import _say_that_a_toy_answers
 from layerstream.errors import ConfigurationError
 from typer.testing import CliRunner, Result
 
-from tests.models import make_model, make_tokenizer
-
 SCHEMA = (
     '{"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": false}'
 )
 PATIENCE = 120
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    make_model("llama", folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -15,21 +15,12 @@ from layerstream.store import index as index_module
 from layerstream.store.index import LEASE_SECONDS, Index
 from layerstream.store.tiers.folder import Bounds
 
-from tests.harness import add_tokenizer, draw_prompt
-from tests.models import make_model
+from tests.harness import draw_prompt
 from tests.store.pages import chain, expected, new_pages, open_tier, read_back
 
 ROOT = Path(__file__).parents[2]
 PROMPT = draw_prompt(300)
 CACHED = 256
-
-
-@pytest.fixture
-def model(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    folder = tmp_path / "model"
-    make_model("llama", folder)
-    add_tokenizer(folder, tokenizer_folder)
-    return folder
 
 
 def test_killed_at_every_step_of_writing(tmp_path: Path) -> None:

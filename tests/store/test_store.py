@@ -37,14 +37,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def model(tmp_path: Path, tokenizer_folder: Path) -> Path:
-    folder = tmp_path / "model"
-    make_model("llama", folder)
-    add_tokenizer(folder, tokenizer_folder)
-    return folder
-
-
-@pytest.fixture
 def store(tmp_path: Path) -> KVStoreConfig:
     return KVStoreConfig(tmp_path / "kv", load="always", max_bytes="1GiB", min_free_bytes=0)
 

@@ -16,7 +16,7 @@ from layerstream.cli.answering import is_terminal, printable
 from layerstream.cli.failures import FAILED
 from layerstream.cli.options import EngineOptions, with_options
 from layerstream.cli.run import STDIN, check_text, read_stdin
-from layerstream.errors import ConfigurationError
+from layerstream.hardware.files import check_writable
 
 if TYPE_CHECKING:
     from layerstream.comparing.comparison import Comparison
@@ -40,8 +40,8 @@ def compare(
     Exits 1 if they differ. Takes the engine's memory, and that of one layer beside it.
     """
     text = check_text(read_stdin() if prompt == STDIN else prompt)
-    if report is not None and not report.absolute().parent.is_dir():
-        raise ConfigurationError(f"--json {report}: there is no folder {report.parent}; make it first")
+    if report is not None:
+        check_writable(report)
     from layerstream.comparing.comparison import compare as run
 
     show = _show if is_terminal(sys.stderr) else _skip

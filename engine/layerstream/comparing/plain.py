@@ -75,6 +75,7 @@ class PlainModel:
         if rope_factors is not None:
             divide_frequencies(self.model, rope_factors)
         self._weights = weights
+        self._holders = {key: (holder, name) for key, holder, name in named_holders(self.model, "")}
         self._config = LoadStateDictConfig(
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
@@ -138,7 +139,7 @@ class PlainModel:
         Raises:
             MissingTensor, InvalidHeader: transformers finds nothing for one of them, or another shape.
         """
-        holders = {key: (holder, name) for key, holder, name in named_holders(self.model, "")}
+        holders = self._holders
         wanted = [key for key in holders if key.startswith(f"{path}.")]
         tied = {key: self._tied_with(key) for key in wanted if key not in self._stored}
         needed = {*wanted, *(other for other in tied.values() if other is not None)}

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from layerstream.model.context import current
+from layerstream.model.hooks import row_axis
 
 Rows: TypeAlias = Sequence[tuple[int, int, int]]
 """``(row, start, stop)``: from *row* on there are the tokens ``[start, stop)``."""
@@ -59,9 +60,8 @@ class Record:
 
 def by_rows(tensor: torch.Tensor, total: int) -> torch.Tensor | None:
     """``(total, width)`` of ``(1, total, …)`` or ``(total, …)``; ``None``: it is neither."""
-    if tensor.dim() >= 2 and tensor.shape[0] == 1 and tensor.shape[1] == total:
-        return tensor[0].reshape(total, -1)
-    return tensor.reshape(total, -1) if tensor.dim() >= 1 and tensor.shape[0] == total else None
+    axis = row_axis(tensor, total)
+    return None if axis is None else (tensor[0] if axis else tensor).reshape(total, -1)
 
 
 def in_hand() -> tuple[int, Rows]:

@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from layerstream.errors import ConfigurationError
+
 TEMPORARY = ".tmp"
 
 
@@ -18,6 +20,19 @@ def writer_of(temporary: Path) -> int | None:
     """The process that :func:`temporary_path` was called by; ``None``: it was not."""
     pid = temporary.name.split("-")[0]
     return int(pid) if pid.isdigit() else None
+
+
+def check_writable(path: Path) -> None:
+    """That a file can be written to *path*, before anything is computed for it.
+
+    Raises:
+        ConfigurationError: it has no folder, or cannot be written.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigurationError(f"{path}: there is no folder {folder}: make it, or name another")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigurationError(f"{path} cannot be written: name a file in a folder of yours")
 
 
 def write_whole(path: Path, text: str, *, is_private: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from layerstream.api.params import SamplingParams
 from layerstream.engine import LayerStream
 from layerstream.errors import ConfigurationError, MissingExtra
+from layerstream.hardware.files import check_writable
 from layerstream.hardware.timeline import TimeSpan
 from layerstream.planner.forecast import Forecast
 from layerstream.planner.simulation import Step, simulate
@@ -29,11 +29,7 @@ def check(path: Path) -> None:
     kinds = _figure(1).canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in kinds:
         raise ConfigurationError(f"{path}: a picture's name ends with one of {', '.join(f'.{kind}' for kind in kinds)}")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigurationError(f"{path}: there is no folder {folder}: make it, or name another")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise ConfigurationError(f"{path} cannot be written: name a file in a folder of yours")
+    check_writable(path)
 
 
 def draw(config: EngineConfig, forecast: Forecast, path: Path, *, measured: bool = True) -> Path:

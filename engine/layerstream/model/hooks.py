@@ -94,7 +94,8 @@ def _by_row_block(
     context: SweepContext, forward: Callable[..., Any], args: Any, kwargs: Any, *, routes: bool = False
 ) -> Any:
     total = context.num_rows
-    axis = next((axis for axis in map(_row_axis_of(total), _tensors((args, kwargs))) if axis is not None), None)
+    axes = (row_axis(tensor, total) for tensor in _tensors((args, kwargs)))
+    axis = next((axis for axis in axes if axis is not None), None)
     if axis is None:  # nothing in it has rows
         return forward(*args, **kwargs)
 
@@ -106,17 +107,13 @@ def _by_row_block(
     return _joined(outputs, axis)
 
 
-def _row_axis_of(total: int) -> Callable[[torch.Tensor], int | None]:
-    """Finds the axis of a tensor that counts the sweep's rows: 1 for ``(1, rows, …)``, 0 for ``(rows, …)``."""
-
-    def row_axis(tensor: torch.Tensor) -> int | None:
-        if tensor.dim() >= 2 and tensor.shape[0] == 1 and tensor.shape[1] == total:
-            return 1
-        if tensor.dim() >= 1 and tensor.shape[0] == total:
-            return 0
-        return None
-
-    return row_axis
+def row_axis(tensor: torch.Tensor, total: int) -> int | None:
+    """The axis of *tensor* that counts *total* rows: 1 for ``(1, rows, …)``, 0 for ``(rows, …)``; ``None``: neither."""
+    if tensor.dim() >= 2 and tensor.shape[0] == 1 and tensor.shape[1] == total:
+        return 1
+    if tensor.dim() >= 1 and tensor.shape[0] == total:
+        return 0
+    return None
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -133,7 +130,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 def _rows_of(value: Any, total: int, rows: slice) -> Any:
     """*value* with every tensor that has all rows cut down to *rows*."""
     if isinstance(value, torch.Tensor):
-        axis = _row_axis_of(total)(value)
+        axis = row_axis(value, total)
         if axis is None:
             return value
         return value[rows] if axis == 0 else value[0, rows][None]  # not [:, rows], whose strides make products slow

@@ -17,8 +17,8 @@ from layerstream.core.draft import ROOT, DraftTree
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
 from layerstream.runtime.step import SweepStep
+from layerstream.runtime.steward import Steward
 from layerstream.scheduling.drafting.base import NOTHING, Guess, Guesses
-from layerstream.scheduling.scheduler import Scheduler
 
 MOST_LEVELS = 16
 ROWS_AT_ONCE = 48  # nodes that all trees together have while they grow
@@ -75,13 +75,14 @@ class ModelDrafter:
     """Guesses as a small model would go on.
 
     Args:
-        scheduler, step: the small model's, all of it resident.
+        steward, step: the small model's, all of it resident.
     """
 
     name = "model"
 
-    def __init__(self, scheduler: Scheduler, step: SweepStep) -> None:
-        self._scheduler = scheduler
+    def __init__(self, steward: Steward, step: SweepStep) -> None:
+        self._steward = steward
+        self._scheduler = steward.scheduler
         self._step = step
         self._mirrors: dict[Sequence, Sequence] = {}
         self._growing: dict[Sequence, _Growing] = {}
@@ -124,7 +125,7 @@ class ModelDrafter:
         mirror = self._mirrors.pop(sequence, None)
         if mirror is not None:
             self._growing.pop(mirror, None)
-            self._step.steward.remove(mirror)
+            self._steward.remove(mirror)
 
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         """For the small model's own scheduler: the trees that are being grown."""
@@ -168,7 +169,7 @@ class ModelDrafter:
         return bool(chosen)
 
     def _schedule(self) -> Sweep | None:
-        return self._step.steward.schedule(self)
+        return self._steward.schedule(self)
 
     def _run(self, sweep: Sweep) -> None:
         logits = self._step.run(sweep)

@@ -45,9 +45,9 @@ from layerstream.runtime.inbox import Inbox
 from layerstream.runtime.reception import Outside, Reception
 from layerstream.runtime.roster import Roster
 from layerstream.runtime.step import SweepStep
+from layerstream.runtime.steward import Steward
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.sampler import sample
-from layerstream.scheduling.scheduler import Scheduler
 from layerstream.scheduling.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,11 @@ class EngineLoop:
     """Runs sweeps as long as there is something to run."""
 
     def __init__(
-        self, scheduler: Scheduler, step: SweepStep, drafting: TreeDrafting, weights: ModelWeights, outside: Outside
+        self, steward: Steward, step: SweepStep, drafting: TreeDrafting, weights: ModelWeights, outside: Outside
     ) -> None:
         self.counters = LoopCounters()
-        self._scheduler = scheduler
+        self._steward = steward
+        self._scheduler = steward.scheduler
         self._sweep_step = step
         self._guesses = Guesses(drafting, lambda error: self._judge(Doing.GUESSES, error))
         self._weights = weights
@@ -171,13 +172,13 @@ class EngineLoop:
         try:
             for sequence in sequences:
                 self._guesses.forget(sequence)
-            self._sweep_step.steward.reset()
+            self._steward.reset()
         finally:
             for request in requests:
                 request.fail(error)
 
     def _step(self) -> None:
-        sweep = self._sweep_step.steward.schedule(self._guesses)
+        sweep = self._steward.schedule(self._guesses)
         failed = self._scheduler.take_failed()
         for sequence, error in failed:
             if (answer := self._answers.get(sequence)) is not None:
@@ -379,7 +380,7 @@ class EngineLoop:
         del self._answers[sequence]
         self._guesses.forget(sequence)
         try:
-            self._sweep_step.steward.remove(sequence)
+            self._steward.remove(sequence)
         except Exception as error:
             raise _BooksBroken(error) from error
 

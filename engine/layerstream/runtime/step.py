@@ -32,7 +32,6 @@ class SweepStep:
     Attributes:
         prefill_tokens, prefill_seconds: of sweeps with at least one whole chunk: tokens, and the time that computing
             took, waiting for the disk left out.
-        steward: has the next sweep, and takes sequences away.
         footprint: looked at before every sweep, when the last one was sampled from, and after it, with its logits.
     """
 
@@ -46,7 +45,7 @@ class SweepStep:
         footprint: Footprint | None = None,
         learn: Callable[[float], None] | None = None,
     ) -> None:
-        self.steward = steward
+        self._steward = steward
         self._scheduler = steward.scheduler
         self._runner = runner
         self._weights = weights
@@ -85,7 +84,7 @@ class SweepStep:
             logits = self._runner.run(sweep)
         except PagesLost as lost:
             logger.warning("a stored prefix is computed again: %s", lost)
-            self.steward.lose(lost.key)
+            self._steward.lose(lost.key)
             return None
         except Exception as error:
             if not is_out_of_memory(error):
@@ -157,7 +156,7 @@ class SweepStep:
         Raises:
             StorageFull: there is no memory for it.
         """
-        copied = self.steward.fork(parent, child)
+        copied = self._steward.fork(parent, child)
         if copied is not None:
             self._runner.copy_page(*copied)
 

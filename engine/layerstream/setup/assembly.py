@@ -23,6 +23,7 @@ from layerstream.planner import Plan
 from layerstream.runtime.draft_model import ModelDrafter
 from layerstream.runtime.loop import LoopCounters
 from layerstream.runtime.step import SweepStep
+from layerstream.runtime.steward import Steward
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.setup.closing import Closing
@@ -37,8 +38,8 @@ from layerstream.setup.parts import (
     load_weights,
     make_drafters,
     make_kv,
-    make_scheduler,
     make_step,
+    make_steward,
 )
 from layerstream.setup.plan_model import locate_model, plan_model
 from layerstream.store.config import KVStoreConfig
@@ -54,7 +55,7 @@ class Assembly:
     ground: Groundwork
     kv: KVParts
     weights: ModelWeights
-    scheduler: Scheduler
+    steward: Steward
     step: SweepStep
     drafting: TreeDrafting
     defaults: GenerationDefaults
@@ -90,6 +91,11 @@ class Assembly:
     def devices(self) -> tuple[Device, ...]:
         """What computes; none: the processor."""
         return self.ground.devices
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What decides on sweeps."""
+        return self.steward.scheduler
 
     @property
     def store(self) -> PrefixStore | None:
@@ -133,17 +139,17 @@ def _assemble(ground: Groundwork, draft: Assembly | None, listener: Listener | N
     seen = Footprint() if draft is None else draft.step.footprint  # before any of the budget is taken
     kv = make_kv(ground, closing)  # before the weights: a store's folder that cannot be used is said at once
     weights = closing.keep(load_weights(ground, listener))
-    scheduler = make_scheduler(ground, kv, weights.bank)
-    step = closing.keep(make_step(ground, kv, weights, scheduler, seen))
+    steward = make_steward(ground, kv, weights.bank)
+    step = closing.keep(make_step(ground, kv, weights, steward, seen))
     begin_reading(ground, weights)
-    guessing = None if draft is None else ModelDrafter(draft.scheduler, draft.step)
+    guessing = None if draft is None else ModelDrafter(draft.steward, draft.step)
     return Assembly(
         ground=ground,
         kv=kv,
         weights=weights,
-        scheduler=scheduler,
+        steward=steward,
         step=step,
-        drafting=TreeDrafting(make_drafters(ground, kv.store, guessing), scheduler.budget),
+        drafting=TreeDrafting(make_drafters(ground, kv.store, guessing), steward.scheduler.budget),
         defaults=load_defaults(ground.folder, ground.skeleton.config, ground.tokenizer),
         draft=draft,
         closing=closing,

@@ -94,8 +94,8 @@ def begin_reading(ground: Groundwork, weights: ModelWeights) -> None:
         weights.streamer.read_ahead()
 
 
-def make_scheduler(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Scheduler:
-    """Within the plan's limits."""
+def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Steward:
+    """With a scheduler within the plan's limits."""
     plan, reader = ground.plan, ground.reader
     limits = SweepLimits(
         max_tokens=plan.max_sweep_tokens,
@@ -109,18 +109,16 @@ def make_scheduler(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> 
     num_transit = plan.num_transit if kv.store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
     load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
-    return Scheduler(limits, pool, kv.store, lambda: ground.moving_seconds(rows=0), can_swap=True, experts=load)
+    scheduler = Scheduler(limits, pool, kv.store, lambda: ground.moving_seconds(rows=0), can_swap=True, experts=load)
+    return Steward(scheduler, kv.swap, kv.store)
 
 
-def make_step(
-    ground: Groundwork, kv: KVParts, weights: ModelWeights, scheduler: Scheduler, seen: Footprint
-) -> SweepStep:
-    """What computes the sweeps of *scheduler*, with the embedding loaded."""
+def make_step(ground: Groundwork, kv: KVParts, weights: ModelWeights, steward: Steward, seen: Footprint) -> SweepStep:
+    """What computes the sweeps that *steward* has, with the embedding loaded."""
     plan, skeleton = ground.plan, ground.skeleton
     statistics = ExpertUsage(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
     learn = None if ground.devices else partial(correct, plan, str(skeleton.dtype).removeprefix("torch."))
     runner = _make_runner(ground, kv, weights)
-    steward = Steward(scheduler, kv.swap, kv.store)
     return SweepStep(steward, runner, weights, ground.devices, statistics, seen, learn)
 
 

@@ -105,7 +105,7 @@ def step_greedily(
     for sequence in sequences:
         parts.scheduler.add(sequence)
     while parts.scheduler.num_waiting or parts.scheduler.num_running:
-        sweep = parts.step.steward.schedule(drafting) if drafting else parts.step.steward.schedule()
+        sweep = parts.steward.schedule(drafting) if drafting else parts.steward.schedule()
         for _, error in parts.scheduler.take_failed():
             raise error
         if sweep is None:  # a page is being stored
@@ -125,7 +125,7 @@ def step_greedily(
 
             right = verify(sweep.drafts.get(sequence), draw)
             if sequence.num_output_tokens == num_tokens:
-                parts.step.steward.remove(sequence)
+                parts.steward.remove(sequence)
             else:
                 parts.step.accept(sequence, right)
     return [sequence.output_ids for sequence in sequences], [torch.stack(rows) for rows in logits]
