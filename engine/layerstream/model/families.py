@@ -36,9 +36,9 @@ def _adapt_llama4(model: Any) -> None:
 
 
 _ORDINARY = """
-    apertus arcee cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss
-    granite granitemoe helium llama mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
-    seed_oss smollm3 stablelm starcoder2
+    apertus arcee cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox
+    gpt_oss granite granitemoe helium llama mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3
+    qwen3_moe seed_oss smollm3 stablelm starcoder2
 """
 
 FAMILIES = {row.name: row for row in (*map(Family, _ORDINARY.split()), Family("llama4_text", adapt=_adapt_llama4))}
