@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,8 @@ _CLASSES = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
+
+_BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def build_own(config: Any, *, trust_remote_code: bool = False, **options: Any) -
     config = copy.deepcopy(config)
     is_remote = trust_remote_code and hasattr(config, "auto_map")
     own = None if is_remote else own_class(config)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _lenient(config):
         if is_remote:
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options).eval()
         if own is None:
@@ -86,6 +90,29 @@ def build_own(config: Any, *, trust_remote_code: bool = False, **options: Any) -
                 "it is no language model"
             )
         return own._from_config(config, **options).eval()
+
+
+@contextmanager
+def _lenient(config: Any) -> Iterator[None]:
+    """A tower whose package is not installed (timm, for Gemma 3n) is left out at once."""
+    if not getattr(config, "sub_configs", None):
+        yield
+        return
+    auto: Any = transformers.AutoModel
+    inherited = auto.from_config
+
+    def from_config(config: Any, **options: Any) -> Any:
+        try:
+            return inherited(config, **options)
+        except ImportError:
+            return torch.nn.Module()
+
+    with _BUILDING:
+        auto.from_config = from_config
+        try:
+            yield
+        finally:
+            del auto.from_config
 
 
 def dissect(model: Any) -> Anatomy:
