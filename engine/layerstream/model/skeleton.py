@@ -7,7 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -304,7 +304,8 @@ def _weigh(
     )
 
     def weigh(weigher: Weigher) -> tuple[WeightNode, ...]:
-        return tuple(node for module, path in modules if (node := weigher.weigh(module, path)).total_bytes)
+        nodes = (weigher.weigh(module, path) for module, path in modules)
+        return tuple(replace(node, layer=traced.layer_at(node.name)) for node in nodes if node.total_bytes)
 
     without = Weigher(sources, dtypes, tile_values, traced, leaves_experts=True)
     routed_body = weigh(without)

@@ -50,6 +50,7 @@ class LayerTrace:
     """What attention does in one layer.
 
     Attributes:
+        path: of the module that attends.
         kept: what it caches for a token; ``None``: nothing, it reads what another layer cached.
         state: of the layers that cache, the number of the one that it attends to.
         window: it sees as many positions, its own included; ``None``: all before it.
@@ -58,6 +59,7 @@ class LayerTrace:
         counts: it asks the cache where its rows are: one sequence at a time.
     """
 
+    path: str
     kept: PageShape | None
     state: int
     window: int | None = None
@@ -95,6 +97,10 @@ class Trace:
     lists: frozenset[str]
     mingled: frozenset[str]
     top_k: Mapping[str, int]
+
+    def layer_at(self, path: str) -> int | None:
+        """Number of the layer that the module *path* is; ``None``: it is none."""
+        return next((at for at, layer in enumerate(self.layers) if layer.path.startswith(f"{path}.")), None)
 
     @property
     def keepers(self) -> list[int]:
@@ -273,6 +279,7 @@ def _note_attention(
         raise UnsupportedModel(f"{recorder.family!r} attends to what it does not cache, in layer {layer}")
     window, chunk = _locality(recorder.family, attention_mask)
     recorder.attended[layer] = LayerTrace(
+        path=recorder.paths[module],
         kept=None if own is None else _shape(*own),
         state=layer if source is None else source,
         window=window,

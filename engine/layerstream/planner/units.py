@@ -39,7 +39,8 @@ class WeightNode:
         experts: path of the experts below it whose weights are not counted: they come as they are routed to. Such a
             block is a unit of its own.
         is_list: never runs itself; what is below it does.
-        children: modules below, in module order.
+        layer: its number among the decoder's layers; ``None``: it is none of them.
+        children: modules below, in the order in which they run.
     """
 
     name: str
@@ -53,13 +54,8 @@ class WeightNode:
     kernel: str = ""
     experts: str = ""
     is_list: bool = False
+    layer: int | None = None
     children: tuple[WeightNode, ...] = ()
-
-    @property
-    def layer(self) -> int | None:
-        """Its number among the decoder's layers, by its name in their list; ``None``: it is none of them."""
-        last = self.name.rpartition(".")[2]
-        return int(last) if last.isdecimal() else None
 
     @property
     def total_bytes(self) -> int:
