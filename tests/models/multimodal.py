@@ -86,7 +86,8 @@ MULTIMODAL = {
     "glmasr": whole("glmasr", _of("llama"), audio_config=_tower("glmasr_encoder")),
     "got_ocr2": whole("got_ocr2", _of("qwen2"), vision_config=_tower(output_channels=16)),
     "granite4_vision": whole(
-        "granite4_vision", {"logits_scaling": 2.0, "residual_multiplier": 0.5}, vision_config=_SIGLIP,
+        "granite4_vision", {"logits_scaling": 2.0, "residual_multiplier": 0.5},
+        vision_config=_tower("siglip_vision_model", hidden_size=64),
         qformer_config=_QFORMER, deepstack_layer_map=[[0, 1]], spatial_target_layers=[2], downsample_rate="1/2",
     ),
     "granite_docling": whole("granite_docling", {}, vision_config=_TOWER),

@@ -48,7 +48,7 @@ class SmallModel:
     Attributes:
         model_type: transformers' name of its config.
         changes: what its language model's config says beside :data:`SIZES`.
-        whole: of a checkpoint that sees or hears: what its own config says beside its language model's, its towers' too;
+        whole: of a checkpoint that sees or hears: what its own config says beside that, its towers among that;
             ``None``: it is a language model.
     """
 
