@@ -74,6 +74,6 @@ DENSE = {
     "starcoder2": text("starcoder2", sliding_window=WINDOW),
     "vaultgemma": text("vaultgemma", **LOCAL_AND_GLOBAL, query_pre_attn_scalar=16),
     "xglm": text("xglm", ffn_dim=96),
-    "youtu": text("youtu", **LATENT),
+    "youtu": text("youtu", **LATENT, pad_token_id=None),  # whose row transformers makes zero as it loads
 }
 # fmt: on

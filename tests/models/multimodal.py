@@ -7,7 +7,19 @@ from typing import Any
 
 from tests.models.dense import DENSE
 from tests.models.mixtures import MIXTURES
-from tests.models.sizes import FEW_LOCAL, FULL, GROUPED, LATENT, LOCAL, LOCAL_AND_GLOBAL, MOE, WINDOW, SmallModel, whole
+from tests.models.sizes import (
+    FEW_LOCAL,
+    FULL,
+    GROUPED,
+    LATENT,
+    LOCAL,
+    LOCAL_AND_GLOBAL,
+    MOE,
+    VOCAB_SIZE,
+    WINDOW,
+    SmallModel,
+    whole,
+)
 
 # fmt: off
 _TOWER: Mapping[str, Any] = {  # whatever a tower calls its sizes
@@ -129,9 +141,12 @@ MULTIMODAL = {
         "muse_glimmer", {"sliding_window": WINDOW, "num_hidden_layers": 5}, vision_config=_TOWER, out_hidden_size=32,
         projector_hidden_size=32,
     ),
-    "ovis2": whole("ovis2", _of("qwen2"), vision_config=_TOWER),
+    "ovis2": whole("ovis2", _of("qwen2"), vision_config=_TOWER, vocab_size=VOCAB_SIZE),
     "paddleocr_vl": whole("paddleocr_vl", _MROPE, vision_config=_TOWER),
-    "paligemma": whole("paligemma", _of("gemma2"), vision_config=_tower("siglip_vision_model", projection_dim=64)),
+    "paligemma": whole(
+        "paligemma", _of("gemma2"), vision_config=_tower("siglip_vision_model", projection_dim=64),
+        vocab_size=VOCAB_SIZE,
+    ),
     "qianfan_ocr": whole("qianfan_ocr", _of("qwen3"), vision_config=_TOWER),
     "qwen2_5_omni_thinker": whole("qwen2_5_omni_thinker", _MROPE, vision_config=_TOWER, audio_config=_TOWER),
     "qwen2_5_vl": whole("qwen2_5_vl", _MROPE, vision_config=_TOWER),

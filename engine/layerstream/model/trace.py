@@ -132,7 +132,7 @@ def trace(anatomy: Anatomy) -> Trace:
     paths = {module: path for path, module in anatomy.model.named_modules()}
     recorder = _Recorder(anatomy.model.config.model_type, paths)
     _register()
-    with _implementations(anatomy.model), _noting(recorder, anatomy), torch.inference_mode(), _Meta():
+    with _implementations(anatomy.model), _noting(recorder, anatomy), torch.no_grad(), _Meta():
         inputs: dict[str, Any] = {
             "inputs_embeds": torch.zeros((1, ROWS, anatomy.embedding.embedding_dim), dtype=anatomy.model.dtype),
             "position_ids": torch.arange(ROWS)[None],
@@ -383,6 +383,8 @@ class _Meta(TorchDispatchMode):
             return 0
         if func is torch.ops.aten.nonzero.default:
             return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("meta")}
         return func(*_to_meta(args), **{name: _to_meta(value) for name, value in kwargs.items()})
 
 
