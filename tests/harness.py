@@ -82,11 +82,13 @@ def draw_prompt(length: int, seed: int = 7) -> list[int]:
 
 @dataclass
 class Run:
-    """Greedy tokens and the logits of every step ``(steps, vocabulary)``, per prompt; whether weights streamed."""
+    """Greedy tokens and the logits of every step ``(steps, vocabulary)``, per prompt; whether weights streamed; tokens
+    whose KV came from the store."""
 
     tokens: list[list[int]]
     logits: list[torch.Tensor]
     streams: bool
+    loaded_tokens: int = 0
 
 
 def config_for(folder: Path, mode: str, dtype: str = "float32") -> EngineConfig:
@@ -97,10 +99,15 @@ def config_for(folder: Path, mode: str, dtype: str = "float32") -> EngineConfig:
 
 
 def run_greedily(config: EngineConfig, prompts: list[list[int]]) -> Run:
-    """Answer *prompts* together with :data:`NEW_TOKENS` tokens each."""
+    """Answer *prompts* together with :data:`NEW_TOKENS` tokens each; where there is a store, what they published is
+    stored by then."""
     parts = assemble(config, None)
     try:
-        return Run(*step_greedily(parts, prompts, NEW_TOKENS), parts.plan.streams)
+        run = Run(*step_greedily(parts, prompts, NEW_TOKENS), parts.plan.streams)
+        if parts.store is not None:
+            parts.store.flush()
+            run.loaded_tokens = parts.store.counters.loaded_tokens
+        return run
     finally:
         parts.close()
 
