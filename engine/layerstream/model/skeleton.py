@@ -163,7 +163,7 @@ def build_skeleton(
         divide_frequencies(model, factors)
     anatomy = dissect(model)
     traced = trace(anatomy)
-    _adapt(anatomy)
+    _adapt(anatomy, traced)
     if file is not None:
         sources = resolve_gguf(model, file)
     else:
@@ -294,12 +294,12 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
-def _adapt(anatomy: Anatomy) -> None:
+def _adapt(anatomy: Anatomy, traced: Trace) -> None:
     """Have the modules of *anatomy* compute as this engine does."""
     for row in families_of(anatomy.model.config):
         if row.adapt is not None:
             row.adapt(anatomy.decoder)
-    elementwise.install(anatomy.decoder)
+    elementwise.install(anatomy.decoder, [anatomy.model.get_submodule(path) for path in traced.mingled])
     for module in anatomy.decoder.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION

@@ -34,6 +34,7 @@ from layerstream.model.anatomy import Anatomy
 IMPLEMENTATION = "layerstream-trace"
 ROWS = 5  # that run: as many as no other axis is likely to have
 
+_LISTS = torch.nn.ModuleList | torch.nn.ModuleDict
 _MECHANISMS = {
     "conv": "it keeps recurrent state (a convolution's), and this version streams models whose only state is keys and "
     "values",
@@ -83,11 +84,16 @@ class Trace:
     Attributes:
         layers: what attention does in each.
         order: the place of each of its modules, by path, in the order in which they run.
+        lists: paths of modules that never run themselves, and whose parts do: lists of modules.
+        mingled: paths of modules that call other methods of their parts than ``forward``, so that they compute between
+            the parts of their parts.
         top_k: by path of a module of experts, how many of them a row is routed to.
     """
 
     layers: tuple[LayerTrace, ...]
     order: Mapping[str, int]
+    lists: frozenset[str]
+    mingled: frozenset[str]
     top_k: Mapping[str, int]
 
     @property
@@ -115,6 +121,7 @@ class _Recorder:
     cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict[int, Any])
     attended: dict[int, LayerTrace] = field(default_factory=dict[int, LayerTrace])
     order: dict[str, int] = field(default_factory=dict[str, int])
+    ran: set[str] = field(default_factory=set[str])
     top_k: dict[str, int] = field(default_factory=dict[str, int])
     counted: set[int] = field(default_factory=set[int])
     running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
@@ -150,10 +157,10 @@ def trace(anatomy: Anatomy) -> Trace:
                 f"{recorder.family!r} does not run on text alone as its class is in transformers "
                 f"({type(error).__name__}: {error!s:.200}): this version cannot run it"
             ) from error
-    return _conclude(recorder)
+    return _conclude(recorder, anatomy)
 
 
-def _conclude(recorder: _Recorder) -> Trace:
+def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
     count = 1 + max((*recorder.attended, *recorder.cached), default=-1)
     bypassing = sorted(set(range(count)) - recorder.attended.keys()) or ([0] if not count else [])
     if bypassing:
@@ -163,7 +170,16 @@ def _conclude(recorder: _Recorder) -> Trace:
         )
     numbers = {layer: number for number, layer in enumerate(sorted(recorder.cached))}
     layers = (recorder.attended[layer] for layer in range(count))
-    return Trace(tuple(replace(layer, state=numbers[layer.state]) for layer in layers), recorder.order, recorder.top_k)
+    inside = f"{recorder.paths[anatomy.decoder]}."
+    lists = frozenset(path for path in recorder.order.keys() - recorder.ran if path.startswith(inside))
+    lenders = {path for path in lists if not isinstance(anatomy.model.get_submodule(path), _LISTS)}
+    return Trace(
+        layers=tuple(replace(layer, state=numbers[layer.state]) for layer in layers),
+        order=recorder.order,
+        lists=lists,
+        mingled=frozenset(path.rpartition(".")[0] for path in lenders),
+        top_k=recorder.top_k,
+    )
 
 
 class _Cache:
@@ -355,6 +371,7 @@ def _noting(recorder: _Recorder, anatomy: Anatomy) -> Iterator[None]:
         parts = recorder.paths[module].split(".")
         for depth in range(len(parts)):  # lists of modules run with the first of them
             recorder.order.setdefault(".".join(parts[: depth + 1]), len(recorder.order))
+        recorder.ran.add(recorder.paths[module])
         recorder.running.append(module)
 
     def end(*_: Any) -> None:
