@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.sizes import LATENT, LOCAL_AND_GLOBAL, SHARED_KV, WINDOW, YARN, text
 
 _PLAIN = """
-    apertus arcee biogpt bitnet gemma gpt2 gpt_bigcode helium hyperclovax internlm3 iquestcoder jais2 llama nanochat
+    apertus arcee biogpt bitnet gemma gpt_bigcode helium hyperclovax internlm3 iquestcoder jais2 llama nanochat
     nemotron olmo olmo2 phi3 qwen3
 """
 
@@ -61,7 +61,6 @@ DENSE = {
         },
     ),
     "mistral-window": text("mistral", sliding_window=WINDOW),
-    "modernbert-decoder": text("modernbert-decoder", **LOCAL_AND_GLOBAL, local_attention=WINDOW),
     "olmo3": text("olmo3", sliding_window=WINDOW, num_hidden_layers=4),
     "opt": text("opt", ffn_dim=96),
     "phi": text("phi", partial_rotary_factor=0.5),
@@ -73,7 +72,6 @@ DENSE = {
     "stablelm": text("stablelm", use_qkv_bias=True),
     "starcoder2": text("starcoder2", sliding_window=WINDOW),
     "vaultgemma": text("vaultgemma", **LOCAL_AND_GLOBAL, query_pre_attn_scalar=16),
-    "xglm": text("xglm", ffn_dim=96),
     "youtu": text("youtu", **LATENT, pad_token_id=None),  # whose row transformers makes zero as it loads
 }
 # fmt: on

@@ -32,10 +32,6 @@ MIXTURES = {
         "cohere2_moe", **MOE, **LOCAL_AND_GLOBAL, **_SPARSE_BUT_ONE, num_shared_experts=1, logit_scale=0.25,
         prefix_dense_intermediate_size=96,
     ),
-    "dbrx": text(
-        "dbrx", d_model=64, n_heads=4, n_layers=3, max_seq_len=1024, attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
-        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
-    ),
     "deepseek_v2": text(
         "deepseek_v2", **LATENT, **GROUPED, n_shared_experts=1, first_k_dense_replace=1,
         topk_method="group_limited_greedy",
@@ -66,7 +62,6 @@ MIXTURES = {
     "granitemoeshared": text("granitemoeshared", **FEW_LOCAL, **_MULTIPLIED, shared_intermediate_size=48),
     "hunyuan_v1_moe": text("hunyuan_v1_moe", num_experts=6, moe_topk=2),
     "hy_v3": text("hy_v3", **MOE, num_shared_experts=1, **_SPARSE_BUT_ONE),
-    "jetmoe": text("jetmoe", num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=2, kv_channels=16),
     "kolibri1": text("kolibri1", **MOE, **_SHARED_EXPERT, **LOCAL_AND_GLOBAL),
     "laguna": text(
         "laguna", **MOE, **_SHARED_EXPERT, **LOCAL_AND_GLOBAL, num_attention_heads_per_layer=[4, 4, 8],
@@ -76,10 +71,6 @@ MIXTURES = {
         "llama4_text", num_hidden_layers=4, intermediate_size_mlp=96, num_local_experts=4, num_experts_per_tok=1,
         interleave_moe_layer_step=2, attention_chunk_size=48, no_rope_layer_interval=4, floor_scale=32, attn_scale=0.1,
         attn_temperature_tuning=True,
-    ),
-    "longcat_flash": text(
-        "longcat_flash", **LATENT, num_layers=2, ffn_hidden_size=96, moe_topk=2, n_routed_experts=4, zero_expert_num=2,
-        expert_ffn_hidden_size=48,
     ),
     "mellum": text("mellum", **MOE, **LOCAL_AND_GLOBAL, **_SPARSE_BUT_ONE),
     "mimo_v2_flash": text(

@@ -143,10 +143,6 @@ MULTIMODAL = {
     ),
     "ovis2": whole("ovis2", _of("qwen2"), vision_config=_TOWER, vocab_size=VOCAB_SIZE),
     "paddleocr_vl": whole("paddleocr_vl", _MROPE, vision_config=_TOWER),
-    "paligemma": whole(
-        "paligemma", _of("gemma2"), vision_config=_tower("siglip_vision_model", projection_dim=64),
-        vocab_size=VOCAB_SIZE,
-    ),
     "qianfan_ocr": whole("qianfan_ocr", _of("qwen3"), vision_config=_TOWER),
     "qwen2_5_omni_thinker": whole("qwen2_5_omni_thinker", _MROPE, vision_config=_TOWER, audio_config=_TOWER),
     "qwen2_5_vl": whole("qwen2_5_vl", _MROPE, vision_config=_TOWER),

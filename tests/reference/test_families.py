@@ -31,7 +31,6 @@ def mode_of(family: str) -> str:
     return MODES[zlib.crc32(family.encode()) % len(MODES)]
 
 
-
 @pytest.mark.parametrize(
     ("family", "mode"),
     [
