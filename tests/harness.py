@@ -14,6 +14,7 @@ from layerstream.errors import BudgetTooSmall, ReadError
 from layerstream.model.skeleton import build_skeleton
 from layerstream.planner import ModelFacts, on_host, units
 from layerstream.planner import facts as assumed
+from layerstream.scheduling.composing import Drafting
 from layerstream.setup import plan_model as sizing
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
@@ -98,12 +99,12 @@ def config_for(folder: Path, mode: str, dtype: str = "float32") -> EngineConfig:
     return EngineConfig(str(folder), device="cpu", memory_bytes=budget_for(folder, mode, dtype), dtype=dtype)
 
 
-def run_greedily(config: EngineConfig, prompts: list[list[int]]) -> Run:
-    """Answer *prompts* together with :data:`NEW_TOKENS` tokens each; where there is a store, what they published is
-    stored by then."""
+def run_greedily(config: EngineConfig, prompts: list[list[int]], drafting: Drafting | None = None) -> Run:
+    """Answer *prompts* together with :data:`NEW_TOKENS` tokens each, with guesses of *drafting*; what they published is
+    stored by then, where there is a store."""
     parts = assemble(config, None)
     try:
-        run = Run(*step_greedily(parts, prompts, NEW_TOKENS), parts.plan.streams)
+        run = Run(*step_greedily(parts, prompts, NEW_TOKENS, drafting), parts.plan.streams)
         if parts.store is not None:
             parts.store.flush()
             run.loaded_tokens = parts.store.counters.loaded_tokens

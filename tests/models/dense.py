@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.models.sizes import LATENT, LOCAL_AND_GLOBAL, SHARED_KV, WINDOW, YARN, text
 
 _PLAIN = """
-    apertus arcee biogpt bitnet gemma gpt_bigcode helium hyperclovax internlm3 iquestcoder jais2 llama nanochat
-    nemotron olmo olmo2 phi3 qwen3
+    apertus arcee bitnet gemma helium hyperclovax internlm3 iquestcoder jais2 llama nanochat
+    nemotron olmo olmo2 persimmon phi3 qwen3
 """
 
 # fmt: off
@@ -20,6 +20,7 @@ DENSE = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "biogpt": text("biogpt", max_position_embeddings=192),  # a table of them, which is not cut
     "cohere": text("cohere", logit_scale=0.25, use_qk_norm=True),
     "cohere2": text("cohere2", logit_scale=0.25, sliding_window=WINDOW, num_hidden_layers=5),
     "cwm": text("cwm", **LOCAL_AND_GLOBAL),
@@ -44,6 +45,7 @@ DENSE = {
     "glm": text("glm", partial_rotary_factor=0.5),
     "glm4": text("glm4", partial_rotary_factor=0.5),
     "gpt-neox": text("gpt_neox", tie_word_embeddings=False, num_key_value_heads=4),  # it has no groups
+    "gpt_bigcode": text("gpt_bigcode", max_position_embeddings=256),
     "granite": text("granite", logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=3.0),
     "granite_swa": text(
         "granite_swa", **LOCAL_AND_GLOBAL, layer_rope_theta=[1e4, 1e6, 0], logits_scaling=2.0, residual_multiplier=0.5
@@ -62,7 +64,7 @@ DENSE = {
     ),
     "mistral-window": text("mistral", sliding_window=WINDOW),
     "olmo3": text("olmo3", sliding_window=WINDOW, num_hidden_layers=4),
-    "opt": text("opt", ffn_dim=96),
+    "opt": text("opt", ffn_dim=96, max_position_embeddings=256),
     "phi": text("phi", partial_rotary_factor=0.5),
     "phi3-window": text("phi3", sliding_window=WINDOW),
     "qwen2": text("qwen2", tie_word_embeddings=True),

@@ -2,7 +2,9 @@
 
 Three prompts of different lengths run in the same sweeps; the longest is computed in several chunks over several
 sweeps, and is longer than every window and attention chunk among the families. Then another engine answers them with
-what the first one stored: the same bits. ``make test`` runs each family in one mode, ``make families`` in all of them.
+what the first one stored, and with guesses: the same bits.
+
+``make test`` runs each family in one mode; ``make families`` in all of them, and with quantised Linears.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from layerstream.model.families import TESTED
 from layerstream.model.skeleton import build_skeleton
 from layerstream.planner import facts as assumed
 
+from tests.guesser import Guesser
 from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import FAMILIES, make_model
+from tests.quantised import PACKERS, write_quantised
 
 PROMPT_LENGTHS = (150, 5, 67)
 TOLERANCE = 1e-4  # of the largest logit
 MODES = ("resident", "layers", "cut", "device-host")
+
+QUANTISED = tuple(FAMILIES)
 
 
 def mode_of(family: str) -> str:
@@ -51,11 +57,24 @@ def test_equals_plain_transformers(family: str, mode: str, tmp_path: Path, token
     cold = run_greedily(config, prompts)
     assert cold.streams == (mode in STREAMING)
     assert_equals(cold, reference, prompts, TOLERANCE)
-    warm = run_greedily(config, prompts)
+    guesser = Guesser(cold.tokens, seed=0)
+    warm = run_greedily(config, prompts, guesser)
+    assert guesser.num_guessed
     page = assumed.CHUNK_TOKENS
     assert warm.loaded_tokens == sum((length - 1) // page * page for length in PROMPT_LENGTHS)
     for before, after in zip(cold.logits, warm.logits, strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", QUANTISED)
+def test_equals_the_decoded_weights(family: str, tmp_path: Path, tokenizer_folder: Path) -> None:
+    reference = make_model(family, tmp_path)
+    pack, quantisation = PACKERS["compressed-fp8"]
+    write_quantised(tmp_path, reference, pack, quantisation, leave="nothing")
+    add_tokenizer(tmp_path, tokenizer_folder)
+    prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
+    assert_equals(run_greedily(config_for(tmp_path, "layers"), prompts), reference, prompts, TOLERANCE)
 
 
 def test_every_tested_family_is_compared() -> None:
