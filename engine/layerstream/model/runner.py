@@ -207,7 +207,7 @@ class _Output(MoeModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
-        return None
+        return
 
 
 class _Stubs:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
@@ -23,7 +22,7 @@ from layerstream.checkpoint.names import DTYPES, PackedSource, Source, resolve_p
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts
-from layerstream.model.anatomy import Anatomy, body_modules, dissect, own_class
+from layerstream.model.anatomy import Anatomy, body_modules, build_own, dissect
 from layerstream.model.families import check_supported, families_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
@@ -271,27 +270,12 @@ def _text_config(config: Any, anatomy: Anatomy) -> Any:
 
 
 def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """transformers' model of *config*, the class that saved it, on the meta device, computing as this engine does.
-
-    Raises:
-        UnsupportedModel: there is no class of it that generates text.
-    """
+    """The model of *config* on the meta device, attending as this engine does."""
     attention.register()
     experts.register()
-    config = copy.deepcopy(config)
-    options = {"attn_implementation": attention.IMPLEMENTATION, "dtype": dtype}
-    own = None if trust_remote_code and hasattr(config, "auto_map") else own_class(config)
-    with init_empty_weights(include_buffers=False):
-        if own is not None:
-            model = own._from_config(config, **options)
-        elif trust_remote_code:
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options)
-        else:
-            raise UnsupportedModel(
-                f"transformers {transformers.__version__} has no class of {config.model_type!r} that generates text: it "
-                "is no language model"
-            )
-    return model.eval()
+    return build_own(
+        config, trust_remote_code=trust_remote_code, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
+    )
 
 
 def _adapt(anatomy: Anatomy, traced: Trace) -> None:

@@ -251,9 +251,7 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _note_mask(
-    *_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any
-) -> torch.Tensor:
+def _note_mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> torch.Tensor:
     mask = torch.empty((1, 1, ROWS, ROWS), dtype=torch.bool, device="meta").as_subclass(_Mask)
     mask.asked = _Asked(mask_function, local_size)
     return mask
