@@ -18,7 +18,7 @@ _SMALL = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
-_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 _MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("Phi3", {"sliding_window": 40}),
     "gpt-oss": (
         "GptOss",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40, "rope_parameters": _YARN},
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40, "rope_parameters": YARN},
     ),
     "glm": ("Glm", {"partial_rotary_factor": 0.5}),
     "glm4": ("Glm4", {"partial_rotary_factor": 0.5}),

@@ -18,7 +18,9 @@ from accelerate import init_empty_weights
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
-from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
+from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors
+from layerstream.checkpoint.gguf_config import read_gguf_config
+from layerstream.checkpoint.gguf_names import resolve_gguf
 from layerstream.checkpoint.names import DTYPES, PackedSource, Source, language_model_names, resolve_parameters
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
@@ -133,7 +135,7 @@ def build_skeleton(
     file = open_gguf(folder) if folder.suffix == ".gguf" else None
     checkpoint = None if file else open_folder(folder)
     if file is not None:
-        config = _gguf_config(file)
+        config = read_gguf_config(file)
     else:
         assert checkpoint is not None
         check_config(checkpoint.config, str(folder / CONFIG), _shapes(checkpoint))
@@ -205,19 +207,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     with explained(f"{folder / CONFIG}: transformers refuses what it says"):
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def _gguf_config(file: GgufFile) -> Any:
-    """Out of a GGUF file's metadata."""
-    with explained(f"{file.path}: transformers refuses what its metadata say"):
-        config = transformers.AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-        if file.is_mixtral:
-            known = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-            config = transformers.MixtralConfig(**known)
-    for name, size in file.sizes.items():  # transformers takes the family's usual ones
-        setattr(config, name, size)
-    check_config(config.to_dict(), str(file.path), [tensor.shape for tensor in file.tensors.values()])
-    return config
 
 
 def _shapes(checkpoint: Checkpoint) -> Collection[tuple[int, ...]]:
