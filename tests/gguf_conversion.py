@@ -202,7 +202,7 @@ _MORE: dict[str, Callable[[gguf.GGUFWriter, Any], None]] = {
     "granite": _granite, "granitemoe": _granite, "qwen2moe": _moe, "qwen3moe": _moe, "qwen3vlmoe": _moe,
     "gemma2": _gemma2, "gemma3": _window, "phi2": _partial, "phi3": _phi3, "glm4": _partial, "glm4moe": _glm4_moe,
     "deepseek2": _deepseek2, "gpt-oss": _gpt_oss, "command-r": _cohere, "cohere2": _cohere2, "exaone4": _pattern,
-    "stablelm": _stablelm,
+    "stablelm": _stablelm, "olmo": lambda writer, config: writer.add_clamp_kqv(config.clip_qkv),
     "olmo2": lambda writer, config: _pattern(writer, config) if config.model_type == "olmo3" else None,
 }  # fmt: skip
 

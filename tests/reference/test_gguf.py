@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # of a family in tests
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3", {}),
-    "phi": ("phi2", {}),
+    "phi": ("phi2", {"num_key_value_heads": 4}),
     "phi3": ("phi3", {}),
     "phi3-window": ("phi3", {}),
     "glm4": ("glm4", {}),

@@ -102,7 +102,8 @@ def _has(key: str) -> Callable[[GgufFile], bool]:
 
 
 def _is_gated_by_sigmoid(file: GgufFile) -> bool:
-    return file.said("expert_gating_func") == SIGMOID
+    """Some files do not say so; those have what corrects the gates' choice."""
+    return file.said("expert_gating_func") == SIGMOID or any(".exp_probs_b" in name for name in file.tensors)
 
 
 def _by_largest(num_layers: int) -> Callable[[GgufFile, Fields], Fields]:
@@ -317,5 +318,8 @@ def architecture_of(file: GgufFile) -> Architecture:
     elif name in _NO_DECODER:
         reason = "it is no decoder that generates text"
     else:
-        reason = f"what its converter did to weights and config is not known here; use the safetensors original, or one of {', '.join(SUPPORTED)}"
+        reason = (
+            "what its converter made of weights and config is not known here; use the safetensors original, or one of "
+            f"{', '.join(SUPPORTED)}"
+        )
     raise UnsupportedModel(f"{file.path}: a GGUF file of architecture {name!r}: {reason}")
