@@ -136,9 +136,3 @@ def read_floats(tensor: GgufTensor) -> torch.Tensor:
     with extent.path.open("rb") as opened:
         opened.seek(extent.offset)
         return torch.frombuffer(bytearray(opened.read(extent.num_bytes)), dtype=torch.float32)
-
-
-def read_rope_factors(file: GgufFile) -> torch.Tensor | None:
-    """``(head_dim / 2,)``: what rotary frequencies are divided by (Llama 3.1 and later)."""
-    tensor = file.tensors.get(ROPE_FACTORS)
-    return None if tensor is None else read_floats(tensor)

@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from layerstream.checkpoint.config import check_config
-from layerstream.checkpoint.gguf import GgufFile, read_floats
+from layerstream.checkpoint.gguf import ROPE_FACTORS, GgufFile, read_floats
 from layerstream.checkpoint.gguf_architectures import Architecture, Fields, architecture_of
 from layerstream.checkpoint.reading import explained
 from layerstream.errors import InvalidHeader, UnsupportedModel
@@ -116,8 +116,17 @@ def _rope(file: GgufFile, row: Architecture, fields: Fields) -> Fields:
 
 
 def _scaling(file: GgufFile, row: Architecture) -> Fields:
+    """How frequencies are scaled; by factors of their own, these are LongRoPE's, of one length (Llama 3.1) or two."""
     kind, factor = file.said("rope.scaling.type", "none"), file.said("rope.scaling.factor")
     original = file.said("rope.scaling.original_context_length")
+    if (factors := file.tensors.get(ROPE_FACTORS)) is not None:
+        one = read_floats(factors).tolist()
+        whole = {
+            "original_max_position_embeddings": file.said("context_length"),
+            "factor": 1.0,
+            "attention_factor": 1.0,
+        }
+        return {"rope_type": "longrope", "long_factor": one, "short_factor": one, **whole}
     if _LONG in file.tensors and _SHORT in file.tensors:
         return {
             "rope_type": "longrope",
@@ -137,8 +146,8 @@ def _scaling(file: GgufFile, row: Architecture) -> Fields:
             **_yarn(file, row),
         }
     raise UnsupportedModel(
-        f"{file.path}: rotary positions are scaled ({kind}), and its metadata do not say all of it; use the safetensors "
-        "original"
+        f"{file.path}: rotary positions are scaled ({kind}), and its metadata do not say all of it; use the "
+        "safetensors original"
     )
 
 

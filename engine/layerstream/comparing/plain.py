@@ -36,7 +36,6 @@ from transformers.utils import logging as transformers_logging
 from layerstream.comparing.weights import Weights
 from layerstream.errors import InvalidHeader, MissingTensor
 from layerstream.model.hooks import named_holders
-from layerstream.model.skeleton import divide_frequencies
 
 Watch: TypeAlias = Callable[[str, torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Told of a module that has run, its weights still there: path, module, arguments, what it gave."""
@@ -48,7 +47,6 @@ class PlainModel:
     Args:
         config: of the language model.
         weights: the values of its checkpoint.
-        rope_factors: what rotary frequencies are divided by; GGUF files have it, and transformers does not read it.
 
     Attributes:
         model: on the meta device, but for what is running.
@@ -60,7 +58,6 @@ class PlainModel:
         dtype: torch.dtype,
         weights: Weights,
         *,
-        rope_factors: torch.Tensor | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         with init_empty_weights(include_buffers=False):
@@ -72,8 +69,6 @@ class PlainModel:
                 trust_remote_code=trust_remote_code,
             )
         self.model.eval()
-        if rope_factors is not None:
-            divide_frequencies(self.model, rope_factors)
         self._weights = weights
         self._holders = {key: (holder, name) for key, holder, name in named_holders(self.model, "")}
         self._config = LoadStateDictConfig(

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
-from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors
+from layerstream.checkpoint.gguf import GgufFile, open_gguf
 from layerstream.checkpoint.gguf_config import read_gguf_config
 from layerstream.checkpoint.gguf_names import resolve_gguf
 from layerstream.checkpoint.names import DTYPES, PackedSource, Source, language_model_names, resolve_parameters
@@ -147,8 +147,6 @@ def build_skeleton(
     compute_dtype = resolve_dtype(dtype)
     with explained(f"{folder}: no model can be built as its config says"):
         model = build_meta(text_config, compute_dtype, trust_remote_code)
-    if file is not None and (factors := read_rope_factors(file)) is not None:
-        divide_frequencies(model, factors)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
         raise UnsupportedModel(
@@ -212,14 +210,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def _shapes(checkpoint: Checkpoint) -> Collection[tuple[int, ...]]:
     packed = [entry for matrix in checkpoint.packed.values() for entry in matrix.planes.values()]
     return [entry.shape for entry in (*checkpoint.tensors.values(), *packed)]
-
-
-def divide_frequencies(model: Any, factors: torch.Tensor) -> None:
-    """Divide the frequencies of rotary embeddings by *factors*."""
-    for module in model.modules():
-        for name in ("inv_freq", "original_inv_freq"):
-            if isinstance(frequencies := getattr(module, name, None), torch.Tensor):
-                frequencies /= factors
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:

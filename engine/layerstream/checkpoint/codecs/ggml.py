@@ -14,7 +14,7 @@ import gguf
 import torch
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
 from layerstream.checkpoint.codecs.mxfp4 import VALUES
 
 _PLAIN = {
@@ -24,9 +24,7 @@ _PLAIN = {
 }
 _BY_NUMPY = {gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.Q5_1}
 _MXFP4 = gguf.GGMLQuantizationType.MXFP4
-_LINEAR = frozenset(
-    {gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q4_K}
-)
+_LINEAR = frozenset({gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q4_K})
 _NIBBLES = {  # where codes of four bits begin in a block, and how many bytes have the lower halves of neighbours
     gguf.GGMLQuantizationType.Q4_0: (2, 16),
     gguf.GGMLQuantizationType.Q4_1: (4, 16),
@@ -52,6 +50,8 @@ class Ggml(Codec):
     swapped: tuple[int, int] | None = None
     offset: float = 0.0
     transposes: bool = False  # type: ignore[misc]
+
+    dtypes = stored_as(weight="U8")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -79,7 +79,7 @@ class Ggml(Codec):
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once."""
-        stored = self._rows(planes, out.shape[0])
+        stored = self.blocks(planes, out.shape[0])
         step = max(1, CACHED_VALUES // out.shape[1])
         for start in range(0, len(stored), step):
             part = slice(start, start + step)
@@ -91,7 +91,7 @@ class Ggml(Codec):
         if not self.affine_group(out.shape[1]):
             self.decode(planes, first, out)
             return
-        stored = self._rows(planes, out.shape[0])
+        stored = self.blocks(planes, out.shape[0])
         step = max(1, CACHED_VALUES // out.shape[1])
         for start in range(0, len(stored), step):
             part = slice(start, start + step)
@@ -110,11 +110,11 @@ class Ggml(Codec):
 
     def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Offsets are what code 8 stands for."""
-        blocks = self._rows(planes, rows).view(-1, gguf.GGML_QUANT_SIZES[self.kind][1])
+        blocks = self.blocks(planes, rows).view(-1, gguf.GGML_QUANT_SIZES[self.kind][1])
         scale, lowest = _scales(blocks, self.kind)
         return _codes(blocks, self.kind).view(rows, -1), scale.view(rows, -1), (lowest + 8 * scale).view(rows, -1)
 
-    def _rows(self, planes: Planes, rows: int) -> torch.Tensor:
+    def blocks(self, planes: Planes, rows: int) -> torch.Tensor:
         """The bytes of each row, in the model's order."""
         stored = planes["weight"].view(rows, -1)
         if self.swapped:
@@ -132,6 +132,12 @@ class Ggml(Codec):
         if self.kind in _BY_NUMPY:
             return torch.from_numpy(gguf.quants.dequantize(stored.cpu().numpy(), self.kind)).to(stored.device)
         return dequantize(stored.reshape(-1), int(self.kind), torch.float32)
+
+
+def block_values(kind: gguf.GGMLQuantizationType, num_bytes: int) -> int:
+    """How many values *num_bytes* of whole blocks stand for."""
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    return num_bytes // size * values
 
 
 def _scales(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> tuple[torch.Tensor, torch.Tensor]:
