@@ -19,7 +19,6 @@ import torch
 import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream.api.events import Event, PackProgress
-from layerstream.checkpoint.codecs.tiled_ggml import TiledGgml
 from layerstream.comparing.weights import GgufWeights
 from layerstream.errors import (
     CheckpointNotFound,
