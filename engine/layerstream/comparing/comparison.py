@@ -203,9 +203,7 @@ def _open_plain(parts: Assembly) -> PlainModel:
     if path.suffix == ".gguf":
         return PlainModel(skeleton.config, skeleton.dtype, GgufWeights(skeleton.sources))
     config = load_config(path, trust_remote_code=trusts)
-    is_part = config.get_text_config(decoder=True) is not config
-    weights = FolderWeights(open_folder(path), skeleton.embedding_key if is_part else None)
-    return PlainModel(skeleton.config, skeleton.dtype, weights, trust_remote_code=trusts)
+    return PlainModel(config, skeleton.dtype, FolderWeights(open_folder(path)), trust_remote_code=trusts)
 
 
 def _of_logits(

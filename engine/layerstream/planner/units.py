@@ -38,6 +38,7 @@ class WeightNode:
         kernel: that could multiply by it undecoded; ``""``: none.
         experts: path of the experts below it whose weights are not counted: they come as they are routed to. Such a
             block is a unit of its own.
+        is_list: never runs itself; what is below it does.
         children: modules below, in module order.
     """
 
@@ -51,6 +52,7 @@ class WeightNode:
     codec: str = ""
     kernel: str = ""
     experts: str = ""
+    is_list: bool = False
     children: tuple[WeightNode, ...] = ()
 
     @property
@@ -228,7 +230,7 @@ def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
     if not total:
         return
     can_cut = node.children or (node.num_rows and node.row_step)
-    is_whole = node.num_rows or not (node.most_decode_bytes or node.routes)
+    is_whole = node.num_rows or not (node.most_decode_bytes or node.routes or node.is_list)
     if not can_cut or (total <= limit and is_whole):
         pinned, decode_bytes, experts = total < PIN_BELOW, node.decode_bytes, node.experts
         yield PlannedUnit(node.name, total, compute, pinned=pinned, decode_bytes=decode_bytes, experts=experts)
