@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from tests.models.dense import DENSE
 from tests.models.mixtures import MIXTURES
 from tests.models.multimodal import MULTIMODAL
-from tests.models.sizes import VOCAB_SIZE, SmallModel
+from tests.models.sizes import VOCAB_SIZE, YARN, SmallModel
 
-__all__ = ["FAMILIES", "VOCAB_SIZE", "SmallModel", "make_model", "make_tokenizer"]
+__all__ = ["FAMILIES", "VOCAB_SIZE", "YARN", "SmallModel", "make_model", "make_tokenizer"]
 
 FAMILIES: dict[str, SmallModel] = {**DENSE, **MIXTURES, **MULTIMODAL}
 
