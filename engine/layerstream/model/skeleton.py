@@ -28,7 +28,7 @@ from layerstream.model.anatomy import Anatomy, body_modules, build_own, dissect
 from layerstream.model.families import check_supported, families_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
-from layerstream.model.trace import Trace, trace
+from layerstream.model.trace import Trace, bypassing, trace
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)
@@ -252,9 +252,14 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model of *config* on the meta device, attending as this engine does."""
     attention.register()
     experts.register()
-    return build_own(
-        config, trust_remote_code=trust_remote_code, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
-    )
+    try:
+        return build_own(
+            config, trust_remote_code=trust_remote_code, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
+        )
+    except KeyError as error:
+        if error.args != (attention.IMPLEMENTATION,):
+            raise
+        raise bypassing(config.model_type) from error  # it has a class for each implementation that it knows
 
 
 def _adapt(anatomy: Anatomy, traced: Trace) -> None:
