@@ -35,7 +35,6 @@ from layerstream.comparing.weights import Weights
 from layerstream.errors import InvalidHeader, MissingTensor
 from layerstream.model.anatomy import build_own, dissect
 from layerstream.model.hooks import named_holders
-from layerstream.model.skeleton import divide_frequencies
 
 Watch: TypeAlias = Callable[[str, torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Told of a module that has run, its weights still there: path, module, arguments, what it gave."""
@@ -47,7 +46,6 @@ class PlainModel:
     Args:
         config: of the model, as transformers read it.
         weights: the values of its checkpoint.
-        rope_factors: what rotary frequencies are divided by; GGUF files have it, and transformers does not read it.
 
     Attributes:
         model: on the meta device, but for what is running.
@@ -59,7 +57,6 @@ class PlainModel:
         dtype: torch.dtype,
         weights: Weights,
         *,
-        rope_factors: torch.Tensor | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.model = build_own(
@@ -70,8 +67,6 @@ class PlainModel:
             dtype=dtype,
         )
         self._parts = dissect(self.model)
-        if rope_factors is not None:
-            divide_frequencies(self.model, rope_factors)
         self._weights = weights
         self._holders = {key: (holder, name) for key, holder, name in named_holders(self.model, "")}
         self._config = LoadStateDictConfig(

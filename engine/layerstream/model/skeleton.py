@@ -17,7 +17,9 @@ import transformers
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
-from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
+from layerstream.checkpoint.gguf import GgufFile, open_gguf
+from layerstream.checkpoint.gguf_config import read_gguf_config
+from layerstream.checkpoint.gguf_names import resolve_gguf
 from layerstream.checkpoint.names import DTYPES, PackedSource, Source, resolve_parameters
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
@@ -26,7 +28,7 @@ from layerstream.model.anatomy import Anatomy, body_modules, build_own, dissect
 from layerstream.model.families import check_supported, families_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
-from layerstream.model.trace import Trace, trace
+from layerstream.model.trace import Trace, bypassing, trace
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)
@@ -147,7 +149,7 @@ def build_skeleton(
     file = open_gguf(folder) if folder.suffix == ".gguf" else None
     checkpoint = None if file else open_folder(folder)
     if file is not None:
-        config = _gguf_config(file)
+        config = read_gguf_config(file)
     else:
         assert checkpoint is not None
         check_config(checkpoint.config, str(folder / CONFIG), _shapes(checkpoint))
@@ -158,8 +160,6 @@ def build_skeleton(
     compute_dtype = resolve_dtype(dtype)
     with explained(f"{folder}: no model can be built as its config says"):
         model = build_meta(config, compute_dtype, trust_remote_code)
-    if file is not None and (factors := read_rope_factors(file)) is not None:
-        divide_frequencies(model, factors)
     anatomy = dissect(model)
     traced = trace(anatomy)
     _adapt(anatomy, traced)
@@ -205,30 +205,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def _gguf_config(file: GgufFile) -> Any:
-    """Out of a GGUF file's metadata."""
-    with explained(f"{file.path}: transformers refuses what its metadata say"):
-        config = transformers.AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-        if file.is_mixtral:
-            known = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-            config = transformers.MixtralConfig(**known)
-    for name, size in file.sizes.items():  # transformers takes the family's usual ones
-        setattr(config, name, size)
-    check_config(config.to_dict(), str(file.path), [tensor.shape for tensor in file.tensors.values()])
-    return config
-
-
 def _shapes(checkpoint: Checkpoint) -> Collection[tuple[int, ...]]:
     packed = [entry for matrix in checkpoint.packed.values() for entry in matrix.planes.values()]
     return [entry.shape for entry in (*checkpoint.tensors.values(), *packed)]
-
-
-def divide_frequencies(model: Any, factors: torch.Tensor) -> None:
-    """Divide the frequencies of rotary embeddings by *factors*."""
-    for module in model.modules():
-        for name in ("inv_freq", "original_inv_freq"):
-            if isinstance(frequencies := getattr(module, name, None), torch.Tensor):
-                frequencies /= factors
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -273,9 +252,14 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model of *config* on the meta device, attending as this engine does."""
     attention.register()
     experts.register()
-    return build_own(
-        config, trust_remote_code=trust_remote_code, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
-    )
+    try:
+        return build_own(
+            config, trust_remote_code=trust_remote_code, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
+        )
+    except KeyError as error:
+        if error.args != (attention.IMPLEMENTATION,):
+            raise
+        raise bypassing(config.model_type) from error  # it has a class for each implementation that it knows
 
 
 def _adapt(anatomy: Anatomy, traced: Trace) -> None:

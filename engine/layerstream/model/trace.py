@@ -159,6 +159,8 @@ def trace(anatomy: Anatomy) -> Trace:
         except UnsupportedModel:
             raise
         except Exception as error:
+            if recorder.cached.keys() - recorder.attended.keys():
+                raise bypassing(recorder.family) from error
             raise UnsupportedModel(
                 f"{recorder.family!r} does not run on text alone as its class is in transformers "
                 f"({type(error).__name__}: {error!s:.200}): this version cannot run it"
@@ -166,14 +168,18 @@ def trace(anatomy: Anatomy) -> Trace:
     return _conclude(recorder, anatomy)
 
 
+def bypassing(family: str) -> UnsupportedModel:
+    """The error of a model whose attention this engine has no say in."""
+    return UnsupportedModel(
+        f"{family!r} computes attention inside its own modules and bypasses transformers' attention interface, which "
+        "LayerStream runs on: use another family, or plain transformers"
+    )
+
+
 def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
     count = 1 + max((*recorder.attended, *recorder.cached), default=-1)
-    bypassing = sorted(set(range(count)) - recorder.attended.keys()) or ([0] if not count else [])
-    if bypassing:
-        raise UnsupportedModel(
-            f"{recorder.family!r} computes attention inside its own modules (in layer {bypassing[0]}) and bypasses "
-            "transformers' attention interface, which LayerStream runs on: use another family, or plain transformers"
-        )
+    if not count or set(range(count)) - recorder.attended.keys():
+        raise bypassing(recorder.family)
     numbers = {layer: number for number, layer in enumerate(sorted(recorder.cached))}
     layers = (recorder.attended[layer] for layer in range(count))
     inside = f"{recorder.paths[anatomy.decoder]}."
