@@ -131,6 +131,20 @@ class _Recorder:
     top_k: dict[str, int] = field(default_factory=dict[str, int])
     counted: set[int] = field(default_factory=set[int])
     running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
+    known: dict[_Asked, tuple[int | None, int | None]] = field(default_factory=dict[Any, Any])
+
+    def locality(self, mask: torch.Tensor | None) -> tuple[int | None, int | None]:
+        """Window and chunk of *mask*; see :func:`_locality`."""
+        if mask is None:  # attention alone knows that it is causal
+            return None, None
+        asked = getattr(mask, "asked", None)
+        if not isinstance(asked, _Asked):
+            raise UnsupportedModel(
+                f"{self.family!r} attends under a mask of its own making, which this version cannot apply"
+            )
+        if asked not in self.known:
+            self.known[asked] = _locality(self.family, asked)
+        return self.known[asked]
 
 
 _RECORDER: ContextVar[_Recorder] = ContextVar("layerstream_trace")
@@ -283,7 +297,7 @@ def _note_attention(
     source = next((at for at, kept in recorder.cached.items() if kept[0] is key and kept[1] is value), None)
     if source is None and own is None:
         raise UnsupportedModel(f"{recorder.family!r} attends to what it does not cache, in layer {layer}")
-    window, chunk = _locality(recorder.family, attention_mask)
+    window, chunk = recorder.locality(attention_mask)
     recorder.attended[layer] = LayerTrace(
         path=recorder.paths[module],
         kept=None if own is None else _shape(*own),
@@ -302,17 +316,12 @@ def _shape(keys: torch.Tensor, values: torch.Tensor) -> PageShape:
     return PageShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], dtype)
 
 
-def _locality(family: str, mask: torch.Tensor | None) -> tuple[int | None, int | None]:
-    """Window and chunk of *mask*.
+def _locality(family: str, asked: _Asked) -> tuple[int | None, int | None]:
+    """Window and chunk of a mask.
 
     Raises:
         UnsupportedModel: it is none that was asked for, or lets other positions through.
     """
-    if mask is None:  # attention alone knows that it is causal
-        return None, None
-    asked = getattr(mask, "asked", None)
-    if not isinstance(asked, _Asked):
-        raise UnsupportedModel(f"{family!r} attends under a mask of its own making, which this version cannot apply")
     if asked.size is not None and asked.size < 1:
         raise UnsupportedModel(
             f"{family!r} says that a row sees {asked.size} positions; expected 1 at the least: correct the window in "
@@ -330,19 +339,14 @@ def _locality(family: str, mask: torch.Tensor | None) -> tuple[int | None, int |
 def _lets_through(asked: _Asked, window: int | None, chunk: int | None) -> bool:
     """Whether *asked* shows just the positions of *window* or *chunk*, where either could differ."""
     size = asked.size or 7
-    rows = sorted({at + step for at in (0, size, 2 * size, 3 * size) for step in (-1, 0, 1) if at + step >= 0})
-    for row in rows:
-        starts = (0, row - size, row // size * size, row)
-        for column in {at + step for at in starts for step in (-1, 0, 1) if at + step >= 0}:
-            seen = bool(asked.sees(0, 0, torch.tensor(row), torch.tensor(column)))
-            expected = column <= row
-            if window is not None:
-                expected = expected and column > row - window
-            if chunk is not None:
-                expected = expected and column // chunk == row // chunk
-            if seen != expected:
-                return False
-    return True
+    near = [at + step for at in (0, size, 2 * size, 3 * size) for step in (-1, 0, 1) if at + step >= 0]
+    rows, columns = torch.tensor(near)[:, None], torch.tensor(near)[None]
+    expected = columns <= rows
+    if window is not None:
+        expected = expected & (columns > rows - window)
+    if chunk is not None:
+        expected = expected & (columns // chunk == rows // chunk)
+    return torch.equal(asked.sees(0, 0, rows, columns).expand(expected.shape), expected)
 
 
 def _note_experts(
