@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.models.sizes import LATENT, MOE, ROUTED, text, whole
+from tests.models.sizes import LATENT, MOE, ROUTED, text
 
 _LINEAR_AND_FULL: dict[str, Any] = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 _DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
