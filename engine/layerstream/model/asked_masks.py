@@ -49,7 +49,7 @@ def flat(value: Any) -> Iterator[Any]:
 
 
 def note_mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> torch.Tensor:
-    """Stands for a mask until :func:`locality` is asked what it lets through; transformers' mask functions' arguments."""
+    """Stands for a mask that transformers asks its mask functions for; :func:`locality` says what it lets through."""
     mask = torch.empty((1, 1, 1, 1), dtype=torch.bool, device="meta").as_subclass(Mask)
     mask.asked = Asked(mask_function, local_size)
     return mask
