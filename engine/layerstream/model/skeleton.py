@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from transformers.initialization import no_init_weights
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
@@ -277,7 +278,7 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     attention.register()
     experts.register()
     config = copy.deepcopy(config)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():  # drawing takes its time on meta tensors, too
         model = transformers.AutoModelForCausalLM.from_config(
             config, attn_implementation=attention.IMPLEMENTATION, dtype=dtype, trust_remote_code=trust_remote_code
         )
