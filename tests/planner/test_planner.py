@@ -31,7 +31,7 @@ def layer(index: int, hidden: int, intermediate: int) -> WeightNode:
         WeightNode(f"layers.{index}.mlp", children=mlp),
         WeightNode(f"layers.{index}.norm", 2 * hidden, 2 * hidden),
     )
-    return WeightNode(f"layers.{index}", children=children)
+    return WeightNode(f"layers.{index}", layer=index, children=children)
 
 
 def facts(hidden: int = 1024, layers: int = 16, vocab: int = 32000, context: int = 8192) -> ModelFacts:
@@ -41,7 +41,7 @@ def facts(hidden: int = 1024, layers: int = 16, vocab: int = 32000, context: int
         body=(*(layer(index, hidden, intermediate) for index in range(layers)), WeightNode("norm", 2048, 2048)),
         head=WeightNode("lm_head", head, head, num_rows=vocab),
         embedding_bytes=head,
-        kv_token_bytes=2 * 2 * layers * hidden // 4,
+        layer_kv=(hidden,) * layers,
         hidden_size=hidden,
         intermediate_size=intermediate,
         vocab_size=vocab,

@@ -7,26 +7,28 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
-from transformers.initialization import no_init_weights
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
-from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
-from layerstream.checkpoint.names import DTYPES, PackedSource, Source, language_model_names, resolve_parameters
+from layerstream.checkpoint.gguf import GgufFile, open_gguf
+from layerstream.checkpoint.gguf_config import read_gguf_config
+from layerstream.checkpoint.gguf_names import resolve_gguf
+from layerstream.checkpoint.names import DTYPES, PackedSource, Source, resolve_parameters
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts
-from layerstream.model.families import check_supported, family_of
+from layerstream.model.anatomy import Anatomy, body_modules, build_own, dissect
+from layerstream.model.families import check_supported, families_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
+from layerstream.model.trace import Trace, bypassing, trace
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,9 @@ class Skeleton:
     """A causal language model on the meta device.
 
     Attributes:
-        model: the causal model; its parameters are meta tensors, its non-persistent buffers are real.
-        config: the text config it was built from.
+        anatomy: its parts; parameters are meta tensors, non-persistent buffers are real.
+        config: the language model's.
+        trace: what it caches, attends to and sees, by layer.
         sources: where the bytes of every parameter and persistent buffer lie, by state dict name.
         dtypes: the dtype that each of them is computed in.
         body: sizes of what every sweep passes, in module order: decoder layers, then the final norm.
@@ -50,8 +53,9 @@ class Skeleton:
         tile_values: of a quantised matrix, decoded at a time.
     """
 
-    model: Any
+    anatomy: Anatomy
     config: Any
+    trace: Trace
     dtype: torch.dtype
     sources: Mapping[str, Source]
     dtypes: Mapping[str, torch.dtype]
@@ -63,14 +67,25 @@ class Skeleton:
     tile_values: int = TILE_VALUES
 
     @property
+    def model(self) -> Any:
+        """The whole, whose paths are the names of weights."""
+        return self.anatomy.model
+
+    @property
     def decoder(self) -> Any:
-        """The model below the head: what owns the embedding (``base_model`` is the causal model itself for some)."""
-        return self.model.get_submodule(self.embedding_key.rpartition(".")[0].rpartition(".")[0])
+        """The model below the head."""
+        return self.anatomy.decoder
 
     @property
     def embedding_key(self) -> str:
         """State dict name of the embedding matrix."""
-        return f"{self.path_of(self.model.get_input_embeddings())}.weight"
+        return f"{self.path_of(self.anatomy.embedding)}.weight"
+
+    @property
+    def layer_embedding_key(self) -> str | None:
+        """State dict name of the matrix whose rows go to each layer; ``None``: there is none."""
+        table = self.anatomy.layer_embedding
+        return None if table is None else f"{self.path_of(table)}.weight"
 
     @property
     def head_key(self) -> str:
@@ -134,56 +149,38 @@ def build_skeleton(
     file = open_gguf(folder) if folder.suffix == ".gguf" else None
     checkpoint = None if file else open_folder(folder)
     if file is not None:
-        config = _gguf_config(file)
+        config = read_gguf_config(file)
     else:
         assert checkpoint is not None
         check_config(checkpoint.config, str(folder / CONFIG), _shapes(checkpoint))
         config = load_config(folder, trust_remote_code=trust_remote_code)
-    text_config = text_part(config)
-    check_supported(text_config, allow_untested=allow_untested)
+    check_supported(config, allow_untested=allow_untested)
     if dtype == "auto":
-        dtype = _stored_dtype(file or checkpoint, config, text_config)
+        dtype = _stored_dtype(file or checkpoint, config, config.get_text_config(decoder=True))
     compute_dtype = resolve_dtype(dtype)
     with explained(f"{folder}: no model can be built as its config says"):
-        model = build_meta(text_config, compute_dtype, trust_remote_code)
-    if file is not None and (factors := read_rope_factors(file)) is not None:
-        divide_frequencies(model, factors)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
-        raise UnsupportedModel(
-            f"{text_config.model_type!r} has a {type(embedding).__name__} and a {type(head).__name__} where an "
-            "embedding and a linear output projection are expected"
-        )
-    embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
-    names = {id(module): name for name, module in model.named_modules()}
+        model = build_meta(config, compute_dtype, trust_remote_code)
+    anatomy = dissect(model)
+    traced = trace(anatomy)
+    _adapt(anatomy, traced)
     if file is not None:
         sources = resolve_gguf(model, file)
     else:
         assert checkpoint is not None
-        tensors, packed = checkpoint.tensors, checkpoint.packed
-        if text_config is not config:
-            renamed = language_model_names([*tensors, *packed], f"{names[id(embedding)]}.weight")
-            tensors = {renamed[name]: entry for name, entry in tensors.items()}
-            packed = {renamed[name]: matrix for name, matrix in packed.items()}
-        sources = resolve_parameters(model, tensors, packed)
+        sources = resolve_parameters(model, checkpoint.tensors, checkpoint.packed)
     dtypes = _compute_dtypes(model, sources, compute_dtype)
-    decoder = model.get_submodule(names[id(embedding)].rpartition(".")[0])
-    modules = [(child, names[id(child)]) for child in _body_modules(decoder, embedding)]
-    routed = Weigher(sources, dtypes, tile_values, leaves_experts=True)
-    routed_body = tuple(node for child, path in modules if (node := routed.weigh(child, path)).total_bytes)
-    weigher, body = Weigher(sources, dtypes, tile_values), routed_body
-    if routed.experts:
-        body = tuple(node for child, path in modules if (node := weigher.weigh(child, path)).total_bytes)
+    body, routed_body, routed, head = _weigh(anatomy, traced, sources, dtypes, tile_values)
     return Skeleton(
-        model=model,
-        config=text_config,
+        anatomy=anatomy,
+        config=_text_config(config, anatomy),
+        trace=traced,
         dtype=compute_dtype,
         sources=sources,
         dtypes=dtypes,
         body=body,
         routed_body=routed_body,
-        routed=tuple(routed.experts),
-        head=weigher.weigh(head, names[id(head)]),
+        routed=routed,
+        head=head,
         model_bytes=sum({id(source): source.num_bytes for source in sources.values()}.values()),
         tile_values=tile_values,
     )
@@ -208,30 +205,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def _gguf_config(file: GgufFile) -> Any:
-    """Out of a GGUF file's metadata."""
-    with explained(f"{file.path}: transformers refuses what its metadata say"):
-        config = transformers.AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-        if file.is_mixtral:
-            known = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-            config = transformers.MixtralConfig(**known)
-    for name, size in file.sizes.items():  # transformers takes the family's usual ones
-        setattr(config, name, size)
-    check_config(config.to_dict(), str(file.path), [tensor.shape for tensor in file.tensors.values()])
-    return config
-
-
 def _shapes(checkpoint: Checkpoint) -> Collection[tuple[int, ...]]:
     packed = [entry for matrix in checkpoint.packed.values() for entry in matrix.planes.values()]
     return [entry.shape for entry in (*checkpoint.tensors.values(), *packed)]
-
-
-def divide_frequencies(model: Any, factors: torch.Tensor) -> None:
-    """Divide the frequencies of rotary embeddings by *factors*."""
-    for module in model.modules():
-        for name in ("inv_freq", "original_inv_freq"):
-            if isinstance(frequencies := getattr(module, name, None), torch.Tensor):
-                frequencies /= factors
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -261,35 +237,65 @@ def _most_stored(checkpoint: Checkpoint) -> str:
     return max(values, key=lambda name: values[name], default="float32")
 
 
-def text_part(config: Any) -> Any:
-    """The language model's config; of a multimodal model, its text part."""
-    text = config.get_text_config(decoder=True)
-    if text is not config:
+def _text_config(config: Any, anatomy: Anatomy) -> Any:
+    """That of the language model of *anatomy*, with the last word of the whole's *config* where it has one."""
+    text = anatomy.decoder.config
+    if text.model_type != config.model_type:
         logger.info("%s is multimodal: its language model %s runs alone", config.model_type, text.model_type)
-        text = copy.deepcopy(text)
-        text.tie_word_embeddings = config.tie_word_embeddings  # the whole model was saved by its own word
-        if (ends := getattr(config, "eos_token_id", None)) is not None:  # as transformers' generate
-            text.eos_token_id = ends
+    text = copy.deepcopy(text)
+    if (ends := getattr(config, "eos_token_id", None)) is not None:  # as transformers' generate
+        text.eos_token_id = ends
     return text
 
 
 def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """transformers' model of *config*, on the meta device, computing as this engine does."""
+    """The model of *config* on the meta device, attending as this engine does."""
     attention.register()
     experts.register()
-    config = copy.deepcopy(config)
-    with init_empty_weights(include_buffers=False), no_init_weights():  # drawing takes its time on meta tensors, too
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention.IMPLEMENTATION, dtype=dtype, trust_remote_code=trust_remote_code
+    try:
+        return build_own(
+            config, trust_remote_code=trust_remote_code, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
         )
-    model.eval()
-    if (adapt := family_of(config).adapt) is not None:
-        adapt(model)
-    elementwise.install(model)
-    for module in model.modules():
+    except KeyError as error:
+        if error.args != (attention.IMPLEMENTATION,):
+            raise
+        raise bypassing(config.model_type) from error  # it has a class for each implementation that it knows
+
+
+def _adapt(anatomy: Anatomy, traced: Trace) -> None:
+    """Have the modules of *anatomy* compute as this engine does."""
+    for row in families_of(anatomy.model.config):
+        if row.adapt is not None:
+            row.adapt(anatomy.decoder)
+    elementwise.install(anatomy.decoder, [anatomy.model.get_submodule(path) for path in traced.mingled])
+    for module in anatomy.decoder.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
-    return model
+
+
+def _weigh(
+    anatomy: Anatomy,
+    traced: Trace,
+    sources: Mapping[str, Source],
+    dtypes: Mapping[str, torch.dtype],
+    tile_values: int,
+) -> tuple[tuple[WeightNode, ...], tuple[WeightNode, ...], tuple[ExpertsNode, ...], WeightNode]:
+    """Sizes of the body, of the body without experts, of those experts, and of the head."""
+    names = {module: name for name, module in anatomy.model.named_modules()}
+    modules = sorted(
+        ((module, names[module]) for module in body_modules(anatomy)),
+        key=lambda found: traced.order.get(found[1], len(traced.order)),
+    )
+
+    def weigh(weigher: Weigher) -> tuple[WeightNode, ...]:
+        nodes = (weigher.weigh(module, path) for module, path in modules)
+        return tuple(replace(node, layer=traced.layer_at(node.name)) for node in nodes if node.total_bytes)
+
+    without = Weigher(sources, dtypes, tile_values, traced, leaves_experts=True)
+    routed_body = weigh(without)
+    weigher = Weigher(sources, dtypes, tile_values, traced)
+    body = weigh(weigher) if without.experts else routed_body
+    return body, routed_body, tuple(without.experts), weigher.weigh(anatomy.head, names[anatomy.head])
 
 
 def _compute_dtypes(model: Any, sources: Mapping[str, Source], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -306,12 +312,3 @@ def _compute_dtypes(model: Any, sources: Mapping[str, Source], dtype: torch.dtyp
         else dtype
         for key, source in sources.items()
     }
-
-
-def _body_modules(decoder: Any, embedding: torch.nn.Module) -> list[torch.nn.Module]:
-    """What a sweep passes between embedding and head, in module order; lists of layers are opened."""
-    modules: list[torch.nn.Module] = []
-    for child in decoder.children():
-        if child is not embedding:
-            modules.extend(child if isinstance(child, torch.nn.ModuleList) else [child])
-    return modules
