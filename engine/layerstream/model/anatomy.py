@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers.initialization import no_init_weights
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 from layerstream.errors import UnsupportedModel
