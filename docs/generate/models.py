@@ -19,9 +19,9 @@ from tests.models import FAMILIES, SmallModel, make_model
 from tests.models.refused import REFUSED
 from tests.quantised import PACKERS
 from tests.reference import test_gguf, test_quantised
-from tests.reference.test_families import MODES, QUANTISED
+from tests.reference.test_families import MODES, modes_of
 
-YES, NO = "✓", ""
+NO, ALWAYS = "", "✓"  # the same comparison is made of every family
 COLUMNS = ("model type", "its text", "modes", "quantised", "GGUF", "experts", "guesses", "store")
 
 
@@ -32,14 +32,12 @@ class Row:
     Attributes:
         text: the model type of its language model; ``""``: it is one.
         modes: that it is compared in.
-        is_quantised: whether it is compared with quantised matrices.
         gguf: the architectures of GGUF files that are opened as it.
         routes: whether its experts are read one by one.
     """
 
     text: str
     modes: tuple[str, ...]
-    is_quantised: bool
     gguf: tuple[str, ...]
     routes: bool
 
@@ -62,8 +60,7 @@ def row_of(model_type: str, names: Iterable[str]) -> Row:
     is_alone = any(skeleton.trace.is_alone for skeleton in skeletons.values())
     return Row(
         text="" if config == model_type else config,
-        modes=tuple(mode for mode in MODES if mode != "cut" or not is_alone),
-        is_quantised=any(name in QUANTISED for name in skeletons),
+        modes=tuple(mode for mode in modes_of(next(iter(skeletons))) if mode != "cut" or not is_alone),
         gguf=tuple(sorted({kind for name, (kind, _) in test_gguf.ARCHITECTURES.items() if name in skeletons})),
         routes=any(skeleton.routed for skeleton in skeletons.values()),
     )
@@ -74,8 +71,8 @@ def draw(rows: Mapping[str, Row]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for model_type, row in rows.items():
         modes = "all" if row.modes == MODES else ", ".join(row.modes)
-        cells = [f"`{model_type}`", f"`{row.text}`" if row.text else NO, modes, YES if row.is_quantised else NO]
-        cells += [", ".join(row.gguf), "one by one" if row.routes else NO, YES, YES]
+        cells = [f"`{model_type}`", f"`{row.text}`" if row.text else NO, modes, ALWAYS, ", ".join(row.gguf)]
+        cells += ["one by one" if row.routes else NO, ALWAYS, ALWAYS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -236,7 +236,7 @@ class _Stubs:
             return self._anatomy.decoder.get_per_layer_inputs(indices)
 
     def lead(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``(n, hidden)``: what the causal model gives its head of final hidden states, scaled where the family does."""
+        """``(n, hidden)``: what the causal model makes of final hidden states before its head: scales them, if that."""
         return torch.stack([self._lead(row) for row in hidden]) if self._leads else hidden
 
     def _lead(self, hidden: torch.Tensor) -> torch.Tensor:
