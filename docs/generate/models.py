@@ -13,10 +13,11 @@ from pathlib import Path
 
 from layerstream.core.formats import FORMATS
 from layerstream.errors import UnsupportedModel
+from layerstream.model.families import check_supported
 from layerstream.model.skeleton import Skeleton, build_skeleton
 
 from tests.models import FAMILIES, SmallModel, make_model
-from tests.models.refused import REFUSED
+from tests.models.refused import NOT_ALONE, REFUSED
 from tests.quantised import PACKERS
 from tests.reference import test_gguf, test_quantised
 from tests.reference.test_families import MODES, modes_of
@@ -94,7 +95,7 @@ def list_formats() -> str:
 def list_refused() -> str:
     """The reasons that the engine gives, each with the families that it gives it for."""
     reasons = defaultdict(list)
-    for small in REFUSED.values():
+    for small in (REFUSED | NOT_ALONE).values():
         reasons[reason_of(small).replace(repr(small.model_type), "…")].append(f"`{small.model_type}`")
     rows = (f"| {', '.join(sorted(names))} | {reason} |" for reason, names in sorted(reasons.items()))
     return "\n".join(["| families | reason |", "|---|---|", *rows])
@@ -102,12 +103,14 @@ def list_refused() -> str:
 
 def reason_of(small: SmallModel) -> str:
     """What the engine says when it refuses *small*, whatever it is allowed."""
-    with tempfile.TemporaryDirectory() as folder:
-        small.loader.from_config(small.config()).save_pretrained(folder)
-        try:
+    config = small.config()
+    try:
+        check_supported(config, allow_untested=True)
+        with tempfile.TemporaryDirectory() as folder:
+            small.loader.from_config(config).save_pretrained(folder)
             build_skeleton(Path(folder), allow_untested=True)
-        except UnsupportedModel as error:
-            return str(error)
+    except UnsupportedModel as error:
+        return str(error)
     raise AssertionError(f"{small.model_type} is not refused")
 
 
