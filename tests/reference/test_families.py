@@ -38,9 +38,10 @@ def modes_of(family: str) -> tuple[str, ...]:
 
 
 def mode_of(family: str) -> str:
-    """The one that ``make test`` runs *family* in."""
-    modes = modes_of(family)
-    return modes[zlib.crc32(family.encode()) % len(modes)]
+    """The one that ``make test`` runs *family* in: on a pretended device, four times as slow as the others, one in
+    seven."""
+    turns = (*2 * MODES[:-1], *modes_of(family)[len(MODES) - 1 :])
+    return turns[zlib.crc32(family.encode()) % len(turns)]
 
 
 @pytest.mark.parametrize(
