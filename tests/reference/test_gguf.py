@@ -9,9 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream.checkpoint.codecs.ggml import SUPPORTED, Ggml
 from layerstream.checkpoint.gguf import open_gguf
+from layerstream.checkpoint.gguf_config import read_gguf_config
+from layerstream.checkpoint.gguf_names import resolve_gguf
+from layerstream.comparing.weights import GgufWeights
 from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedFormat, UnsupportedModel
 
 from tests.gguf_files import Kind, draw_blocks, write_gguf
@@ -86,6 +90,43 @@ def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_architectures(family: str, tmp_path: Path) -> None:
     _compare(tmp_path, family, "Q8_0", "layers")
+
+
+_GEMMA4 = {
+    "vocab_size": 320, "vocab_size_per_layer_input": 320, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
+    "global_head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 1024,
+}  # fmt: skip
+GEMMA4 = {
+    "experts": {
+        "num_hidden_layers": 6, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_experts": 4,
+        "num_global_key_value_heads": 1, "enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 64,
+        "final_logit_softcapping": 30.0,
+    },
+    "inputs of layers": {
+        "num_hidden_layers": 12, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 5,
+        "use_double_wide_mlp": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GEMMA4)
+def test_gemma4_is_read_whole(kind: str, tmp_path: Path) -> None:
+    """transformers' model of the config that is read, with the weights that are read, computes the same."""
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(**_GEMMA4, **GEMMA4[kind])
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for tensor in reference.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape) * 0.2)
+    write_gguf(tmp_path / "model.gguf", reference, "gemma4", Kind.Q8_0)
+    file = open_gguf(tmp_path / "model.gguf")
+    model = transformers.AutoModelForCausalLM.from_config(read_gguf_config(file)).eval()
+    sources = resolve_gguf(model, file)
+    model.load_state_dict(GgufWeights(sources).read(sources))
+    prompt = torch.tensor([draw_prompt(70)])
+    with torch.inference_mode():
+        assert torch.allclose(model(prompt).logits, reference(prompt).logits, atol=1e-4)
 
 
 def _compare(folder: Path, family: str, kind: str, mode: str) -> None:
