@@ -24,7 +24,7 @@ import transformers
 from layerstream.checkpoint.codecs.ggml import Ggml
 from layerstream.checkpoint.folder import open_folder
 from layerstream.checkpoint.hub import locate
-from layerstream.checkpoint.names import PLANE_DTYPES
+from layerstream.comparing.weights import FolderWeights
 from layerstream.setup.pack import pack
 
 from benchmarks import bench
@@ -133,17 +133,8 @@ def _models(source: Path, folder: Path) -> dict[str, Callable[[], Any]]:
 
 def decoded(folder: Path) -> dict[str, torch.Tensor]:
     """Every packed matrix of *folder*, decoded in fp32."""
-    found = {}
-    for name, matrix in open_folder(folder).packed.items():
-        planes = {}
-        for plane, entry in matrix.planes.items():
-            with entry.extent.path.open("rb") as file:
-                file.seek(entry.extent.offset)
-                raw = bytearray(file.read(entry.extent.num_bytes))
-            planes[plane] = torch.frombuffer(raw, dtype=PLANE_DTYPES[entry.dtype]).view(entry.shape)
-        found[name] = torch.empty(matrix.shape)
-        matrix.codec.decode(planes, 0, found[name])
-    return found
+    checkpoint = open_folder(folder)
+    return FolderWeights(checkpoint).read(checkpoint.packed.keys())
 
 
 def _through_gguf(model: Any, name: str) -> dict[str, torch.Tensor]:

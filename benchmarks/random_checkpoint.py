@@ -10,7 +10,7 @@ query and key by its own length: of ``Wx / rms(x)`` they keep the direction alon
 how sharply a head attends. No weights bring it back. Gemma 4 norms values in the same way.
 
 One matrix, or one expert of a block, is in memory at a time. ``--quantization`` writes Linears as ``layerstream pack``
-does. Experts that a checkpoint has fused, as Gemma 4's, stay in 16 bits there, and so they do here.
+does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from layerstream.checkpoint.codecs.encode import Encoder, make_encoder
 from layerstream.checkpoint.writer import ShardWriter, dtype_name
 from layerstream.model.anatomy import body_modules, build_own, dissect
 from layerstream.model.module_sizes import is_plain_linear
+from layerstream.setup.pack_items import fused_keys
 
 from benchmarks.grow import _COPIED, READER
 
@@ -91,6 +92,8 @@ def write(shape: dict[str, Any], out: Path, num_layers: int | None = None, quant
     encoder = None if quantization is None else make_encoder(quantization)
     linears = {f"{name}.weight" for module, name in names.items() if is_plain_linear(module)}
     linears -= {f"{names[anatomy.head]}.weight"}
+    if encoder is not None and encoder.format.packs_experts:
+        linears |= fused_keys(model)
     places = [f"{names[module]}." for module in body_modules(anatomy)]
     groups: dict[str, dict[str, torch.Tensor]] = {}
     tied = set(model.all_tied_weights_keys)
@@ -101,7 +104,7 @@ def write(shape: dict[str, Any], out: Path, num_layers: int | None = None, quant
     total = 0
     for number, tensors in enumerate(groups.values(), start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        packed = {name for name in tensors if encoder and name in linears and encoder.can(*tensors[name].shape)}
+        packed = {name for name in tensors if encoder and name in linears and encoder.can(*tensors[name].shape[-2:])}
         written = _write(out / file, tensors, packed, encoder, seed=number)
         weight_map |= dict.fromkeys(written, file)
         total += (out / file).stat().st_size
@@ -135,7 +138,8 @@ def _write(
             if encoder is None or name not in packed:
                 shard.write(name, parts)
                 continue
-            for plane, values in encoder.encode(name, tuple(tensor.shape), DTYPE, parts):
+            rows = (part.flatten(0, -2) for part in parts)
+            for plane, values in encoder.encode(name, tuple(tensor.shape), DTYPE, rows):
                 shard.write(plane, values)
     return list(shapes)
 

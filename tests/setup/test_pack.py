@@ -76,6 +76,25 @@ def test_the_engine_runs_what_was_packed(kind: str, keep_head: bool, source: Pat
         assert (run.logits[0] - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_experts_that_are_stored_together_are_packed(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """Gemma 4 has the matrices of all experts of a layer in one tensor."""
+    reference = make_model("gemma4-text-moe", tmp_path / "plain", sizes={**SIZES, "moe_intermediate_size": 64})
+    add_tokenizer(tmp_path / "plain", tokenizer_folder)
+    pack(tmp_path / "plain", tmp_path / "out", "int4")
+    matrices = decoded(tmp_path / "out")
+    fused = {name: matrix for name, matrix in matrices.items() if ".experts." in name}
+    assert len(fused) == 3 * 2
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            parameter = reference.get_parameter(name)
+            error = (matrix - parameter).square().mean().sqrt() / parameter.square().mean().sqrt()
+            assert error < 0.13
+            parameter.copy_(matrix)
+    prompts = [draw_prompt(40), draw_prompt(5)]
+    for mode in ("resident", "layers"):
+        assert_equals(run_greedily(config_for(tmp_path / "out", mode), prompts), reference, prompts, 1e-4)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_plain_transformers_loads_it_as_its_own(kind: str, source: Path, tmp_path: Path) -> None:
     pack(source, tmp_path / "out", kind, keep_head=True)

@@ -173,14 +173,16 @@ def _tiled(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str
     """The format of ``quantization="int4"``, and what of a GGUF file does not lie in tiles: its blocks."""
     found = {}
     for name, entry in tensors.items():
-        if name.endswith(".weight_tiles"):
+        if name.endswith("_tiles"):
             stem = name.removesuffix("_tiles")
             scale = tensors.get(f"{stem}_scale")
-            can = scale is not None and len(scale.shape) == 4 and len(entry.shape) == 3 and scale.shape[1]
-            if scale is None or not can or entry.shape[1] % scale.shape[1]:
+            dims = len(entry.shape)
+            can = scale is not None and len(scale.shape) - 1 == dims and dims in (3, 4) and scale.shape[-3]
+            if scale is None or not can or entry.shape[-2] % scale.shape[-3]:
                 raise InvalidHeader(f"{entry.extent.path}: {name!r} is no matrix in tiles, or without its {stem}_scale")
-            shape = entry.shape[0] * TILE, entry.shape[1]
-            codec = TiledInt4(shape[1] // scale.shape[1])
+            shape = *entry.shape[:-3], entry.shape[-3] * TILE, entry.shape[-2]
+            entry, scale = (_one_below_the_other(part, len(shape) - 2) for part in (entry, scale))
+            codec = TiledInt4(shape[-1] // scale.shape[1])
             if scale.dtype == "F16":
                 codec = TiledGgml(codec.group, has_lowest=scale.shape[3] == 2)
             found[stem] = PackedTensor(stem, codec, shape, {"weight": entry, "scale": scale})
@@ -189,9 +191,15 @@ def _tiled(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str
             if kind is None or len(entry.shape) < 2:
                 raise InvalidHeader(f"{entry.extent.path}: {name!r} has no blocks of a type that is known")
             shape = *entry.shape[:-1], block_values(kind, entry.shape[-1])
-            rows = replace(entry, shape=(prod(shape[:-1]), entry.shape[-1]))  # experts one below the other
+            rows = _one_below_the_other(entry, len(shape) - 2)
             found[stem] = PackedTensor(stem, Ggml(kind), shape, {"weight": rows})
     return found
+
+
+def _one_below_the_other(entry: TensorEntry, num_axes: int) -> TensorEntry:
+    """*entry*, whose first *num_axes* count experts, as one matrix."""
+    first, rest = entry.shape[: num_axes + 1], entry.shape[num_axes + 1 :]
+    return replace(entry, shape=(prod(first), *rest))
 
 
 def _mxfp4(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str, PackedTensor]:

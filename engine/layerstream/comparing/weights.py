@@ -58,7 +58,7 @@ class FolderWeights:
 
     def _read(self, found: TensorEntry | PackedTensor, opened: Callable[[Path], Any]) -> torch.Tensor:
         if isinstance(found, PackedTensor):
-            planes = {name: self._read(entry, opened) for name, entry in found.planes.items()}
+            planes = {name: self._read(entry, opened).view(entry.shape) for name, entry in found.planes.items()}
             return decode(found.codec, planes, found.shape)
         tensor = opened(found.extent.path).get_tensor(found.name)
         dtype = PLANE_DTYPES.get(found.dtype)

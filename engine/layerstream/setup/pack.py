@@ -80,7 +80,7 @@ def pack(
     Of a GGUF file no value changes: in int4 what it has in Q4_0 and Q4_1 goes into tiles, and the rest stays as it is.
 
     Norms, biases, routers and the embedding stay as they are; the head too, with *keep_head*; and experts, but in int4
-    where they are stored one by one (bitsandbytes has no format for them).
+    (bitsandbytes has no format for them).
 
     Args:
         identity: the source's, where it was seen before; it must be that still.

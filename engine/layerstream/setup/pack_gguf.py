@@ -144,8 +144,7 @@ class Blocks:
             same = plain[self.name].extent.num_bytes == self.source.num_bytes
             return None if same else "has not the bytes of the source"
         matrix = packed[self.name]
-        count = checked_rows(matrix) if len(matrix.shape) == 2 else 1
-        found = decode_first(matrix, count)
+        found = decode_first(matrix, checked_rows(matrix))
         planes, rows = next(self._rows(math.lcm(len(found), self.codec.row_step)))
         wanted = torch.empty(rows, found.shape[1])
         self.codec.decode(planes, 0, wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from layerstream.checkpoint.names import PLANE_DTYPES, ParameterSource
 from layerstream.checkpoint.packed import PackedTensor
 from layerstream.checkpoint.writer import dtype_name
 from layerstream.errors import LayerStreamError, ReadError, TruncatedFile
-from layerstream.model.module_sizes import is_plain_linear
+from layerstream.model.module_sizes import is_fused_experts, is_plain_linear
 from layerstream.model.skeleton import Skeleton
 
 PART_BYTES = 8 * 2**20  # of a matrix, worked on at a time
@@ -78,7 +79,7 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A stored matrix, quantised."""
+    """A stored matrix, quantised; of all experts, ``(experts, rows, columns)``, those one below the other."""
 
     entry: TensorEntry
     dtype: torch.dtype
@@ -101,16 +102,15 @@ class Encoded:
 
     def problem(self, plain: Plain, packed: Packed) -> str | None:
         """Its first rows are those of the source, to within rounding."""
-        count = checked_rows(packed[self.name])
-        found = decode_first(packed[self.name], count)
-        wanted = next(self._rows(count))[:count].to(torch.float32)
+        found = decode_first(packed[self.name], checked_rows(packed[self.name]))
+        wanted = next(self._rows(len(found)))[: len(found)].to(torch.float32)
         error = float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12))
         most = self.encoder.format.most_error
         return None if error <= most else f"differs from the source by {error:.2f} of its size"
 
     def _rows(self, step: int) -> Iterator[torch.Tensor]:
         """A part at a time."""
-        rows, columns = self.entry.shape
+        rows, columns = prod(self.entry.shape[:-1]), self.entry.shape[-1]
         row_bytes = columns * self.dtype.itemsize
         count = max(step, PART_BYTES // row_bytes // step * step)
         parts = ((start * row_bytes, min(count, rows - start) * row_bytes) for start in range(0, rows, count))
@@ -120,19 +120,21 @@ class Encoded:
 
 def folder_shards(skeleton: Skeleton, encoder: Encoder, keep_head: bool) -> list[list[Item]]:
     """The stored tensors, layer by layer; what belongs to no layer comes first and last."""
-    linears = linear_keys(skeleton, keep_head)
+    whole = linear_keys(skeleton, keep_head)
+    if encoder.format.packs_experts:
+        whole |= fused_keys(skeleton.model)
     groups: dict[str, list[Item]] = {}
     seen: set[str] = set()
     for key, found in skeleton.sources.items():
         assert isinstance(found, ParameterSource)
         for piece in found.pieces:
             entry = piece.entry
-            can = len(entry.shape) == 2 and encoder.can(*entry.shape)
-            is_linear = key in linears and found.is_single and entry.shape == found.shape
+            can = len(entry.shape) > 1 and encoder.can(*entry.shape[-2:])
+            is_single = key in whole and found.is_single and entry.shape == found.shape
             is_whole = piece.num_bytes == entry.extent.num_bytes
-            is_expert = encoder.format.packs_experts and len(found.shape) == 3 and is_whole
+            is_expert = encoder.format.packs_experts and (len(entry.shape), len(found.shape)) == (2, 3) and is_whole
             if entry.name not in seen:
-                is_packed = can and (is_linear or is_expert)
+                is_packed = can and (is_single or is_expert)
                 item = Encoded(entry, found.dtype, encoder) if is_packed else Copied(entry)
                 groups.setdefault(node_of(skeleton, key), []).append(item)
                 seen.add(entry.name)
@@ -147,6 +149,18 @@ def linear_keys(skeleton: Skeleton, keep_head: bool) -> set[str]:
         if is_plain_linear(module) and not (keep_head and path == skeleton.head.name)
     }
     return linears - {skeleton.head_key} if skeleton.is_tied else linears
+
+
+def fused_keys(model: torch.nn.Module) -> set[str]:
+    """State dict names of the matrices of all experts of a block, ``(experts, rows, columns)``."""
+    modules = ((path, module) for path, module in model.named_modules() if is_fused_experts(module))
+    return {
+        f"{path}.{name}"
+        for path, module in modules
+        if not getattr(module, "is_transposed", False)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
+    }
 
 
 def node_of(skeleton: Skeleton, key: str) -> str:
@@ -166,7 +180,9 @@ def skipped_linears(skeleton: Skeleton, shards: Sequence[Sequence[Item]]) -> lis
 
 
 def checked_rows(matrix: PackedTensor) -> int:
-    """How many rows of *matrix* are compared: whole ones of the codec's."""
+    """How many along the first axis of *matrix* are compared: an expert, or whole rows of the codec's."""
+    if len(matrix.shape) > 2:
+        return 1
     step = matrix.codec.row_step or matrix.shape[0]
     return min(matrix.shape[0], -(-CHECKED_ROWS // step) * step)
 

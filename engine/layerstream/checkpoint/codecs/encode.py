@@ -43,11 +43,11 @@ class Encoder(ABC):
     @abstractmethod
     def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Written]:
         """Name, dtype and shape of what parameter *name*, of *shape* and *dtype*, becomes; in the order of
-        :meth:`encode`."""
+        :meth:`encode`. Where the format packs experts, *shape* may be ``(experts, rows, columns)``."""
 
     @abstractmethod
     def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
-        """The planes of a matrix that comes in *parts*, each as it may be written."""
+        """The planes of a matrix that comes in *parts*, experts one below the other, each as it may be written."""
 
     @abstractmethod
     def config(self, skipped: list[str]) -> dict[str, Any]:
@@ -233,13 +233,17 @@ class Int4(Encoder):
 
     def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Written]:
         """Codes, and scales with offsets."""
-        shapes = _tiled(shape).expected(*shape)
-        return [(f"{name}_tiles", torch.uint8, shapes["weight"]), (f"{name}_scale", torch.bfloat16, shapes["scale"])]
+        *experts, rows, columns = shape
+        shapes = _tiled(columns).expected(rows, columns)
+        return [
+            (f"{name}_tiles", torch.uint8, (*experts, *shapes["weight"])),
+            (f"{name}_scale", torch.bfloat16, (*experts, *shapes["scale"])),
+        ]
 
     def encode(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Rows) -> Planes:
         """Group by group, with the range that gives the least squared error."""
-        target = _tiled(shape)
-        scales = torch.empty(target.expected(*shape)["scale"], dtype=torch.bfloat16)
+        target = _tiled(shape[-1])
+        scales = torch.empty(target.expected(prod(shape[:-1]), shape[-1])["scale"], dtype=torch.bfloat16)
 
         def tiles() -> Iterator[torch.Tensor]:
             done = 0
@@ -266,8 +270,8 @@ class Int4(Encoder):
         return TiledInt4(max(GROUPS)), {"weight": tile_codes(codes), "scale": tile_scales(scale, scale - 0.5)}
 
 
-def _tiled(shape: tuple[int, ...]) -> TiledInt4:
-    return TiledInt4(next(group for group in GROUPS if shape[1] % group == 0))
+def _tiled(columns: int) -> TiledInt4:
+    return TiledInt4(next(group for group in GROUPS if columns % group == 0))
 
 
 def quantise_groups(matrix: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
