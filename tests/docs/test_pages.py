@@ -49,7 +49,8 @@ def test_the_tables_of_models_are_as_the_models_are() -> None:
 
 
 def test_every_tested_family_is_in_the_tables_of_models() -> None:
-    rows = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "models.md").read_text("utf-8"), flags=re.M)
+    tables = (DOCS / "models.md").read_text("utf-8").split("<!-- /families -->")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \|", tables, flags=re.M)
     assert sorted(rows) == sorted(TESTED)
 
 

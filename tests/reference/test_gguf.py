@@ -28,7 +28,7 @@ from tests.models import make_model, make_tokenizer
 TOLERANCE = 1e-4  # of the largest logit
 NAMED = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()
 _BLOCKS = {"moe_intermediate_size": 64}  # of 32 values, whole in every row
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # of a family in tests/models.py, with other sizes
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # of a family in tests/models/, with other sizes
     "llama": ("llama", {}),
     "llama-tied": ("llama", {}),
     "llama3-rope": ("llama", {}),

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -293,7 +293,7 @@ def weight_names(module: torch.nn.Module) -> list[str]:
     return [*names, *(f"{name}_bias" for name in names)] if module.has_bias else names
 
 
-def turn(module: torch.nn.Module) -> None:
+def turn(module: Any) -> None:
     """Have *module*, on the meta device, take its matrices with rows and columns exchanged."""
     for name in weight_names(module):
         turned = module.get_parameter(name).transpose(1, 2).contiguous()

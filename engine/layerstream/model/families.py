@@ -2,7 +2,7 @@
 
 A family counts as tested because a test compares it with plain transformers, token by token (tests/reference). What it
 keeps, attends to and sees is not written here: it is found out for each model (:mod:`layerstream.model.trace`).
-To add one: a name here, and a small model in tests/models.py.
+To add one: a name here, and a small model in tests/models/.
 """
 
 from __future__ import annotations
