@@ -61,7 +61,7 @@ def test_in_order_fills_one_device_after_the_other() -> None:
 def test_a_plan_for_several_devices_is_whole_and_within_every_ceiling(
     device_map: str, memories: list[int], host: int, layers: int
 ) -> None:
-    model = dataclasses.replace(facts(layers=layers), is_on_device=True, num_layers=layers)
+    model = dataclasses.replace(facts(layers=layers), is_on_device=True)
     try:
         plan = make_devices_plan(model, device_map, [size * MIB for size in memories], host * MIB)
     except BudgetTooSmall:
@@ -91,7 +91,7 @@ def test_a_plan_for_several_devices_is_whole_and_within_every_ceiling(
 
 
 def test_two_cards_that_take_turns_are_twice_as_fast_where_the_link_is_waited_for() -> None:
-    model = dataclasses.replace(facts(layers=24), is_on_device=True, num_layers=24)
+    model = dataclasses.replace(facts(layers=24), is_on_device=True)
     rates = dataclasses.replace(RATES, link=1e8)
     memory, host = 300 * MIB, 4096 * MIB
     one = Forecast(make_device_plan(model, memory, host), rates, "bfloat16")
@@ -112,7 +112,7 @@ def test_two_cards_that_take_turns_are_twice_as_fast_where_the_link_is_waited_fo
 
 
 def test_what_fits_stays_and_nobody_takes_turns() -> None:
-    model = dataclasses.replace(facts(layers=8), is_on_device=True, num_layers=8)
+    model = dataclasses.replace(facts(layers=8), is_on_device=True)
     plan = make_devices_plan(model, "auto", [2048 * MIB] * 2, 4096 * MIB)
     assert not plan.streams
     assert not plan.takes_turns
@@ -121,6 +121,6 @@ def test_what_fits_stays_and_nobody_takes_turns() -> None:
 
 
 def test_devices_without_a_layer_are_left_out() -> None:
-    model = dataclasses.replace(facts(layers=2), is_on_device=True, num_layers=2)
+    model = dataclasses.replace(facts(layers=2), is_on_device=True)
     plan = make_devices_plan(model, "sequential", [4096 * MIB] * 3, 4096 * MIB)
     assert plan.devices == (0,)

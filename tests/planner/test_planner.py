@@ -41,7 +41,7 @@ def facts(hidden: int = 1024, layers: int = 16, vocab: int = 32000, context: int
         body=(*(layer(index, hidden, intermediate) for index in range(layers)), WeightNode("norm", 2048, 2048)),
         head=WeightNode("lm_head", head, head, num_rows=vocab),
         embedding_bytes=head,
-        kv_token_bytes=2 * 2 * layers * hidden // 4,
+        layer_kv=(hidden,) * layers,
         hidden_size=hidden,
         intermediate_size=intermediate,
         vocab_size=vocab,

@@ -23,7 +23,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -51,26 +51,31 @@ class DeviceKV:
     """The pages of *states* on the devices that compute them.
 
     Args:
-        states: the layers' KV in host memory, pinned.
+        layers: those that cache; *states*: their KV in host memory, pinned.
         num_pages: how many pages there are.
         rides: for each device, keep the layers in hand only.
+        lasting: positions in *layers* of those that later ones attend to as well; they do not take turns.
     """
 
     def __init__(
         self,
         placement: Placement,
+        layers: Sequence[int],
         states: Sequence[LayerState],
         num_pages: int,
         page_tokens: int,
         rides: Sequence[bool],
+        lasting: Collection[int] = (),
     ) -> None:
         self._devices = placement.devices
         self._page_tokens = page_tokens
         self._homes: list[_Home] = []
-        for layer, at in enumerate(placement.layers):
-            before = placement.layers[:layer].count(at)
-            place = at, before % LAYERS_IN_HAND if rides[at] else before
-            self._homes.append(_Home(placement.devices[at], place, rides[at]))
+        places = [placement.layers[layer] for layer in layers]
+        for number, at in enumerate(places):
+            before = places[:number].count(at)
+            takes_turns = rides[at] and number not in lasting
+            place = at, before % LAYERS_IN_HAND if takes_turns else LAYERS_IN_HAND + before
+            self._homes.append(_Home(placement.devices[at], place, takes_turns))
         self._memory: dict[tuple[int, int], torch.Tensor] = {}
         self.layers = [DeviceLayer(self, layer, state, num_pages, page_tokens) for layer, state in enumerate(states)]
         self._free: dict[tuple[int, int], Mark] = {}  # by place: nothing queued before touches it

@@ -8,7 +8,7 @@ per KV head; for MLA the latents (one head). Memory is reserved when a layer is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 
 import torch
@@ -58,16 +58,18 @@ class PageMemory:
 
 
 class Transit:
-    """Room for pages that stream past: *num_slots* pages of the layers in hand, which take turns."""
+    """Room for pages that stream past: *num_slots* pages of the layers in hand, which take turns; *lasting* ones, which
+    later layers attend to as well, have a place of their own."""
 
-    def __init__(self, num_slots: int, page_tokens: int) -> None:
+    def __init__(self, num_slots: int, page_tokens: int, lasting: Collection[int] = ()) -> None:
         self._num_rows = num_slots * page_tokens
+        self._lasting = lasting
         self._arenas: dict[int, Arena] = {}
         self._views: dict[tuple[int, PageShape], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tensors(self, layer: int, shape: PageShape) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``(num_slots · page_tokens, heads, width)`` and values of *layer*, valid while it is in hand."""
-        turn = layer % LAYERS_IN_HAND
+        turn = LAYERS_IN_HAND + layer if layer in self._lasting else layer % LAYERS_IN_HAND
         if (turn, shape) not in self._views:
             self._views[turn, shape] = self._view(turn, shape)
         return self._views[turn, shape]

@@ -16,7 +16,8 @@ from layerstream.checkpoint.names import DTYPES
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.checkpoint.selection import SINGLE
 from layerstream.model.families import check_supported
-from layerstream.model.skeleton import build_meta, load_config, text_part
+from layerstream.model.anatomy import dissect
+from layerstream.model.skeleton import build_meta, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,13 @@ def assume_weights(folder: Path) -> Path:
     """
     said = read_object(folder / CONFIG, MAX_CONFIG_BYTES)
     check_config(said, str(folder / CONFIG), LARGEST)
-    config = text_part(load_config(folder))
+    config = load_config(folder)
     check_supported(config, allow_untested=True)
-    stored = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
+    dtypes = (part.dtype for part in (config, config.get_text_config(decoder=True)))
+    stored = torch.float16 if torch.float16 in dtypes else torch.bfloat16
     with explained(f"{folder}: no model can be built as its config says"):
         model = build_meta(config, stored, trust_remote_code=False)
+        dissect(model)
     config.dtype = stored
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,8 +1,8 @@
 """Ragged attention for transformers' modules: every sequence alone, against its own pages.
 
 Registered as the attention implementation ``"layerstream"``. Masks are ours too, because a packed row of several
-sequences has none that transformers could build: causality, ``sliding_window``, ``softcap``, ``s_aux`` (sinks) and
-what otherwise only the mask carries (Llama 4's ``attention_chunk_size``) are applied here.
+sequences has none that transformers could build: causality, and the window or chunk that the layer asked a mask of
+(:mod:`layerstream.model.trace`), are applied here, as are ``softcap`` and ``s_aux`` (sinks).
 
 What a row attends to depends on its position alone, and the kernel is called with the shape of its own span, so
 neighbours in the sweep change no bit. A guess attends like the decode row that it would be if it were right: one row,
@@ -49,26 +49,24 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of the rows in hand.
 
     Args:
         query: ``(1, heads, rows, width)``, after RoPE.
-        key, value: what ``PagedCache.update`` returned, or, for latent models, its expansion
-            ``(1, heads, past + new, width)``.
+        key, value: what ``PagedCache.update`` returned, perhaps in an earlier layer; it is read from the pages. In a
+            layer that expands what it cached, the expansion ``(1, heads, past + new, width)``.
 
     Returns:
         ``(1, rows, heads, width of values)`` and ``None`` for the weights.
     """
     context = current()
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    window, chunk = _locality(module, layer, sliding_window)
-    latent = getattr(module, "kv_lora_rank", None) is not None
+    layer = context.layers[module.layer_idx]  # type: ignore[index]
+    window, chunk = layer.window, layer.chunk
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = query.new_zeros((query.shape[2], query.shape[1], value.shape[3]))
-    past = None if latent else _Past(context, layer, window, chunk)
+    past = None if layer.expands else _Past(context, layer.state, query.device, window, chunk)
     for row, span in context.spans():
         rows = slice(row, row + len(span))
         first = _first_visible(span.start, window, chunk)
@@ -96,17 +94,22 @@ def attend(
 class _Past:
     """Keys and values of the sequences in hand, each gathered once for all of its rows."""
 
-    def __init__(self, context: SweepContext, layer: int, window: int | None, chunk: int | None) -> None:
+    def __init__(
+        self, context: SweepContext, number: int, device: torch.device, window: int | None, chunk: int | None
+    ) -> None:
         self._context = context
-        self._layer = layer
+        self._number = number
         bounds: dict[Sequence, tuple[int, int]] = {}
         for _, span in context.spans():
             first, stop = bounds.get(span.sequence, (span.start, span.stop))
             visible = _first_visible(span.start, window, chunk)
             bounds[span.sequence] = min(first, visible), max(stop, span.stop)
-        state = context.states[layer]
+        state = context.states[number]
         self._first = {sequence: first for sequence, (first, _) in bounds.items()}
-        self._gathered = {sequence: state.read(sequence.pages, *bound) for sequence, bound in bounds.items()}
+        self._gathered = {
+            sequence: [part.to(device) for part in state.read(sequence.pages, *bound)]
+            for sequence, bound in bounds.items()
+        }
         self._placed: dict[Sequence, tuple[int, ...]] = {}
 
     def read(self, span: Span, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,22 +118,9 @@ class _Past:
         keys, values = self._gathered[sequence]
         if span.is_drafted:
             self._placed[sequence] = self._context.drafted.place(
-                self._layer, span, keys, values, start, self._placed.get(sequence, ())
+                self._number, span, keys, values, start, self._placed.get(sequence, ())
             )
         return keys[:, first - start : span.stop - start], values[:, first - start : span.stop - start]
-
-
-def _locality(module: torch.nn.Module, layer: int, sliding_window: int | None) -> tuple[int | None, int | None]:
-    """Sliding window and attention chunk of this layer, each ``None`` where it has none."""
-    config = module.config
-    layer_types = getattr(config, "layer_types", None)
-    kind = layer_types[layer] if layer_types and layer < len(layer_types) else None
-    chunk = getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else None
-    if sliding_window is None and kind == "sliding_attention":
-        sliding_window = getattr(config, "sliding_window", None)
-    if kind == "full_attention":
-        sliding_window = None
-    return sliding_window, chunk  # type: ignore[return-value]
 
 
 def _first_visible(position: int, window: int | None, chunk: int | None) -> int:

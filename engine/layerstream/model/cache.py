@@ -14,34 +14,32 @@ class PagedCache:
     """Quacks like transformers' ``Cache`` as far as attention modules and mask helpers look.
 
     ``update`` appends the new rows of every span in hand to its sequence's pages, guesses beside them. It returns its
-    arguments, and the attention function reads the pages itself; for models that cache latents and expand them
-    afterwards (*latent*), it returns past and new rows of the one sequence in hand.
+    arguments, and the attention function reads the pages itself; in layers that expand what they cached (latents), it
+    returns past and new rows of the one sequence in hand.
     """
 
     is_compileable = False
     is_sliding: tuple[bool, ...] = ()  # transformers then asks for the sizes of layer 0; our masks are our own
-
-    def __init__(self, *, latent: bool) -> None:
-        self._latent = latent
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append ``(1, heads, rows, width)`` keys and values of the rows in hand."""
         context = current()
-        state = context.state(layer_idx)
+        layer = context.layers[layer_idx]
+        state = context.state(layer.state)
         for row, span in context.spans():
             if span.is_drafted:
-                context.drafted.put(layer_idx, span, key_states[0, :, row], value_states[0, :, row])
+                context.drafted.put(layer.state, span, key_states[0, :, row], value_states[0, :, row])
                 continue
             rows = slice(row, row + len(span))
             state.append(span.sequence.pages, span.start, key_states[0, :, rows], value_states[0, :, rows])
-        if not self._latent:
+        if not layer.expands:
             return key_states, value_states
         span = self._only_span("expands cached latents")
         keys, values = state.read(span.sequence.pages, 0, span.stop)
         if span.is_drafted:
-            context.drafted.place(layer_idx, span, keys, values, 0, ())
+            context.drafted.place(layer.state, span, keys, values, 0, ())
         return keys[None], values[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

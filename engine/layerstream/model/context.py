@@ -23,6 +23,7 @@ from layerstream.kv.state import PagedRows
 
 if TYPE_CHECKING:
     from layerstream.model.routing import Routing
+    from layerstream.model.trace import LayerTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,9 @@ class SweepContext:
     """The sweep under way.
 
     Attributes:
-        states: the KV of each layer, where it is computed with.
-        reach: returns when the KV of a layer that the sweep reads is there; ``None``: all of it is.
+        layers: what each layer caches, attends to and sees.
+        states: the KV of each layer that caches, where it is computed with.
+        reach: returns when what the sweep reads of one of them is there; ``None``: all of it is.
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
         crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
@@ -56,6 +58,7 @@ class SweepContext:
     """
 
     sweep: Sweep
+    layers: Seq[LayerTrace]
     states: Seq[PagedRows]
     reach: Callable[[int], None] | None = None
     prefers_flash: bool = False
@@ -72,11 +75,11 @@ class SweepContext:
             self.active.append((row, block))
             row += block.num_rows
 
-    def state(self, layer: int) -> PagedRows:
-        """The KV of *layer*, with what this sweep reads in it."""
+    def state(self, number: int) -> PagedRows:
+        """The KV of a layer, with what this sweep reads in it."""
         if self.reach is not None:
-            self.reach(layer)
-        return self.states[layer]
+            self.reach(number)
+        return self.states[number]
 
     @property
     def num_rows(self) -> int:

@@ -269,11 +269,11 @@ class DeviceWeights:
         """Modules outside of every unit (rotary embeddings, activations of a cut MLP) compute by row blocks too."""
         decoder = self._skeleton.decoder
         prefix = self._skeleton.path_of(decoder)
-        embedding = self._skeleton.model.get_input_embeddings()
+        tables = self._skeleton.anatomy.embedding, self._skeleton.anatomy.layer_embedding
         for path, module in decoder.named_modules(prefix=prefix):
             is_leaf = next(module.children(), None) is None
             inside = any(path == other or path.startswith(f"{other}.") for other in wrapped)
-            if is_leaf and not inside and module is not embedding and self._computes(path):
+            if is_leaf and not inside and module not in tables and self._computes(path):
                 hooks.wrap(module)
 
     def _move_buffers(self, device: torch.device) -> None:

@@ -22,6 +22,9 @@ class EmbeddingRows:
     Args:
         resident: the whole matrix in the compute dtype, where it is in memory anyway (a tied, resident head).
         max_rows: distinct rows one lookup may ask for.
+
+    Attributes:
+        num_rows: that the matrix has.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class EmbeddingRows:
                 f"{source.name!r} is stored as {source.codec.name}, whose rows cannot be gathered one by one; "
                 "use a version of the model whose embedding is not quantised"
             )
+        self.num_rows = source.shape[0]
         self._source = source
         self._dtype = dtype
         self._reader = reader

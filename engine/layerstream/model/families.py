@@ -1,8 +1,8 @@
 """The model families: a row each, for what this engine has to know beside what transformers does.
 
-A family counts as tested because a test compares it with plain transformers, token by token (tests/reference). The flag
-``_supports_attention_backend`` is no proof: families that keep recurrent state have it, and some that work do not.
-To add one: a row here, and a small model in tests/models.py.
+A family counts as tested because a test compares it with plain transformers, token by token (tests/reference). What it
+keeps, attends to and sees is not written here: it is found out for each model (:mod:`layerstream.model.trace`).
+To add one: a name here, and a small model in tests/models.py.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ class Family:
     """One family.
 
     Attributes:
-        name: transformers' ``model_type`` of its language model.
+        name: transformers' ``model_type`` of its config, or of its language model's.
         is_tested: whether a test compares it with plain transformers.
-        one_sequence_per_block: whether latents are expanded, or temperatures counted, for one sequence at a time.
-        bypasses_attention: whether it computes attention inside its own modules, where this engine has no say.
         adapt: changes the modules of a model that would compute more than they need.
     """
 
     name: str
     is_tested: bool = True
-    one_sequence_per_block: bool = False
-    bypasses_attention: bool = False
     adapt: Callable[[Any], None] | None = None
 
 
@@ -40,72 +36,42 @@ def _adapt_llama4(model: Any) -> None:
 
 
 _ORDINARY = """
-    apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss granite
-    granitemoe helium llama mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss
-    smollm3 stablelm starcoder2
+    apertus arcee cohere cohere2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss
+    granite granitemoe helium llama mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+    seed_oss smollm3 stablelm starcoder2
 """
-_BYPASSING = "bloom falcon gptj mpt codegen ctrl xlnet xlm"
 
-FAMILIES = {
-    row.name: row
-    for row in (
-        *map(Family, _ORDINARY.split()),
-        Family("deepseek_v2", is_tested=False, one_sequence_per_block=True),
-        Family("deepseek_v3", one_sequence_per_block=True),
-        Family("llama4_text", one_sequence_per_block=True, adapt=_adapt_llama4),
-        *(Family(name, is_tested=False, bypasses_attention=True) for name in _BYPASSING.split()),
-    )
-}
+FAMILIES = {row.name: row for row in (*map(Family, _ORDINARY.split()), Family("llama4_text", adapt=_adapt_llama4))}
 TESTED = frozenset(row.name for row in FAMILIES.values() if row.is_tested)
 
-_ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+def families_of(config: Any) -> list[Family]:
+    """The rows of a model with *config*: its own, and its language model's; one that has no row is not tested."""
+    names = dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type))
+    return [FAMILIES.get(name) or Family(name, is_tested=False) for name in names]
 
 
-def family_of(config: Any) -> Family:
-    """That of a model with *config*; one that has no row is not tested."""
-    name = getattr(config, "model_type", "")
-    return FAMILIES.get(name) or Family(name, is_tested=False)
+def is_tested(config: Any) -> bool:
+    """Whether a model with *config*, or its language model, is of a family that a test compares."""
+    return any(row.is_tested for row in families_of(config))
 
 
 def check_supported(config: Any, *, allow_untested: bool = False) -> None:
     """Raise :class:`UnsupportedModel` where *config* is of a family that cannot run, with the reason."""
-    family, row = config.model_type, family_of(config)
-    recurrent = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
-    if recurrent:
-        raise UnsupportedModel(
-            f"{family!r} has layers of type {recurrent}: they keep recurrent state, and LayerStream streams models "
-            "whose only state is attention's keys and values"
-        )
-    if row.bypasses_attention:
-        raise UnsupportedModel(
-            f"{family!r} computes attention inside its own modules and bypasses transformers' attention interface, "
-            "which LayerStream runs on"
-        )
+    family = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{family!r} is an encoder-decoder; LayerStream runs decoder-only language models")
-    if getattr(config, "use_bidirectional_attention", False) in (True, "all"):
-        raise UnsupportedModel(f"this {family!r} attends in both directions; LayerStream runs causal models")
-    if not row.is_tested and not allow_untested:
         raise UnsupportedModel(
-            f"the family {family!r} is not among the tested ones ({', '.join(sorted(TESTED))}); allow_untested=True "
+            f"{family!r} is an encoder-decoder, and LayerStream runs decoder-only language models: use plain "
+            "transformers for it"
+        )
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "use_bidirectional_attention", False) in (True, "all"):
+        raise UnsupportedModel(f"this {family!r} attends in both directions; LayerStream runs causal models")
+    if not allow_untested and not is_tested(config):
+        raise UnsupportedModel(
+            f"the family {family!r} is not among the tested ones (docs/models.md lists them); allow_untested=True "
             "tries it after a self-check against plain transformers"
         )
-
-
-def latent_width(config: Any) -> int | None:
-    """Values per token and layer that a latent-attention model (MLA) caches, else ``None``."""
-    rank = getattr(config, "kv_lora_rank", None)
-    return rank + config.qk_rope_head_dim if rank else None
-
-
-def kv_values_per_token(config: Any) -> int:
-    """Values that all layers together cache for one token."""
-    width = latent_width(config)
-    if width is None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = 2 * heads * head_dim
-    return width * config.num_hidden_layers
 
 
 def usable_context(config: Any) -> int:

@@ -94,9 +94,7 @@ def _by_row_block(
     context: SweepContext, forward: Callable[..., Any], args: Any, kwargs: Any, *, routes: bool = False
 ) -> Any:
     total = context.num_rows
-    axes = (row_axis(tensor, total) for tensor in _tensors((args, kwargs)))
-    axis = next((axis for axis in axes if axis is not None), None)
-    if axis is None:  # nothing in it has rows
+    if all(row_axis(tensor, total) is None for tensor in _tensors((args, kwargs))):
         return forward(*args, **kwargs)
 
     def run(rows: slice) -> Any:
@@ -104,16 +102,21 @@ def _by_row_block(
 
     with gathering(run, context.row_blocks) if routes else nullcontext():
         outputs = [run(rows) for rows in context.row_blocks()]
-    return _joined(outputs, axis)
+    return _joined(outputs, context.active[0][1].num_rows)
 
 
 def row_axis(tensor: torch.Tensor, total: int) -> int | None:
-    """The axis of *tensor* that counts *total* rows: 1 for ``(1, rows, …)``, 0 for ``(rows, …)``; ``None``: neither."""
-    if tensor.dim() >= 2 and tensor.shape[0] == 1 and tensor.shape[1] == total:
+    """The axis of *tensor* that counts *total* rows; ``None``: it has none.
+
+    A batch of one comes right before the rows: ``(1, rows, …)``, and ``(k, 1, rows, …)`` of what is there several times
+    (positions in time, height and width; hidden states that are kept apart). Experts get ``(rows, …)``.
+    """
+    shape = tensor.shape
+    if len(shape) >= 2 and shape[0] == 1 and shape[1] == total:
         return 1
-    if tensor.dim() >= 1 and tensor.shape[0] == total:
-        return 0
-    return None
+    if len(shape) >= 3 and shape[1] == 1 and shape[2] == total:
+        return 2
+    return 0 if len(shape) >= 1 and shape[0] == total else None
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -133,7 +136,9 @@ def _rows_of(value: Any, total: int, rows: slice) -> Any:
         axis = row_axis(value, total)
         if axis is None:
             return value
-        return value[rows] if axis == 0 else value[0, rows][None]  # not [:, rows], whose strides make products slow
+        if axis == 1:
+            return value[0, rows][None]  # not [:, rows], whose strides make products slow
+        return value[rows] if axis == 0 else value[:, :, rows]
     if isinstance(value, tuple | list):
         return type(value)(_rows_of(item, total, rows) for item in value)
     if isinstance(value, dict):
@@ -141,11 +146,12 @@ def _rows_of(value: Any, total: int, rows: slice) -> Any:
     return value
 
 
-def _joined(outputs: list[Any], axis: int) -> Any:
-    """The outputs of all row blocks as one, tensor by tensor."""
+def _joined(outputs: list[Any], num_rows: int) -> Any:
+    """The outputs of all row blocks, of which the first has *num_rows*, as one, tensor by tensor."""
     first = outputs[0]
     if isinstance(first, torch.Tensor):
-        return torch.cat(outputs, dim=axis if first.dim() > 2 and first.shape[0] == 1 else 0)
+        axis = row_axis(first, num_rows) if first.dim() > 2 else 0
+        return torch.cat(outputs, dim=axis or 0)
     if isinstance(first, tuple):
-        return tuple(_joined([output[index] for output in outputs], axis) for index in range(len(first)))
+        return tuple(_joined([output[index] for output in outputs], num_rows) for index in range(len(first)))
     return first

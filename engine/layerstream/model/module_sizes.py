@@ -13,8 +13,8 @@ from layerstream.checkpoint.codecs.tiled import tiled, tiled_bytes
 from layerstream.checkpoint.names import PackedSource, Source
 from layerstream.core.sizes import PAGE
 from layerstream.model import experts
-from layerstream.model.families import family_of
 from layerstream.model.linear import decode_bytes
+from layerstream.model.trace import Trace
 from layerstream.planner.units import ExpertsNode, WeightNode
 
 
@@ -30,6 +30,7 @@ class Weigher:
         sources: Mapping[str, Source],
         dtypes: Mapping[str, torch.dtype],
         tile_values: int,
+        traced: Trace,
         *,
         leaves_experts: bool = False,
     ) -> None:
@@ -37,6 +38,7 @@ class Weigher:
         self._sources = sources
         self._dtypes = dtypes
         self._tile_values = tile_values
+        self._traced = traced
         self._leaves_experts = leaves_experts
 
     def weigh(self, module: torch.nn.Module, path: str) -> WeightNode:
@@ -46,9 +48,11 @@ class Weigher:
         gate's sigmoid) has to see the rows of one row block at a time. So does attention over latents.
         """
         sources, dtypes = self._sources, self._dtypes
-        children = tuple(self.weigh(child, f"{path}.{name}") for name, child in module.named_children())
+        last, order = len(self._traced.order), self._traced.order
+        paths = sorted((f"{path}.{name}" for name, _ in module.named_children()), key=lambda at: order.get(at, last))
+        children = tuple(self.weigh(module.get_submodule(at[len(path) + 1 :]), at) for at in paths)
         inner = next((name for name, child in module.named_children() if is_fused_experts(child)), None)
-        if inner is not None or _has_to_see_whole_rows(module):
+        if inner is not None or self._is_alone(module):
             keys = {key for key in sources if key.startswith(f"{path}.")}
             left = ""
             if inner is not None and self._leaves_experts and not _attends(module):
@@ -79,6 +83,14 @@ class Weigher:
             kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
         )
 
+    def _is_alone(self, module: torch.nn.Module) -> bool:
+        """Whether *module* is attention that takes one sequence at a time: all sequences would pass between its Linears
+        if they were units."""
+        layer: Any = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int) or layer >= len(self._traced.layers) or not self._traced.layers[layer].is_alone:
+            return False
+        return not any(hasattr(child, "layer_idx") for child in module.children())  # else it is a decoder layer
+
     def _leave(self, module: torch.nn.Module, path: str) -> list[str]:
         """Note the experts *module*; the names of their weights."""
         keys = [f"{path}.{name}" for name in experts.weight_names(module)]
@@ -90,7 +102,7 @@ class Weigher:
             ExpertsNode(
                 name=path,
                 num_experts=num_experts,
-                top_k=experts_per_row(module),
+                top_k=self._traced.top_k.get(path, 1),
                 expert_bytes=expert_bytes,
                 slot_bytes=(-(-expert_bytes // PAGE) + 2 * num_parts) * PAGE,
                 scratch_bytes=_expert_scratch_bytes(sources, self._dtypes),
@@ -100,13 +112,6 @@ class Weigher:
             )
         )
         return keys
-
-
-def experts_per_row(module: torch.nn.Module) -> int:
-    """How many of the experts of *module* a row is routed to, by its config; 1 where that does not say."""
-    config: Any = module.config
-    found = (getattr(config, name, None) for name in ("num_experts_per_tok", "num_experts_per_token", "top_k"))
-    return next((int(count) for count in found if count), 1)
 
 
 def _attends(block: torch.nn.Module) -> bool:
@@ -130,15 +135,6 @@ def _expert_scratch_bytes(sources: Mapping[str, Source], dtypes: Mapping[str, to
     converted = {k for k, s in sources.items() if not isinstance(s, PackedSource) and s.dtype != dtypes[k]}
     found = sum(values[key] * dtypes[key].itemsize for key in packed | converted)
     return found + max((12 * values[key] for key in packed), default=0)
-
-
-def _has_to_see_whole_rows(module: torch.nn.Module) -> bool:
-    """Whether *module* is attention that takes one sequence at a time: all sequences would pass between its Linears if
-    they were units."""
-    config = getattr(module, "config", None)
-    if not hasattr(module, "layer_idx") or not family_of(config).one_sequence_per_block:
-        return False
-    return not any(hasattr(child, "layer_idx") for child in module.children())  # else it is a decoder layer
 
 
 def is_plain_linear(module: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:

@@ -24,10 +24,10 @@ from layerstream.hardware.device import Placement
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.state import LayerState
+from layerstream.model.anatomy import Anatomy
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
-from layerstream.model.families import latent_width
 from layerstream.model.linear import padded_blocks
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.skeleton import Skeleton
@@ -51,6 +51,7 @@ class SweepRunner:
         skeleton: Skeleton,
         weights: ModelWeights,
         embedding: EmbeddingRows,
+        layer_embedding: EmbeddingRows | None,
         states: list[LayerState],
         head_rows: int,
         loader: PageLoader | None = None,
@@ -58,10 +59,10 @@ class SweepRunner:
         device_kv: DeviceKV | None = None,
         prefers_flash: bool = False,
     ) -> None:
-        self._model = skeleton.model
         self._dtype = skeleton.dtype
         self._weights = weights
         self._embedding = embedding
+        self._layer_embedding = layer_embedding
         self._states = states
         self._head_rows = head_rows
         self._loader = loader
@@ -70,9 +71,10 @@ class SweepRunner:
         self._prefers_flash = prefers_flash
         self._torch_device = torch.device("cpu") if placement is None else placement.first.torch_device
         self._drafted = DraftedRows({})
-        self._cache = PagedCache(latent=latent_width(skeleton.config) is not None)
+        self._layers = skeleton.trace.layers
+        self._cache = PagedCache()
         self._decode = skeleton.decoder.forward
-        self._stubs = _Stubs(skeleton)
+        self._stubs = _Stubs(skeleton.anatomy)
         self._room = _LogitRoom()
 
     def run(self, sweep: Sweep) -> torch.Tensor:
@@ -131,8 +133,9 @@ class SweepRunner:
 
     def _context(self, sweep: Sweep, loader: PageLoader | None) -> SweepContext:
         if self._device_kv is not None:
-            return SweepContext(sweep, self._device_kv.layers, self._device_kv.reach, self._prefers_flash)
-        return SweepContext(sweep, self._states, None if loader is None else loader.wait)
+            kv = self._device_kv
+            return SweepContext(sweep, self._layers, kv.layers, kv.reach, self._prefers_flash)
+        return SweepContext(sweep, self._layers, self._states, None if loader is None else loader.wait)
 
     def _inputs(self, sweep: Sweep) -> dict[str, Any]:
         token_ids: list[int] = []
@@ -142,16 +145,26 @@ class SweepRunner:
             token_ids.extend(sweep.token_ids(span))
             rows.extend(range(row, row + len(span)))
             positions[0, row : row + len(span)] = torch.arange(span.start, span.stop)
-        distinct, indices = self._embedding.gather(token_ids)
-        embedded = self._stubs.embed(distinct.to(self._torch_device), indices.to(self._torch_device))
-        packed = embedded.new_zeros((1, sweep.num_rows, embedded.shape[-1]))
-        packed[0, rows] = embedded
-        return {
-            "inputs_embeds": packed,
+        inputs = {
+            "inputs_embeds": self._embed(self._embedding, token_ids, rows, sweep.num_rows),
             "position_ids": positions.to(self._torch_device),
             "past_key_values": self._cache,
             "use_cache": True,
         }
+        if self._layer_embedding is not None:
+            table = self._layer_embedding
+            known = [token if token < table.num_rows else 0 for token in token_ids]
+            inputs["per_layer_inputs"] = self._embed(table, known, rows, sweep.num_rows)
+        return inputs
+
+    def _embed(self, table: EmbeddingRows, token_ids: list[int], rows: list[int], num_rows: int) -> torch.Tensor:
+        """``(1, num_rows, …)``: at *rows* what the model makes of *token_ids*, zeros elsewhere."""
+        distinct, indices = table.gather(token_ids)
+        look_up = self._stubs.embed if table is self._embedding else self._stubs.embed_layers
+        embedded = look_up(distinct.to(self._torch_device), indices.to(self._torch_device))
+        packed = embedded.new_zeros((1, num_rows, *embedded.shape[1:]))
+        packed[0, rows] = embedded
+        return packed
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``(n, vocabulary)`` of final hidden states ``(n, hidden)``."""
@@ -188,33 +201,54 @@ class _LogitRoom:
         return self._arena.tensor[:num_bytes].view(dtype).view(num_rows, width)
 
 
+class _Output(MoeModelOutputWithPast):
+    """What a model below the head gives; ``None`` for what only some models give beside hidden states."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
 class _Stubs:
     """Short-circuits for the parts of the causal model that the runner does itself."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._model = skeleton.model
-        self._embedding = skeleton.model.get_input_embeddings()
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._anatomy = anatomy
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
-        skeleton.decoder.forward = self._decoded
-        skeleton.model.get_output_embeddings().forward = lambda _: self._logits
+        anatomy.trunk.forward = self._decoded
+        anatomy.head.forward = lambda _: self._logits  # type: ignore[method-assign,assignment]
 
     def embed(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """The embedding module's own forward over gathered *rows*: ``(n, hidden)``, scaled where the family does."""
-        meta = self._embedding._parameters["weight"]
-        self._embedding._parameters["weight"] = rows
-        try:
-            return self._embedding(indices)
-        finally:
-            self._embedding._parameters["weight"] = meta
+        with _bound(self._anatomy.embedding, rows):
+            return self._anatomy.embedding(indices)
+
+    def embed_layers(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The decoder's own look-up in gathered *rows* of its second table: ``(n, layers, width)``."""
+        assert self._anatomy.layer_embedding is not None
+        with _bound(self._anatomy.layer_embedding, rows):
+            return self._anatomy.decoder.get_per_layer_inputs(indices)
 
     def finish(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """``(1, vocabulary)``: what the causal model makes of one row's raw *logits*."""
         self._hidden, self._logits = hidden[None, None], logits[None, None]
         try:
-            return self._model(inputs_embeds=self._hidden, use_cache=False).logits[0]
+            return self._anatomy.causal(inputs_embeds=self._hidden, use_cache=False).logits[0]
         finally:
             self._hidden = self._logits = None
 
-    def _decoded(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=self._hidden)
+    def _decoded(self, *_: Any, **__: Any) -> _Output:
+        return _Output(last_hidden_state=self._hidden)
+
+
+@contextmanager
+def _bound(embedding: torch.nn.Embedding, rows: torch.Tensor) -> Iterator[None]:
+    """*embedding* has *rows* alone."""
+    meta = embedding._parameters["weight"]
+    embedding._parameters["weight"] = rows  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        embedding._parameters["weight"] = meta

@@ -19,13 +19,15 @@ from accelerate import init_empty_weights
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
 from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
-from layerstream.checkpoint.names import DTYPES, PackedSource, Source, language_model_names, resolve_parameters
+from layerstream.checkpoint.names import DTYPES, PackedSource, Source, resolve_parameters
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts
-from layerstream.model.families import check_supported, family_of
+from layerstream.model.anatomy import Anatomy, body_modules, dissect, own_class
+from layerstream.model.families import check_supported, families_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
+from layerstream.model.trace import Trace, trace
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,9 @@ class Skeleton:
     """A causal language model on the meta device.
 
     Attributes:
-        model: the causal model; its parameters are meta tensors, its non-persistent buffers are real.
-        config: the text config it was built from.
+        anatomy: its parts; parameters are meta tensors, non-persistent buffers are real.
+        config: the language model's.
+        trace: what it caches, attends to and sees, by layer.
         sources: where the bytes of every parameter and persistent buffer lie, by state dict name.
         dtypes: the dtype that each of them is computed in.
         body: sizes of what every sweep passes, in module order: decoder layers, then the final norm.
@@ -49,8 +52,9 @@ class Skeleton:
         tile_values: of a quantised matrix, decoded at a time.
     """
 
-    model: Any
+    anatomy: Anatomy
     config: Any
+    trace: Trace
     dtype: torch.dtype
     sources: Mapping[str, Source]
     dtypes: Mapping[str, torch.dtype]
@@ -62,14 +66,25 @@ class Skeleton:
     tile_values: int = TILE_VALUES
 
     @property
+    def model(self) -> Any:
+        """The whole, whose paths are the names of weights."""
+        return self.anatomy.model
+
+    @property
     def decoder(self) -> Any:
-        """The model below the head: what owns the embedding (``base_model`` is the causal model itself for some)."""
-        return self.model.get_submodule(self.embedding_key.rpartition(".")[0].rpartition(".")[0])
+        """The model below the head."""
+        return self.anatomy.decoder
 
     @property
     def embedding_key(self) -> str:
         """State dict name of the embedding matrix."""
-        return f"{self.path_of(self.model.get_input_embeddings())}.weight"
+        return f"{self.path_of(self.anatomy.embedding)}.weight"
+
+    @property
+    def layer_embedding_key(self) -> str | None:
+        """State dict name of the matrix whose rows go to each layer; ``None``: there is none."""
+        table = self.anatomy.layer_embedding
+        return None if table is None else f"{self.path_of(table)}.weight"
 
     @property
     def head_key(self) -> str:
@@ -138,51 +153,35 @@ def build_skeleton(
         assert checkpoint is not None
         check_config(checkpoint.config, str(folder / CONFIG), _shapes(checkpoint))
         config = load_config(folder, trust_remote_code=trust_remote_code)
-    text_config = text_part(config)
-    check_supported(text_config, allow_untested=allow_untested)
+    check_supported(config, allow_untested=allow_untested)
     if dtype == "auto":
-        dtype = _stored_dtype(file or checkpoint, config, text_config)
+        dtype = _stored_dtype(file or checkpoint, config, config.get_text_config(decoder=True))
     compute_dtype = resolve_dtype(dtype)
     with explained(f"{folder}: no model can be built as its config says"):
-        model = build_meta(text_config, compute_dtype, trust_remote_code)
+        model = build_meta(config, compute_dtype, trust_remote_code)
     if file is not None and (factors := read_rope_factors(file)) is not None:
         divide_frequencies(model, factors)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or not isinstance(embedding, torch.nn.Embedding):
-        raise UnsupportedModel(
-            f"{text_config.model_type!r} has a {type(embedding).__name__} and a {type(head).__name__} where an "
-            "embedding and a linear output projection are expected"
-        )
-    embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
-    names = {id(module): name for name, module in model.named_modules()}
+    anatomy = dissect(model)
+    traced = trace(anatomy)
+    _adapt(anatomy)
     if file is not None:
         sources = resolve_gguf(model, file)
     else:
         assert checkpoint is not None
-        tensors, packed = checkpoint.tensors, checkpoint.packed
-        if text_config is not config:
-            renamed = language_model_names([*tensors, *packed], f"{names[id(embedding)]}.weight")
-            tensors = {renamed[name]: entry for name, entry in tensors.items()}
-            packed = {renamed[name]: matrix for name, matrix in packed.items()}
-        sources = resolve_parameters(model, tensors, packed)
+        sources = resolve_parameters(model, checkpoint.tensors, checkpoint.packed)
     dtypes = _compute_dtypes(model, sources, compute_dtype)
-    decoder = model.get_submodule(names[id(embedding)].rpartition(".")[0])
-    modules = [(child, names[id(child)]) for child in _body_modules(decoder, embedding)]
-    routed = Weigher(sources, dtypes, tile_values, leaves_experts=True)
-    routed_body = tuple(node for child, path in modules if (node := routed.weigh(child, path)).total_bytes)
-    weigher, body = Weigher(sources, dtypes, tile_values), routed_body
-    if routed.experts:
-        body = tuple(node for child, path in modules if (node := weigher.weigh(child, path)).total_bytes)
+    body, routed_body, routed, head = _weigh(anatomy, traced, sources, dtypes, tile_values)
     return Skeleton(
-        model=model,
-        config=text_config,
+        anatomy=anatomy,
+        config=_text_config(config, anatomy),
+        trace=traced,
         dtype=compute_dtype,
         sources=sources,
         dtypes=dtypes,
         body=body,
         routed_body=routed_body,
-        routed=tuple(routed.experts),
-        head=weigher.weigh(head, names[id(head)]),
+        routed=routed,
+        head=head,
         model_bytes=sum({id(source): source.num_bytes for source in sources.values()}.values()),
         tile_values=tile_values,
     )
@@ -260,35 +259,74 @@ def _most_stored(checkpoint: Checkpoint) -> str:
     return max(values, key=lambda name: values[name], default="float32")
 
 
-def text_part(config: Any) -> Any:
-    """The language model's config; of a multimodal model, its text part."""
-    text = config.get_text_config(decoder=True)
-    if text is not config:
+def _text_config(config: Any, anatomy: Anatomy) -> Any:
+    """That of the language model of *anatomy*, with the last word of the whole's *config* where it has one."""
+    text = anatomy.decoder.config
+    if text.model_type != config.model_type:
         logger.info("%s is multimodal: its language model %s runs alone", config.model_type, text.model_type)
-        text = copy.deepcopy(text)
-        text.tie_word_embeddings = config.tie_word_embeddings  # the whole model was saved by its own word
-        if (ends := getattr(config, "eos_token_id", None)) is not None:  # as transformers' generate
-            text.eos_token_id = ends
+    text = copy.deepcopy(text)
+    if (ends := getattr(config, "eos_token_id", None)) is not None:  # as transformers' generate
+        text.eos_token_id = ends
     return text
 
 
 def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """transformers' model of *config*, on the meta device, computing as this engine does."""
+    """transformers' model of *config*, the class that saved it, on the meta device, computing as this engine does.
+
+    Raises:
+        UnsupportedModel: there is no class of it that generates text.
+    """
     attention.register()
     experts.register()
     config = copy.deepcopy(config)
+    options = {"attn_implementation": attention.IMPLEMENTATION, "dtype": dtype}
+    own = None if trust_remote_code and hasattr(config, "auto_map") else own_class(config)
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention.IMPLEMENTATION, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    model.eval()
-    if (adapt := family_of(config).adapt) is not None:
-        adapt(model)
-    elementwise.install(model)
-    for module in model.modules():
+        if own is not None:
+            model = own._from_config(config, **options)
+        elif trust_remote_code:
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options)
+        else:
+            raise UnsupportedModel(
+                f"transformers {transformers.__version__} has no class of {config.model_type!r} that generates text: it "
+                "is no language model"
+            )
+    return model.eval()
+
+
+def _adapt(anatomy: Anatomy) -> None:
+    """Have the modules of *anatomy* compute as this engine does."""
+    for row in families_of(anatomy.model.config):
+        if row.adapt is not None:
+            row.adapt(anatomy.decoder)
+    elementwise.install(anatomy.decoder)
+    for module in anatomy.decoder.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
-    return model
+
+
+def _weigh(
+    anatomy: Anatomy,
+    traced: Trace,
+    sources: Mapping[str, Source],
+    dtypes: Mapping[str, torch.dtype],
+    tile_values: int,
+) -> tuple[tuple[WeightNode, ...], tuple[WeightNode, ...], tuple[ExpertsNode, ...], WeightNode]:
+    """Sizes of the body, of the body without experts, of those experts, and of the head."""
+    names = {module: name for name, module in anatomy.model.named_modules()}
+    modules = sorted(
+        ((module, names[module]) for module in body_modules(anatomy)),
+        key=lambda found: traced.order.get(found[1], len(traced.order)),
+    )
+
+    def weigh(weigher: Weigher) -> tuple[WeightNode, ...]:
+        return tuple(node for module, path in modules if (node := weigher.weigh(module, path)).total_bytes)
+
+    without = Weigher(sources, dtypes, tile_values, traced, leaves_experts=True)
+    routed_body = weigh(without)
+    weigher = Weigher(sources, dtypes, tile_values, traced)
+    body = weigh(weigher) if without.experts else routed_body
+    return body, routed_body, tuple(without.experts), weigher.weigh(anatomy.head, names[anatomy.head])
 
 
 def _compute_dtypes(model: Any, sources: Mapping[str, Source], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -305,12 +343,3 @@ def _compute_dtypes(model: Any, sources: Mapping[str, Source], dtype: torch.dtyp
         else dtype
         for key, source in sources.items()
     }
-
-
-def _body_modules(decoder: Any, embedding: torch.nn.Module) -> list[torch.nn.Module]:
-    """What a sweep passes between embedding and head, in module order; lists of layers are opened."""
-    modules: list[torch.nn.Module] = []
-    for child in decoder.children():
-        if child is not embedding:
-            modules.extend(child if isinstance(child, torch.nn.ModuleList) else [child])
-    return modules

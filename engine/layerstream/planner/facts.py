@@ -30,12 +30,14 @@ class ModelFacts:
         experts: sizes of those; none: there are none, or they come with their block.
         expert_shares: how much each of them was used lately, but for a factor, in the order of *experts*.
         embedding_bytes: the embedding matrix in the compute dtype; 0 if it is the head's.
-        kv_token_bytes: KV of one token over all layers.
+        layer_kv: KV of one token, by layer; 0: the layer reads what another one keeps.
         hidden_size, intermediate_size, vocab_size: widths that activations have.
         itemsize: bytes of one value in the compute dtype.
         context_length: tokens a sequence may have.
         wanted_context: as many as were asked for, where those are more.
-        num_layers: layers that keep KV.
+        lasting_kv_bytes: KV of one token in layers that later ones attend to as well.
+        layer_row_bytes: what a row is given for all layers beside its embedding, as it is stored and as it is computed
+            with.
         can_spill: whether there is a store that KV of long prompts can stream from.
         chunk_tokens: prompt tokens that attend together; a page holds as many.
         streaming_chunk_tokens: as many where weights stream.
@@ -57,7 +59,7 @@ class ModelFacts:
     body: tuple[WeightNode, ...]
     head: WeightNode
     embedding_bytes: int
-    kv_token_bytes: int
+    layer_kv: tuple[int, ...]
     hidden_size: int
     intermediate_size: int
     vocab_size: int
@@ -71,7 +73,8 @@ class ModelFacts:
     fused_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     host_fused_rows: Mapping[str, int] | None = None
     num_values: int = 0
-    num_layers: int = 1
+    lasting_kv_bytes: int = 0
+    layer_row_bytes: int = 0
     can_spill: bool = False
     is_on_device: bool = False
     kv_rides: bool = False
@@ -131,19 +134,34 @@ class ModelFacts:
         return sum(node.total_compute_bytes for node in (*self.body, self.head)) + self.embedding_bytes
 
     @property
+    def num_layers(self) -> int:
+        """Layers, whether they keep KV or not."""
+        return len(self.layer_kv)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV of one token over all layers."""
+        return sum(self.layer_kv)
+
+    @property
     def layer_kv_bytes(self) -> int:
-        """KV of one token in one layer."""
-        return -(-self.kv_token_bytes // self.num_layers)
+        """KV of one token in the layer that keeps most."""
+        return max(self.layer_kv, default=0)
+
+    @property
+    def in_hand_bytes(self) -> int:
+        """KV of one token in the layers in hand, and in those that stay in hand."""
+        return min(self.kv_token_bytes, LAYERS_IN_HAND * self.layer_kv_bytes + self.lasting_kv_bytes)
 
     @property
     def slot_bytes(self) -> int:
         """KV of a page of the layers in hand."""
-        return LAYERS_IN_HAND * self.chunk_tokens * self.layer_kv_bytes
+        return self.chunk_tokens * self.in_hand_bytes
 
     @property
     def kv_place_bytes(self) -> int:
         """What KV of one token takes where it is computed with."""
-        return LAYERS_IN_HAND * self.layer_kv_bytes if self.kv_rides else self.kv_token_bytes
+        return self.in_hand_bytes if self.kv_rides else self.kv_token_bytes
 
     @property
     def attending_bytes(self) -> int:

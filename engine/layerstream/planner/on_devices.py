@@ -70,8 +70,7 @@ class _Layers:
             head=self.facts.head if has_head else WeightNode(""),
             vocab_size=self.facts.vocab_size if has_head else 0,
             embedding_bytes=0,  # rows come from disk, to the first device
-            kv_token_bytes=len(chosen) * self.facts.layer_kv_bytes,
-            num_layers=len(chosen),
+            layer_kv=tuple(self.facts.layer_kv[layer] for layer in chosen),
         )
 
 

@@ -16,7 +16,6 @@ from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.swap import PageSwap
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.expert_usage import ExpertUsage
-from layerstream.model.families import family_of
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import SweepRunner
 from layerstream.planner import Plan
@@ -54,10 +53,10 @@ def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
     plan = ground.plan
     kv_bytes = plan.kv_bytes if plan.host is None else plan.host.kv_bytes
     memory = closing.keep(PageMemory(kv_bytes, ground.devices[0] if ground.devices else None))
-    transit = Transit(plan.num_transit, plan.page_tokens)
+    traced = ground.skeleton.trace
+    transit = Transit(plan.num_transit, plan.page_tokens, traced.lasting)
     states = [
-        LayerState(plan.num_pages, plan.page_tokens, memory, layer, transit)
-        for layer in range(ground.skeleton.config.num_hidden_layers)
+        LayerState(plan.num_pages, plan.page_tokens, memory, number, transit) for number in range(len(traced.keepers))
     ]
     store = _make_store(ground, states)
     if store is not None:
@@ -86,6 +85,14 @@ def load_embedding(ground: Groundwork, weights: ModelWeights) -> EmbeddingRows:
     return EmbeddingRows(source, skeleton.dtype, reader, max_rows=plan.max_sweep_rows, resident=resident)
 
 
+def load_layer_embedding(ground: Groundwork) -> EmbeddingRows | None:
+    """Rows that go to each layer, from disk; ``None``: the model has no such table."""
+    skeleton = ground.skeleton
+    if (key := skeleton.layer_embedding_key) is None:
+        return None
+    return EmbeddingRows(skeleton.sources[key], skeleton.dtype, ground.reader, max_rows=ground.plan.max_sweep_rows)
+
+
 def begin_reading(ground: Groundwork, weights: ModelWeights) -> None:
     """Loading is over: how fast it was is looked at, and what the first sweep needs is on its way."""
     look_at_source(weight_paths(ground.skeleton), ground.plan, ground.reader.rate())
@@ -102,7 +109,7 @@ def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> St
         chunk_tokens=plan.page_tokens,
         decode_rows=plan.decode_rows,
         prompt_rows=plan.prompt_rows,
-        one_sequence_per_block=family_of(ground.skeleton.config).one_sequence_per_block,
+        one_sequence_per_block=ground.skeleton.trace.is_alone,
         max_draft_rows=plan.max_draft_rows,
         max_sequences=plan.max_sequences,
     )
@@ -156,11 +163,20 @@ def _make_runner(ground: Groundwork, kv: KVParts, weights: ModelWeights) -> Swee
     device_kv = None
     if placement is not None:
         rides = [part.facts.kv_rides for part in plan.by_device]
-        device_kv = DeviceKV(placement, kv.states, plan.num_pages, plan.page_tokens, rides)
+        device_kv = DeviceKV(
+            placement,
+            ground.skeleton.trace.keepers,
+            kv.states,
+            plan.num_pages,
+            plan.page_tokens,
+            rides,
+            ground.skeleton.trace.lasting,
+        )
     return SweepRunner(
         ground.skeleton,
         weights,
         load_embedding(ground, weights),
+        load_layer_embedding(ground),
         kv.states,
         plan.head_rows,
         None if kv.store is None else kv.store.loader,

@@ -20,7 +20,7 @@ from layerstream.hardware.accelerators import accelerator_of, all_devices, free_
 from layerstream.hardware.machine import available_memory_bytes
 from layerstream.model.attention import has_bf16_products
 from layerstream.model.expert_usage import ExpertUsage
-from layerstream.model.families import kv_values_per_token, usable_context
+from layerstream.model.families import usable_context
 from layerstream.model.kernels import fused_rows
 from layerstream.model.linear import DEVICE_TILE_VALUES, TILE_VALUES
 from layerstream.model.skeleton import Skeleton, build_skeleton
@@ -153,7 +153,8 @@ def model_facts(
 
     The first call on a machine for a quantised model measures those, for some seconds, and writes a file.
     """
-    config = skeleton.config
+    config, traced = skeleton.config, skeleton.trace
+    layer_kv = tuple(layer.values * skeleton.dtype.itemsize for layer in traced.layers)
     embedding = skeleton.sources[skeleton.embedding_key]
     embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
     widest = max(module.out_features for module in _linears(skeleton))
@@ -172,7 +173,7 @@ def model_facts(
         experts=skeleton.routed,
         head=skeleton.head,
         embedding_bytes=0 if skeleton.is_tied else embedding_bytes,
-        kv_token_bytes=kv_values_per_token(config) * skeleton.dtype.itemsize,
+        layer_kv=layer_kv,
         hidden_size=config.hidden_size,
         intermediate_size=widest,
         vocab_size=skeleton.head.num_rows,
@@ -185,7 +186,8 @@ def model_facts(
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
         num_values=skeleton.num_values,
-        num_layers=config.num_hidden_layers,
+        lasting_kv_bytes=sum(layer_kv[traced.keepers[number]] for number in traced.lasting),
+        layer_row_bytes=_layer_row_bytes(skeleton),
         can_spill=can_spill and not is_on_device,
         is_on_device=is_on_device,
         workspace_bytes=DEVICE_WORKSPACE_BYTES if is_on_device else 0,
@@ -223,6 +225,15 @@ def _memories(config: EngineConfig) -> list[int]:
         found = [int(free_bytes(d) * SPARE_SHARE) if given is None else given for d in devices_of(config)]
     found[0] -= config.reserved_bytes
     return [max(1, size) for size in found]
+
+
+def _layer_row_bytes(skeleton: Skeleton) -> int:
+    """Of a second table of embeddings: a row as it is stored, and thrice as it is computed with (looked up, packed with
+    others, and joined with what the model makes of the first embedding)."""
+    if (key := skeleton.layer_embedding_key) is None:
+        return 0
+    source = skeleton.sources[key]
+    return source.num_bytes // source.shape[0] + 3 * source.shape[1] * skeleton.dtype.itemsize
 
 
 def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:

@@ -23,7 +23,7 @@ import transformers
 from layerstream.api.params import SamplingParams
 from layerstream.core.sequence import Sequence
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
-from layerstream.model.families import check_supported, family_of
+from layerstream.model.families import check_supported, is_tested
 from layerstream.model.skeleton import load_config
 from layerstream.scheduling.composing import Drafting
 from layerstream.scheduling.verify import verify
@@ -62,10 +62,11 @@ def check_untested(config: EngineConfig) -> None:
     folder = locate_model(config)
     if folder.suffix == ".gguf":
         return  # all architectures that are read from GGUF are tested
-    full = load_config(folder, trust_remote_code=config.trust_remote_code).get_text_config(decoder=True)
-    if family_of(full).is_tested:
+    whole = load_config(folder, trust_remote_code=config.trust_remote_code)
+    if is_tested(whole):
         return
-    check_supported(full, allow_untested=True)
+    check_supported(whole, allow_untested=True)
+    full = whole.get_text_config(decoder=True)
     with tempfile.TemporaryDirectory(prefix="layerstream-self-check-") as name:
         copied = Path(name)
         try:

@@ -1,0 +1,394 @@
+"""What a model does with its cache, its masks and its modules, found out by running it once without weights.
+
+The decoder's forward runs over a few rows on the meta device, with a cache, an attention function and a mask function
+that only note what they are given. So what a family keeps, attends to and sees is known by what it does, and needs no
+list of names:
+
+* what ``Cache.update`` receives is what pages hold: keys and values, or latents;
+* attention is given what ``update`` returned, of its own layer or of an earlier one (shared keys and values); where it
+  is given anything else, that is made of what was cached (latents are expanded), and needs past rows as well;
+* a mask that was asked for arrives at attention as the very object that the mask function gave, so that its window or
+  chunk is known for each layer, and what it lets through is compared with that, position by position;
+* a call of the cache that no cache of keys and values has is the mark of another mechanism (:data:`_MECHANISMS`);
+* the order in which modules run is the order in which their weights have to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from layerstream.errors import UnsupportedModel
+from layerstream.kv.shape import PageShape
+from layerstream.model.anatomy import Anatomy
+
+IMPLEMENTATION = "layerstream-trace"
+ROWS = 5  # that run: as many as no other axis is likely to have
+
+_MECHANISMS = {
+    "conv": "it keeps recurrent state (a convolution's), and this version streams models whose only state is keys and "
+    "values",
+    "recurrent": "it keeps recurrent state, and this version streams models whose only state is keys and values",
+    "previous_state": "it keeps recurrent state, and this version streams models whose only state is keys and values",
+    "indexer": "it chooses what to attend to by an index that it caches (sparse attention), which this version does "
+    "not keep",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """What attention does in one layer.
+
+    Attributes:
+        kept: what it caches for a token; ``None``: nothing, it reads what another layer cached.
+        state: of the layers that cache, the number of the one that it attends to.
+        window: it sees as many positions, its own included; ``None``: all before it.
+        chunk: it sees positions of its own chunk of so many; ``None``: of all.
+        expands: what it attends to is made of what is cached, of past rows too: one sequence at a time.
+        counts: it asks the cache where its rows are: one sequence at a time.
+    """
+
+    kept: PageShape | None
+    state: int
+    window: int | None = None
+    chunk: int | None = None
+    expands: bool = False
+    counts: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it runs for one sequence at a time."""
+        return self.expands or self.counts
+
+    @property
+    def values(self) -> int:
+        """Numbers that it caches for a token."""
+        kept = self.kept
+        return 0 if kept is None else kept.key_heads * kept.key_width + kept.value_heads * kept.value_width
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a decoder does.
+
+    Attributes:
+        layers: what attention does in each.
+        order: the place of each of its modules, by path, in the order in which they run.
+        top_k: by path of a module of experts, how many of them a row is routed to.
+    """
+
+    layers: tuple[LayerTrace, ...]
+    order: Mapping[str, int]
+    top_k: Mapping[str, int]
+
+    @property
+    def keepers(self) -> list[int]:
+        """The layers that cache, in order: numbers of states are positions in it."""
+        return [number for number, layer in enumerate(self.layers) if layer.kept is not None]
+
+    @property
+    def lasting(self) -> frozenset[int]:
+        """States that later layers attend to as well."""
+        return frozenset(layer.state for layer in self.layers if layer.kept is None)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether a row block may have rows of one sequence only."""
+        return any(layer.is_alone for layer in self.layers)
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """What was seen of the run under way."""
+
+    family: str
+    paths: Mapping[torch.nn.Module, str]
+    cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict[int, Any])
+    attended: dict[int, LayerTrace] = field(default_factory=dict[int, LayerTrace])
+    order: dict[str, int] = field(default_factory=dict[str, int])
+    top_k: dict[str, int] = field(default_factory=dict[str, int])
+    counted: set[int] = field(default_factory=set[int])
+    running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
+
+
+_RECORDER: ContextVar[_Recorder] = ContextVar("layerstream_trace")
+
+
+def trace(anatomy: Anatomy) -> Trace:
+    """Run the decoder of *anatomy*, which is on the meta device, once.
+
+    Raises:
+        UnsupportedModel: it does what this engine has no say in; says what.
+    """
+    paths = {module: path for path, module in anatomy.model.named_modules()}
+    recorder = _Recorder(anatomy.model.config.model_type, paths)
+    _register()
+    with _implementations(anatomy.model), _noting(recorder, anatomy), torch.inference_mode(), _Meta():
+        inputs: dict[str, Any] = {
+            "inputs_embeds": torch.zeros((1, ROWS, anatomy.embedding.embedding_dim), dtype=anatomy.model.dtype),
+            "position_ids": torch.arange(ROWS)[None],
+            "past_key_values": _Cache(recorder),
+            "use_cache": True,
+        }
+        if anatomy.layer_embedding is not None:
+            inputs["per_layer_inputs"] = anatomy.decoder.get_per_layer_inputs(torch.zeros((1, ROWS), dtype=torch.long))
+        try:
+            anatomy.decoder(**inputs)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{recorder.family!r} does not run on text alone as its class is in transformers "
+                f"({type(error).__name__}: {error!s:.200}): this version cannot run it"
+            ) from error
+    return _conclude(recorder)
+
+
+def _conclude(recorder: _Recorder) -> Trace:
+    count = 1 + max((*recorder.attended, *recorder.cached), default=-1)
+    bypassing = sorted(set(range(count)) - recorder.attended.keys()) or ([0] if not count else [])
+    if bypassing:
+        raise UnsupportedModel(
+            f"{recorder.family!r} computes attention inside its own modules (in layer {bypassing[0]}) and bypasses "
+            "transformers' attention interface, which LayerStream runs on: use another family, or plain transformers"
+        )
+    numbers = {layer: number for number, layer in enumerate(sorted(recorder.cached))}
+    layers = (recorder.attended[layer] for layer in range(count))
+    return Trace(tuple(replace(layer, state=numbers[layer.state]) for layer in layers), recorder.order, recorder.top_k)
+
+
+class _Cache:
+    """Notes what it is given; it quacks like transformers' ``Cache`` as far as keys and values go."""
+
+    is_compileable = False
+    is_sliding: tuple[bool, ...] = ()
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        recorder = self._recorder
+        if layer_idx in recorder.cached:
+            raise UnsupportedModel(
+                f"{recorder.family!r} caches twice in layer {layer_idx}, which this version does not keep"
+            )
+        recorder.cached[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if any(hasattr(module, "layer_idx") for module in self._recorder.running):
+            self._recorder.counted.add(layer_idx)
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        reason = next((reason for word, reason in _MECHANISMS.items() if word in name), None)
+        if reason is None:
+            raise AttributeError(name)
+        raise UnsupportedModel(f"{self._recorder.family!r} cannot run: {reason}")
+
+
+class _Mask(torch.Tensor):
+    """A mask that was asked for; what is cut out of it is still that mask."""
+
+    asked: _Asked
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(result, _Mask):
+            result.asked = next(item.asked for item in _flat(args) if isinstance(item, _Mask))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A mask: whether a row sees a column, ``sees(batch, head, row, column)``; the width of its window or chunk."""
+
+    sees: Callable[..., Any]
+    size: int | None
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def _note_mask(
+    *_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any
+) -> torch.Tensor:
+    mask = torch.empty((1, 1, ROWS, ROWS), dtype=torch.bool, device="meta").as_subclass(_Mask)
+    mask.asked = _Asked(mask_function, local_size)
+    return mask
+
+
+def _note_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    recorder = _RECORDER.get()
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    own = recorder.cached.get(layer)
+    source = next((at for at, kept in recorder.cached.items() if kept[0] is key and kept[1] is value), None)
+    if source is None and own is None:
+        raise UnsupportedModel(f"{recorder.family!r} attends to what it does not cache, in layer {layer}")
+    window, chunk = _locality(recorder.family, attention_mask)
+    recorder.attended[layer] = LayerTrace(
+        kept=None if own is None else _shape(*own),
+        state=layer if source is None else source,
+        window=window,
+        chunk=chunk,
+        expands=source is None,
+        counts=layer in recorder.counted,
+    )
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3])), None
+
+
+def _shape(keys: torch.Tensor, values: torch.Tensor) -> PageShape:
+    """Of ``(1, heads, rows, width)``."""
+    dtype = str(keys.dtype).removeprefix("torch.")
+    return PageShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], dtype)
+
+
+def _locality(family: str, mask: torch.Tensor | None) -> tuple[int | None, int | None]:
+    """Window and chunk of *mask*.
+
+    Raises:
+        UnsupportedModel: it is none that was asked for, or lets other positions through.
+    """
+    if mask is None:  # attention alone knows that it is causal
+        return None, None
+    asked = getattr(mask, "asked", None)
+    if not isinstance(asked, _Asked):
+        raise UnsupportedModel(f"{family!r} attends under a mask of its own making, which this version cannot apply")
+    if asked.size is not None and asked.size < 1:
+        raise UnsupportedModel(
+            f"{family!r} says that a row sees {asked.size} positions; expected 1 at the least: correct the window in "
+            "its config.json"
+        )
+    for window, chunk in ((None, None),) if asked.size is None else ((asked.size, None), (None, asked.size)):
+        if _lets_through(asked, window, chunk):
+            return window, chunk
+    raise UnsupportedModel(
+        f"{family!r} lets its rows see other positions than those before them, of a window or of a chunk: it is not "
+        "causal, and this version runs causal models"
+    )
+
+
+def _lets_through(asked: _Asked, window: int | None, chunk: int | None) -> bool:
+    """Whether *asked* shows just the positions of *window* or *chunk*, where either could differ."""
+    size = asked.size or 7
+    rows = sorted({at + step for at in (0, size, 2 * size, 3 * size) for step in (-1, 0, 1) if at + step >= 0})
+    for row in rows:
+        starts = (0, row - size, row // size * size, row)
+        for column in {at + step for at in starts for step in (-1, 0, 1) if at + step >= 0}:
+            seen = bool(asked.sees(0, 0, torch.tensor(row), torch.tensor(column)))
+            expected = column <= row
+            if window is not None:
+                expected = expected and column > row - window
+            if chunk is not None:
+                expected = expected and column // chunk == row // chunk
+            if seen != expected:
+                return False
+    return True
+
+
+def _note_experts(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    recorder = _RECORDER.get()
+    recorder.top_k[recorder.paths[module]] = top_k_index.shape[-1]
+    return torch.empty_like(hidden_states)
+
+
+def _register() -> None:
+    AttentionInterface.register(IMPLEMENTATION, _note_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _note_mask)
+    ExpertsInterface.register(IMPLEMENTATION, _note_experts)
+
+
+@contextmanager
+def _implementations(model: torch.nn.Module) -> Iterator[None]:
+    """*model* attends, masks and mixes by what only takes notes."""
+    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [(config, name, getattr(config, name, None)) for config in configs.values() for name in names]
+    for config, name, _ in before:
+        setattr(config, name, IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+@contextmanager
+def _noting(recorder: _Recorder, anatomy: Anatomy) -> Iterator[None]:
+    """Modules of the decoder say when they run."""
+
+    def begin(module: torch.nn.Module, *_: Any) -> None:
+        parts = recorder.paths[module].split(".")
+        for depth in range(len(parts)):  # lists of modules run with the first of them
+            recorder.order.setdefault(".".join(parts[: depth + 1]), len(recorder.order))
+        recorder.running.append(module)
+
+    def end(*_: Any) -> None:
+        recorder.running.pop()
+
+    handles = []
+    for module in anatomy.decoder.modules():
+        handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+    token = _RECORDER.set(recorder)
+    try:
+        yield
+    finally:
+        _RECORDER.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+class _Meta(TorchDispatchMode):
+    """Values meet weights that are not there: the result is not there either. What would depend on it is nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(item, torch.Tensor) and item.is_meta for item in _flat((*args, *kwargs.values()))):
+            return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
+        return func(*_to_meta(args), **{name: _to_meta(value) for name, value in kwargs.items()})
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple | list):
+        return type(value)(_to_meta(item) for item in value)
+    return value
