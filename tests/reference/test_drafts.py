@@ -12,7 +12,7 @@ import torch
 from layerstream.core.draft import ROOT, DraftTree
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.setup.assembly import assemble
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 
 from tests.harness import add_tokenizer, config_for, draw_prompt
 from tests.models import VOCAB_SIZE, make_model

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
@@ -26,6 +25,7 @@ from layerstream.model import attention, elementwise, experts
 from layerstream.model.anatomy import Anatomy, body_modules, dissect, own_class
 from layerstream.model.families import check_supported, families_of
 from layerstream.model.linear import TILE_VALUES
+from layerstream.model.meta import no_weights
 from layerstream.model.module_sizes import Weigher, is_fused_experts
 from layerstream.model.trace import Trace, trace
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
@@ -281,7 +281,7 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     config = copy.deepcopy(config)
     options = {"attn_implementation": attention.IMPLEMENTATION, "dtype": dtype}
     own = None if trust_remote_code and hasattr(config, "auto_map") else own_class(config)
-    with init_empty_weights(include_buffers=False):
+    with no_weights():
         if own is not None:
             model = own._from_config(config, **options)
         elif trust_remote_code:
