@@ -67,15 +67,15 @@ class Comparison:
         """Whether this run gave what plain transformers gives."""
         return self.difference <= TOLERANCE and self.is_greedy and self.is_repeated  # NaN does not
 
-    def __str__(self) -> str:
-        """What was found, in a line."""
+    @property
+    def found(self) -> str:
+        """How close it came, in words."""
         found = [f"logits within {self.difference:.0e}" if self.agrees else f"logits differ by {self.difference:.1e}"]
         if not self.is_greedy:
             found.append("other tokens")
         if not self.is_repeated:
-            found.append("other bits than without the store")
-        found.append(f"{self.row_blocks} row blocks in a sweep")
-        return f"{self.mode}: {', '.join(found)}"
+            found.append("other bits than before" if self.loaded_tokens else "nothing came from the store")
+        return f"{', '.join(found)}, {_count(self.row_blocks, 'row block')} in a sweep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,13 @@ class SelfCheck:
 
     Attributes:
         family: the model type.
+        is_tested: whether the project's own tests compare it.
         layers: the kinds of layers that were compared, in words.
         runs: of the copy.
     """
 
     family: str
+    is_tested: bool
     layers: tuple[str, ...]
     runs: tuple[Comparison, ...]
 
@@ -102,15 +104,11 @@ class SelfCheck:
         """The largest of all runs."""
         return float(torch.tensor([run.difference for run in self.runs]).max())  # NaN, if there is one
 
-    def __str__(self) -> str:
-        """All that was compared, in lines."""
+    @property
+    def method(self) -> str:
+        """What was done, in words."""
         prompts = ", ".join(map(str, sorted(PROMPT_LENGTHS)))
-        head = [
-            f"a shrunken copy of {self.family!r} against plain transformers, in fp32",
-            f"layers: {'; '.join(self.layers)}",
-            f"prompts of {prompts} tokens at once, {NEW_TOKENS} tokens after each",
-        ]
-        return "\n".join([*head, *map(str, self.runs)])
+        return f"{NEW_TOKENS} tokens each after prompts of {prompts} at once, with plain transformers, in fp32"
 
 
 def check_untested(config: EngineConfig) -> None:
@@ -124,12 +122,13 @@ def check_untested(config: EngineConfig) -> None:
         return  # all architectures that are read from GGUF are tested
     if is_tested(load_config(folder, trust_remote_code=config.trust_remote_code)):
         return
-    found = self_check(config)
+    found = self_check(folder, config)
     if not found.agrees:
         worst = next(run for run in found.runs if not run.agrees)
         raise UnsupportedModel(
             f"{found.family!r} is not among the tested families, and a shrunken copy gave other answers than plain "
-            f"transformers ({worst}): it would give wrong answers here; use another family, or plain transformers"
+            f"transformers ({worst.mode}: {worst.found}): it would give wrong answers here; use another family, or "
+            "plain transformers"
         )
     logger.warning(
         "%r is not among the tested families; a shrunken copy agreed with plain transformers to %.0e",
@@ -138,13 +137,12 @@ def check_untested(config: EngineConfig) -> None:
     )
 
 
-def self_check(config: EngineConfig) -> SelfCheck:
-    """Compare a shrunken copy of *config*'s model with plain transformers.
+def self_check(folder: Path, config: EngineConfig) -> SelfCheck:
+    """Compare a shrunken copy of the model in *folder* with plain transformers; its weights are not looked at.
 
     Raises:
         UnsupportedModel: the family cannot run, cannot be shrunk or cannot be compared in all that it does; says why.
     """
-    folder = locate_model(config)
     if folder.suffix == ".gguf":
         raise UnsupportedModel(
             f"{folder} is a GGUF file, and a check is made of the config.json that it was converted from: check a "
@@ -170,7 +168,7 @@ def check_family(full: Any, config: EngineConfig) -> SelfCheck:
                 f"the self-check of {full.model_type!r} did not run: {type(error).__name__}: {error}; whether this "
                 "model would be right here is not known: use another family, or plain transformers"
             ) from error
-    return SelfCheck(full.model_type, layers, runs)
+    return SelfCheck(full.model_type, is_tested(full), layers, runs)
 
 
 def _compared_layers(family: str, full: Trace, small: Trace) -> tuple[str, ...]:
@@ -272,6 +270,10 @@ def _distance(plain: Any, prompt: list[int], answer: list[int], found: torch.Ten
     chosen = expected.gather(1, torch.tensor(answer)[:, None])[:, 0]
     is_greedy = bool((expected.max(-1).values - chosen <= TOLERANCE * scale).all())
     return float((found - expected).abs().max() / scale), is_greedy
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _with_least_memory(config: EngineConfig) -> EngineConfig:
