@@ -9,6 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from transformers.models.auto import modeling_auto
+
+_SAVED_BY = (
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+"""Classes by model type; where there are several, that of the last is the one that checkpoints were saved by."""
 
 _MROPE = {"rope_type": "default", "rope_theta": 1e6}
 _QWEN_VL: dict[str, Any] = {"rope_parameters": {**_MROPE, "mrope_section": [16, 24, 24]}}
@@ -93,4 +101,6 @@ def full_config(model_type: str, **changes: Any) -> Any:
     Raises:
         Exception: what transformers says of a type whose default config cannot be made.
     """
-    return transformers.CONFIG_MAPPING[model_type](**{**PUBLISHED.get(model_type, {}), **changes})
+    saved = {name: cls for mapping in _SAVED_BY for name, cls in mapping.items()}.get(model_type)
+    said = {} if saved is None else {"architectures": [saved]}
+    return transformers.CONFIG_MAPPING[model_type](**{**said, **PUBLISHED.get(model_type, {}), **changes})

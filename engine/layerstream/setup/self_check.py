@@ -29,14 +29,16 @@ from layerstream.model.trace import LayerTrace, Trace, trace
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import locate_model, plan_model
-from layerstream.setup.shrunken import ORDINARY_IDS, shrink
+from layerstream.setup.shrunken import ORDINARY_IDS, ordinary_steps, shrink
 from layerstream.setup.shrunken_model import write_model
 from layerstream.setup.stepping import step_greedily
 from layerstream.store.config import KVStoreConfig
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # of the largest logit
+TOLERANCE = 2e-3
+"""Between log-probabilities. What a family does wrong makes hundreds of times as much; of rounding, those that sharpen
+most (Gemma 4 attends without a scale) make a quarter."""
 PROMPT_LENGTHS = (5, 150, 37)
 """The short one first: it decodes beside chunks of the long one, in row blocks of its own."""
 NEW_TOKENS = 4
@@ -48,7 +50,7 @@ class Comparison:
 
     Attributes:
         mode: how it ran.
-        difference: between the logits, of the largest, over all prompts and steps.
+        difference: between log-probabilities, at most, over all prompts, steps and tokens.
         is_greedy: whether every token is one that plain transformers would have chosen, to within that tolerance.
         is_repeated: whether logits are those of the run before, bit for bit; for a run from the store.
         row_blocks: in one sweep, at most.
@@ -70,7 +72,8 @@ class Comparison:
     @property
     def found(self) -> str:
         """How close it came, in words."""
-        found = [f"logits within {self.difference:.0e}" if self.agrees else f"logits differ by {self.difference:.1e}"]
+        is_close = self.difference <= TOLERANCE
+        found = [f"log-probabilities {'within' if is_close else 'differ by'} {self.difference:.0e}"]
         if not self.is_greedy:
             found.append("other tokens")
         if not self.is_repeated:
@@ -263,13 +266,14 @@ def _run(
 
 
 def _distance(plain: Any, prompt: list[int], answer: list[int], found: torch.Tensor) -> tuple[float, bool]:
-    """Between *found* and the logits of *plain*, of the largest; whether *answer* is what *plain* would answer."""
+    """Between log-probabilities of *found* and of *plain*; whether *answer* is what *plain* would answer."""
+    answer = answer[: ordinary_steps(answer)]
     with torch.inference_mode():
-        expected = plain(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-    scale = expected.abs().max()
+        logits = plain(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
     chosen = expected.gather(1, torch.tensor(answer)[:, None])[:, 0]
-    is_greedy = bool((expected.max(-1).values - chosen <= TOLERANCE * scale).all())
-    return float((found - expected).abs().max() / scale), is_greedy
+    is_greedy = bool((expected.max(-1).values - chosen <= TOLERANCE).all())
+    return float((found[: len(answer)].log_softmax(-1) - expected).abs().max()), is_greedy
 
 
 def _count(number: int, noun: str) -> str:

@@ -25,8 +25,14 @@ CONTEXT = 192
 VOCAB_SIZE = 512
 NUM_KEPT_IDS = 3
 """Special tokens with ids below this keep them: some families count positions from the id of the padding."""
-ORDINARY_IDS = range(NUM_KEPT_IDS, 400)
+ORDINARY_IDS = range(NUM_KEPT_IDS, 448)
 """Tokens that no shrunken config calls special."""
+
+
+def ordinary_steps(answer: Seq[int]) -> int:
+    """Steps of *answer* that follow ordinary tokens alone: of others a model may make what it likes (an image)."""
+    return next((at + 1 for at, token in enumerate(answer) if token not in ORDINARY_IDS), len(answer))
+
 
 _HEADS, _KV_HEADS, _HEAD_SIZE, _ROPE_HEAD_SIZE = 4, 2, 16, 8
 _LONGEST = 1024
