@@ -197,7 +197,7 @@ def _streamed(config: EngineConfig) -> EngineConfig:
 def _in_process(model_type: str, timeout: float) -> Surveyed:
     """One type in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "benchmarks.families"])
+    context.set_forkserver_preload(["layerstream.setup.self_check"])
     ours, theirs = context.Pipe(duplex=False)
     started = time.perf_counter()
     process = context.Process(target=_answer, args=(model_type, theirs), daemon=True)
