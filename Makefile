@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 INSTALL := $(BIN)/pip install --disable-pip-version-check --no-warn-script-location
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test format lint types fast coverage slow faults fuzz bench docs clean
+.PHONY: help demo test format lint types fast coverage slow families faults fuzz bench docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
@@ -33,13 +33,16 @@ types: $(VENV)/.installed ## pyright on engine and integrations
 
 # Threads that wait for each other sleep: spinning ones take the cores from the other worker's.
 fast: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow and not families" --numprocesses logical --maxprocesses 4 --dist worksteal
 
 coverage: $(VENV)/.installed ## The fast tests once more, and which lines they run; no gate
-	$(BIN)/pytest -m "not slow" --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report term:skip-covered
+	$(BIN)/pytest -m "not slow and not families" --numprocesses logical --maxprocesses 4 --dist worksteal --cov --cov-report term:skip-covered
 
 slow: $(VENV)/.installed ## The tests that make test leaves out: fresh environments, all examples, more modes of devices
 	$(BIN)/pytest -m slow
+
+families: $(VENV)/.installed ## Every model family in every mode against plain transformers; make test has one mode of each
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m families --numprocesses logical --maxprocesses 4 --dist worksteal
 
 faults: $(VENV)/.installed ## Faults of disk, database, callers and code over running engines (TRIALS=10000 SEED=0: an hour)
 	$(BIN)/python -W ignore -m tests.faults --trials $(or $(TRIALS),10000) --seed $(or $(SEED),0)

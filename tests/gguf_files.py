@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from tests.gguf_conversion import Part, rope_factors, stored_parts, write_metadata
+
 Kind = gguf.GGMLQuantizationType
 
 
@@ -47,34 +49,12 @@ def write_gguf(
     """Write *reference* with its matrices in *kind*, and give it the values that these stand for."""
     config = reference.config
     writer = gguf.GGUFWriter(path, architecture)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    rope = config.rope_parameters or {}
-    writer.add_rope_freq_base(rope.get("full_attention", rope).get("rope_theta", 1e4))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_pad_token_id(0)
-    if getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
-    if rope.get("rope_type") == "llama3":
-        frequencies = reference.model.rotary_emb.inv_freq
-        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
-        writer.add_tensor("rope_freqs.weight", (plain / frequencies).numpy().astype(np.float32))
-    if experts := getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        if architecture != "llama":
-            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    write_metadata(writer, config, architecture)
+    for name, factors in rope_factors(reference).items():
+        writer.add_tensor(name, factors)
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
+        writer.add_pad_token_id(0)
     else:
         _add_tokenizer(writer, tokenizer)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -83,48 +63,22 @@ def write_gguf(
         for name, tensor in reference.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
-            for found, part in _parts(name, tensor, names):
-                is_matrix = part.dim() > 1 and "norm" not in name and "ffn_gate_inp" not in found
-                chosen = kind if is_matrix else Kind.F32
-                part.copy_(_write(writer, found, part, chosen, name, architecture, config))
+            for part in stored_parts(name, tensor, architecture, config, names):
+                is_matrix = tensor.dim() > 1 and "norm" not in name and "ffn_gate_inp" not in part.name
+                _write(writer, part, kind if is_matrix and part.name.endswith(".weight") else Kind.F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _parts(name: str, tensor: torch.Tensor, names: Any) -> list[tuple[str, torch.Tensor]]:
-    """Under which names *tensor* is stored, and which part of it each is."""
-    stem, _, leaf = name.rpartition(".")
-    if stem.endswith(".experts"):
-        layer = name.split(".")[2]
-        if leaf == "down_proj":
-            return [(f"blk.{layer}.ffn_down_exps.weight", tensor)]
-        half = tensor.shape[1] // 2
-        return [
-            (f"blk.{layer}.ffn_gate_exps.weight", tensor[:, :half]),
-            (f"blk.{layer}.ffn_up_exps.weight", tensor[:, half:]),
-        ]
-    return [(f"{names.get_name(stem)}.{leaf}", tensor)]
-
-
-def _write(
-    writer: gguf.GGUFWriter, found: str, tensor: torch.Tensor, kind: Kind, name: str, architecture: str, config: Any
-) -> torch.Tensor:
-    """Write *tensor* as llama.cpp wants it; what it stands for, as transformers wants it."""
-    stored = tensor.to(torch.float32)
-    heads = None
-    if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-        stored = stored.reshape(heads, 2, -1, *stored.shape[1:]).transpose(1, 2).reshape(stored.shape)
-    offset = 1.0 if architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
-    stored = stored + offset
-    data = gguf.quants.quantize(np.ascontiguousarray(stored.numpy()), kind)
-    writer.add_tensor(found, data, raw_dtype=kind)
-    values = torch.from_numpy(gguf.quants.dequantize(data, kind).astype(np.float32)).reshape(stored.shape) - offset
-    if heads is not None:
-        values = values.reshape(heads, -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
-    return values
+def _write(writer: gguf.GGUFWriter, part: Part, kind: Kind) -> None:
+    """Write *part*, and put where it comes from what it stands for in the file."""
+    values = part.view.to(torch.float32).reshape(part.shape or part.view.shape) + part.offset
+    data = gguf.quants.quantize(np.ascontiguousarray(values.numpy()), kind)
+    writer.add_tensor(part.name, data, raw_dtype=kind)
+    stored = torch.from_numpy(gguf.quants.dequantize(data, kind).astype(np.float32))
+    part.view.copy_(stored.reshape(part.view.shape) - part.offset)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -14,6 +14,7 @@ from layerstream.errors import BudgetTooSmall, ReadError
 from layerstream.model.skeleton import build_skeleton
 from layerstream.planner import ModelFacts, on_host, units
 from layerstream.planner import facts as assumed
+from layerstream.scheduling.composing import Drafting
 from layerstream.setup import plan_model as sizing
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
@@ -82,11 +83,13 @@ def draw_prompt(length: int, seed: int = 7) -> list[int]:
 
 @dataclass
 class Run:
-    """Greedy tokens and the logits of every step ``(steps, vocabulary)``, per prompt; whether weights streamed."""
+    """Greedy tokens and the logits of every step ``(steps, vocabulary)``, per prompt; whether weights streamed; tokens
+    whose KV came from the store."""
 
     tokens: list[list[int]]
     logits: list[torch.Tensor]
     streams: bool
+    loaded_tokens: int = 0
 
 
 def config_for(folder: Path, mode: str, dtype: str = "float32") -> EngineConfig:
@@ -96,11 +99,16 @@ def config_for(folder: Path, mode: str, dtype: str = "float32") -> EngineConfig:
     return EngineConfig(str(folder), device="cpu", memory_bytes=budget_for(folder, mode, dtype), dtype=dtype)
 
 
-def run_greedily(config: EngineConfig, prompts: list[list[int]]) -> Run:
-    """Answer *prompts* together with :data:`NEW_TOKENS` tokens each."""
+def run_greedily(config: EngineConfig, prompts: list[list[int]], drafting: Drafting | None = None) -> Run:
+    """Answer *prompts* together with :data:`NEW_TOKENS` tokens each, with guesses of *drafting*; what they published is
+    stored by then, where there is a store."""
     parts = assemble(config, None)
     try:
-        return Run(*step_greedily(parts, prompts, NEW_TOKENS), parts.plan.streams)
+        run = Run(*step_greedily(parts, prompts, NEW_TOKENS, drafting), parts.plan.streams)
+        if parts.store is not None:
+            parts.store.flush()
+            run.loaded_tokens = parts.store.counters.loaded_tokens
+        return run
     finally:
         parts.close()
 

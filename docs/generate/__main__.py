@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from docs.generate.parts import DOCS, should_be
+from docs.generate.parts import DOCS, SLOW_PARTS, filled, should_be
 
-for path, text in should_be().items():
+for path, text in (should_be() | filled(SLOW_PARTS)).items():
     if not path.exists() or path.read_text("utf-8") != text:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, "utf-8")

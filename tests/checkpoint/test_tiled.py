@@ -76,10 +76,10 @@ def test_the_product_is_that_of_the_values_and_rows_are_independent(rows: int, g
         assert torch.equal(TiledInt4(group).product(staying, inputs[row : row + 1]), found[row : row + 1])
 
 
-def _ggml(kind: str, head_rows: int = 0) -> Callable[[int], tuple[Codec, Planes]]:
+def _ggml(kind: str, swapped: tuple[int, int] | None = None) -> Callable[[int], tuple[Codec, Planes]]:
     def make(rows: int) -> tuple[Codec, Planes]:
         blocks = draw_blocks(Kind[kind], rows, 256, seed=rows)
-        return Ggml(Kind[kind], head_rows), {"weight": torch.from_numpy(blocks)}
+        return Ggml(Kind[kind], swapped), {"weight": torch.from_numpy(blocks)}
 
     return make
 
@@ -105,7 +105,7 @@ def _compressed(rows: int) -> tuple[Codec, Planes]:
 
 OTHERS: dict[str, Callable[[int], tuple[Codec, Planes]]] = {
     "Q4_0": _ggml("Q4_0"),
-    "Q4_0 by heads": _ggml("Q4_0", head_rows=16),
+    "Q4_0 by heads": _ggml("Q4_0", swapped=(8, 2)),
     "Q4_1": _ggml("Q4_1"),
     "Q4_K": _ggml("Q4_K"),
     "gptq": _gptq,

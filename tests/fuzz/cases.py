@@ -112,7 +112,7 @@ def draw_case(seed: int, index: int, *, is_small: bool = False) -> Case:
 
 
 def _draw_sizes(rng: random.Random, family: str) -> tuple[tuple[str, int | bool], ...]:
-    changes = FAMILIES[family][1]
+    changes = FAMILIES[family].changes
     sizes: dict[str, int | bool] = {"max_position_embeddings": CONTEXT}
     if "sliding_window" in changes:
         sizes["sliding_window"] = rng.choice(WINDOWS)

@@ -31,7 +31,7 @@ def layer(index: int, hidden: int, intermediate: int) -> WeightNode:
         WeightNode(f"layers.{index}.mlp", children=mlp),
         WeightNode(f"layers.{index}.norm", 2 * hidden, 2 * hidden),
     )
-    return WeightNode(f"layers.{index}", children=children)
+    return WeightNode(f"layers.{index}", layer=index, children=children)
 
 
 def facts(hidden: int = 1024, layers: int = 16, vocab: int = 32000, context: int = 8192) -> ModelFacts:

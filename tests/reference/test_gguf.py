@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,26 +16,48 @@ from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile,
 
 from tests.gguf_files import Kind, draw_blocks, write_gguf
 from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
+from tests.models import YARN as _YARN
 from tests.models import make_model, make_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit
 NAMED = "F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()
-ARCHITECTURES = {
-    "llama": "llama",
-    "llama-tied": "llama",
-    "llama3-rope": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
-    "phi3": "phi3",
-    "qwen3-moe": "qwen3moe",
-    "mixtral": "llama",
-}
-SIZES = {  # what GGUF's metadata does not say is as usual in the family, and blocks are whole
-    "gemma2": {"query_pre_attn_scalar": 256},
-    "gemma3": {"query_pre_attn_scalar": 256},
-    "qwen3-moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},
+_BLOCKS = {"moe_intermediate_size": 64}  # of 32 values, whole in every row
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {  # of a family in tests/models.py, with other sizes
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {}),
+    "llama3-rope": ("llama", {}),
+    "mixtral": ("llama", {}),
+    "mistral-window": ("mistral3", {"sliding_window": None}),
+    "llama4-text": ("llama4", {"attention_chunk_size": 8192, "floor_scale": 8192}),
+    "arcee": ("arcee", {}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 4}),
+    "granite": ("granite", {"attention_multiplier": 0.3}),
+    "granite-moe": ("granitemoe", {"attention_multiplier": 0.3}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-moe": ("qwen2moe", _BLOCKS | {"shared_expert_intermediate_size": 64}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-moe": ("qwen3moe", _BLOCKS | {"norm_topk_prob": True}),
+    "seed-oss": ("seed_oss", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {}),
+    "phi": ("phi2", {"num_key_value_heads": 4}),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {}),
+    "glm4": ("glm4", {}),
+    "glm4-moe": ("glm4moe", _BLOCKS | {"use_qk_norm": True, "attention_bias": True}),
+    "deepseek-v3": ("deepseek2", _BLOCKS | {"qk_nope_head_dim": 32, "kv_lora_rank": 32, "v_head_dim": 32}),
+    "gpt-oss": ("gpt-oss", {"rope_parameters": {**_YARN, "truncate": False}}),
+    "olmo": ("olmo", {"clip_qkv": 2.0}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo2", {}),
+    "olmoe": ("olmoe", {}),
+    "cohere": ("command-r", {}),
+    "cohere2": ("cohere2", {}),
+    "ernie4.5": ("ernie4_5", {}),
+    "exaone4": ("exaone4", {}),
+    "stablelm": ("stablelm", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
 }
 
 
@@ -66,9 +89,10 @@ def test_architectures(family: str, tmp_path: Path) -> None:
 
 
 def _compare(folder: Path, family: str, kind: str, mode: str) -> None:
-    reference = make_model(family, folder / "plain", sizes={"num_hidden_layers": 6, **SIZES.get(family, {})})
+    architecture, sizes = ARCHITECTURES[family]
+    reference = make_model(family, folder / "plain", sizes={"num_hidden_layers": 6, **sizes})
     path = folder / "model.gguf"
-    write_gguf(path, reference, ARCHITECTURES[family], Kind[kind], make_tokenizer())
+    write_gguf(path, reference, architecture, Kind[kind], make_tokenizer())
     prompts = [draw_prompt(length) for length in (70, 5)]
     run = run_greedily(config_for(path, mode), prompts)
     assert run.streams == (mode in STREAMING)
@@ -103,7 +127,7 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModel, match="'mamba'; supported are gemma2"):
+    with pytest.raises(UnsupportedModel, match="'mamba': it keeps recurrent state"):
         open_gguf(tmp_path / "a.gguf")
 
 

@@ -19,6 +19,7 @@ import torch
 import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream.api.events import Event, PackProgress
+from layerstream.comparing.weights import GgufWeights
 from layerstream.errors import (
     CheckpointNotFound,
     ConfigurationError,
@@ -26,15 +27,18 @@ from layerstream.errors import (
     ReadError,
     StorageFull,
     TruncatedFile,
+    UnsupportedFormat,
 )
 from layerstream.model.skeleton import build_skeleton
 from layerstream.setup import pack as packing
+from layerstream.setup import pack_items
 from layerstream.setup.pack import pack
 from typer.testing import CliRunner
 
 from benchmarks.accuracy import decoded
-from tests.harness import add_tokenizer, config_for, draw_prompt, run_greedily
-from tests.models import make_model
+from tests.gguf_files import Kind, write_gguf
+from tests.harness import add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
+from tests.models import YARN, make_model, make_tokenizer
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 KINDS = ["nf4", "int8", "int4"]
@@ -105,7 +109,7 @@ def test_plain_transformers_loads_it_as_its_own(kind: str, source: Path, tmp_pat
 def test_large_matrices_are_packed_in_parts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(source, tmp_path / "whole", "nf4")
     pack(source, tmp_path / "whole4", "int4")
-    monkeypatch.setattr(packing, "PART_BYTES", 1)
+    monkeypatch.setattr(pack_items, "PART_BYTES", 1)
     pack(source, tmp_path / "parts", "nf4")
     pack(source, tmp_path / "parts4", "int4")
     for whole, parts in (("whole", "parts"), ("whole4", "parts4")):
@@ -245,11 +249,51 @@ def test_a_source_that_cannot_be_read_is_said(source: Path, tmp_path: Path, monk
     assert not list(tmp_path.glob("*/*.safetensors*"))
 
 
-def test_a_gguf_file_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAYERSTREAM_PACKED", str(tmp_path))
-    for run in (lambda path: pack(path, tmp_path / "out", "int8"), lambda path: packing.ensure_packed(path, "int8")):
-        with pytest.raises(ConfigurationError, match="is a GGUF file"):
-            run(tmp_path / "x.gguf")
+GGUF = {  # a family, and what is read of it
+    "Q4_0": ("llama", "llama", "Q4_0", {}),
+    "Q4_1 with factors": ("llama3-rope", "llama", "Q4_1", {}),
+    "norms with an offset": ("gemma2", "gemma2", "Q4_0", {"query_pre_attn_scalar": 32}),
+    "experts": ("qwen3-moe", "qwen3moe", "Q4_0", {"moe_intermediate_size": 64, "norm_topk_prob": True}),
+    "other blocks": ("llama", "llama", "Q8_0", {}),
+    "numbers": ("llama-tied", "llama", "F16", {}),
+}
+
+
+@pytest.mark.parametrize("case", GGUF)
+def test_a_gguf_file_keeps_its_values(case: str, tmp_path: Path) -> None:
+    """Every one of them, bit for bit: in tiles where they have four bits, as blocks else."""
+    family, architecture, kind, sizes = GGUF[case]
+    reference = make_model(family, tmp_path / "plain", sizes={**SIZES, **sizes})
+    write_gguf(tmp_path / "model.gguf", reference, architecture, Kind[kind], make_tokenizer())
+    report = pack(tmp_path / "model.gguf", tmp_path / "out", "int4")
+    assert report.packed_bytes <= report.source_bytes
+    before, after = (build_skeleton(path, dtype="float32") for path in (tmp_path / "model.gguf", tmp_path / "out"))
+    values = GgufWeights(before.sources).read(before.sources)
+    again = GgufWeights(after.sources).read(after.sources)
+    assert values.keys() == again.keys()
+    assert all(torch.equal(again[name].float(), values[name].float()) for name in values)
+    tiled = [
+        name for name, source in after.sources.items() if "int4" in getattr(getattr(source, "codec", 0), "name", "")
+    ]
+    assert bool(tiled) == kind.startswith("Q4")
+    prompt = draw_prompt(40)
+    run = run_greedily(config_for(tmp_path / "out", "layers"), [prompt])
+    assert_equals(run, reference, [prompt], 1e-4)
+
+
+def test_a_gguf_file_keeps_its_values_alone_as_int4(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", make_model("llama", tmp_path / "plain"), "llama", Kind.Q4_0)
+    with pytest.raises(ConfigurationError, match="is a GGUF file, whose values stay as they are: pack it to int4"):
+        pack(tmp_path / "x.gguf", tmp_path / "out", "int8")
+    with pytest.raises(CheckpointNotFound, match=r"there is no y\.gguf"):
+        pack(tmp_path / "y.gguf", tmp_path / "out", "int4")
+
+
+def test_experts_that_lie_transposed_are_not_packed(tmp_path: Path) -> None:
+    reference = make_model("gpt-oss", tmp_path / "plain", sizes={"rope_parameters": {**YARN, "truncate": False}})
+    write_gguf(tmp_path / "x.gguf", reference, "gpt-oss", Kind.MXFP4)
+    with pytest.raises(UnsupportedFormat, match="has experts that this file stores transposed"):
+        pack(tmp_path / "x.gguf", tmp_path / "out", "int4")
 
 
 def test_an_adapter_beside_the_source_stays_there(source: Path, tmp_path: Path) -> None:
@@ -262,8 +306,8 @@ def test_an_adapter_beside_the_source_stays_there(source: Path, tmp_path: Path) 
 def test_a_damaged_shard_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = packing._write
 
-    def damaging(path: Path, items: object, encoder: object) -> None:
-        original(path, items, encoder)  # type: ignore[arg-type]
+    def damaging(path: Path, items: object) -> None:
+        original(path, items)  # type: ignore[arg-type]
         if "00003" in path.name:
             raw = bytearray(path.read_bytes())
             raw[len(raw) // 2 :] = bytes(len(raw) - len(raw) // 2)

@@ -261,3 +261,27 @@ def test_the_last_message_goes_on(trim: str) -> None:
         encoder.apply_chat_template(CHAT, continue_final_message=True)
     with pytest.raises(PromptError, match="'reasoning_content'"):
         encoder.apply_chat_template(CHAT, add_generation_prompt=False, continue_final_message="reasoning_content")
+
+
+_PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}{% endfor %}</s>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        _PARTS,
+        "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}</s>{% endfor %}",
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{{ m.content[0].text }}{% endif %}</s>{% endfor %}",
+    ],
+)
+def test_a_template_that_reads_parts_is_given_parts(source: str) -> None:
+    """Templates of models that read images leave out contents that are plain text."""
+    tokenizer = make_byte_fallback_tokenizer_once()
+    tokenizer.chat_template = source
+    text = PromptEncoder(tokenizer, max_context=None).apply_chat_template(CHAT, add_generation_prompt=False)
+    assert text == "<|user|>hello</s><|assistant|>the fox </s>"
+    assert SAID in origin_of(text)

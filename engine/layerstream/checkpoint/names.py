@@ -8,7 +8,7 @@ it, key by key, the way its own loader does, and notes where the bytes lie inste
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -89,24 +89,6 @@ class PackedSource:
 
 
 Source: TypeAlias = ParameterSource | PackedSource
-
-
-def language_model_names(tensors: Iterable[str], embedding: str) -> dict[str, str]:
-    """For the names in a multimodal checkpoint, those that its language model alone has.
-
-    The model's *embedding* (``model.embed_tokens.weight``) is looked for: where it is stored, as
-    ``language_model.model.embed_tokens.weight`` or ``model.language_model.embed_tokens.weight``, its neighbours are.
-    """
-    stem = embedding.removesuffix(leaf := ".".join(embedding.split(".")[-2:]))
-    names = list(tensors)
-    stored = [name.removesuffix(leaf) for name in names if name.endswith(leaf)]
-    if embedding in names or len(stored) != 1:
-        return {name: name for name in names}
-    (found,) = stored
-    outer = found.removesuffix(stem) if found.endswith(stem) else ""
-    return {
-        name: stem + name.removeprefix(found) if name.startswith(found) else name.removeprefix(outer) for name in names
-    }
 
 
 def resolve_parameters(

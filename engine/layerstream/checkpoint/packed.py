@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from layerstream.checkpoint.codecs.base import FLOATS, Codec, matrix_shape
 from layerstream.checkpoint.codecs.bnb import Bnb4, BnbInt8
 from layerstream.checkpoint.codecs.fp8 import Fp8
+from layerstream.checkpoint.codecs.ggml import SUPPORTED, Ggml, block_values
 from layerstream.checkpoint.codecs.int4 import Awq, CompressedInt4, Gptq
 from layerstream.checkpoint.codecs.mxfp4 import BLOCK, Mxfp4
 from layerstream.checkpoint.codecs.tiled import TILE, TILED_METHOD, TiledInt4
+from layerstream.checkpoint.codecs.tiled_ggml import TiledGgml
 from layerstream.checkpoint.header import TensorEntry
 from layerstream.checkpoint.reading import parse_object
 from layerstream.checkpoint.schemes import check_gptq, compressed_scheme, fp8_blocks, group_size, method_of
@@ -19,6 +23,8 @@ from layerstream.errors import InvalidHeader, UnsupportedFormat
 
 _STATE = "quant_state.bitsandbytes__"
 _BNB4_PLANES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_BLOCKS = re.compile(r"_blocks_([A-Z0-9_]+)$")
+GGML_KINDS = {kind.name: kind for kind in SUPPORTED}
 MAX_STATE_BYTES = 64 * 1024
 
 
@@ -164,7 +170,7 @@ def _compressed_tensors(tensors: Mapping[str, TensorEntry], quantisation: Mappin
 
 
 def _tiled(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str, PackedTensor]:
-    """The format of ``quantization="int4"``."""
+    """The format of ``quantization="int4"``, and what of a GGUF file does not lie in tiles: its blocks."""
     found = {}
     for name, entry in tensors.items():
         if name.endswith(".weight_tiles"):
@@ -175,7 +181,16 @@ def _tiled(tensors: Mapping[str, TensorEntry], _: Mapping[str, Any]) -> dict[str
                 raise InvalidHeader(f"{entry.extent.path}: {name!r} is no matrix in tiles, or without its {stem}_scale")
             shape = entry.shape[0] * TILE, entry.shape[1]
             codec = TiledInt4(shape[1] // scale.shape[1])
+            if scale.dtype == "F16":
+                codec = TiledGgml(codec.group, has_lowest=scale.shape[3] == 2)
             found[stem] = PackedTensor(stem, codec, shape, {"weight": entry, "scale": scale})
+        elif (blocks := _BLOCKS.search(name)) is not None:
+            stem, kind = name[: blocks.start()], GGML_KINDS.get(blocks.group(1))
+            if kind is None or len(entry.shape) < 2:
+                raise InvalidHeader(f"{entry.extent.path}: {name!r} has no blocks of a type that is known")
+            shape = *entry.shape[:-1], block_values(kind, entry.shape[-1])
+            rows = replace(entry, shape=(prod(shape[:-1]), entry.shape[-1]))  # experts one below the other
+            found[stem] = PackedTensor(stem, Ggml(kind), shape, {"weight": rows})
     return found
 
 

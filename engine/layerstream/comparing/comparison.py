@@ -23,7 +23,6 @@ from typing import TypeAlias
 import torch
 
 from layerstream.checkpoint.folder import open_folder
-from layerstream.checkpoint.gguf import open_gguf, read_rope_factors
 from layerstream.comparing.answering import answer
 from layerstream.comparing.blame import find_culprit_inside
 from layerstream.comparing.differences import difference
@@ -202,12 +201,9 @@ def _open_plain(parts: Assembly) -> PlainModel:
     skeleton, trusts = parts.skeleton, parts.config.trust_remote_code
     path = parts.config.packed or locate_model(parts.config)
     if path.suffix == ".gguf":
-        factors = read_rope_factors(open_gguf(path))
-        return PlainModel(skeleton.config, skeleton.dtype, GgufWeights(skeleton.sources), rope_factors=factors)
+        return PlainModel(skeleton.config, skeleton.dtype, GgufWeights(skeleton.sources))
     config = load_config(path, trust_remote_code=trusts)
-    is_part = config.get_text_config(decoder=True) is not config
-    weights = FolderWeights(open_folder(path), skeleton.embedding_key if is_part else None)
-    return PlainModel(skeleton.config, skeleton.dtype, weights, trust_remote_code=trusts)
+    return PlainModel(config, skeleton.dtype, FolderWeights(open_folder(path)), trust_remote_code=trusts)
 
 
 def _of_logits(

@@ -1,8 +1,9 @@
 """Plain transformers in bounded memory: its own modules and forward, the weights of one module after the other.
 
-Nothing of transformers is changed: the model is built from the config with eager attention and eager experts, hooks
-load the weights of a decoder layer before it runs and let them go after it. transformers' own loader puts them there:
-it renames, stacks experts, ties, and keeps in fp32 what it keeps in fp32. There is no cache: all tokens run at once.
+Nothing of transformers is changed, but that towers for images and sound are left out: the model is built from the
+config with eager attention and eager experts, hooks load the weights of a decoder layer before it runs and let them go
+after it. transformers' own loader puts them there: it renames, stacks experts, ties, and keeps in fp32 what it keeps in
+fp32. There is no cache: all tokens run at once.
 
 What it shares with the engine: the config as transformers read it; which files count, how quantised matrices are
 decoded, and the names in GGUF files (:mod:`layerstream.comparing.weights`); torch's kernels, where both happen to call
@@ -15,14 +16,11 @@ Memory: the weights of the largest layer, embedding or head, twice while they ar
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -35,8 +33,8 @@ from transformers.utils import logging as transformers_logging
 
 from layerstream.comparing.weights import Weights
 from layerstream.errors import InvalidHeader, MissingTensor
+from layerstream.model.anatomy import build_own, dissect
 from layerstream.model.hooks import named_holders
-from layerstream.model.skeleton import divide_frequencies
 
 Watch: TypeAlias = Callable[[str, torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Told of a module that has run, its weights still there: path, module, arguments, what it gave."""
@@ -46,9 +44,8 @@ class PlainModel:
     """A causal language model of transformers whose weights come and go.
 
     Args:
-        config: of the language model.
+        config: of the model, as transformers read it.
         weights: the values of its checkpoint.
-        rope_factors: what rotary frequencies are divided by; GGUF files have it, and transformers does not read it.
 
     Attributes:
         model: on the meta device, but for what is running.
@@ -60,20 +57,16 @@ class PlainModel:
         dtype: torch.dtype,
         weights: Weights,
         *,
-        rope_factors: torch.Tensor | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        with init_empty_weights(include_buffers=False):
-            self.model: Any = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),
-                attn_implementation="eager",
-                experts_implementation="eager",
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-            )
-        self.model.eval()
-        if rope_factors is not None:
-            divide_frequencies(self.model, rope_factors)
+        self.model = build_own(
+            config,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            dtype=dtype,
+        )
+        self._parts = dissect(self.model)
         self._weights = weights
         self._holders = {key: (holder, name) for key, holder, name in named_holders(self.model, "")}
         self._config = LoadStateDictConfig(
@@ -97,17 +90,18 @@ class PlainModel:
             watched: paths of the modules with weights between embedding and head, each of which *watch* is told of.
             replace: makes the head's input, ``(batch, tokens, hidden)``, of the decoder's output, where batch is 1.
         """
-        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        paths = {module: path for path, module in self.model.named_modules()}
-        ends = paths[embedding], paths[head]
-        decoder = self.model.get_submodule(ends[0].rpartition(".")[0])
-        handles = [decoder.register_forward_hook(lambda module, given, output: _with(output, replace))]
+        parts, paths = self._parts, {module: path for path, module in self.model.named_modules()}
+        ends = [paths[part] for part in (parts.embedding, parts.layer_embedding, parts.head) if part is not None]
+        handles = [parts.decoder.register_forward_hook(lambda module, given, output: _with(output, replace))]
         for path in (*ends, *watched):
             handles.extend(self._come_and_go(path, watch if path in watched else None))
         try:
             with torch.inference_mode(), _no_progress_bar():
-                embedded = embedding(torch.tensor([list(token_ids)]))
-                return self.model(inputs_embeds=embedded, use_cache=False, logits_to_keep=num_logits).logits
+                ids = torch.tensor([list(token_ids)])
+                given = {"inputs_embeds": parts.embedding(ids)}
+                if parts.layer_embedding is not None:
+                    given["per_layer_inputs"] = parts.decoder.get_per_layer_inputs(ids)
+                return parts.causal(**given, use_cache=False, logits_to_keep=num_logits).logits
         finally:
             for handle in handles:
                 handle.remove()

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from layerstream.checkpoint.codecs.base import Codec, matrix_shape
 from layerstream.checkpoint.folder import Checkpoint
 from layerstream.checkpoint.header import TensorEntry
-from layerstream.checkpoint.names import PLANE_DTYPES, PackedSource, ParameterSource, Source, language_model_names
+from layerstream.checkpoint.names import PLANE_DTYPES, PackedSource, ParameterSource, Source
 from layerstream.checkpoint.packed import PackedTensor
 
 
@@ -39,22 +39,16 @@ class Weights(Protocol):
 
 
 class FolderWeights:
-    """Those of a folder of safetensors files.
-
-    Args:
-        embedding: the language model's embedding, where the folder has more than that model; it runs alone.
-    """
+    """Those of a folder of safetensors files."""
 
     are_parameters = False
 
-    def __init__(self, checkpoint: Checkpoint, embedding: str | None = None) -> None:
-        stored: dict[str, TensorEntry | PackedTensor] = {**checkpoint.tensors, **checkpoint.packed}
-        renamed = {} if embedding is None else language_model_names(stored, embedding)
-        self._stored = {renamed.get(name, name): found for name, found in stored.items()}
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._stored: dict[str, TensorEntry | PackedTensor] = {**checkpoint.tensors, **checkpoint.packed}
 
     @property
     def names(self) -> Collection[str]:
-        """As the files have them, but for the prefix of a language model among others."""
+        """As the files have them."""
         return self._stored.keys()
 
     def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:

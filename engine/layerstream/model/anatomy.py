@@ -7,16 +7,22 @@ embeddings (its towers) is left out. So names, conversions and what happens to l
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from layerstream.errors import UnsupportedModel
+from layerstream.model.meta import no_weights
 
 _CLASSES = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,6 +31,8 @@ _CLASSES = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
+
+_BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class Anatomy:
     layer_embedding: torch.nn.Embedding | None = None
 
 
-def own_class(config: Any) -> type | None:
+def own_class(config: Any) -> Any:
     """The class that a checkpoint with *config* was saved by, as far as it generates text; ``None``: there is none.
 
     The checkpoint says it (``architectures``); else it is the first that transformers has for such a config.
@@ -58,6 +66,53 @@ def own_class(config: Any) -> type | None:
     found = [cls for mapping in _CLASSES for cls in _of(mapping, type(config))]
     said = getattr(config, "architectures", None) or ()
     return next((cls for cls in found if cls.__name__ in said), next(iter(found), None))
+
+
+def build_own(config: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The model of *config* on the meta device, as the class that saved it; non-persistent buffers are real.
+
+    Args:
+        trust_remote_code: whether code that comes with the model may be its class.
+        options: for transformers: ``dtype``, ``attn_implementation``, …
+
+    Raises:
+        UnsupportedModel: there is no class of it that generates text.
+    """
+    config = copy.deepcopy(config)
+    is_remote = trust_remote_code and hasattr(config, "auto_map")
+    own = None if is_remote else own_class(config)
+    with no_weights(), _lenient(config):
+        if is_remote:
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options).eval()
+        if own is None:
+            raise UnsupportedModel(
+                f"transformers {transformers.__version__} has no class of {config.model_type!r} that generates text: "
+                "it is no language model"
+            )
+        return own._from_config(config, **options).eval()
+
+
+@contextmanager
+def _lenient(config: Any) -> Iterator[None]:
+    """A tower whose package is not installed (timm, for Gemma 3n) is left out at once."""
+    if not getattr(config, "sub_configs", None):
+        yield
+        return
+    auto: Any = transformers.AutoModel
+    inherited = auto.from_config
+
+    def from_config(config: Any, **options: Any) -> Any:
+        try:
+            return inherited(config, **options)
+        except ImportError:
+            return torch.nn.Module()
+
+    with _BUILDING:
+        auto.from_config = from_config
+        try:
+            yield
+        finally:
+            del auto.from_config
 
 
 def dissect(model: Any) -> Anatomy:
@@ -82,7 +137,7 @@ def dissect(model: Any) -> Anatomy:
 
 
 def _of(mapping: Any, kind: type) -> list[type]:
-    if kind not in mapping.keys():
+    if kind not in mapping:
         return []
     found = mapping[kind]
     return list(found) if isinstance(found, tuple | list) else [found]
@@ -109,7 +164,7 @@ def _head(model: Any, chain: list[Any]) -> tuple[Any, Any]:
 
 def _leave_out_towers(chain: list[Any], kept: set[Any]) -> None:
     """Of all that is on the way to the decoder, only what leads there or to the head keeps its weights."""
-    for part, following in zip(chain[:-1], chain[1:], strict=True):
+    for part, following in itertools.pairwise(chain):
         for name, child in list(part.named_children()):
             if child is not following and child not in kept and _has_weights(child):
                 setattr(part, name, None)

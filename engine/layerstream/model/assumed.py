@@ -15,8 +15,8 @@ from layerstream.checkpoint.hub import headers_folder, write_empty
 from layerstream.checkpoint.names import DTYPES
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.checkpoint.selection import SINGLE
-from layerstream.model.families import check_supported
 from layerstream.model.anatomy import dissect
+from layerstream.model.families import check_supported
 from layerstream.model.skeleton import build_meta, load_config
 
 logger = logging.getLogger(__name__)

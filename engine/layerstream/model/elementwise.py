@@ -11,7 +11,7 @@ in routers, in what gates an expert. Attention, soft caps and the like are calle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -29,13 +29,13 @@ _STEADIED = frozenset({torch.sigmoid, torch.Tensor.sigmoid, F.silu, F.gelu, F.so
 _ACTIVATIONS = tuple({kind[0] if isinstance(kind, tuple) else kind for kind in activations.ACT2CLS.values()})
 
 
-def install(model: torch.nn.Module) -> None:
-    """Have what *model* computes of single values be steady: its activations, and modules with a matrix of their own
-    that are more than a product with it (routers)."""
+def install(model: torch.nn.Module, formulas: Collection[torch.nn.Module] = ()) -> None:
+    """Have what *model* computes of single values be steady: its activations, modules with a matrix of their own that
+    are more than a product with it (routers), and *formulas*."""
     for module in model.modules():
         if isinstance(module, _ACTIVATIONS):
             _adapt(module)
-        elif _has_formula(module):
+        elif module in formulas or _has_formula(module):
             _adapt_formula(module)
 
 

@@ -45,14 +45,15 @@ class Weigher:
         """The sizes of *module* and of what is below it.
 
         A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a
-        gate's sigmoid) has to see the rows of one row block at a time. So does attention over latents.
+        gate's sigmoid) has to see the rows of one row block at a time. So do attention over latents, and a module that
+        calls methods of its parts.
         """
         sources, dtypes = self._sources, self._dtypes
         last, order = len(self._traced.order), self._traced.order
         paths = sorted((f"{path}.{name}" for name, _ in module.named_children()), key=lambda at: order.get(at, last))
         children = tuple(self.weigh(module.get_submodule(at[len(path) + 1 :]), at) for at in paths)
         inner = next((name for name, child in module.named_children() if is_fused_experts(child)), None)
-        if inner is not None or self._is_alone(module):
+        if inner is not None or path in self._traced.mingled or self._is_alone(module):
             keys = {key for key in sources if key.startswith(f"{path}.")}
             left = ""
             if inner is not None and self._leaves_experts and not _attends(module):
@@ -68,6 +69,7 @@ class Weigher:
             own_bytes=sum(sources[key].num_bytes for key in own),
             compute_bytes=sum(_compute_bytes(sources[key], dtypes[key]) for key in own),
             num_rows=module.out_features if is_plain_linear(module) else 0,
+            is_list=path in self._traced.lists,
             children=children,
         )
         matrix = sources.get(f"{path}.weight")

@@ -207,7 +207,7 @@ class _Output(MoeModelOutputWithPast):
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
-        return None
+        return
 
 
 class _Stubs:
@@ -217,7 +217,8 @@ class _Stubs:
         self._anatomy = anatomy
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
-        anatomy.trunk.forward = self._decoded
+        for part in (anatomy.trunk, anatomy.decoder):  # some call the one, some the other
+            part.forward = self._decoded
         anatomy.head.forward = lambda _: self._logits  # type: ignore[method-assign,assignment]
 
     def embed(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

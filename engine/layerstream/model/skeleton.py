@@ -7,7 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ import transformers
 
 from layerstream.checkpoint.config import check_config
 from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, open_folder
-from layerstream.checkpoint.gguf import GgufFile, open_gguf, read_rope_factors, resolve_gguf
+from layerstream.checkpoint.gguf import GgufFile, open_gguf
+from layerstream.checkpoint.gguf_config import read_gguf_config
+from layerstream.checkpoint.gguf_names import resolve_gguf
 from layerstream.checkpoint.names import DTYPES, PackedSource, Source, resolve_parameters
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts
-from layerstream.model.anatomy import Anatomy, body_modules, dissect, own_class
+from layerstream.model.anatomy import Anatomy, body_modules, build_own, dissect
 from layerstream.model.families import check_supported, families_of
 from layerstream.model.linear import TILE_VALUES
-from layerstream.model.meta import no_weights
 from layerstream.model.module_sizes import Weigher, is_fused_experts
-from layerstream.model.trace import Trace, trace
+from layerstream.model.trace import Trace, bypassing, trace
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def build_skeleton(
     file = open_gguf(folder) if folder.suffix == ".gguf" else None
     checkpoint = None if file else open_folder(folder)
     if file is not None:
-        config = _gguf_config(file)
+        config = read_gguf_config(file)
     else:
         assert checkpoint is not None
         check_config(checkpoint.config, str(folder / CONFIG), _shapes(checkpoint))
@@ -159,11 +160,9 @@ def build_skeleton(
     compute_dtype = resolve_dtype(dtype)
     with explained(f"{folder}: no model can be built as its config says"):
         model = build_meta(config, compute_dtype, trust_remote_code)
-    if file is not None and (factors := read_rope_factors(file)) is not None:
-        divide_frequencies(model, factors)
     anatomy = dissect(model)
     traced = trace(anatomy)
-    _adapt(anatomy)
+    _adapt(anatomy, traced)
     if file is not None:
         sources = resolve_gguf(model, file)
     else:
@@ -206,30 +205,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def _gguf_config(file: GgufFile) -> Any:
-    """Out of a GGUF file's metadata."""
-    with explained(f"{file.path}: transformers refuses what its metadata say"):
-        config = transformers.AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-        if file.is_mixtral:
-            known = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-            config = transformers.MixtralConfig(**known)
-    for name, size in file.sizes.items():  # transformers takes the family's usual ones
-        setattr(config, name, size)
-    check_config(config.to_dict(), str(file.path), [tensor.shape for tensor in file.tensors.values()])
-    return config
-
-
 def _shapes(checkpoint: Checkpoint) -> Collection[tuple[int, ...]]:
     packed = [entry for matrix in checkpoint.packed.values() for entry in matrix.planes.values()]
     return [entry.shape for entry in (*checkpoint.tensors.values(), *packed)]
-
-
-def divide_frequencies(model: Any, factors: torch.Tensor) -> None:
-    """Divide the frequencies of rotary embeddings by *factors*."""
-    for module in model.modules():
-        for name in ("inv_freq", "original_inv_freq"):
-            if isinstance(frequencies := getattr(module, name, None), torch.Tensor):
-                frequencies /= factors
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -271,35 +249,25 @@ def _text_config(config: Any, anatomy: Anatomy) -> Any:
 
 
 def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """transformers' model of *config*, the class that saved it, on the meta device, computing as this engine does.
-
-    Raises:
-        UnsupportedModel: there is no class of it that generates text.
-    """
+    """The model of *config* on the meta device, attending as this engine does."""
     attention.register()
     experts.register()
-    config = copy.deepcopy(config)
-    options = {"attn_implementation": attention.IMPLEMENTATION, "dtype": dtype}
-    own = None if trust_remote_code and hasattr(config, "auto_map") else own_class(config)
-    with no_weights():
-        if own is not None:
-            model = own._from_config(config, **options)
-        elif trust_remote_code:
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options)
-        else:
-            raise UnsupportedModel(
-                f"transformers {transformers.__version__} has no class of {config.model_type!r} that generates text: it "
-                "is no language model"
-            )
-    return model.eval()
+    try:
+        return build_own(
+            config, trust_remote_code=trust_remote_code, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
+        )
+    except KeyError as error:
+        if error.args != (attention.IMPLEMENTATION,):
+            raise
+        raise bypassing(config.model_type) from error  # it has a class for each implementation that it knows
 
 
-def _adapt(anatomy: Anatomy) -> None:
+def _adapt(anatomy: Anatomy, traced: Trace) -> None:
     """Have the modules of *anatomy* compute as this engine does."""
     for row in families_of(anatomy.model.config):
         if row.adapt is not None:
             row.adapt(anatomy.decoder)
-    elementwise.install(anatomy.decoder)
+    elementwise.install(anatomy.decoder, [anatomy.model.get_submodule(path) for path in traced.mingled])
     for module in anatomy.decoder.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
@@ -320,7 +288,8 @@ def _weigh(
     )
 
     def weigh(weigher: Weigher) -> tuple[WeightNode, ...]:
-        return tuple(node for module, path in modules if (node := weigher.weigh(module, path)).total_bytes)
+        nodes = (weigher.weigh(module, path) for module, path in modules)
+        return tuple(replace(node, layer=traced.layer_at(node.name)) for node in nodes if node.total_bytes)
 
     without = Weigher(sources, dtypes, tile_values, traced, leaves_experts=True)
     routed_body = weigh(without)

@@ -34,6 +34,7 @@ from layerstream.model.anatomy import Anatomy
 IMPLEMENTATION = "layerstream-trace"
 ROWS = 5  # that run: as many as no other axis is likely to have
 
+_LISTS = torch.nn.ModuleList | torch.nn.ModuleDict
 _MECHANISMS = {
     "conv": "it keeps recurrent state (a convolution's), and this version streams models whose only state is keys and "
     "values",
@@ -49,6 +50,7 @@ class LayerTrace:
     """What attention does in one layer.
 
     Attributes:
+        path: of the module that attends.
         kept: what it caches for a token; ``None``: nothing, it reads what another layer cached.
         state: of the layers that cache, the number of the one that it attends to.
         window: it sees as many positions, its own included; ``None``: all before it.
@@ -57,6 +59,7 @@ class LayerTrace:
         counts: it asks the cache where its rows are: one sequence at a time.
     """
 
+    path: str
     kept: PageShape | None
     state: int
     window: int | None = None
@@ -83,12 +86,21 @@ class Trace:
     Attributes:
         layers: what attention does in each.
         order: the place of each of its modules, by path, in the order in which they run.
+        lists: paths of modules that never run themselves, and whose parts do: lists of modules.
+        mingled: paths of modules that call other methods of their parts than ``forward``, so that they compute between
+            the parts of their parts.
         top_k: by path of a module of experts, how many of them a row is routed to.
     """
 
     layers: tuple[LayerTrace, ...]
     order: Mapping[str, int]
+    lists: frozenset[str]
+    mingled: frozenset[str]
     top_k: Mapping[str, int]
+
+    def layer_at(self, path: str) -> int | None:
+        """Number of the layer that the module *path* is; ``None``: it is none."""
+        return next((at for at, layer in enumerate(self.layers) if layer.path.startswith(f"{path}.")), None)
 
     @property
     def keepers(self) -> list[int]:
@@ -115,6 +127,7 @@ class _Recorder:
     cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict[int, Any])
     attended: dict[int, LayerTrace] = field(default_factory=dict[int, LayerTrace])
     order: dict[str, int] = field(default_factory=dict[str, int])
+    ran: set[str] = field(default_factory=set[str])
     top_k: dict[str, int] = field(default_factory=dict[str, int])
     counted: set[int] = field(default_factory=set[int])
     running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
@@ -132,7 +145,7 @@ def trace(anatomy: Anatomy) -> Trace:
     paths = {module: path for path, module in anatomy.model.named_modules()}
     recorder = _Recorder(anatomy.model.config.model_type, paths)
     _register()
-    with _implementations(anatomy.model), _noting(recorder, anatomy), torch.inference_mode(), _Meta():
+    with _implementations(anatomy.model), _noting(recorder, anatomy), torch.no_grad(), _Meta():
         inputs: dict[str, Any] = {
             "inputs_embeds": torch.zeros((1, ROWS, anatomy.embedding.embedding_dim), dtype=anatomy.model.dtype),
             "position_ids": torch.arange(ROWS)[None],
@@ -146,24 +159,39 @@ def trace(anatomy: Anatomy) -> Trace:
         except UnsupportedModel:
             raise
         except Exception as error:
+            if recorder.cached.keys() - recorder.attended.keys():
+                raise bypassing(recorder.family) from error
             raise UnsupportedModel(
                 f"{recorder.family!r} does not run on text alone as its class is in transformers "
                 f"({type(error).__name__}: {error!s:.200}): this version cannot run it"
             ) from error
-    return _conclude(recorder)
+    return _conclude(recorder, anatomy)
 
 
-def _conclude(recorder: _Recorder) -> Trace:
+def bypassing(family: str) -> UnsupportedModel:
+    """The error of a model whose attention this engine has no say in."""
+    return UnsupportedModel(
+        f"{family!r} computes attention inside its own modules and bypasses transformers' attention interface, which "
+        "LayerStream runs on: use another family, or plain transformers"
+    )
+
+
+def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
     count = 1 + max((*recorder.attended, *recorder.cached), default=-1)
-    bypassing = sorted(set(range(count)) - recorder.attended.keys()) or ([0] if not count else [])
-    if bypassing:
-        raise UnsupportedModel(
-            f"{recorder.family!r} computes attention inside its own modules (in layer {bypassing[0]}) and bypasses "
-            "transformers' attention interface, which LayerStream runs on: use another family, or plain transformers"
-        )
+    if not count or set(range(count)) - recorder.attended.keys():
+        raise bypassing(recorder.family)
     numbers = {layer: number for number, layer in enumerate(sorted(recorder.cached))}
     layers = (recorder.attended[layer] for layer in range(count))
-    return Trace(tuple(replace(layer, state=numbers[layer.state]) for layer in layers), recorder.order, recorder.top_k)
+    inside = f"{recorder.paths[anatomy.decoder]}."
+    lists = frozenset(path for path in recorder.order.keys() - recorder.ran if path.startswith(inside))
+    lenders = {path for path in lists if not isinstance(anatomy.model.get_submodule(path), _LISTS)}
+    return Trace(
+        layers=tuple(replace(layer, state=numbers[layer.state]) for layer in layers),
+        order=recorder.order,
+        lists=lists,
+        mingled=frozenset(path.rpartition(".")[0] for path in lenders),
+        top_k=recorder.top_k,
+    )
 
 
 class _Cache:
@@ -235,9 +263,7 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _note_mask(
-    *_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any
-) -> torch.Tensor:
+def _note_mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> torch.Tensor:
     mask = torch.empty((1, 1, ROWS, ROWS), dtype=torch.bool, device="meta").as_subclass(_Mask)
     mask.asked = _Asked(mask_function, local_size)
     return mask
@@ -259,6 +285,7 @@ def _note_attention(
         raise UnsupportedModel(f"{recorder.family!r} attends to what it does not cache, in layer {layer}")
     window, chunk = _locality(recorder.family, attention_mask)
     recorder.attended[layer] = LayerTrace(
+        path=recorder.paths[module],
         kept=None if own is None else _shape(*own),
         state=layer if source is None else source,
         window=window,
@@ -355,6 +382,7 @@ def _noting(recorder: _Recorder, anatomy: Anatomy) -> Iterator[None]:
         parts = recorder.paths[module].split(".")
         for depth in range(len(parts)):  # lists of modules run with the first of them
             recorder.order.setdefault(".".join(parts[: depth + 1]), len(recorder.order))
+        recorder.ran.add(recorder.paths[module])
         recorder.running.append(module)
 
     def end(*_: Any) -> None:
@@ -383,6 +411,8 @@ class _Meta(TorchDispatchMode):
             return 0
         if func is torch.ops.aten.nonzero.default:
             return torch.empty((0, args[0].dim()), dtype=torch.long, device="meta")
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("meta")}
         return func(*_to_meta(args), **{name: _to_meta(value) for name, value in kwargs.items()})
 
 

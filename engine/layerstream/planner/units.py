@@ -38,7 +38,9 @@ class WeightNode:
         kernel: that could multiply by it undecoded; ``""``: none.
         experts: path of the experts below it whose weights are not counted: they come as they are routed to. Such a
             block is a unit of its own.
-        children: modules below, in module order.
+        is_list: never runs itself; what is below it does.
+        layer: its number among the decoder's layers; ``None``: it is none of them.
+        children: modules below, in the order in which they run.
     """
 
     name: str
@@ -51,13 +53,9 @@ class WeightNode:
     codec: str = ""
     kernel: str = ""
     experts: str = ""
+    is_list: bool = False
+    layer: int | None = None
     children: tuple[WeightNode, ...] = ()
-
-    @property
-    def layer(self) -> int | None:
-        """Its number among the decoder's layers, by its name in their list; ``None``: it is none of them."""
-        last = self.name.rpartition(".")[2]
-        return int(last) if last.isdecimal() else None
 
     @property
     def total_bytes(self) -> int:
@@ -228,7 +226,7 @@ def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
     if not total:
         return
     can_cut = node.children or (node.num_rows and node.row_step)
-    is_whole = node.num_rows or not (node.most_decode_bytes or node.routes)
+    is_whole = node.num_rows or not (node.most_decode_bytes or node.routes or node.is_list)
     if not can_cut or (total <= limit and is_whole):
         pinned, decode_bytes, experts = total < PIN_BELOW, node.decode_bytes, node.experts
         yield PlannedUnit(node.name, total, compute, pinned=pinned, decode_bytes=decode_bytes, experts=experts)

@@ -14,45 +14,40 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from filelock import FileLock
 
-from layerstream.checkpoint.codecs.encode import Encoder, make_encoder
+from layerstream.checkpoint.codecs.encode import make_encoder
 from layerstream.checkpoint.folder import CONFIG, open_folder
-from layerstream.checkpoint.header import TensorEntry, read_header, stored_bytes
-from layerstream.checkpoint.names import PLANE_DTYPES, ParameterSource
+from layerstream.checkpoint.gguf import open_gguf
+from layerstream.checkpoint.header import read_header, stored_bytes
 from layerstream.checkpoint.packed import find_packed
 from layerstream.checkpoint.reading import read_object
 from layerstream.checkpoint.selection import ADAPTER_CONFIG
-from layerstream.checkpoint.writer import ShardWriter, dtype_name
+from layerstream.checkpoint.writer import ShardWriter
 from layerstream.core.sizes import format_size
 from layerstream.errors import (
     CheckpointError,
     ConfigurationError,
     InvalidHeader,
     LayerStreamError,
-    ReadError,
     StorageFull,
-    TruncatedFile,
 )
 from layerstream.hardware.files import write_whole
 from layerstream.hardware.machine import cache_folder
-from layerstream.model.module_sizes import is_plain_linear
 from layerstream.model.skeleton import Skeleton, build_skeleton
+from layerstream.setup.pack_gguf import QUANTISATION, gguf_shards, write_side_files
+from layerstream.setup.pack_items import Item, folder_shards, skipped_linears
 
 logger = logging.getLogger(__name__)
 
 JOB = "pack.json"
-PART_BYTES = 8 * 2**20  # of a matrix, quantised at a time
-COPY_BYTES = 16 * 2**20
 SPARE_BYTES = 64 * 2**20
-CHECKED_ROWS = 64
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges.txt", "*.py", "LICENSE*", "README*")
 OnShard = Callable[[int, int, int], None]
 """Told shards done, shards in all, and bytes written so far."""
@@ -70,16 +65,6 @@ class PackReport:
     num_kept: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A stored tensor, and whether it is to be quantised."""
-
-    name: str
-    entry: TensorEntry
-    dtype: torch.dtype
-    is_packed: bool
-
-
 def pack(
     source: Path,
     target: Path,
@@ -91,6 +76,8 @@ def pack(
     identity: _Identity | None = None,
 ) -> PackReport:
     """Write *source* to *target* with its Linears in *kind*: ``"nf4"``, ``"int8"`` or ``"int4"``.
+
+    Of a GGUF file no value changes: in int4 what it has in Q4_0 and Q4_1 goes into tiles, and the rest stays as it is.
 
     Norms, biases, routers and the embedding stay as they are; the head too, with *keep_head*; and experts, but in int4
     where they are stored one by one (bitsandbytes has no format for them).
@@ -108,28 +95,52 @@ def pack(
     identity = _identity(source) if identity is None else identity
     with _writing(target):
         skeleton = build_skeleton(source, trust_remote_code=trust_remote_code)
-        if open_folder(source).packed:
-            raise ConfigurationError(f"{source} is quantised already: pack the 16-bit original")
-        encoder = make_encoder(kind)
-        shards = _shards(skeleton, encoder, keep_head)
+        shards, quantisation = _plan(source, skeleton, kind, keep_head)
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
         _prepare(source, target, {"kind": kind, "keep_head": keep_head, "source": identity})
-        sizes = [_num_bytes(items, encoder) for items in shards]
+        sizes = [_num_bytes(items) for items in shards]
         missing = [index for index, name in enumerate(names) if not (target / name).is_file()]
         needed, free = sum(sizes[index] for index in missing) + SPARE_BYTES, shutil.disk_usage(target).free
         if needed > free:
             raise StorageFull(f"{target}: {format_size(needed)} are needed and {format_size(free)} are free")
         done = sum(sizes) - sum(sizes[index] for index in missing)
-        quantisation = encoder.config(_skipped(skeleton, shards))
         for number, index in enumerate(missing):
             on_shard(len(shards) - len(missing) + number, len(shards), done)
-            _write(target / names[index], shards[index], encoder)
-            _compare(target / names[index], shards[index], quantisation, encoder.format.most_error)
+            _write(target / names[index], shards[index])
+            _compare(target / names[index], shards[index], quantisation)
             _check_unchanged(source, identity, target / names[index])
             done += sizes[index]
         on_shard(len(shards), len(shards), done)
-        _finish(source, target, names, quantisation, identity)
+        config = write_side_files(source, target, skeleton) if _is_gguf(source) else _copy_side_files(source, target)
+        _write_index(target, names)
+        _check_unchanged(source, identity, target / CONFIG)
+        write_whole(target / CONFIG, json.dumps(config | {"quantization_config": quantisation}, indent=2))
+        (target / JOB).unlink()
         return PackReport(skeleton.model_bytes, sum(sizes), len(missing), len(shards) - len(missing))
+
+
+def _plan(source: Path, skeleton: Skeleton, kind: str, keep_head: bool) -> tuple[list[list[Item]], dict[str, Any]]:
+    """What is written, shard by shard, and the ``quantization_config`` that says so.
+
+    Raises:
+        ConfigurationError: the source is quantised, and is no GGUF file that may go into tiles.
+    """
+    if _is_gguf(source):
+        if kind != "int4":
+            raise ConfigurationError(
+                f"{source} is a GGUF file, whose values stay as they are: pack it to int4, or the safetensors original "
+                f"to {kind}"
+            )
+        return gguf_shards(skeleton), QUANTISATION
+    if open_folder(source).packed:
+        raise ConfigurationError(f"{source} is quantised already: pack the 16-bit original")
+    encoder = make_encoder(kind)
+    shards = folder_shards(skeleton, encoder, keep_head)
+    return shards, encoder.config(skipped_linears(skeleton, shards))
+
+
+def _is_gguf(source: Path) -> bool:
+    return source.suffix == ".gguf"
 
 
 def ensure_packed(
@@ -157,168 +168,48 @@ def ensure_packed(
     return target
 
 
-def _shards(skeleton: Skeleton, encoder: Encoder, keep_head: bool) -> list[list[_Item]]:
-    """The stored tensors, layer by layer; what belongs to no layer comes first and last."""
-    linears = {
-        f"{path}.weight"
-        for path, module in skeleton.model.named_modules()
-        if is_plain_linear(module) and not (keep_head and path == skeleton.head.name)
-    }
-    if skeleton.is_tied:
-        linears.discard(skeleton.head_key)
-    groups: dict[str, list[_Item]] = {}
-    seen: set[str] = set()
-    for key, found in skeleton.sources.items():
-        assert isinstance(found, ParameterSource)
-        node = next((node.name for node in skeleton.body if key.startswith(f"{node.name}.")), key)
-        for piece in found.pieces:
-            entry = piece.entry
-            can = len(entry.shape) == 2 and encoder.can(*entry.shape)
-            is_linear = key in linears and found.is_single and entry.shape == found.shape
-            is_whole = piece.num_bytes == entry.extent.num_bytes
-            is_expert = encoder.format.packs_experts and len(found.shape) == 3 and is_whole
-            if entry.name not in seen:
-                is_packed = can and (is_linear or is_expert)
-                groups.setdefault(node, []).append(_Item(entry.name, entry, found.dtype, is_packed))
-                seen.add(entry.name)
-    return list(groups.values())
+def _num_bytes(items: Sequence[Item]) -> int:
+    return sum(stored_bytes(*plane) for item in items for plane in item.planes.values())
 
 
-def _skipped(skeleton: Skeleton, shards: Sequence[Sequence[_Item]]) -> list[str]:
-    """Linears that were left as they are, as transformers names them."""
-    packed = {item.name for items in shards for item in items if item.is_packed}
-    linears = [path for path, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return [
-        path
-        for path in linears
-        if not any(piece.entry.name in packed for piece in skeleton.sources[f"{path}.weight"].pieces)
-    ]
-
-
-def _planes(item: _Item, encoder: Encoder) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What *item* becomes: dtype name and shape."""
-    if not item.is_packed:
-        return {item.name: (item.entry.dtype, item.entry.shape)}
-    return {
-        name: (dtype_name(dtype), shape)
-        for name, dtype, shape in encoder.planes(item.name, item.entry.shape, item.dtype)
-    }
-
-
-def _num_bytes(items: Sequence[_Item], encoder: Encoder) -> int:
-    return sum(stored_bytes(*plane) for item in items for plane in _planes(item, encoder).values())
-
-
-def _write(path: Path, items: Sequence[_Item], encoder: Encoder) -> None:
-    shapes = {name: plane for item in items for name, plane in _planes(item, encoder).items()}
+def _write(path: Path, items: Sequence[Item]) -> None:
+    shapes = {name: plane for item in items for name, plane in item.planes.items()}
     with ShardWriter(path, shapes) as shard:
         for item in items:
-            if not item.is_packed:
-                shard.write(item.name, _bytes(item.entry))
-                continue
-            parts_of = _rows(item, encoder.row_step)
-            for name, parts in encoder.encode(item.name, item.entry.shape, item.dtype, parts_of):
+            for name, parts in item.parts():
                 shard.write(name, parts)
 
 
-def _bytes(entry: TensorEntry) -> Iterator[bytes]:
-    """The bytes of a stored tensor, a piece at a time."""
-    size = entry.extent.num_bytes
-    return _read(entry, ((start, min(COPY_BYTES, size - start)) for start in range(0, size, COPY_BYTES)))
-
-
-def _rows(item: _Item, step: int) -> Iterator[torch.Tensor]:
-    """Rows of a stored matrix, a part at a time."""
-    rows, columns = item.entry.shape
-    row_bytes = columns * item.dtype.itemsize
-    count = max(step, PART_BYTES // row_bytes // step * step)
-    parts = ((start * row_bytes, min(count, rows - start) * row_bytes) for start in range(0, rows, count))
-    for raw in _read(item.entry, parts):
-        yield torch.frombuffer(bytearray(raw), dtype=item.dtype).view(-1, columns)
-
-
-def _read(entry: TensorEntry, parts: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """Of a stored tensor, *parts* of so many bytes from there on.
+def _compare(path: Path, items: Sequence[Item], quantisation: dict[str, Any]) -> None:
+    """Read a shard back.
 
     Raises:
-        ReadError, TruncatedFile: the disk fails, or the file is shorter than it was.
-    """
-    extent = entry.extent
-    try:
-        with extent.path.open("rb") as file:
-            for start, num_bytes in parts:
-                raw = os.pread(file.fileno(), num_bytes, extent.offset + start)
-                if len(raw) < num_bytes:
-                    raise TruncatedFile(f"{extent.path}: ends within {entry.name!r}; fetch it again")
-                yield raw
-            _forget(file.fileno())
-    except OSError as error:
-        if isinstance(error, LayerStreamError) or error.filename not in {None, str(extent.path)}:
-            raise
-        raise ReadError(f"{extent.path}: cannot be read ({error.strerror}); look at the disk") from error
-
-
-def _forget(descriptor: int) -> None:
-    """Let the page cache go of a file that was read once."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _compare(path: Path, items: Sequence[_Item], quantisation: dict[str, Any], most: float) -> None:
-    """Read a shard back: its matrices are those of the source, to within rounding.
-
-    Raises:
-        InvalidHeader: one is not; the shard is removed.
+        InvalidHeader: one of *items* is not what it should be; the shard is removed.
     """
     try:
         plain, packed = find_packed(read_header(path), quantisation)
         for item in items:
-            if not item.is_packed:
-                if plain[item.name].extent.num_bytes != item.entry.extent.num_bytes:
-                    raise InvalidHeader(f"{path}: {item.name!r} has not the bytes of the source")
-                continue
-            error = _error(packed[item.name], item)
-            if not error <= most:
+            if (problem := item.problem(plain, packed)) is not None:
                 raise InvalidHeader(
-                    f"{path}: {item.name!r} differs from the source by {error:.2f} of its size; the disk or the source "
-                    "may be damaged: start again"
+                    f"{path}: {item.name!r} {problem}; the disk or the source may be damaged: start again"
                 )
     except BaseException:
         path.unlink(missing_ok=True)
         raise
 
 
-def _error(matrix: Any, item: _Item) -> float:
-    """Root mean square of the difference in the first rows, relative to the source's."""
-    rows, columns = matrix.shape
-    step = matrix.codec.row_step or rows
-    count = min(rows, -(-CHECKED_ROWS // step) * step)
-    planes = {}
-    for name, entry in matrix.planes.items():
-        whole = name in matrix.codec.whole
-        size = entry.extent.num_bytes if whole else entry.extent.num_bytes * count // rows
-        with entry.extent.path.open("rb") as file:
-            raw = bytearray(os.pread(file.fileno(), size, entry.extent.offset))
-        planes[name] = torch.frombuffer(raw, dtype=PLANE_DTYPES[entry.dtype])
-        if not whole and len(entry.shape) > 1:
-            planes[name] = planes[name].view(-1, *entry.shape[1:])
-    found = torch.empty(count, columns)
-    matrix.codec.decode(planes, 0, found)
-    wanted = next(_rows(item, count))[:count].to(torch.float32)
-    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12))
-
-
 def _identity(source: Path) -> _Identity:
     """Which files the source has, and of when.
 
     Raises:
-        ConfigurationError: it is a GGUF file.
         CheckpointError: it cannot be looked at.
     """
-    if source.suffix == ".gguf":
-        raise ConfigurationError(f"{source} is a GGUF file, which runs as it is: pack the safetensors original")
+    file = open_gguf(source) if _is_gguf(source) else None
     try:
-        files = sorted(path for path in source.iterdir() if path.suffix in {".safetensors", ".json"})
+        if file is not None:
+            files = sorted({tensor.entry.extent.path for tensor in file.tensors.values()})
+        else:
+            files = sorted(path for path in source.iterdir() if path.suffix in {".safetensors", ".json"})
         found = [(path.name, path.stat()) for path in files]
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read ({error}); fetch the model again") from error
@@ -366,20 +257,19 @@ def _prepare(source: Path, target: Path, job: dict[str, Any]) -> None:
     write_whole(note, json.dumps(job))
 
 
-def _finish(
-    source: Path, target: Path, names: Sequence[str], quantisation: dict[str, Any], identity: _Identity
-) -> None:
-    """Index, side files, and last the config. An adapter is of the source, and stays there."""
-    weight_map = {tensor: name for name in names for tensor in read_header(target / name)}
-    total = sum((target / name).stat().st_size for name in names)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def _copy_side_files(source: Path, target: Path) -> dict[str, Any]:
+    """Put what lies beside the weights of *source* into *target*, but for an adapter, which is of the source alone; the
+    config that goes there."""
     for pattern in _SIDE_FILES:
         for path in source.glob(pattern):
             is_own = path.name in {CONFIG, ADAPTER_CONFIG} or path.name.endswith(".safetensors.index.json")
             if path.is_file() and not is_own and not path.name.startswith("."):
                 shutil.copyfile(path, target / path.name)
-    config = read_object(source / CONFIG) | {"quantization_config": quantisation}
-    _check_unchanged(source, identity, target / CONFIG)
-    write_whole(target / CONFIG, json.dumps(config, indent=2))
-    (target / JOB).unlink()
+    return read_object(source / CONFIG)
+
+
+def _write_index(target: Path, names: Sequence[str]) -> None:
+    weight_map = {tensor: name for name in names for tensor in read_header(target / name)}
+    total = sum((target / name).stat().st_size for name in names)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

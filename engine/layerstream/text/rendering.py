@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -23,6 +24,7 @@ from layerstream.text.traced import WRITTEN, Traced, as_said
 _GIVEN = "{{ {'messages': messages, 'tools': tools, 'documents': documents, 'options': options} | tojson }}"
 _ROLE = re.compile(r"[\w-]+")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_PROBE = "What was said?"
 _END = "\U0010fffdend of the message\U0010fffd "  # the space at its end tells whether a template trims
 
 
@@ -61,10 +63,28 @@ def render_chat(
     for message in variables["messages"]:
         if _ROLE.fullmatch(message["role"]):  # the caller's word, and tokens are put together of it
             message["role"] = Traced(message["role"], WRITTEN * len(message["role"]))
+        if isinstance(message.get("content"), str) and _reads_parts(source):
+            message["content"] = [{"type": "text", "text": message["content"]}]
     template = compile_template(source)
     if continued:
         return _render_open(template, variables, continued if isinstance(continued, str) else "content")
     return template.render({**variables, "add_generation_prompt": add_generation_prompt})
+
+
+@lru_cache(maxsize=32)
+def _reads_parts(source: str) -> bool:
+    """Whether the template *source* leaves out contents that are text, and writes the parts of those that are lists: as
+    many of models that read images do."""
+    as_text, as_parts = (_writes_probe(source, content) for content in (_PROBE, [{"type": "text", "text": _PROBE}]))
+    return as_parts and not as_text
+
+
+def _writes_probe(source: str, content: Any) -> bool:
+    try:
+        text = compile_template(source).render({"messages": [{"role": "user", "content": content}]})
+    except PromptError:
+        return False
+    return _PROBE in text and not re.search("""['"]type['"]""", text)  # a list that is printed is not read
 
 
 def _render_open(template: ChatTemplate, variables: Mapping[str, Any], field: str) -> Traced:

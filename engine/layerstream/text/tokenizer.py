@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from layerstream.checkpoint.reading import check_side_files, explained, read_object
 from layerstream.errors import InvalidHeader, UnsupportedFormat
+from layerstream.text import gguf_splits
 
 _PROCESSOR_TEMPLATE = "chat_template.json"
 MAX_TEMPLATE_BYTES = 16 * 2**20
@@ -21,7 +23,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     Beside a GGUF file a ``tokenizer.json`` is taken, else what its metadata have.
 
     Raises:
-        UnsupportedFormat: there is neither.
+        UnsupportedFormat: there is neither, or how the latter splits text is not known.
         CheckpointError: its files cannot be read, or transformers refuses what they say.
     """
     if path.suffix != ".gguf":
@@ -29,12 +31,22 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     if (path.parent / "tokenizer.json").is_file():  # what the metadata have is converted, and some have none
         return _of_folder(path.parent, trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        said, _ = read_gguf_metadata(str(path))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError) as error:
         raise UnsupportedFormat(
             f"{path}: its metadata have no tokenizer that transformers can build ({error!r}); put the model's "
             "tokenizer.json beside it"
         ) from error
+    if said.get("tokenizer.ggml.model") == "gpt2":
+        name = said.get("tokenizer.ggml.pre")
+        if not gguf_splits.is_known(name):
+            raise UnsupportedFormat(
+                f"{path}: how its tokenizer splits text is called {name!r:.40}, which is not known here; put the "
+                "model's tokenizer.json beside it"
+            )
+        gguf_splits.split_as(name, tokenizer.backend_tokenizer)
+    return tokenizer
 
 
 def _of_folder(folder: Path, trust_remote_code: bool) -> Any:

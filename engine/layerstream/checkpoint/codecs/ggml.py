@@ -1,47 +1,57 @@
 """GGUF's block types, through transformers' and the gguf package's own dequantisers.
 
 llama.cpp's converter changes some weights on the way: it interleaves the two halves of each rotary head in the queries
-and keys of Llama models, and adds one to Gemma's norms. Both are undone here.
+and keys of Llama models, parts gpt-oss's gate rows from its up rows, transposes experts, and adds one to Gemma's norms.
+All of that is undone here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import gguf
 import torch
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
-from layerstream.checkpoint.codecs.base import Codec, Planes
+from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
+from layerstream.checkpoint.codecs.mxfp4 import VALUES
 
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_BY_NUMPY = {
-    gguf.GGMLQuantizationType.Q5_0,
-    gguf.GGMLQuantizationType.Q5_1,
-    gguf.GGMLQuantizationType.MXFP4,
-}
-_NIBBLES = {  # where the codes begin in a block, and how many bytes have the lower halves of neighbours
+_BY_NUMPY = {gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.Q5_1}
+_MXFP4 = gguf.GGMLQuantizationType.MXFP4
+_LINEAR = frozenset({gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q4_K})
+_NIBBLES = {  # where codes of four bits begin in a block, and how many bytes have the lower halves of neighbours
     gguf.GGMLQuantizationType.Q4_0: (2, 16),
     gguf.GGMLQuantizationType.Q4_1: (4, 16),
     gguf.GGMLQuantizationType.Q4_K: (16, 32),
+    _MXFP4: (1, 16),
 }
 _NIBBLE_GROUP = 32
 _LOW = 0x0F0F0F0F0F0F0F0F  # the lower halves of eight bytes
 CACHED_VALUES = 2**20  # decoded at a time: what they are computed from stays in the processor's cache
-SUPPORTED = frozenset({*_PLAIN, *_BY_NUMPY, *map(gguf.GGMLQuantizationType, GGML_BLOCK)})
+SUPPORTED = frozenset({*_PLAIN, *_BY_NUMPY, _MXFP4, *map(gguf.GGMLQuantizationType, GGML_BLOCK)})
 
 
 @dataclass(frozen=True)
 class Ggml(Codec):
-    """Rows of blocks. *head_rows* are the rows of a head whose halves are interleaved; *offset* was added."""
+    """Rows of blocks.
+
+    Attributes:
+        swapped: ``(a, b)``: rows stand in units of *a* times *b*, which the model has as *b* times *a*.
+        offset: what was added to all values.
+    """
 
     kind: gguf.GGMLQuantizationType
-    head_rows: int = 0
+    swapped: tuple[int, int] | None = None
     offset: float = 0.0
+    transposes: bool = False  # type: ignore[misc]
+
+    dtypes = stored_as(weight="U8")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -50,8 +60,8 @@ class Ggml(Codec):
 
     @property
     def row_step(self) -> int:  # type: ignore[override]
-        """Heads are not cut."""
-        return self.head_rows or 1
+        """Units are not cut."""
+        return prod(self.swapped) if self.swapped else 1
 
     @property
     def is_quantised(self) -> bool:
@@ -69,7 +79,7 @@ class Ggml(Codec):
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once."""
-        stored = self._rows(planes, out.shape[0])
+        stored = self.blocks(planes, out.shape[0])
         step = max(1, CACHED_VALUES // out.shape[1])
         for start in range(0, len(stored), step):
             part = slice(start, start + step)
@@ -81,7 +91,7 @@ class Ggml(Codec):
         if not self.affine_group(out.shape[1]):
             self.decode(planes, first, out)
             return
-        stored = self._rows(planes, out.shape[0])
+        stored = self.blocks(planes, out.shape[0])
         step = max(1, CACHED_VALUES // out.shape[1])
         for start in range(0, len(stored), step):
             part = slice(start, start + step)
@@ -96,31 +106,38 @@ class Ggml(Codec):
 
     def affine_group(self, columns: int) -> int:
         """Of the kinds whose values are linear in their codes."""
-        return _NIBBLE_GROUP if self.kind in _NIBBLES and not self.offset else 0
+        return _NIBBLE_GROUP if self.kind in _LINEAR and not self.offset else 0
 
     def affine(self, planes: Planes, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Offsets are what code 8 stands for."""
-        blocks = self._rows(planes, rows).view(-1, gguf.GGML_QUANT_SIZES[self.kind][1])
+        blocks = self.blocks(planes, rows).view(-1, gguf.GGML_QUANT_SIZES[self.kind][1])
         scale, lowest = _scales(blocks, self.kind)
         return _codes(blocks, self.kind).view(rows, -1), scale.view(rows, -1), (lowest + 8 * scale).view(rows, -1)
 
-    def _rows(self, planes: Planes, rows: int) -> torch.Tensor:
+    def blocks(self, planes: Planes, rows: int) -> torch.Tensor:
         """The bytes of each row, in the model's order."""
         stored = planes["weight"].view(rows, -1)
-        if self.head_rows:
-            heads = stored.view(-1, self.head_rows // 2, 2, stored.shape[1])
-            stored = heads.transpose(1, 2).reshape(stored.shape)
+        if self.swapped:
+            stored = stored.view(-1, *self.swapped, stored.shape[1]).transpose(1, 2).reshape(stored.shape)
         return stored
 
     def _values(self, stored: torch.Tensor) -> torch.Tensor:
         if self.kind in _PLAIN:
             return stored.view(_PLAIN[self.kind]).to(torch.float32)
         blocks = stored.reshape(-1, gguf.GGML_QUANT_SIZES[self.kind][1])
-        if self.kind in _NIBBLES:
+        if self.kind in _LINEAR:
             return _nibbles(blocks, self.kind)
+        if self.kind == _MXFP4:
+            return _mxfp4(blocks)
         if self.kind in _BY_NUMPY:
             return torch.from_numpy(gguf.quants.dequantize(stored.cpu().numpy(), self.kind)).to(stored.device)
         return dequantize(stored.reshape(-1), int(self.kind), torch.float32)
+
+
+def block_values(kind: gguf.GGMLQuantizationType, num_bytes: int) -> int:
+    """How many values *num_bytes* of whole blocks stand for."""
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    return num_bytes // size * values
 
 
 def _scales(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,3 +182,9 @@ def _codes(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tenso
     torch.bitwise_and(words, _LOW, out=codes[:, :, 0])
     torch.bitwise_and(words >> 4, _LOW, out=codes[:, :, 1])
     return codes.view(torch.uint8).view(len(blocks), -1)
+
+
+def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
+    """Blocks of an exponent and 32 codes, the first 16 in the lower halves of bytes. Powers of two round nothing."""
+    values = torch.tensor(VALUES, device=blocks.device)[_codes(blocks, _MXFP4).to(torch.int32)]
+    return torch.ldexp(values, blocks[:, :1].to(torch.int32) - 127, out=values)

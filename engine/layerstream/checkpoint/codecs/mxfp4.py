@@ -14,7 +14,7 @@ from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table, stored
 
 BLOCK = 32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
+VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,6 @@ class Mxfp4(Codec):
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """Powers of two round nothing."""
         codes = planes["weight"].reshape(-1).to(torch.int32)
-        values = pair_table(_VALUES, 0).to(codes.device).index_select(0, codes).view(torch.float32).view(-1, BLOCK)
+        values = pair_table(VALUES, 0).to(codes.device).index_select(0, codes).view(torch.float32).view(-1, BLOCK)
         exponents = planes["scale"].reshape(-1, 1).to(torch.int32) - 127
         out.copy_(torch.ldexp(values, exponents, out=values).view(out.shape))

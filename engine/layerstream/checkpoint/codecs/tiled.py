@@ -58,20 +58,28 @@ class TiledInt4(Codec):
         values[..., 0, :] = torch.bitwise_and(grouped, 15)
         values[..., 1, :] = torch.bitwise_right_shift(grouped, 4)
         by_tile = stored if stored.dim() == 4 else stored.unflatten(1, (tiles, TILE)).transpose(0, 1)
-        scale, offset = (part.to(torch.float32).contiguous() for part in by_tile[:, :, None].unbind(-1))
-        values = values.flatten(-2)
-        values = torch.addcmul(offset - 8 * scale, values, scale, out=values).view(tiles, columns, TILE)
+        scale, lowest = (part[:, :, None].contiguous() for part in self.lines(by_tile))
+        values = torch.addcmul(lowest, values.flatten(-2), scale).view(tiles, columns, TILE)
         if out.shape[0] == tiles * TILE:
             out.T.unflatten(1, (tiles, TILE)).transpose(0, 1).copy_(values)
         else:
             out.copy_(values.transpose(1, 2).reshape(-1, columns)[: out.shape[0]])
+
+    def lines(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a step of codes is worth, and what code 0 stands for, in fp32, of scales as they are *stored*."""
+        scale, offset = stored.to(torch.float32).unbind(-1)
+        return scale, offset - 8 * scale
+
+    def pairs(self, stored: torch.Tensor) -> torch.Tensor:
+        """Of scales as they are *stored* those that the kernel takes, ``(tiles, groups, 64, 2)`` in bfloat16."""
+        return stored
 
     def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
         """By torch's kernel, with products and sums in fp32."""
         codes, scale = planes["weight"], planes["scale"]
         columns = codes.shape[1]
         if scale.dim() == 4:
-            scale = by_kernel(scale)
+            scale = by_kernel(self.pairs(scale))
         return torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, codes.view(-1, columns // 2), self.group, scale)
 
     def cut(self, planes: Planes, num_rows: int, start: int, stop: int) -> dict[str, torch.Tensor]:
@@ -102,7 +110,7 @@ def tile_scales(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
 def tiled(codec: Codec, columns: int) -> TiledInt4 | None:
     """What a matrix of *codec* can be rewritten to; ``None``: it cannot be."""
     if isinstance(codec, TiledInt4):
-        return codec
+        return TiledInt4(codec.group)
     group = codec.affine_group(columns)
     return TiledInt4(group) if group in GROUPS and columns % group == 0 else None
 
@@ -126,7 +134,7 @@ def rewrite(codec: Codec, planes: Planes, out: Planes, rows: int, columns: int) 
     """Write a matrix ``(rows, columns)``, stored as *planes*, to *out*, planes as :func:`staying_shapes` has them."""
     if isinstance(codec, TiledInt4):
         out["weight"].copy_(planes["weight"])
-        out["scale"].copy_(by_kernel(planes["scale"]))
+        out["scale"].copy_(by_kernel(codec.pairs(planes["scale"])))
         return
     step = math.lcm(TILE, codec.row_step) if codec.row_step else rows
     slab = max(step, SLAB_VALUES // columns // step * step)

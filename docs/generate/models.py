@@ -1,0 +1,120 @@
+"""The tables of models: what the tests compare, and what the engine says of small models of each family.
+
+Writing them builds a small model of every family, which takes a minute or two: no part of what the fast tests do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerstream.core.formats import FORMATS
+from layerstream.errors import UnsupportedModel
+from layerstream.model.skeleton import Skeleton, build_skeleton
+
+from tests.models import FAMILIES, SmallModel, make_model
+from tests.models.refused import REFUSED
+from tests.quantised import PACKERS
+from tests.reference import test_gguf, test_quantised
+from tests.reference.test_families import MODES, QUANTISED
+
+YES, NO = "✓", ""
+COLUMNS = ("model type", "its text", "modes", "quantised", "GGUF", "experts", "guesses", "store")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is known of one model type, by all of its small models.
+
+    Attributes:
+        text: the model type of its language model; ``""``: it is one.
+        modes: that it is compared in.
+        is_quantised: whether it is compared with quantised matrices.
+        gguf: the architectures of GGUF files that are opened as it.
+        routes: whether its experts are read one by one.
+    """
+
+    text: str
+    modes: tuple[str, ...]
+    is_quantised: bool
+    gguf: tuple[str, ...]
+    routes: bool
+
+
+def list_families() -> str:
+    """A table of the language models, and one of those that see or hear."""
+    names = defaultdict(list)
+    for name, small in FAMILIES.items():
+        names[small.model_type].append(name)
+    rows = {kind: row_of(kind, names[kind]) for kind in sorted(names)}
+    texts = {kind: row for kind, row in rows.items() if not row.text}
+    wholes = {kind: row for kind, row in rows.items() if row.text}
+    return f"### Language models\n\n{draw(texts)}\n\n### Models that see or hear\n\n{draw(wholes)}"
+
+
+def row_of(model_type: str, names: Iterable[str]) -> Row:
+    """That of *model_type*, whose small models have *names*."""
+    skeletons = {name: _skeleton(name) for name in names}
+    config = next(iter(skeletons.values())).config.model_type
+    is_alone = any(skeleton.trace.is_alone for skeleton in skeletons.values())
+    return Row(
+        text="" if config == model_type else config,
+        modes=tuple(mode for mode in MODES if mode != "cut" or not is_alone),
+        is_quantised=any(name in QUANTISED for name in skeletons),
+        gguf=tuple(sorted({kind for name, (kind, _) in test_gguf.ARCHITECTURES.items() if name in skeletons})),
+        routes=any(skeleton.routed for skeleton in skeletons.values()),
+    )
+
+
+def draw(rows: Mapping[str, Row]) -> str:
+    """The table of *rows*, by model type."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    for model_type, row in rows.items():
+        modes = "all" if row.modes == MODES else ", ".join(row.modes)
+        cells = [f"`{model_type}`", f"`{row.text}`" if row.text else NO, modes, YES if row.is_quantised else NO]
+        cells += [", ".join(row.gguf), "one by one" if row.routes else NO, YES, YES]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def list_formats() -> str:
+    """The quantised formats that are compared with their decoded weights."""
+    folders = sorted({*PACKERS, *test_quantised.BITSANDBYTES, "int8 (bitsandbytes)", "MXFP4"})
+    return "\n".join(
+        [
+            "| where | formats |",
+            "|---|---|",
+            f"| folders | {', '.join(folders)} |",
+            f"| `.gguf` files | {', '.join(test_gguf.NAMED)} |",
+            f"| made by `quantization=` | {', '.join(FORMATS)} |",
+        ]
+    )
+
+
+def list_refused() -> str:
+    """The reasons that the engine gives, each with the families that it gives it for."""
+    reasons = defaultdict(list)
+    for small in REFUSED.values():
+        reasons[reason_of(small).replace(repr(small.model_type), "…")].append(f"`{small.model_type}`")
+    rows = (f"| {', '.join(sorted(names))} | {reason} |" for reason, names in sorted(reasons.items()))
+    return "\n".join(["| families | reason |", "|---|---|", *rows])
+
+
+def reason_of(small: SmallModel) -> str:
+    """What the engine says when it refuses *small*, whatever it is allowed."""
+    with tempfile.TemporaryDirectory() as folder:
+        small.loader.from_config(small.config()).save_pretrained(folder)
+        try:
+            build_skeleton(Path(folder), allow_untested=True)
+        except UnsupportedModel as error:
+            return str(error)
+    raise AssertionError(f"{small.model_type} is not refused")
+
+
+def _skeleton(name: str) -> Skeleton:
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(name, Path(folder))
+        return build_skeleton(Path(folder))
