@@ -32,6 +32,7 @@ _DEEPSEEK_V2: dict[str, Any] = {
     "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": None,
 }  # fmt: skip
 _HUNYUAN: dict[str, Any] = {"head_dim": 128}
+_LFM2: dict[str, Any] = {"num_hidden_layers": 16, "full_attn_idxs": [2, 5, 8, 10, 12, 14]}
 _COMPASS: dict[str, Any] = {
     "num_hidden_layers": 8,
     "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2,
@@ -66,6 +67,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             **_HUNYUAN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16] * 4}
         }
     },
+    "lfm2": _LFM2,
+    "lfm2_moe": {"num_hidden_layers": 8, "layer_types": ["conv", "conv", "full_attention", "conv"] * 2},
+    "lfm2_vl": {"text_config": _LFM2},
     "llama": {
         "num_hidden_layers": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
         "rope_parameters": {

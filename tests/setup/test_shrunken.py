@@ -49,6 +49,11 @@ def test_what_is_small_stays_as_it_is(family: str) -> None:
     assert shrink(small).to_dict() == small.to_dict()
 
 
+def test_a_model_smaller_than_the_prompts_is_made_large_enough() -> None:
+    small = shrink(full_config("gpt_bigcode", vocab_size=100, n_positions=64))
+    assert (small.vocab_size, small.n_positions) == (VOCAB_SIZE, CONTEXT)
+
+
 def test_layers_that_share_keys_and_values_follow_ones_that_have_them() -> None:
     small = shrink(full_config("gemma3n_text"))
     own, shared = small.layer_types[: -small.num_kv_shared_layers], small.layer_types[-small.num_kv_shared_layers :]

@@ -159,7 +159,9 @@ class _Sizes:
         if name == _ORIGINAL:
             return self._original
         if _LONGEST_POSITION.search(name):
-            return min(value, _LONGEST) if self.stretch is None else round(self._original * self.stretch)
+            return max(CONTEXT, min(value, _LONGEST) if self.stretch is None else round(self._original * self.stretch))
+        if name == "vocab_size":
+            return VOCAB_SIZE
         if re.search(r"(key_value|kv)(_n)?_heads$", name):
             return self._kv_heads(name, value)
         if _HEAD_SIZES.search(name) and not re.match("mamba|linear", name):
