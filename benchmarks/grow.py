@@ -19,7 +19,8 @@ How it stays the same function:
 
 In a mixture every expert is a copy of the MLP, and their weights add up to one. Attention is Llama's, as Mixtral and
 GLM-4.5 have it: Qwen3's norms of queries and DeepSeek's latents would be another function. Where a row goes is random,
-or skewed (:mod:`benchmarks.routers`).
+or skewed (:mod:`benchmarks.routers`). Gemma 4 and Qwen3-VL norm queries and keys, too:
+:mod:`benchmarks.random_checkpoint` says why that cannot be the reader's function, and writes their shapes at random.
 
 One part of a layer is in memory at a time: about 3 GB for 70B.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ os.environ["LAYERSTREAM_KERNELS"] = str(Path(tempfile.mkdtemp()) / "kernels.json
 os.environ["LAYERSTREAM_EXPERTS"] = tempfile.mkdtemp()
 os.environ["LAYERSTREAM_RATES"] = str(Path(tempfile.mkdtemp()) / "machine.json")
 torch.set_num_threads(2)
+gc.freeze()  # a collection need not look at all that torch and transformers are made of
 settings.register_profile("layerstream", deadline=None)  # how long an example takes is the machine's business
 settings.load_profile("layerstream")
 

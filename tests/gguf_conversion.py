@@ -5,6 +5,7 @@ Parts are views of the parameters that they come from, so that whoever rounds th
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ def write_metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> N
     """As ``TextModel.set_gguf_parameters`` and what the architecture's class adds."""
     rope = config.rope_parameters or {}
     whole = rope.get("full_attention", rope)
+    if architecture == "gemma4":
+        config = copy.deepcopy(config)
+        config.allow_global_per_layer_attribute_access = True  # as the converter does, which reads the file
     head_dim = getattr(config, "head_dim", None)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -197,12 +201,36 @@ def _stablelm(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
 
+def _gemma4(writer: gguf.GGUFWriter, config: Any) -> None:
+    _pattern(writer, config)
+    shared, count = config.num_kv_shared_layers, config.num_hidden_layers
+    whole = config.per_layer_config["full_attention"]
+    writer.add_shared_kv_layers(shared)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input or 0)
+    writer.add_key_length(whole.head_dim)
+    writer.add_value_length(whole.head_dim)
+    writer.add_key_length_swa(config.head_dim)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_rope_dimension_count(whole.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    if config.moe_intermediate_size:
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_expert_used_count(config.top_k_experts)
+    if config.use_double_wide_mlp:
+        width = config.intermediate_size
+        writer.add_feed_forward_length([width * (1 + (layer >= count - shared)) for layer in range(count)])
+    heads = {"sliding_attention": config.num_key_value_heads, "full_attention": whole.num_key_value_heads}
+    writer.add_head_count_kv([heads[kind] for kind in config.layer_types])
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
 _MORE: dict[str, Callable[[gguf.GGUFWriter, Any], None]] = {
     "llama": _partial, "arcee": _partial, "smollm3": _partial, "mistral3": _mistral3, "llama4": _llama4,
     "granite": _granite, "granitemoe": _granite, "qwen2moe": _moe, "qwen3moe": _moe, "qwen3vlmoe": _moe,
     "gemma2": _gemma2, "gemma3": _window, "phi2": _partial, "phi3": _phi3, "glm4": _partial, "glm4moe": _glm4_moe,
     "deepseek2": _deepseek2, "gpt-oss": _gpt_oss, "command-r": _cohere, "cohere2": _cohere2, "exaone4": _pattern,
-    "stablelm": _stablelm, "olmo": lambda writer, config: writer.add_clamp_kqv(config.clip_qkv),
+    "stablelm": _stablelm, "gemma4": _gemma4, "olmo": lambda writer, config: writer.add_clamp_kqv(config.clip_qkv),
     "olmo2": lambda writer, config: _pattern(writer, config) if config.model_type == "olmo3" else None,
 }  # fmt: skip
 
@@ -210,6 +238,11 @@ _MORE: dict[str, Callable[[gguf.GGUFWriter, Any], None]] = {
 def rope_factors(reference: Any) -> dict[str, np.ndarray]:
     """The tensors that stand for rotary scaling."""
     rope = reference.config.rope_parameters or {}
+    whole = rope.get("full_attention", rope)
+    if whole.get("rope_type") == "proportional":
+        head_dim = reference.config.per_layer_config["full_attention"].head_dim
+        moving = int(head_dim * whole["partial_rotary_factor"] / 2)
+        return {"rope_freqs.weight": np.float32([1.0] * moving + [1e30] * (head_dim // 2 - moving))}
     if rope.get("rope_type") == "longrope":
         return {f"rope_factors_{name}.weight": np.float32(rope[f"{name}_factor"]) for name in ("long", "short")}
     if rope.get("rope_type") != "llama3":
@@ -218,6 +251,16 @@ def rope_factors(reference: Any) -> dict[str, np.ndarray]:
     head_dim = 2 * len(frequencies)
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
     return {"rope_freqs.weight": (plain / frequencies).numpy().astype(np.float32)}
+
+
+_SPECIAL = {
+    "e_score_correction_bias": "exp_probs_b.bias",
+    "self_attn.sinks": "attn_sinks.weight",
+    "block_sparse_moe.router.weight": "ffn_gate_inp.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "layer_scalar": "layer_output_scale.weight",
+}
 
 
 def stored_parts(
@@ -232,12 +275,8 @@ def stored_parts(
         yield Part(f"{layer}.attn_v_b.weight", heads[:, config.qk_nope_head_dim :])
     elif stem.endswith(".experts"):
         yield from _expert_parts(layer, leaf, tensor, architecture)
-    elif name.endswith("e_score_correction_bias"):
-        yield Part(f"{layer}.exp_probs_b.bias", tensor)
-    elif name.endswith("self_attn.sinks"):
-        yield Part(f"{layer}.attn_sinks.weight", tensor)
-    elif name.endswith("block_sparse_moe.router.weight"):
-        yield Part(f"{layer}.ffn_gate_inp.weight", tensor)
+    elif special := next((found for end, found in _SPECIAL.items() if name.endswith(end)), ""):
+        yield Part(f"{layer}.{special}", tensor)
     elif architecture in PERMUTING and (".q_proj." in name or ".k_proj." in name):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         by_halves = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2)
@@ -253,6 +292,9 @@ def _expert_parts(layer: str, leaf: str, tensor: torch.Tensor, architecture: str
         tensor = tensor.transpose(1, 2)
     if leaf.startswith("down_proj"):
         yield Part(f"{layer}.ffn_down_exps.{suffix}", tensor)
+        return
+    if architecture == "gemma4":
+        yield Part(f"{layer}.ffn_gate_up_exps.{suffix}", tensor)
         return
     half = tensor.shape[1] // 2
     by_turns = architecture == "gpt-oss"

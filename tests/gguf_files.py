@@ -44,9 +44,15 @@ _SCALES = {  # where a block has its fp16 scales
 
 
 def write_gguf(
-    path: Path, reference: Any, architecture: str, kind: Kind, tokenizer: PreTrainedTokenizerFast | None = None
+    path: Path,
+    reference: Any,
+    architecture: str,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    pre: str = "default",
 ) -> None:
-    """Write *reference* with its matrices in *kind*, and give it the values that these stand for."""
+    """Write *reference* with its matrices in *kind*, and give it the values that these stand for. *pre*: how the
+    tokenizer splits text."""
     config = reference.config
     writer = gguf.GGUFWriter(path, architecture)
     write_metadata(writer, config, architecture)
@@ -56,7 +62,7 @@ def write_gguf(
         writer.add_tokenizer_model("no_vocab")
         writer.add_pad_token_id(0)
     else:
-        _add_tokenizer(writer, tokenizer)
+        _add_tokenizer(writer, tokenizer, pre)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], config.num_hidden_layers)
     with torch.no_grad():
@@ -81,14 +87,14 @@ def _write(writer: gguf.GGUFWriter, part: Part, kind: Kind) -> None:
     part.view.copy_(stored.reshape(part.view.shape) - part.offset)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str) -> None:
     import json
 
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     special = set(tokenizer.all_special_tokens)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list([token for token, _ in vocab])
     writer.add_token_types(
         [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token, _ in vocab]

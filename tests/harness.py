@@ -146,27 +146,30 @@ def devices_config(
     folder: Path, mode: str, device_map: str, count: int, dtype: str = "float32", **options: Any
 ) -> EngineConfig:
     """As :func:`device_config`, with layers on *count* devices of the same memory."""
-    facts = model_facts(build_skeleton(folder, dtype=dtype), 1024, is_on_device=True)
     config = EngineConfig(str(folder), device_map=device_map, dtype=dtype, host_memory_bytes=2**30, **options)
+    facts = sizing.plan_facts(config)[0]
     if mode == "resident":
         return replace(config, memory_each=(on_host.comfortable_bytes(facts),) * count)
-    least, more = _least_each(config, count), 2048 if mode == "cut" else facts.compute_bytes // (4 * count)
-    while not sizing.plan_model(config := replace(config, memory_each=(least + more,) * count))[0].streams and more:
+    least, more = _least_each(config, facts, count), 2048 if mode == "cut" else facts.compute_bytes // (4 * count)
+    while True:
+        config = replace(config, memory_each=(least + more,) * count)
+        plan = sizing.spend(config, facts)
+        if plan.streams or not more:
+            break
         more //= 2
     if mode == "host":
         return config
-    plan = sizing.plan_model(config)[0]
     assert plan.host is not None
     largest = max(unit.ring_bytes for unit in plan.weights.units)
     return replace(config, host_memory_bytes=plan.host.kv_bytes + 2 * count * largest + plan.host.resident_bytes // 3)
 
 
-def _least_each(config: EngineConfig, count: int) -> int:
+def _least_each(config: EngineConfig, facts: ModelFacts, count: int) -> int:
     """What every one of *count* devices needs at the least."""
     memory = 1
     while True:
         try:
-            sizing.plan_model(replace(config, memory_each=(memory,) * count))
+            sizing.spend(replace(config, memory_each=(memory,) * count), facts)
             return memory
         except BudgetTooSmall as error:
             memory = max(memory + 1, error.required_bytes)

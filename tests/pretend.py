@@ -29,7 +29,6 @@ from layerstream.planner import facts as assumed
 from layerstream.planner import on_device
 from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 
 class PretendMark:
@@ -252,6 +251,7 @@ class _OnDevice(torch.Tensor):
     """A tensor of the host that says it is on *device*."""
 
     inner: torch.Tensor
+    place: torch.device  # as ``device``, which torch asks this class's function for
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, device: torch.device) -> _OnDevice:
@@ -264,6 +264,7 @@ class _OnDevice(torch.Tensor):
             device=device,
         )
         made.inner = inner
+        made.place = device
         _count(made, inner, device)
         return made
 
@@ -309,31 +310,46 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             wanted = None
         else:
             kwargs = {**kwargs, "device": "cpu"}
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    args, kwargs = _unwrap(args, tensors), _unwrap(kwargs, tensors)
     there = [tensor for tensor in tensors if isinstance(tensor, _OnDevice)]
-    if there and name not in _CROSSES:
+    is_crossing = name in _CROSSES
+    if there and not is_crossing:
         _check_one_device(name, tensors, there)
     with elementwise.steady() if there else contextlib.nullcontext():
-        found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-    device = wanted or (there[0].device if there else None)
-    if device is None or (name in _CROSSES and not isinstance(args[0], _OnDevice)):
+        found = func(*args, **kwargs)
+    device = wanted or (there[0].place if there else None)
+    if device is None or (is_crossing and not isinstance(tensors[0], _OnDevice)):
         return found
-    known = {id(tensor.inner): tensor for tensor in there}
+    return _wrap(found, device, {id(tensor.inner): tensor for tensor in there})
 
-    def wrap(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        same = known.get(id(value))
-        return _OnDevice(value, device) if same is None else same
 
-    return tree_map(wrap, found)
+def _unwrap(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """*value* with the host's tensors in place of pretended ones; all that it had are added to *tensors*."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _inner(value)
+    if isinstance(value, dict):
+        return {key: _unwrap(entry, tensors) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)([_unwrap(entry, tensors) for entry in value])
+    return value
+
+
+def _wrap(value: Any, device: torch.device, known: dict[int, _OnDevice]) -> Any:
+    """*value* with its tensors on *device*: those *known* by their inner one's id, the others anew."""
+    if isinstance(value, torch.Tensor):
+        return known[id(value)] if id(value) in known else _OnDevice(value, device)
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):  # a named one takes a sequence, too
+        return type(value)([_wrap(entry, device, known) for entry in value])
+    return value
 
 
 def _check_one_device(name: str, tensors: list[torch.Tensor], there: list[_OnDevice]) -> None:
     if name in {"__getitem__", "__setitem__"} and isinstance(tensors[0], _OnDevice):
         tensors = [t for t in tensors if isinstance(t, _OnDevice) or t.dtype.is_floating_point]  # indices may be here
-    places = {tensor.device for tensor in tensors if isinstance(tensor, _OnDevice) or tensor.dim()}
-    places |= {tensor.device for tensor in there}
+    places = {tensor.place for tensor in there}
+    places |= {tensor.device for tensor in tensors if not isinstance(tensor, _OnDevice) and tensor.dim()}
     assert len(places) == 1, f"{name} with tensors on {sorted(map(str, places))}"
 
 

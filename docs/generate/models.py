@@ -13,15 +13,16 @@ from pathlib import Path
 
 from layerstream.core.formats import FORMATS
 from layerstream.errors import UnsupportedModel
+from layerstream.model.families import check_supported
 from layerstream.model.skeleton import Skeleton, build_skeleton
 
 from tests.models import FAMILIES, SmallModel, make_model
-from tests.models.refused import REFUSED
+from tests.models.refused import NOT_ALONE, REFUSED
 from tests.quantised import PACKERS
 from tests.reference import test_gguf, test_quantised
-from tests.reference.test_families import MODES, QUANTISED
+from tests.reference.test_families import MODES, modes_of
 
-YES, NO = "✓", ""
+NO, ALWAYS = "", "✓"  # the same comparison is made of every family
 COLUMNS = ("model type", "its text", "modes", "quantised", "GGUF", "experts", "guesses", "store")
 
 
@@ -32,14 +33,12 @@ class Row:
     Attributes:
         text: the model type of its language model; ``""``: it is one.
         modes: that it is compared in.
-        is_quantised: whether it is compared with quantised matrices.
         gguf: the architectures of GGUF files that are opened as it.
         routes: whether its experts are read one by one.
     """
 
     text: str
     modes: tuple[str, ...]
-    is_quantised: bool
     gguf: tuple[str, ...]
     routes: bool
 
@@ -62,8 +61,7 @@ def row_of(model_type: str, names: Iterable[str]) -> Row:
     is_alone = any(skeleton.trace.is_alone for skeleton in skeletons.values())
     return Row(
         text="" if config == model_type else config,
-        modes=tuple(mode for mode in MODES if mode != "cut" or not is_alone),
-        is_quantised=any(name in QUANTISED for name in skeletons),
+        modes=tuple(mode for mode in modes_of(next(iter(skeletons))) if mode != "cut" or not is_alone),
         gguf=tuple(sorted({kind for name, (kind, _) in test_gguf.ARCHITECTURES.items() if name in skeletons})),
         routes=any(skeleton.routed for skeleton in skeletons.values()),
     )
@@ -74,8 +72,8 @@ def draw(rows: Mapping[str, Row]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for model_type, row in rows.items():
         modes = "all" if row.modes == MODES else ", ".join(row.modes)
-        cells = [f"`{model_type}`", f"`{row.text}`" if row.text else NO, modes, YES if row.is_quantised else NO]
-        cells += [", ".join(row.gguf), "one by one" if row.routes else NO, YES, YES]
+        cells = [f"`{model_type}`", f"`{row.text}`" if row.text else NO, modes, ALWAYS, ", ".join(row.gguf)]
+        cells += ["one by one" if row.routes else NO, ALWAYS, ALWAYS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -97,7 +95,7 @@ def list_formats() -> str:
 def list_refused() -> str:
     """The reasons that the engine gives, each with the families that it gives it for."""
     reasons = defaultdict(list)
-    for small in REFUSED.values():
+    for small in (REFUSED | NOT_ALONE).values():
         reasons[reason_of(small).replace(repr(small.model_type), "…")].append(f"`{small.model_type}`")
     rows = (f"| {', '.join(sorted(names))} | {reason} |" for reason, names in sorted(reasons.items()))
     return "\n".join(["| families | reason |", "|---|---|", *rows])
@@ -105,12 +103,14 @@ def list_refused() -> str:
 
 def reason_of(small: SmallModel) -> str:
     """What the engine says when it refuses *small*, whatever it is allowed."""
-    with tempfile.TemporaryDirectory() as folder:
-        small.loader.from_config(small.config()).save_pretrained(folder)
-        try:
+    config = small.config()
+    try:
+        check_supported(config, allow_untested=True)
+        with tempfile.TemporaryDirectory() as folder:
+            small.loader.from_config(config).save_pretrained(folder)
             build_skeleton(Path(folder), allow_untested=True)
-        except UnsupportedModel as error:
-            return str(error)
+    except UnsupportedModel as error:
+        return str(error)
     raise AssertionError(f"{small.model_type} is not refused")
 
 

@@ -37,7 +37,7 @@ PICTURES: Mapping[str, Callable[[], str]] = {"pictures/peers.svg": charts.draw_p
 
 
 def should_be() -> dict[Path, str]:
-    """Every page and picture that comes from the code, or has a part that does, as it should be; slow parts left out."""
+    """Every page and picture that comes from the code, or has a part that does, as it should be, but slow parts."""
     return {DOCS / name: draw() for name, draw in PICTURES.items()} | filled(PARTS)
 
 

@@ -268,7 +268,7 @@ def test_without_tools_nothing_is_in_the_way() -> None:
         ({"tools": [{"name": "f", "parameters": {"type": "string"}}]}, ToolError, "'f'.*schema of an object"),
         ({"messages": []}, PromptError, "list of messages"),
         ({"messages": [{"content": "x"}]}, PromptError, "'role'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, PromptError, "reads text only.*image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, PromptError, "text only.*image_url"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, PromptError, "a tool call is"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from layerstream.checkpoint.codecs.tiled import (
     tiled,
     tiled_bytes,
 )
+from layerstream.checkpoint.codecs.tiled_ggml import tile_blocks, tiled_ggml
 
 from tests import quantised
 from tests.checkpoint.test_codecs import check_cuts, decode
@@ -138,6 +139,39 @@ def test_other_formats_are_rewritten(name: str, rows: int, monkeypatch: pytest.M
     monkeypatch.setattr("layerstream.checkpoint.codecs.tiled.SLAB_VALUES", 1)
     again = _rewritten(codec, planes, target, rows)
     assert all(torch.equal(again[plane], found[plane]) for plane in found)
+
+
+@pytest.mark.parametrize("swapped", [None, (16, 2)])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_of_gguf_are_the_same_in_tiles(kind: str, swapped: tuple[int, int] | None) -> None:
+    """Bit for bit, in as many bytes; rewritten for the kernel they are what the blocks themselves would be."""
+    codec, shape = Ggml(Kind[kind], swapped), (128, 256)
+    blocks = {"weight": torch.from_numpy(draw_blocks(Kind[kind], *shape, seed=3))}
+    weight, scale = tile_blocks(codec, blocks, shape[0])
+    target, planes = tiled_ggml(codec), {"weight": weight, "scale": scale}
+    assert {name: tuple(plane.shape) for name, plane in planes.items()} == target.expected(*shape)
+    assert sum(plane.nbytes for plane in planes.values()) == blocks["weight"].nbytes
+    found = decode(target, planes, shape, torch.float32)
+    assert torch.equal(found, decode(codec, blocks, shape, torch.float32))
+    check_cuts(target, planes, shape, found)
+    staying = [
+        {n: torch.zeros(s, dtype=d) for n, (d, s) in staying_shapes(TiledInt4(32), *shape).items()} for _ in "ab"
+    ]
+    rewrite(target, planes, staying[0], *shape)
+    rewrite(codec, blocks, staying[1], *shape)
+    assert all(torch.equal(staying[0][name], plane) for name, plane in staying[1].items())
+
+
+@needs_kernel
+def test_the_product_with_tiles_of_gguf_is_that_of_their_values() -> None:
+    codec = Ggml(Kind.Q4_1)
+    weight, scale = tile_blocks(codec, {"weight": torch.from_numpy(draw_blocks(Kind.Q4_1, 128, 256, seed=4))}, 128)
+    planes = {"weight": weight, "scale": scale}
+    inputs = torch.randn((5, 256), generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    found = tiled_ggml(codec).product(planes, inputs)
+    expected = inputs.float() @ decode(tiled_ggml(codec), planes, (128, 256), torch.float32).T
+    assert (found.float() - expected).abs().max() <= 0.01 * expected.abs().max()
+    assert torch.equal(tiled_ggml(codec).product(planes, inputs[2:3]), found[2:3])
 
 
 def test_what_is_not_linear_in_4_bits_is_not_rewritten() -> None:

@@ -9,8 +9,13 @@ from layerstream.measuring import rates as probe
 
 
 @pytest.fixture(autouse=True)
-def _measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _measure_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is measured once, on small matrices and for moments: what it comes to is no test's business."""
     monkeypatch.setattr(probe, "TIMES", 1)
+    monkeypatch.setattr(probe, "SIZE", 512)
+    monkeypatch.setattr(probe, "NUM_MATRICES", 2)
+    monkeypatch.setattr(probe, "DISK_SECONDS", 0.1)
+    monkeypatch.setattr(probe, "OVERLAP_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from layerstream.model.families import TESTED
 
 from docs.generate import charts, house
-from docs.generate.parts import DOCS, should_be
+from docs.generate.parts import DOCS, SLOW_PARTS, filled, should_be
 
 ROOT = DOCS.parent
 ENGINE = ROOT / "engine" / "layerstream"
@@ -39,6 +40,17 @@ def test_files_that_are_named_are_there(page: Path) -> None:
 def test_what_comes_from_the_code_is_as_the_code_says() -> None:
     for path, text in should_be().items():
         assert path.read_text("utf-8") == text, f"{_name(path)} is stale: python -m docs.generate writes it"
+
+
+@pytest.mark.families
+def test_the_tables_of_models_are_as_the_models_are() -> None:
+    for path, text in filled(SLOW_PARTS).items():
+        assert path.read_text("utf-8") == text, f"{_name(path)} is stale: python -m docs.generate writes it"
+
+
+def test_every_tested_family_is_in_the_tables_of_models() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "models.md").read_text("utf-8"), flags=re.M)
+    assert sorted(rows) == sorted(TESTED)
 
 
 def test_every_variable_is_in_its_page_and_no_other() -> None:

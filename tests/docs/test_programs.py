@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integrations.environments import ROOT, run_python
+from tests.integrations.environments import ROOT
+from tests.programs import run_program
 
 PAGES = ["docs/langchain.md", "docs/llama_index.md", "docs/getting-started.md", "docs/errors.md", "README.md"]
 NOT_RUN = "<!-- not run -->\n"  # stands before a program that wants a model of one's own
@@ -24,17 +25,16 @@ MODULES = [
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_programs_of_a_page_run_one_after_the_other(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LAYERSTREAM_KV_STORE", str(tmp_path / "kv"))
+def test_the_programs_of_a_page_run_one_after_the_other(page: str, tmp_path: Path) -> None:
     text = (ROOT / page).read_text("utf-8")
     programs = [code for mark, code in re.findall(rf"({NOT_RUN})?```python\n(.*?)```", text, flags=re.S) if not mark]
     code = "\n".join(programs).replace("engine_kwargs={}", "engine_kwargs={'progress': False}")
     assert "import" in code
     program = tmp_path / "page.py"  # a process of its own, as some of it is said to the whole framework
     program.write_text(code, "utf-8")
-    run_python(Path(sys.executable), str(program))
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LAYERSTREAM_KV_STORE": str(tmp_path / "kv")}
+    done = run_program(program, cwd=ROOT, environment={**os.environ, **settings})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.programs import run_program
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -52,18 +52,15 @@ def test_every_example_is_tested() -> None:
 
 
 QUICK = ("quickstart.py", "batch.py", "langchain_rag.py", "llama_index_rag.py", "structured.py", "from_airllm.py")
-"""Run by ``make test``; each takes the imports of a whole process, so the others are run by ``make slow``."""
+"""Run by ``make test``, the others by ``make slow``."""
 
 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAYS]
 )
 def test_says_what_it_should(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LAYERSTREAM_KV_STORE": str(tmp_path / "kv")},
-    )  # fmt: skip
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LAYERSTREAM_KV_STORE": str(tmp_path / "kv")}
+    done = run_program(EXAMPLES / name, cwd=tmp_path, environment={**os.environ, **settings})
     assert done.returncode == 0, done.stderr
     for said in SAYS[name]:
         assert said in done.stdout

@@ -1,11 +1,7 @@
-"""A process that is killed while it writes: kill −9 at any step of the store, with answers under way.
-
-The processes are forked from a server that has imported everything and started no thread, so one takes milliseconds.
-"""
+"""A process that is killed while it writes: kill −9 at any step of the store, with answers under way."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 
@@ -16,16 +12,14 @@ from tests.faults import wires
 from tests.faults.trials import Trial
 from tests.faults.wires import Tripwire
 from tests.faults.world import PROMPTS, World, params_of
+from tests.programs import PROCESSES
 
 PATIENCE_SECONDS = 60.0
-
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.faults.dying"])
 
 
 def run_and_die(trial: Trial, world: World, folder: str) -> bool:
     """Answer *trial*'s prompts in a process that dies at step ``trial.at``; whether it did (or was done before)."""
-    process = _PROCESSES.Process(target=_live, args=(trial, world, folder, torch.get_num_threads()))
+    process = PROCESSES.Process(target=_live, args=(trial, world, folder, torch.get_num_threads()))
     process.start()
     process.join(PATIENCE_SECONDS)
     if process.is_alive():

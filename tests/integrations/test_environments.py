@@ -45,29 +45,19 @@ else:
 """
 
 
-def _registry_answers() -> bool:
-    ask = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary",
-        ":none:",
-        "-d",
-        "/dev/null/x",
-        "pip",
-    ]
-    done = subprocess.run([*ask[:3], "index", "versions", "langchain-core"], capture_output=True, timeout=120)
-    return done.returncode == 0
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _registry_answers(), reason="needs a package registry")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("registry")]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def registry() -> None:
+    """Skips where no package registry answers."""
+    ask = [sys.executable, "-m", "pip", "index", "versions", "langchain-core"]
+    if subprocess.run(ask, capture_output=True, timeout=120).returncode:
+        pytest.skip("needs a package registry")
+
+
+@pytest.fixture(scope="module")
+def wheel(registry: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 

@@ -72,15 +72,6 @@ MULTIMODAL = {
         vision_config=_TOWER,
     ),
     "deepseek_vl": whole("deepseek_vl", _of("llama"), vision_config=_SIGLIP),
-    "ernie4_5_vl_moe": whole(
-        "ernie4_5_vl_moe",
-        {
-            "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": [48, 32], "moe_num_shared_experts": 1,
-            "mlp_layer_types": ["dense", "sparse", "sparse"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
-        },
-        vision_config=_TOWER,
-    ),
     "exaone4_5": whole("exaone4_5", _of("exaone4"), vision_config=_TOWER),
     "fast_vlm": whole("fast_vlm", _of("qwen2"), vision_config=_SIGLIP),
     "fun_asr_nano": whole(
@@ -155,14 +146,6 @@ MULTIMODAL = {
     "qwen3_vl": whole("qwen3_vl", _MROPE, vision_config=_TOWER),
     "qwen3_vl_moe": whole("qwen3_vl_moe", {**MOE, **_MROPE}, vision_config=_TOWER),
     "smolvlm": whole("smolvlm", _of("llama"), vision_config=_TOWER),
-    "step3p7": whole(
-        "step3p7",
-        {
-            **GROUPED, **LOCAL_AND_GLOBAL, "share_expert_dim": 48, "num_sliding_attention_heads": 8,
-            "mlp_layer_types": ["dense", "sparse", "sparse"],
-        },
-        vision_config=_TOWER,
-    ),
     "video_llama_3": whole("video_llama_3", _of("qwen2"), vision_config=_TOWER),
     "video_llava": whole("video_llava", _of("llama"), vision_config=_CLIP),
     "vipllava": whole("vipllava", _of("llama"), vision_config=_CLIP),

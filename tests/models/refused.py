@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.models.sizes import LATENT, MOE, ROUTED, text, whole
+from tests.models.sizes import LATENT, MOE, ROUTED, SmallModel, text, whole
 
 _LINEAR_AND_FULL: dict[str, Any] = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 _DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -20,8 +20,13 @@ REFUSED = {
     ),
     "lfm2": text("lfm2", layer_types=["conv", "conv", "full_attention"]),
     "nemotron_h": text(
-        "nemotron_h", hybrid_override_pattern="M*-", mamba_num_heads=4, mamba_head_dim=32, n_groups=1,
-        moe_intermediate_size=48, moe_shared_expert_intermediate_size=48,
+        "nemotron_h",
+        hybrid_override_pattern="M*-",
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        n_groups=1,
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=48,
     ),
     "olmo_hybrid": text("olmo_hybrid", **_LINEAR_AND_FULL),
     "qwen3_5_text": text("qwen3_5_text", **_DELTA, **_LINEAR_AND_FULL),
@@ -37,3 +42,23 @@ REFUSED = {
     "gptj": text("gptj", rotary_dim=8),
     "mpt": text("mpt", d_model=64, n_heads=4, n_layers=3),
 }
+
+NOT_ALONE: dict[str, SmallModel] = {
+    # encoder-decoders
+    "t5": text("t5"),
+    "bart": text("bart"),
+    # text is seen as a whole, or not without sound
+    "paligemma": whole("paligemma", {"model_type": "gemma2"}),
+    "voxtral_realtime": whole(
+        "voxtral_realtime",
+        {"model_type": "voxtral_realtime_text"},
+        audio_config={
+            "model_type": "voxtral_realtime_encoder",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    ),
+}
+"""Refused for what their configs say, or because text alone does not go through them."""

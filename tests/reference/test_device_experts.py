@@ -13,7 +13,7 @@ from layerstream.model.expert_usage import VARIABLE
 from layerstream.planner import on_host
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
-from layerstream.setup.plan_model import plan_model
+from layerstream.setup.plan_model import plan_facts, plan_model, spend
 from layerstream.setup.stepping import step_greedily
 from layerstream.streaming.experts.device_bank import DeviceBank
 from layerstream.streaming.experts.paths import ExpertPaths
@@ -38,18 +38,19 @@ def config_with_slots(folder: Path, num_slots: int, num_host_slots: int, **optio
     least."""
     config = EngineConfig(str(folder), device="cuda", dtype="float32", host_memory_bytes=2**30, memory_bytes=1)
     config = dataclasses.replace(config, **options)
+    facts = plan_facts(config)[0]
     with pytest.raises(BudgetTooSmall) as error:
-        plan_model(config)
+        spend(config, facts)
     config = dataclasses.replace(config, memory_bytes=error.value.required_bytes)
-    while (plan := plan_model(config)[0]).weights.expert_slots < min(num_slots, plan.facts.num_experts):
+    while (plan := spend(config, facts)).weights.expert_slots < min(num_slots, facts.num_experts):
         assert config.memory_bytes is not None
         config = dataclasses.replace(config, memory_bytes=config.memory_bytes + plan.weights.slot_bytes)
     slot_bytes = plan.weights.slot_bytes
-    num_host_slots = min(num_host_slots, plan.facts.num_experts - plan.weights.expert_slots)
+    num_host_slots = min(num_host_slots, facts.num_experts - plan.weights.expert_slots)
     with pytest.raises(BudgetTooSmall) as error:
-        plan_model(dataclasses.replace(config, host_memory_bytes=1))
+        spend(dataclasses.replace(config, host_memory_bytes=1), facts)
     config = dataclasses.replace(config, host_memory_bytes=error.value.required_bytes)
-    while plan_model(config)[0].weights.host_expert_slots < num_host_slots:
+    while spend(config, facts).weights.host_expert_slots < num_host_slots:
         assert config.host_memory_bytes is not None
         config = dataclasses.replace(config, host_memory_bytes=config.host_memory_bytes + slot_bytes)
     return config

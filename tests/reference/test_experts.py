@@ -19,7 +19,7 @@ from layerstream.model.expert_usage import VARIABLE
 from layerstream.planner import on_host
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
-from layerstream.setup.plan_model import plan_model
+from layerstream.setup.plan_model import plan_facts, plan_model, spend
 from layerstream.setup.stepping import step_greedily
 from layerstream.streaming.experts.bank import ExpertBank
 from safetensors.torch import load_file, save_file
@@ -52,17 +52,14 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
 def config_with_slots(folder: Path, num_slots: int, **options) -> EngineConfig:
     """The smallest budget that has room for *num_slots* experts at a time."""
     config = EngineConfig(str(folder), device="cpu", dtype="float32", memory_bytes=1, **options)
-    config = dataclasses.replace(config, memory_bytes=_least(config))
-    while (plan := plan_model(config)[0]).weights.expert_slots < num_slots:
+    facts = plan_facts(config)[0]
+    with pytest.raises(BudgetTooSmall) as error:
+        spend(config, facts)
+    config = dataclasses.replace(config, memory_bytes=error.value.required_bytes)
+    while (plan := spend(config, facts)).weights.expert_slots < num_slots:
         assert config.memory_bytes is not None
         config = dataclasses.replace(config, memory_bytes=config.memory_bytes + plan.weights.slot_bytes)
     return config
-
-
-def _least(config: EngineConfig) -> int:
-    with pytest.raises(BudgetTooSmall) as error:
-        plan_model(config)
-    return error.value.required_bytes
 
 
 @pytest.mark.parametrize("slots", ["one", "half", "most"])

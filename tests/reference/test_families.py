@@ -29,12 +29,19 @@ PROMPT_LENGTHS = (150, 5, 67)
 TOLERANCE = 1e-4  # of the largest logit
 MODES = ("resident", "layers", "cut", "device-host")
 
-QUANTISED = tuple(FAMILIES)
+CUDA_ONLY = {"kolibri1"}  # transformers calls an operator there that a pretended device does not have
+
+
+def modes_of(family: str) -> tuple[str, ...]:
+    """Those that *family* is compared in."""
+    return MODES[:-1] if family in CUDA_ONLY else MODES
 
 
 def mode_of(family: str) -> str:
-    """The one that ``make test`` runs *family* in."""
-    return MODES[zlib.crc32(family.encode()) % len(MODES)]
+    """The one that ``make test`` runs *family* in: on a pretended device, four times as slow as the others, one in
+    seven."""
+    turns = (*2 * MODES[:-1], *modes_of(family)[len(MODES) - 1 :])
+    return turns[zlib.crc32(family.encode()) % len(turns)]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +49,7 @@ def mode_of(family: str) -> str:
     [
         pytest.param(family, mode, marks=() if mode == mode_of(family) else pytest.mark.families)
         for family in FAMILIES
-        for mode in MODES
+        for mode in modes_of(family)
     ],
 )
 def test_equals_plain_transformers(family: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -67,7 +74,7 @@ def test_equals_plain_transformers(family: str, mode: str, tmp_path: Path, token
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("family", QUANTISED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_decoded_weights(family: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     reference = make_model(family, tmp_path)
     pack, quantisation = PACKERS["compressed-fp8"]

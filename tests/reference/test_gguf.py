@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream.checkpoint.codecs.ggml import SUPPORTED, Ggml
-from layerstream.checkpoint.gguf import open_gguf
+from layerstream.checkpoint.gguf import GgufFile, open_gguf
+from layerstream.checkpoint.gguf_config import read_gguf_config
+from layerstream.checkpoint.gguf_names import resolve_gguf
+from layerstream.comparing.weights import GgufWeights
 from layerstream.errors import CheckpointNotFound, InvalidHeader, TruncatedFile, UnsupportedFormat, UnsupportedModel
+from layerstream.text.tokenizer import load_tokenizer
 
 from tests.gguf_files import Kind, draw_blocks, write_gguf
 from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
@@ -83,9 +89,157 @@ def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path) -> Non
     _compare(tmp_path, "llama", kind, mode)
 
 
+STREAMED = ["llama3-rope", "mixtral", "gemma2", "qwen3-moe", "glm4-moe", "deepseek-v3", "gpt-oss", "llama4-text"]
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_what_is_undone_is_so_in_slices_and_experts_too(family: str, tmp_path: Path) -> None:
+    _compare(tmp_path, family, "Q8_0", "layers")
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_architectures(family: str, tmp_path: Path) -> None:
-    _compare(tmp_path, family, "Q8_0", "layers")
+    architecture, sizes = ARCHITECTURES[family]
+    layers = 6 if "window" in family or architecture in {"gemma2", "gemma3", "exaone4", "cohere2"} else 4
+    reference = make_model(family, tmp_path / "plain", sizes={"num_hidden_layers": layers, **sizes})
+    _check_reading(tmp_path, reference, architecture)
+
+
+_SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+_LATENT = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "moe_intermediate_size": 64, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+_GEMMA4 = {
+    "vocab_size_per_layer_input": 320, "global_head_dim": 32, "sliding_window": 40, "num_hidden_layers": 6,
+    "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+_BOTH = {"mscale": 0.7, "mscale_all_dim": 0.7}
+_FACTORS = {"short_factor": [1.0 + at / 8 for at in range(8)], "long_factor": [2.0 + at for at in range(8)]}
+_LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+READ: dict[str, tuple[str, str, dict[str, Any]]] = {  # an architecture, a family, and its config
+    "gemma4 with experts": (
+        "gemma4",
+        "Gemma4Text",
+        _GEMMA4
+        | {"attention_k_eq_v": True, "num_experts": 4, "num_global_key_value_heads": 1, "enable_moe_block": True}
+        | {"top_k_experts": 2, "moe_intermediate_size": 64, "final_logit_softcapping": 30.0},
+    ),
+    "gemma4 with inputs of layers": (
+        "gemma4",
+        "Gemma4Text",
+        _GEMMA4
+        | {"num_hidden_layers": 12, "hidden_size_per_layer_input": 32}
+        | {"num_kv_shared_layers": 5, "use_double_wide_mlp": True},
+    ),
+    "linear": (
+        "gemma3",
+        "Gemma3Text",
+        {"sliding_window": 40, "num_hidden_layers": 6, "query_pre_attn_scalar": 16}
+        | {
+            "rope_parameters": {
+                "sliding_attention": _LOCAL,
+                "full_attention": {**_LOCAL, "rope_type": "linear", "factor": 8.0},
+            }
+        },
+    ),
+    "longrope": (
+        "phi3",
+        "Phi3",
+        {
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256}
+            | _FACTORS,
+            "original_max_position_embeddings": 256,
+        },
+    ),
+    "yarn over latents": ("deepseek2", "DeepseekV3", _LATENT | {"rope_parameters": {**_YARN, **_BOTH}}),
+    "deepseek_v2": ("deepseek2", "DeepseekV2", _LATENT | {"topk_method": "group_limited_greedy"}),
+    "ministral3": (
+        "mistral3",
+        "Ministral3",
+        {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_metadata_say_beside_sizes(case: str, tmp_path: Path) -> None:
+    architecture, family, changes = READ[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**_SMALL, **changes})
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for tensor in reference.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape) * 0.2)
+    _check_reading(tmp_path, reference, architecture)
+
+
+def _check_reading(folder: Path, reference: Any, architecture: str) -> None:
+    """transformers' model of the config that is read, with the weights that are read, computes what *reference* does
+    with what was written."""
+    write_gguf(folder / "model.gguf", reference, architecture, Kind.Q8_0)
+    file = open_gguf(folder / "model.gguf")
+    model = transformers.AutoModelForCausalLM.from_config(read_gguf_config(file), attn_implementation="eager").eval()
+    sources = resolve_gguf(model, file)
+    model.load_state_dict(GgufWeights(sources).read(sources))
+    prompt = torch.tensor([draw_prompt(70)])
+    with torch.inference_mode():
+        expected = reference(prompt).logits
+        assert (model(prompt).logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.fixture
+def plain_file(tmp_path: Path) -> GgufFile:
+    write_gguf(tmp_path / "m.gguf", make_model("llama", tmp_path / "plain"), "llama", Kind.Q8_0)
+    return open_gguf(tmp_path / "m.gguf")
+
+
+def test_a_tensor_without_a_place_is_named(plain_file: GgufFile) -> None:
+    """Blocks that predict further tokens are left out; anything else would be another model."""
+    model = transformers.AutoModelForCausalLM.from_config(read_gguf_config(plain_file))
+    tensor = plain_file.tensors["output_norm.weight"]
+    counted = plain_file.metadata | {"llama.block_count": 4, "llama.nextn_predict_layers": 1}
+    further = replace(plain_file, metadata=counted, tensors={**plain_file.tensors, "blk.3.nextn.enorm.weight": tensor})
+    assert resolve_gguf(model, further).keys() == model.state_dict().keys()
+    strange = replace(plain_file, tensors={**plain_file.tensors, "blk.0.attn_sinks.weight": tensor})
+    with pytest.raises(
+        UnsupportedFormat, match=r"has 'blk.0.attn_sinks.weight' and 0 more tensors that 'llama' models"
+    ):
+        resolve_gguf(model, strange)
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        ({"llama.block_count": None}, InvalidHeader, "have no llama.block_count"),
+        ({"llama.embedding_length": None}, InvalidHeader, "say embedding_length is None"),
+        ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, r"scaled \(yarn\), and its metadata do not say all"),
+        ({"general.architecture": "bert"}, UnsupportedModel, "'bert': it is no decoder"),
+        ({"general.architecture": "plm"}, UnsupportedModel, "'plm': what its converter made of weights"),
+    ],
+)
+def test_metadata_that_make_no_model_are_an_error(
+    said: dict[str, Any], error: type[Exception], message: str, plain_file: GgufFile
+) -> None:
+    metadata = {name: value for name, value in (plain_file.metadata | said).items() if value is not None}
+    with pytest.raises(error, match=message):
+        read_gguf_config(replace(plain_file, metadata=metadata))
+
+
+def test_text_is_split_as_the_file_says(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    reference = make_model("llama", tmp_path / "plain")
+    for name in ("glm4", "nobody's"):
+        write_gguf(tmp_path / f"{name}.gguf", reference, "llama", Kind.Q8_0, tokenizer, pre=name)
+    backend = load_tokenizer(tmp_path / "glm4.gguf").backend_tokenizer
+    assert [part for part, _ in backend.pre_tokenizer.pre_tokenize_str("it's 12345")] == ["it", "'s", "Ġ", "123", "45"]
+    with pytest.raises(UnsupportedFormat, match=r"splits text is called \"nobody's\".*put the model's tokenizer.json"):
+        load_tokenizer(tmp_path / "nobody's.gguf")
 
 
 def _compare(folder: Path, family: str, kind: str, mode: str) -> None:

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -39,6 +37,7 @@ from benchmarks.accuracy import decoded
 from tests.gguf_files import Kind, write_gguf
 from tests.harness import add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import YARN, make_model, make_tokenizer
+from tests.programs import Program
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 KINDS = ["nf4", "int8", "int4"]
@@ -130,12 +129,11 @@ pack(Path(sys.argv[1]), Path(sys.argv[2]), "nf4", on_shard=slowly)
 
 def test_a_kill_loses_no_finished_file(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, source, out], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
+    child = Program(KILLED, source, out)
     while int(child.stdout.readline()) < 2:
         pass
     os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.finish()
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert len(there) >= 2
     with pytest.raises(CheckpointNotFound, match=r"no config\.json"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from layerstream.store.index import LEASE_SECONDS, Index
 from layerstream.store.tiers.folder import Bounds
 
 from tests.harness import draw_prompt
+from tests.programs import Program, run_program
 from tests.store.pages import chain, expected, new_pages, open_tier, read_back
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +23,7 @@ CACHED = 256
 
 
 def test_killed_at_every_step_of_writing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.store.kill_at_every_step", str(tmp_path / "kv")],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+    done = run_program(ROOT / "tests" / "store" / "kill_at_every_step.py", tmp_path / "kv", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 30, "steps"
 
@@ -49,24 +45,14 @@ with LayerStream({str(model)!r}, kv_store=store, dtype="float32", progress=False
 
 
 def test_eight_processes_prefill_once(model: Path, tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program(model, tmp_path / "kv", "import torch; torch.set_num_threads(1)")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=None,
-        )
-        for _ in range(8)
-    ]  # fmt: skip
+    one_thread = "import torch; torch.set_num_threads(1)"
+    processes = [Program(program(model, tmp_path / "kv", one_thread)) for _ in range(8)]
     for process in processes:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    answers = []
     for process in processes:
-        assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        answers.append(json.loads(output))
+    answers = [json.loads(process.finish().stdout) for process in processes]
     assert sorted(answer[0] for answer in answers) == [0] + [CACHED] * 7
     assert len({tuple(answer[1]) for answer in answers}) == 1
     assert sum(answer[2] for answer in answers) == CACHED // 128
@@ -96,16 +82,8 @@ import os, signal
 from layerstream.store.store import PrefixStore
 PrefixStore.publish = lambda self, published, seconds: os.kill(os.getpid(), signal.SIGKILL)
 """
-    dying = subprocess.Popen(
-        [sys.executable, "-c", program(model, tmp_path / "kv", claim)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    dying.communicate("go\n", timeout=60)
-    assert dying.returncode == -9
-    done = subprocess.run(
-        [sys.executable, "-c", program(model, tmp_path / "kv")],
-        input="go\n", capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+    assert run_program(program(model, tmp_path / "kv", claim), said="go\n").returncode == -9
+    done = run_program(program(model, tmp_path / "kv"), said="go\n")
     assert json.loads(done.stdout.splitlines()[-1])[0] == 0
 
 
@@ -113,18 +91,12 @@ def test_files_cannot_grow(model: Path, tmp_path: Path) -> None:
     """The kernel refuses to write (as on a full disk): the answer comes, nothing half-written stays."""
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))"
     (tmp_path / "kv").mkdir(mode=0o700)
-    done = subprocess.run(
-        [sys.executable, "-c", program(model, tmp_path / "kv", limited)],
-        input="go\n", capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = run_program(program(model, tmp_path / "kv", limited), said="go\n")
     assert done.returncode == 0, done.stderr[-2000:]
     cached, tokens, written, _ = json.loads(done.stdout.splitlines()[-1])
     assert (cached, written) == (0, 0)
     assert not [*(tmp_path / "kv").glob("*/*.kv"), *(tmp_path / "kv").glob("*/*.tmp")]
-    again = subprocess.run(
-        [sys.executable, "-c", program(model, tmp_path / "kv")],
-        input="go\n", capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+    again = run_program(program(model, tmp_path / "kv"), said="go\n")
     assert json.loads(again.stdout.splitlines()[-1])[1] == tokens
 
 
@@ -169,7 +141,7 @@ from tests.store.pages import *
 tier = open_tier(Path({str(tmp_path / "b")!r}), bounds=Bounds({size + 64 * 1024}, 0))
 print(tier.put(new_pages(chain(2))))
 """
-    done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = run_program(other, cwd=ROOT)
     assert done.stdout == "0\n", "there was nothing that it could evict"
     data = runs[0]._segment.path.read_bytes()  # type: ignore[attr-defined]
     assert data.startswith(expected(chain(1)[0], 0))

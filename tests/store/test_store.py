@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from layerstream.store.migrations import STEPS
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model
+from tests.programs import run_program
 
 CHUNK = 32  # as shrink_units sets it
 CONTEXT = draw_prompt(150)
@@ -250,10 +249,7 @@ with LayerStream({str(model)!r}, kv_store=store, chunk_tokens={CHUNK}, dtype="fl
     answer = engine.generate([{QUESTIONS[0]!r}], SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True))[0]
     print(answer.usage.cached_tokens, *answer.token_ids)
 """
-    runs = [
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-        for _ in range(2)
-    ]
+    runs = [run_program(program).stdout.split() for _ in range(2)]
     assert runs[0][0] == "0"
     assert runs[1][0] == str(170 // CHUNK * CHUNK)
     assert runs[0][1:] == runs[1][1:]

@@ -90,8 +90,8 @@ def plain_text(content: Any) -> str:
         else:
             kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
             raise PromptError(
-                f"this version reads text only, and a message has a part of type {kind!r}: leave it out, or say in words "
-                "what it shows"
+                f"this version reads text only, and a message has a part of type {kind!r}: leave it out, or say in "
+                "words what it shows"
             )
     return "\n".join(texts)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerstream.checkpoint.gguf import GgufFile
+from layerstream.checkpoint.gguf import ROPE_FACTORS, GgufFile, read_floats
 from layerstream.errors import UnsupportedModel
 
 Fields = dict[str, Any]
@@ -41,6 +41,7 @@ class Architecture:
         norm_offset: what was added to the weights of norms.
         transposes_experts: whether the model has experts as (in, out).
         alternates: whether the model has gate and up by turns, and the file one after the other.
+        ignores: names of tensors in a layer that no model of the family computes with, though files have them.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Architecture:
     norm_offset: float = 0.0
     transposes_experts: bool = False
     alternates: bool = False
+    ignores: frozenset[str] = frozenset()
 
 
 def _experts(count: str) -> dict[str, str]:
@@ -153,6 +155,56 @@ def _ministral3(file: GgufFile, fields: Fields) -> Fields:
     return {"rope_parameters": fields["rope_parameters"] | {"llama_4_scaling_beta": file.said(_TEMPERATURE)}}
 
 
+def _gemma4(file: GgufFile, fields: Fields) -> Fields:
+    """Layers that attend to everything have other heads, and rotate a part of them: files say so by factors that let
+    the rest stand still. Layers that read another one's keys may have a wider MLP."""
+    kinds = fields["layer_types"]
+    whole = kinds.index("full_attention")
+    by_layer = {name: _per_layer(file, key, len(kinds)) for name, key in _GEMMA4_LAYERS.items()}
+    local = by_layer["num_key_value_heads"][kinds.index(_LOCAL) if _LOCAL in kinds else whole]
+    width = by_layer["intermediate_size"]
+    head_dim = file.said("attention.key_length_swa", fields["head_dim"])
+    table = file.tensors.get("per_layer_token_embd.weight")
+    factors = file.tensors.get(ROPE_FACTORS)
+    moving = 1.0 if factors is None else float((read_floats(factors) < _STILL).float().mean())
+    return {
+        "head_dim": head_dim,
+        "global_head_dim": fields["head_dim"],
+        "num_key_value_heads": local,
+        "num_global_key_value_heads": by_layer["num_key_value_heads"][whole],
+        "attention_k_eq_v": f"blk.{whole}.attn_v.weight" not in file.tensors,
+        "intermediate_size": width[0],
+        "use_double_wide_mlp": width[-1] == 2 * width[0],
+        "vocab_size_per_layer_input": fields["vocab_size"] if table is None else table.shape[0],
+        "enable_moe_block": bool(file.said("expert_count")),
+        "rope_parameters": {
+            _LOCAL: fields["rope_parameters"][_LOCAL]
+            | {"partial_rotary_factor": file.said("rope.dimension_count_swa", head_dim) / head_dim},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": file.said("rope.freq_base"),
+                "partial_rotary_factor": moving,
+            },
+        },
+    }
+
+
+def _per_layer(file: GgufFile, key: str, count: int) -> list[int]:
+    said = file.said(key)
+    return said if isinstance(said, list) else [said] * count
+
+
+_LOCAL = "sliding_attention"
+_STILL = 1e20  # factors from there on let a frequency stand still
+_GEMMA4_LAYERS = {"num_key_value_heads": "attention.head_count_kv", "intermediate_size": "feed_forward_length"}
+_GEMMA4 = {
+    "final_logit_softcapping": "final_logit_softcapping",
+    "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+    "num_kv_shared_layers": "attention.shared_kv_layers",
+    "num_experts": "expert_count",
+    "top_k_experts": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
 _TEMPERATURE = "attention.temperature_scale"
 _QWEN_MOE = _experts("num_experts") | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
 _MIXTRAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
@@ -223,6 +275,15 @@ ROWS = (
         period=6,
         local_theta=10_000.0,
         norm_offset=1.0,
+    ),
+    Architecture(
+        "gemma4",
+        "gemma4_text",
+        keys=_GEMMA4,
+        derive=_gemma4,
+        period=6,
+        local_theta=10_000.0,
+        ignores=frozenset({"attn_k.weight", "attn_v.weight", "attn_k_norm.weight"}),
     ),
     Architecture("phi2", "phi", keys={"layer_norm_eps": _NORM_EPS}),
     Architecture("phi3", "phi3", keys={"original_max_position_embeddings": "rope.scaling.original_context_length"}),

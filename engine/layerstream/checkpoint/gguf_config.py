@@ -44,7 +44,7 @@ def config_fields(file: GgufFile, row: Architecture) -> Fields:
     """What the metadata say, by the names of the config's fields."""
     fields: Fields = {"model_type": row.family, **row.taken}
     fields["num_hidden_layers"] = num_layers(file)
-    for name, key in (_KEYS | row.keys).items():
+    for name, key in {**_KEYS, **row.keys}.items():
         if (value := file.said(key)) is not None:
             fields[name] = value
     for name in ("hidden_size", "num_attention_heads"):
@@ -106,7 +106,7 @@ def _rope(file: GgufFile, row: Architecture, fields: Fields) -> Fields:
     rotary = head_dim if row.is_latent else file.said("rope.dimension_count", head_dim)
     plain = {"rope_type": "default", "rope_theta": file.said("rope.freq_base", 10_000.0)}
     plain["partial_rotary_factor"] = rotary / head_dim
-    whole = plain | _scaling(file, row) | row.rope
+    whole = {**plain, **_scaling(file, row), **row.rope}
     if row.local_theta is None:
         return whole
     return {

@@ -35,6 +35,9 @@ _PARTS: dict[str, tuple[tuple[str, ...], ...]] = {  # ends of parameters' names,
     "block_sparse_moe.router.weight": (("ffn_gate_inp.weight",),),
     "shared_mlp.input_linear.weight": (("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),),
     "shared_mlp.output_linear.weight": (("ffn_down_shexp.weight",),),
+    "router.scale": (("ffn_gate_inp.scale",),),
+    "router.per_expert_scale": (("ffn_down_exps.scale",),),
+    "layer_scalar": (("layer_output_scale.weight",),),
     "self_attn.sinks": (("attn_sinks.weight",),),
     "self_attn.kv_b_proj.weight": (("attn_k_b.weight", "attn_v_b.weight"), ("attn_kv_b.weight",)),
 }
@@ -61,7 +64,7 @@ def resolve_gguf(model: Any, file: GgufFile) -> dict[str, Source]:
         if stored:
             sources[name] = _source(name, stored, row, model.config, tuple(parameter.shape))
             used |= {tensor.entry.name for tensor in stored}
-    _check_used(file, used, count)
+    _check_used(file, row, used, count)
     tie_sources(model, sources)
     check_sources(meta, sources)
     return {name: sources[name] for name in meta}
@@ -85,9 +88,10 @@ def _candidates(name: str, names: Any) -> Iterator[list[str]]:
         yield [f"{found}.{leaf}"]
 
 
-def _check_used(file: GgufFile, used: set[str], count: int) -> None:
+def _check_used(file: GgufFile, row: Architecture, used: set[str], count: int) -> None:
     """Blocks after the last layer predict further tokens; they are left out."""
-    left = [name for name in file.tensors if name not in used and name not in _NOT_PARAMETERS and _layer(name) < count]
+    over = [name for name in file.tensors if name not in used and name not in _NOT_PARAMETERS and _layer(name) < count]
+    left = [name for name in over if name.partition(".")[2].partition(".")[2] not in row.ignores]
     if left:
         raise UnsupportedFormat(
             f"{file.path}: has {left[0]!r} and {len(left) - 1} more tensors that {file.architecture!r} models, as they "

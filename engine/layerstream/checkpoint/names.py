@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     Split,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -147,6 +148,19 @@ def _rename(key: str, model: Any, meta: Mapping[str, Any], renamings: Any, conve
     return target, pattern
 
 
+def transposed_names(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Of the tensors with *shapes*, those that transformers' loader transposes for *model*."""
+    patterns = [
+        pattern
+        for converter in get_model_conversion_mapping(model)
+        if isinstance(converter, WeightConverter) and any(isinstance(item, Transpose) for item in converter.operations)
+        for pattern in converter.source_patterns
+    ]
+    meta = model.state_dict()
+    found = [key for key in shapes if key in meta and any(key.endswith(f".{pattern}") for pattern in patterns)]
+    return [key for key in found if shapes[key] != tuple(meta[key].shape)]
+
+
 def _plain_source(target: str, entry: TensorEntry) -> ParameterSource:
     return _source(target, entry, PiecedTensor.of(entry, _dtype(target, entry).itemsize))
 
@@ -235,6 +249,8 @@ def _apply(
     if isinstance(operation, Concatenate):
         ordered = [tensor for pattern in converter.source_patterns for tensor in values.get(pattern, [])]
         return {targets[0]: [concatenate(ordered, operation.dim)]}
+    if isinstance(operation, Transpose) and all(t.shape == tuple(meta[target].shape) for (t,) in values.values()):
+        return values  # the module takes it as it is stored
     if isinstance(operation, Chunk | Split) and len(values) == 1 and len(targets) > 1:
         tensor = next(iter(values.values()))[0]
         sizes = _sizes(operation, tensor, targets, target, meta)

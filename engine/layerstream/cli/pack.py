@@ -13,7 +13,7 @@ from layerstream.errors import ConfigurationError
 
 
 def pack(
-    model: Annotated[str, typer.Argument(help="A folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The folder to write; started again, it goes on where it stopped.")],
     nf4: Annotated[
         bool, typer.Option("--nf4", help="bitsandbytes' 4 bits: plain transformers loads them too.")

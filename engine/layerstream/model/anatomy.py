@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 from layerstream.errors import UnsupportedModel
@@ -32,7 +33,7 @@ _CLASSES = (
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
 
-_BUILDING = threading.Lock()
+_BUILDING = threading.Lock()  # what a model is built with is replaced meanwhile, for all threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def build_own(config: Any, *, trust_remote_code: bool = False, **options: Any) -
     config = copy.deepcopy(config)
     is_remote = trust_remote_code and hasattr(config, "auto_map")
     own = None if is_remote else own_class(config)
-    with no_weights(), _lenient(config):
+    with _BUILDING, no_weights(), no_init_weights(), _lenient(config):
         if is_remote:
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options).eval()
         if own is None:
@@ -107,12 +108,11 @@ def _lenient(config: Any) -> Iterator[None]:
         except ImportError:
             return torch.nn.Module()
 
-    with _BUILDING:
-        auto.from_config = from_config
-        try:
-            yield
-        finally:
-            del auto.from_config
+    auto.from_config = from_config
+    try:
+        yield
+    finally:
+        del auto.from_config
 
 
 def dissect(model: Any) -> Anatomy:

@@ -72,10 +72,11 @@ class EmbeddingRows:
         """The bytes of rows *distinct*, one after the other."""
         assert self._arena is not None
         countdown = Countdown(len(distinct))
-        (stored,) = self._source.pieces
-        extent = stored.entry.extent
         for index, token in enumerate(distinct):
-            start = extent.offset + stored.source_offset + token * self._row_bytes
+            at = token * self._row_bytes
+            piece = next(p for p in self._source.pieces if 0 <= at - p.destination_offset < p.num_bytes)
+            extent = piece.entry.extent
+            start = extent.offset + piece.source_offset + at - piece.destination_offset
             first = start // PAGE * PAGE
             needed = start + self._row_bytes - first
             copies = ((start - first, index * self._row_bytes, self._row_bytes),)

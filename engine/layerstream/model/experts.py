@@ -293,6 +293,14 @@ def weight_names(module: torch.nn.Module) -> list[str]:
     return [*names, *(f"{name}_bias" for name in names)] if module.has_bias else names
 
 
+def turn(module: torch.nn.Module) -> None:
+    """Have *module*, on the meta device, take its matrices with rows and columns exchanged."""
+    for name in weight_names(module):
+        turned = module.get_parameter(name).transpose(1, 2).contiguous()
+        module.register_parameter(name, torch.nn.Parameter(turned, requires_grad=False))
+    module.is_transposed = not module.is_transposed
+
+
 def _all_there(module: torch.nn.Module, experts: list[int]) -> Iterator[tuple[int, Matrices]]:
     names = weight_names(module)
     for expert in experts:

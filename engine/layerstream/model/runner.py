@@ -169,7 +169,7 @@ class SweepRunner:
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``(n, vocabulary)`` of final hidden states ``(n, hidden)``."""
         blocks = padded_blocks(len(hidden), self._head_rows)
-        padded = F.pad(hidden, (0, 0, 0, blocks[-1].stop - len(hidden)))
+        padded = F.pad(self._stubs.lead(hidden), (0, 0, 0, blocks[-1].stop - len(hidden)))
         head = self._weights.head
         if self._placement is None:
             raw = self._room.take(len(hidden), head.num_rows, hidden.dtype)
@@ -217,9 +217,12 @@ class _Stubs:
         self._anatomy = anatomy
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
+        self._given = torch.empty(0)  # to the head
         for part in (anatomy.trunk, anatomy.decoder):  # some call the one, some the other
             part.forward = self._decoded
-        anatomy.head.forward = lambda _: self._logits  # type: ignore[method-assign,assignment]
+        anatomy.head.forward = self._projected  # type: ignore[method-assign,assignment]
+        probe = torch.ones(anatomy.head.in_features)
+        self._leads = not torch.equal(self._lead(probe), probe)
 
     def embed(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """The embedding module's own forward over gathered *rows*: ``(n, hidden)``, scaled where the family does."""
@@ -232,6 +235,14 @@ class _Stubs:
         with _bound(self._anatomy.layer_embedding, rows):
             return self._anatomy.decoder.get_per_layer_inputs(indices)
 
+    def lead(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``(n, hidden)``: what the causal model makes of final hidden states before its head: scales them, if that."""
+        return torch.stack([self._lead(row) for row in hidden]) if self._leads else hidden
+
+    def _lead(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.finish(hidden, hidden.new_zeros(()).expand(self._anatomy.head.out_features))
+        return self._given
+
     def finish(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """``(1, vocabulary)``: what the causal model makes of one row's raw *logits*."""
         self._hidden, self._logits = hidden[None, None], logits[None, None]
@@ -242,6 +253,10 @@ class _Stubs:
 
     def _decoded(self, *_: Any, **__: Any) -> _Output:
         return _Output(last_hidden_state=self._hidden)
+
+    def _projected(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        self._given = hidden.view(-1)
+        return self._logits
 
 
 @contextmanager

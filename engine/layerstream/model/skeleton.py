@@ -20,7 +20,7 @@ from layerstream.checkpoint.folder import CONFIG, MAX_CONFIG_BYTES, Checkpoint, 
 from layerstream.checkpoint.gguf import GgufFile, open_gguf
 from layerstream.checkpoint.gguf_config import read_gguf_config
 from layerstream.checkpoint.gguf_names import resolve_gguf
-from layerstream.checkpoint.names import DTYPES, PackedSource, Source, resolve_parameters
+from layerstream.checkpoint.names import DTYPES, PackedSource, Source, resolve_parameters, transposed_names
 from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts
@@ -167,6 +167,7 @@ def build_skeleton(
         sources = resolve_gguf(model, file)
     else:
         assert checkpoint is not None
+        _turn_experts(model, checkpoint)
         sources = resolve_parameters(model, checkpoint.tensors, checkpoint.packed)
     dtypes = _compute_dtypes(model, sources, compute_dtype)
     body, routed_body, routed, head = _weigh(anatomy, traced, sources, dtypes, tile_values)
@@ -271,6 +272,14 @@ def _adapt(anatomy: Anatomy, traced: Trace) -> None:
     for module in anatomy.decoder.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
+
+
+def _turn_experts(model: Any, checkpoint: Checkpoint) -> None:
+    """Have experts whose matrices transformers would transpose as it loads take them as they lie."""
+    turned = set(transposed_names(model, {name: entry.shape for name, entry in checkpoint.tensors.items()}))
+    for path, module in model.named_modules() if turned else ():
+        if is_fused_experts(module) and turned >= {f"{path}.{name}" for name in experts.weight_names(module)}:
+            experts.turn(module)
 
 
 def _weigh(

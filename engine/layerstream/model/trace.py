@@ -15,7 +15,7 @@ list of names:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from layerstream.errors import UnsupportedModel
 from layerstream.kv.shape import PageShape
 from layerstream.model.anatomy import Anatomy
+from layerstream.model.asked_masks import Asked, Locality, flat, locality, note_mask
 
 IMPLEMENTATION = "layerstream-trace"
 ROWS = 5  # that run: as many as no other axis is likely to have
@@ -131,6 +132,20 @@ class _Recorder:
     top_k: dict[str, int] = field(default_factory=dict[str, int])
     counted: set[int] = field(default_factory=set[int])
     running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
+    known: dict[Asked, Locality] = field(default_factory=dict[Asked, Locality])
+
+    def locality(self, mask: torch.Tensor | None) -> Locality:
+        """Window and chunk of *mask*; see :func:`~layerstream.model.asked_masks.locality`."""
+        if mask is None:  # attention alone knows that it is causal
+            return None, None
+        asked = getattr(mask, "asked", None)
+        if not isinstance(asked, Asked):
+            raise UnsupportedModel(
+                f"{self.family!r} attends under a mask of its own making, which this version cannot apply"
+            )
+        if asked not in self.known:
+            self.known[asked] = locality(self.family, asked)
+        return self.known[asked]
 
 
 _RECORDER: ContextVar[_Recorder] = ContextVar("layerstream_trace")
@@ -234,41 +249,6 @@ class _Cache:
         raise UnsupportedModel(f"{self._recorder.family!r} cannot run: {reason}")
 
 
-class _Mask(torch.Tensor):
-    """A mask that was asked for; what is cut out of it is still that mask."""
-
-    asked: _Asked
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if isinstance(result, _Mask):
-            result.asked = next(item.asked for item in _flat(args) if isinstance(item, _Mask))
-        return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A mask: whether a row sees a column, ``sees(batch, head, row, column)``; the width of its window or chunk."""
-
-    sees: Callable[..., Any]
-    size: int | None
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
-
-
-def _note_mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> torch.Tensor:
-    mask = torch.empty((1, 1, ROWS, ROWS), dtype=torch.bool, device="meta").as_subclass(_Mask)
-    mask.asked = _Asked(mask_function, local_size)
-    return mask
-
-
 def _note_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -283,7 +263,7 @@ def _note_attention(
     source = next((at for at, kept in recorder.cached.items() if kept[0] is key and kept[1] is value), None)
     if source is None and own is None:
         raise UnsupportedModel(f"{recorder.family!r} attends to what it does not cache, in layer {layer}")
-    window, chunk = _locality(recorder.family, attention_mask)
+    window, chunk = recorder.locality(attention_mask)
     recorder.attended[layer] = LayerTrace(
         path=recorder.paths[module],
         kept=None if own is None else _shape(*own),
@@ -302,49 +282,6 @@ def _shape(keys: torch.Tensor, values: torch.Tensor) -> PageShape:
     return PageShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], dtype)
 
 
-def _locality(family: str, mask: torch.Tensor | None) -> tuple[int | None, int | None]:
-    """Window and chunk of *mask*.
-
-    Raises:
-        UnsupportedModel: it is none that was asked for, or lets other positions through.
-    """
-    if mask is None:  # attention alone knows that it is causal
-        return None, None
-    asked = getattr(mask, "asked", None)
-    if not isinstance(asked, _Asked):
-        raise UnsupportedModel(f"{family!r} attends under a mask of its own making, which this version cannot apply")
-    if asked.size is not None and asked.size < 1:
-        raise UnsupportedModel(
-            f"{family!r} says that a row sees {asked.size} positions; expected 1 at the least: correct the window in "
-            "its config.json"
-        )
-    for window, chunk in ((None, None),) if asked.size is None else ((asked.size, None), (None, asked.size)):
-        if _lets_through(asked, window, chunk):
-            return window, chunk
-    raise UnsupportedModel(
-        f"{family!r} lets its rows see other positions than those before them, of a window or of a chunk: it is not "
-        "causal, and this version runs causal models"
-    )
-
-
-def _lets_through(asked: _Asked, window: int | None, chunk: int | None) -> bool:
-    """Whether *asked* shows just the positions of *window* or *chunk*, where either could differ."""
-    size = asked.size or 7
-    rows = sorted({at + step for at in (0, size, 2 * size, 3 * size) for step in (-1, 0, 1) if at + step >= 0})
-    for row in rows:
-        starts = (0, row - size, row // size * size, row)
-        for column in {at + step for at in starts for step in (-1, 0, 1) if at + step >= 0}:
-            seen = bool(asked.sees(0, 0, torch.tensor(row), torch.tensor(column)))
-            expected = column <= row
-            if window is not None:
-                expected = expected and column > row - window
-            if chunk is not None:
-                expected = expected and column // chunk == row // chunk
-            if seen != expected:
-                return False
-    return True
-
-
 def _note_experts(
     module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *_: Any, **__: Any
 ) -> torch.Tensor:
@@ -355,7 +292,7 @@ def _note_experts(
 
 def _register() -> None:
     AttentionInterface.register(IMPLEMENTATION, _note_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _note_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, note_mask)
     ExpertsInterface.register(IMPLEMENTATION, _note_experts)
 
 
@@ -405,7 +342,7 @@ class _Meta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not any(isinstance(item, torch.Tensor) and item.is_meta for item in _flat((*args, *kwargs.values()))):
+        if not any(isinstance(item, torch.Tensor) and item.is_meta for item in flat((*args, *kwargs.values()))):
             return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0

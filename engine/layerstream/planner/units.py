@@ -273,8 +273,8 @@ def choose_residents(sizes: Sequence[int], available_bytes: int, first: Sequence
     if sum(sizes) <= available_bytes:
         return frozenset(range(len(sizes)))
     chosen: set[int] = set()
-    left = available_bytes
-    for index in [*first, *(index for index in _spread_order(len(sizes)) if index not in set(first))]:
+    left, ahead = available_bytes, set(first)
+    for index in [*first, *(index for index in _spread_order(len(sizes)) if index not in ahead)]:
         if sizes[index] <= left:
             chosen.add(index)
             left -= sizes[index]
