@@ -19,7 +19,7 @@ from layerstream.setup import plan_model as sizing
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import model_facts
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 from layerstream.streaming.experts.bank import ExpertBank, ExpertLost
 
 from tests.models import VOCAB_SIZE

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import layerstream
 import pytest
+import transformers
 from layerstream import LayerStream, SamplingParams
 from layerstream.cli import app
 from layerstream.text.prompt import QUESTION_PROMPT
@@ -155,6 +156,17 @@ def test_doctor_looks_at_everything(model: Path) -> None:
     assert result.exit_code == 0
     for name in ("versions", "memory", "accelerator", "direct reads", "disk", "products", "cache"):
         assert any(line[2:].startswith(name) for line in result.stdout.splitlines())
+
+
+def test_doctor_compares_a_model_with_plain_transformers(model: Path, tmp_path: Path) -> None:
+    result = run("doctor", model)
+    assert result.exit_code == 0, result.stderr
+    for words in ("on the tested list", "sees all positions", "streamed, from the store: log-probabilities within"):
+        assert words in result.stdout
+    transformers.AutoConfig.for_model("qwen3_next").save_pretrained(tmp_path)
+    refused = run("doctor", tmp_path)
+    assert refused.exit_code == 1
+    assert "recurrent state" in refused.stderr
 
 
 def test_bench_writes_a_trace(tmp_path: Path) -> None:

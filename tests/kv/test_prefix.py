@@ -18,7 +18,7 @@ from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model

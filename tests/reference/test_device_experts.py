@@ -14,7 +14,7 @@ from layerstream.planner import on_host
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import plan_facts, plan_model, spend
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 from layerstream.streaming.experts.device_bank import DeviceBank
 from layerstream.streaming.experts.paths import ExpertPaths
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream.setup.assembly import assemble
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 
 from tests.guesser import Guesser
 from tests.harness import add_tokenizer, config_for, draw_prompt

@@ -14,7 +14,7 @@ from layerstream.setup import plan_model as sizing
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.pack import pack
 from layerstream.setup.plan_model import plan_model
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 from layerstream.store.config import KVStoreConfig
 
 from tests.checkpoint.test_tiled import needs_kernel

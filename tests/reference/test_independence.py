@@ -9,7 +9,7 @@ import pytest
 import torch
 from layerstream.planner import on_host
 from layerstream.setup.assembly import assemble
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 
 from tests.harness import add_tokenizer, config_for, draw_prompt, run_greedily
 from tests.models import make_model

@@ -16,7 +16,7 @@ from layerstream.core.sizes import PAGE
 from layerstream.planner import on_host
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 from layerstream.store.choice import Rates
 from layerstream.store.migrations import STEPS
 

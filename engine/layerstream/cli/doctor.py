@@ -1,4 +1,7 @@
-"""``layerstream doctor``: whether this machine has what streaming needs, and what to do where it has not."""
+"""``layerstream doctor``: whether this machine has what streaming needs, and what to do where it has not.
+
+With a model: whether its family gives here what it gives in plain transformers.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +36,36 @@ class Finding:
 
 
 def doctor(
+    checked: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Compare a shrunken copy of this one with plain transformers instead."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Look at the disk of this model as well.")] = "demo",
     again: Annotated[bool, typer.Option("--again", help="Measure rates anew.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")
+    ] = False,
 ) -> None:
     """Check drivers, memory, disks and versions, and measure what plans are made with (ten seconds, once).
 
-    Exits 1 if something does not work.
+    With MODEL: build a small random model as its config says, and compare what this engine and plain transformers make
+    of it (half a minute; of the model itself the config alone is read). Exits 1 if something does not work.
+    """
+    if checked is None:
+        _show(_findings(model, again))
+    else:
+        _show(_comparison(checked, revision, trust_remote_code))
+
+
+def _show(findings: Iterator[Finding]) -> None:
+    """Print what was found.
+
+    Raises:
+        typer.Exit: something is bad.
     """
     verdicts: set[Verdict] = set()
-    for finding in _findings(model, again):
+    for finding in findings:
         typer.echo(f"{MARKS[finding.verdict]} {finding.name:<16}{finding.value}".rstrip())
         if finding.advice:
             typer.echo(f"  {'':<16}{finding.advice}")
@@ -49,6 +73,25 @@ def doctor(
     typer.echo("\nsomething needs a look" if verdicts & {"warn", "bad"} else "\nall is well")
     if "bad" in verdicts:
         raise typer.Exit(FAILED)
+
+
+def _comparison(model: str, revision: str | None, trust_remote_code: bool) -> Iterator[Finding]:
+    from layerstream.checkpoint.hub import locate_headers
+    from layerstream.setup.config import EngineConfig
+    from layerstream.setup.self_check import self_check
+
+    config = EngineConfig(model, revision=revision, trust_remote_code=trust_remote_code)
+    found = self_check(locate_headers(model, revision=revision), config)
+    listed = "on the tested list" if found.is_tested else "not on the tested list: allow_untested=True runs it"
+    yield Finding("family", found.family, "ok" if found.is_tested else "note", listed)
+    yield Finding("compared", found.method)
+    for layers in found.layers:
+        yield Finding("layers", layers)
+    for run in found.runs:
+        yield Finding("", f"{run.mode}: {run.found}", "ok" if run.agrees else "bad")
+    if not found.agrees:
+        advice = "this engine does not run it: use another family, or plain transformers"
+        yield Finding("verdict", "it would give wrong answers", "bad", advice)
 
 
 def _findings(model: str, again: bool) -> Iterator[Finding]:

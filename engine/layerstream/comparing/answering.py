@@ -8,7 +8,7 @@ import torch
 
 from layerstream.comparing.recording import Record, Taps
 from layerstream.setup.assembly import Assembly
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 
 
 def answer(

@@ -37,7 +37,7 @@ from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.known_rates import KnownRates, disk_name
 from layerstream.setup.open_store import weight_paths
-from layerstream.setup.self_check import step_greedily
+from layerstream.setup.stepping import step_greedily
 from layerstream.streaming.layout import lay_out
 from layerstream.streaming.loader import Countdown, load_unit
 

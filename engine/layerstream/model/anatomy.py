@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 from layerstream.errors import UnsupportedModel
+from layerstream.model.meta import no_weights
 
 _CLASSES = (
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -82,7 +82,7 @@ def build_own(config: Any, *, trust_remote_code: bool = False, **options: Any) -
     config = copy.deepcopy(config)
     is_remote = trust_remote_code and hasattr(config, "auto_map")
     own = None if is_remote else own_class(config)
-    with _BUILDING, init_empty_weights(include_buffers=False), no_init_weights(), _lenient(config):
+    with _BUILDING, no_weights(), no_init_weights(), _lenient(config):
         if is_remote:
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options).eval()
         if own is None:
