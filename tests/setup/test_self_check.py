@@ -68,7 +68,7 @@ def test_a_full_model_is_compared_in_all_that_it_does() -> None:
 
 
 def test_windows_that_nobody_applies_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "_locality", lambda *_: (None, None))
+    monkeypatch.setattr(tracing, "locality", lambda *_: (None, None))
     found = check_family(full_config("cohere2"), ON_THE_HOST)
     assert not found.agrees
     assert all(run.difference > 0.01 for run in found.runs)
