@@ -29,7 +29,7 @@ DENSE = {
     "gemma2": text("gemma2", sliding_window=WINDOW, query_pre_attn_scalar=16),
     "gemma3": text("gemma3_text", sliding_window=WINDOW, num_hidden_layers=7, query_pre_attn_scalar=16),
     "gemma3n-text": text(
-        "gemma3n_text", **SHARED_KV, laurel_rank=8, altup_num_inputs=3, activation_sparsity_pattern=[0.9] + 5 * [0.0]
+        "gemma3n_text", **SHARED_KV, laurel_rank=8, activation_sparsity_pattern=[0.9] + 5 * [0.0]
     ),
     "gemma4-text": text(  # keys are values, fewer and longer ones in full layers
         "gemma4_text", **LOCAL_AND_GLOBAL, attention_k_eq_v=True, global_head_dim=32, num_global_key_value_heads=1,

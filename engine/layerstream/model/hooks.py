@@ -138,7 +138,7 @@ def _rows_of(value: Any, total: int, rows: slice) -> Any:
             return value
         if axis == 1:
             return value[0, rows][None]  # not [:, rows], whose strides make products slow
-        return value[rows] if axis == 0 else value[:, :, rows]
+        return value[rows] if axis == 0 else value[:, :, rows].contiguous()  # by its strides a product has other bits
     if isinstance(value, tuple | list):
         return type(value)(_rows_of(item, total, rows) for item in value)
     if isinstance(value, dict):

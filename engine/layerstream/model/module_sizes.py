@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from math import prod
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 
@@ -46,23 +46,15 @@ class Weigher:
 
         A block with experts stays in one piece: they cannot be cut anyway, and what it computes between its parts (a
         gate's sigmoid) has to see the rows of one row block at a time. So do attention over latents, and a module that
-        calls methods of its parts.
+        calls methods of its parts. A layer that has its experts without a block (Gemma 4) is cut, and they are one
+        piece.
         """
+        if self._stays_whole(module, path):
+            return self._weigh_whole(module, path)
         sources, dtypes = self._sources, self._dtypes
         last, order = len(self._traced.order), self._traced.order
         paths = sorted((f"{path}.{name}" for name, _ in module.named_children()), key=lambda at: order.get(at, last))
         children = tuple(self.weigh(module.get_submodule(at[len(path) + 1 :]), at) for at in paths)
-        inner = next((name for name, child in module.named_children() if is_fused_experts(child)), None)
-        if inner is not None or path in self._traced.mingled or self._is_alone(module):
-            keys = {key for key in sources if key.startswith(f"{path}.")}
-            left = ""
-            if inner is not None and self._leaves_experts and not _attends(module):
-                left = f"{path}.{inner}"
-                keys -= set(self._leave(module.get_submodule(inner), left))
-            num_bytes = sum(sources[key].num_bytes for key in keys)
-            compute_bytes = sum(_compute_bytes(sources[key], dtypes[key]) for key in keys)
-            decoding = _whole_decode_bytes(keys, sources, dtypes)
-            return WeightNode(path, num_bytes, compute_bytes, decode_bytes=decoding, experts=left)
         own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
         node = WeightNode(
             name=path,
@@ -85,13 +77,23 @@ class Weigher:
             kernel=(tiled(matrix.codec, matrix.shape[1]) or matrix.codec).kernel,
         )
 
-    def _is_alone(self, module: torch.nn.Module) -> bool:
-        """Whether *module* is attention that takes one sequence at a time: all sequences would pass between its Linears
-        if they were units."""
-        layer: Any = getattr(module, "layer_idx", None)
-        if not isinstance(layer, int) or layer >= len(self._traced.layers) or not self._traced.layers[layer].is_alone:
-            return False
-        return not any(hasattr(child, "layer_idx") for child in module.children())  # else it is a decoder layer
+    def _weigh_whole(self, module: torch.nn.Module, path: str) -> WeightNode:
+        keys, left = {key for key in self._sources if key.startswith(f"{path}.")}, ""
+        if self._leaves_experts and not self._traced.attends_in(path) and (left := _experts_in(module, path)):
+            keys -= set(self._leave(module if left == path else module.get_submodule(left[len(path) + 1 :]), left))
+        return WeightNode(
+            path,
+            sum(self._sources[key].num_bytes for key in keys),
+            sum(_compute_bytes(self._sources[key], self._dtypes[key]) for key in keys),
+            decode_bytes=_whole_decode_bytes(keys, self._sources, self._dtypes),
+            experts=left,
+        )
+
+    def _stays_whole(self, module: torch.nn.Module, path: str) -> bool:
+        if path in self._traced.mingled or is_fused_experts(module):
+            return True
+        attends_alone = any(layer.path == path and layer.is_alone for layer in self._traced.layers)
+        return attends_alone or (bool(_experts_in(module, path)) and not self._traced.attends_in(path))
 
     def _leave(self, module: torch.nn.Module, path: str) -> list[str]:
         """Note the experts *module*; the names of their weights."""
@@ -116,9 +118,11 @@ class Weigher:
         return keys
 
 
-def _attends(block: torch.nn.Module) -> bool:
-    """Whether attention is below *block* as well: then it is a whole layer."""
-    return any(hasattr(module, "layer_idx") for module in block.modules() if module is not block)
+def _experts_in(module: torch.nn.Module, path: str) -> str:
+    """Path of the experts that *module*, at *path*, is or has; ``""``: none."""
+    if is_fused_experts(module):
+        return path
+    return next((f"{path}.{name}" for name, child in module.named_children() if is_fused_experts(child)), "")
 
 
 def _of_one(source: Source, num_experts: int) -> int:

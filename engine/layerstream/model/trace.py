@@ -103,6 +103,10 @@ class Trace:
         """Number of the layer that the module *path* is; ``None``: it is none."""
         return next((at for at, layer in enumerate(self.layers) if layer.path.startswith(f"{path}.")), None)
 
+    def attends_in(self, path: str) -> bool:
+        """Whether attention is below the module *path*."""
+        return self.layer_at(path) is not None
+
     @property
     def keepers(self) -> list[int]:
         """The layers that cache, in order: numbers of states are positions in it."""
@@ -193,7 +197,12 @@ def bypassing(family: str) -> UnsupportedModel:
 
 def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
     count = 1 + max((*recorder.attended, *recorder.cached), default=-1)
-    if not count or set(range(count)) - recorder.attended.keys():
+    if not count:
+        raise UnsupportedModel(
+            f"{recorder.family!r} caches no keys and values: it keeps recurrent state, and this version streams models "
+            "whose only state is keys and values"
+        )
+    if set(range(count)) - recorder.attended.keys():
         raise bypassing(recorder.family)
     numbers = {layer: number for number, layer in enumerate(sorted(recorder.cached))}
     layers = (recorder.attended[layer] for layer in range(count))

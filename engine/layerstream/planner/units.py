@@ -223,7 +223,7 @@ def linears(node: WeightNode) -> Iterator[WeightNode]:
 
 def _cut(node: WeightNode, limit: int) -> Iterator[PlannedUnit]:
     total, compute = node.total_bytes, node.total_compute_bytes
-    if not total:
+    if not total and not node.routes:
         return
     can_cut = node.children or (node.num_rows and node.row_step)
     is_whole = node.num_rows or not (node.most_decode_bytes or node.routes or node.is_list)

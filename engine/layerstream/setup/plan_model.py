@@ -157,7 +157,7 @@ def model_facts(
     layer_kv = tuple(layer.values * skeleton.dtype.itemsize for layer in traced.layers)
     embedding = skeleton.sources[skeleton.embedding_key]
     embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
-    widest = max(module.out_features for module in _linears(skeleton))
+    widest = max((module.out_features for module in _linears(skeleton)), default=4 * config.hidden_size)
     fused = {} if is_on_device else fused_rows(skeleton.kernels)
     if is_on_device:
         streaming_rows = assumed.STREAMING_ROWS
