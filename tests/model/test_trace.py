@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 import transformers
 from layerstream.errors import UnsupportedModel
 from layerstream.model.anatomy import Anatomy, build_own, dissect, own_class
-from layerstream.model.skeleton import build_meta
+from layerstream.model.skeleton import build_meta, build_skeleton
 from layerstream.model.trace import Trace, trace
 
-from tests.models import FAMILIES, VOCAB_SIZE
+from tests.models import FAMILIES, VOCAB_SIZE, make_model
 from tests.models.refused import REFUSED
 
 _SMALL: dict[str, Any] = {
@@ -109,7 +110,20 @@ def test_what_cannot_run_is_refused_with_the_mechanism(name: str) -> None:
         trace(dissect(build_meta(REFUSED[name].config(), torch.float32, trust_remote_code=False)))
 
 
+@pytest.mark.parametrize("name", ["gemma4-text-moe", "hunyuan-v1-moe", "qwen3-moe"])
+def test_experts_come_as_they_are_routed_to(name: str, tmp_path: Path) -> None:
+    """Also where a layer has them without a block (Gemma 4), or blocks are numbered as layers are (Hunyuan)."""
+    name = next(key for key in FAMILIES if key.replace("_", "-") == name)
+    make_model(name, tmp_path)
+    skeleton = build_skeleton(tmp_path)
+    assert len(skeleton.routed) == 3
+    assert {node.top_k for node in skeleton.routed} == {2}
+    assert skeleton.routed_body != skeleton.body
+
+
 def test_what_is_no_language_model_or_sees_nothing_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="recurrent state"):
+        find(transformers.Mamba2Config(num_heads=8, head_dim=16, hidden_size=64, num_hidden_layers=2, vocab_size=99))
     with pytest.raises(UnsupportedModel, match="no language model"):
         find(transformers.ViTConfig())
     with pytest.raises(UnsupportedModel, match="sees 0 positions"):

@@ -119,7 +119,7 @@ def dissect(model: Any) -> Anatomy:
     """Find the language model in *model*, and leave out what it does without.
 
     Raises:
-        UnsupportedModel: there is no embedding or no linear head.
+        UnsupportedModel: there is no embedding or no linear head, or they are not where they are expected.
     """
     embedding = model.get_input_embeddings()
     names = {module: name for name, module in model.named_modules()}
@@ -130,8 +130,13 @@ def dissect(model: Any) -> Anatomy:
             f"{model.config.model_type!r} has a {type(embedding).__name__} and a {type(head).__name__} where an "
             "embedding and a linear output projection are expected"
         )
-    embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
     decoder = chain[-1]
+    if not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedModel(
+            f"{model.config.model_type!r} has its embedding inside a {type(decoder).__name__}, which does "
+            "more than to look up rows: this version cannot run it"
+        )
+    embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
     _leave_out_towers(chain, {head, *_ancestors(causal, names[head][len(_prefix(names[causal])) :])})
     return Anatomy(model, causal, chain[chain.index(causal) + 1], decoder, embedding, head, _second_table(decoder))
 
