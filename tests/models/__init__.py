@@ -34,7 +34,8 @@ def make_model(
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
                 scale = 0.2 if tensor.dim() > 1 else 0.1
-                offset = 1.0 if "norm" in name and tensor.dim() == 1 and "bias" not in name else 0.0
+                scales = ("norm" in name and "bias" not in name) or "layer_scalar" in name  # what is around 1
+                offset = 1.0 if scales and tensor.dim() == 1 else 0.0
                 tensor.copy_(torch.randn(tensor.shape) * scale + offset)
     model.tie_weights()
     model.save_pretrained(folder, **save_options)

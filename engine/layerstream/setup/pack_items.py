@@ -181,10 +181,11 @@ def skipped_linears(skeleton: Skeleton, shards: Sequence[Sequence[Item]]) -> lis
 
 def checked_rows(matrix: PackedTensor) -> int:
     """How many along the first axis of *matrix* are compared: an expert, or whole rows of the codec's."""
-    if len(matrix.shape) > 2:
+    codec, shape = matrix.codec, list(matrix.shape)
+    if len(shape) > 2:
         return 1
-    step = matrix.codec.row_step or matrix.shape[0]
-    return min(matrix.shape[0], -(-CHECKED_ROWS // step) * step)
+    step = codec.row_step or shape[0]
+    return min(shape[0], -(-CHECKED_ROWS // step) * step)
 
 
 def decode_first(matrix: PackedTensor, count: int) -> torch.Tensor:
