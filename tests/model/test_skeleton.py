@@ -13,7 +13,14 @@ import pytest
 import torch
 import transformers
 from layerstream.checkpoint.hub import headers_folder
-from layerstream.errors import CheckpointError, LayerStreamError, UnsupportedFormat, UnsupportedModel
+from layerstream.errors import (
+    CheckpointError,
+    InvalidHeader,
+    LayerStreamError,
+    MissingTensor,
+    UnsupportedFormat,
+    UnsupportedModel,
+)
 from layerstream.model.assumed import assume_weights, has_config_alone
 from layerstream.model.skeleton import build_skeleton
 from layerstream.text.defaults import load_defaults
@@ -225,3 +232,29 @@ def test_a_config_alone_is_weighed_as_its_files_would_be(
     assert (found.body, found.routed, found.head) == (expected.body, expected.routed, expected.head)
     assert found.is_tied == expected.is_tied
     assert headers_folder("x").is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "keeps", "error", "says"),
+    [
+        ("qwen3_vl", {}, "visual", MissingTensor, "nothing for 36 of 36 parameters"),
+        ("qwen3_vl", {"num_hidden_layers": 5}, "", MissingTensor, "layers.3"),
+        ("gemma4-text", {"layer_types": ["full_attention"]}, "", CheckpointError, "must be equal to the number of"),
+        ("gemma4-text-inputs", {"num_kv_shared_layers": 6}, "", CheckpointError, "layer types producing a cache"),
+        ("gemma4-text-inputs", {"hidden_size_per_layer_input": 9}, "", InvalidHeader, r"says \[9, 64\]"),
+        ("gemma3", {"sliding_window": 0}, "", UnsupportedModel, "sees 0 positions; expected 1"),
+        ("gemma4-text-moe", {"top_k_experts": 99}, "", UnsupportedModel, "k not in range"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_not_that_of_its_weights(
+    family: str, said: dict[str, Any], keeps: str, error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    """A vision-language checkpoint without its text, layers of another number, sizes, windows and experts."""
+    make_model(family, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if keeps in name}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.get("text_config", config).update(said)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=says):
+        build_skeleton(tmp_path)
