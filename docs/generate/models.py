@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from layerstream.core.formats import FORMATS
 from layerstream.errors import UnsupportedModel
 from layerstream.model.families import check_supported
@@ -62,9 +63,17 @@ def row_of(model_type: str, names: Iterable[str]) -> Row:
     return Row(
         text="" if config == model_type else config,
         modes=tuple(mode for mode in modes_of(next(iter(skeletons))) if mode != "cut" or not is_alone),
-        gguf=tuple(sorted({kind for name, (kind, _) in test_gguf.ARCHITECTURES.items() if name in skeletons})),
+        gguf=tuple(sorted(set(_architectures(model_type, skeletons)))),
         routes=any(skeleton.routed for skeleton in skeletons.values()),
     )
+
+
+def _architectures(model_type: str, names: Collection[str]) -> Iterator[str]:
+    """Those of GGUF files that are compared as small models *names*, or as random ones of *model_type*."""
+    yield from {kind for name, (kind, _) in test_gguf.ARCHITECTURES.items() if name in names}
+    for kind, family, _ in test_gguf.READ.values():
+        if getattr(transformers, f"{family}Config").model_type == model_type:
+            yield kind
 
 
 def draw(rows: Mapping[str, Row]) -> str:

@@ -169,14 +169,26 @@ READ: dict[str, tuple[str, str, dict[str, Any]]] = {  # an architecture, a famil
 
 @pytest.mark.parametrize("case", READ)
 def test_what_metadata_say_beside_sizes(case: str, tmp_path: Path) -> None:
+    architecture, reference = _draw(case)
+    _check_reading(tmp_path, reference, architecture)
+
+
+@pytest.mark.parametrize("case", ["gemma4 with experts", "gemma4 with inputs of layers"])
+def test_gemma_4_streams(case: str, tmp_path: Path) -> None:
+    architecture, reference = _draw(case)
+    _run(tmp_path / "model.gguf", reference, architecture, "Q8_0", "layers")
+
+
+def _draw(case: str) -> tuple[str, Any]:
+    """Architecture and random model of one of :data:`READ`."""
     architecture, family, changes = READ[case]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**_SMALL, **changes})
-    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for tensor in reference.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape) * 0.2)
-    _check_reading(tmp_path, reference, architecture)
+        for name, tensor in reference.state_dict().items():
+            tensor.copy_(torch.randn(tensor.shape) * 0.2 + (1.0 if "layer_scalar" in name else 0.0))
+    return architecture, reference
 
 
 def _check_reading(folder: Path, reference: Any, architecture: str) -> None:
@@ -245,7 +257,11 @@ def test_text_is_split_as_the_file_says(tmp_path: Path) -> None:
 def _compare(folder: Path, family: str, kind: str, mode: str) -> None:
     architecture, sizes = ARCHITECTURES[family]
     reference = make_model(family, folder / "plain", sizes={"num_hidden_layers": 6, **sizes})
-    path = folder / "model.gguf"
+    _run(folder / "model.gguf", reference, architecture, kind, mode)
+
+
+def _run(path: Path, reference: Any, architecture: str, kind: str, mode: str) -> None:
+    """The engine answers from what was written of *reference* as that does."""
     write_gguf(path, reference, architecture, Kind[kind], make_tokenizer())
     prompts = [draw_prompt(length) for length in (70, 5)]
     run = run_greedily(config_for(path, mode), prompts)
@@ -282,7 +298,7 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UnsupportedModel, match="'mamba': it keeps recurrent state"):
-        open_gguf(tmp_path / "a.gguf")
+        read_gguf_config(open_gguf(tmp_path / "a.gguf"))
 
 
 def test_missing_splits_are_named(tmp_path: Path) -> None:
