@@ -24,6 +24,7 @@ DENSE = {
     "cohere": text("cohere", logit_scale=0.25, use_qk_norm=True),
     "cohere2": text("cohere2", logit_scale=0.25, sliding_window=WINDOW, num_hidden_layers=5),
     "cwm": text("cwm", **LOCAL_AND_GLOBAL),
+    "diffllama": text("diffllama"),
     "ernie4.5": text("ernie4_5"),
     "exaone4": text("exaone4", sliding_window=WINDOW, num_hidden_layers=4),
     "gemma2": text("gemma2", sliding_window=WINDOW, query_pre_attn_scalar=16),

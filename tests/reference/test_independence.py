@@ -17,7 +17,9 @@ from tests.models import make_model
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["resident", "layers", "device-host"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3n-text", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3"]
+)
 def test_alone_equals_among_others(family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
