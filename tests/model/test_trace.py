@@ -12,6 +12,7 @@ from layerstream.errors import UnsupportedModel
 from layerstream.model.anatomy import Anatomy, build_own, dissect, own_class
 from layerstream.model.skeleton import build_meta, build_skeleton
 from layerstream.model.trace import Trace, trace
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.models import FAMILIES, VOCAB_SIZE, make_model
 from tests.models.refused import REFUSED
@@ -85,6 +86,26 @@ def test_modules_are_in_the_order_in_which_they_run() -> None:
     assert places["model.altup_projections.0"] < places["model.layers.0"] < places["model.altup_unembed_projections.0"]
     assert "model.layers.0.altup" in traced.lists
     assert "model.layers.0" in traced.mingled
+    assert traced.copies == 4  # hidden states that AltUp keeps apart
+
+
+def test_what_is_computed_with_a_mask_is_not_that_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family may add to what it asked for (Doge): then it is not known what its rows see."""
+    attend = LlamaAttention.forward
+
+    def changed(self: Any, *args: Any, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+        return attend(self, *args, attention_mask=attention_mask.float() + 1.0, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", changed)
+    with pytest.raises(UnsupportedModel, match="mask of its own making"):
+        find(transformers.LlamaConfig(**_SMALL))
+
+
+def test_a_model_of_several_is_the_one_that_reads() -> None:
+    """Qwen2.5-Omni: one part of it thinks, others talk."""
+    anatomy, traced = find(transformers.Qwen2_5OmniConfig())
+    assert all(name.startswith("thinker.") for name in anatomy.model.state_dict())
+    assert len(traced.layers) == 28
 
 
 def test_the_class_that_saved_a_checkpoint_is_what_it_is_opened_as() -> None:

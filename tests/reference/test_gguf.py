@@ -157,6 +157,17 @@ READ: dict[str, tuple[str, str, dict[str, Any]]] = {  # an architecture, a famil
             "original_max_position_embeddings": 256,
         },
     ),
+    "yarn in full layers": (
+        "olmo2",
+        "Olmo3",
+        {"num_hidden_layers": 4, "sliding_window": 40, "layer_types": 3 * ["sliding_attention"] + ["full_attention"]}
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 12345.0},
+                "full_attention": {**_YARN, "rope_theta": 12345.0},
+            }
+        },
+    ),
     "yarn over latents": ("deepseek2", "DeepseekV3", _LATENT | {"rope_parameters": {**_YARN, **_BOTH}}),
     "deepseek_v2": ("deepseek2", "DeepseekV2", _LATENT | {"topk_method": "group_limited_greedy"}),
     "ministral3": (
@@ -231,6 +242,8 @@ def test_a_tensor_without_a_place_is_named(plain_file: GgufFile) -> None:
         ({"llama.block_count": None}, InvalidHeader, "have no llama.block_count"),
         ({"llama.embedding_length": None}, InvalidHeader, "say embedding_length is None"),
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModel, r"scaled \(yarn\), and its metadata do not say all"),
+        ({"llama.attention.temperature_scale": 0.1}, UnsupportedModel, "temperature_scale is 0.1, which is not read"),
+        ({"llama.rope.dimension_sections": [8, 4, 4, 0]}, UnsupportedModel, "dimension_sections"),
         ({"general.architecture": "bert"}, UnsupportedModel, "'bert': it is no decoder"),
         ({"general.architecture": "plm"}, UnsupportedModel, "'plm': what its converter made of weights"),
     ],

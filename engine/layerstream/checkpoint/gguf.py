@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,17 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A checkpoint in GGUF, in one file or several; *metadata* but for the tokenizer's lists."""
+    """A checkpoint in GGUF, in one file or several.
+
+    Attributes:
+        metadata: what its header says, but for the tokenizer's lists.
+        asked: keys of the architecture that were asked for so far.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    asked: set[str] = field(default_factory=set[str], compare=False)
 
     @property
     def architecture(self) -> str:
@@ -49,6 +55,7 @@ class GgufFile:
 
     def said(self, key: str, default: Any = None) -> Any:
         """What the metadata say of the architecture under *key*; a list of equal numbers, one a layer, as that one."""
+        self.asked.add(key)
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         return value[0] if isinstance(value, list) and value and all(item == value[0] for item in value) else value
 

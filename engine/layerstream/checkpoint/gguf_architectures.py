@@ -35,12 +35,13 @@ class Architecture:
         derive: fields that are computed.
         period: every so many layers one attends to everything, the others within a window; 0: no such pattern.
         local: the name of those others in the config.
-        local_theta: base of their rotary frequencies, where the family has one for each kind of layer.
+        local_theta: base of their rotary frequencies, where the family has one for each kind of layer; 0: the file's.
         is_latent: whether attention is over latents.
         swaps_heads: whether the halves of rotary heads are interleaved.
         norm_offset: what was added to the weights of norms.
         transposes_experts: whether the model has experts as (in, out).
         alternates: whether the model has gate and up by turns, and the file one after the other.
+        neutral: metadata that change nothing for text.
         ignores: names of tensors in a layer that no model of the family computes with, though files have them.
     """
 
@@ -60,7 +61,11 @@ class Architecture:
     norm_offset: float = 0.0
     transposes_experts: bool = False
     alternates: bool = False
+    neutral: frozenset[str] = frozenset()
     ignores: frozenset[str] = frozenset()
+
+
+_SECTIONS = frozenset({"rope.dimension_sections"})  # of positions in time, height and width, which text has equal
 
 
 def _experts(count: str) -> dict[str, str]:
@@ -250,12 +255,18 @@ ROWS = (
         "granitemoe", "granitemoe", keys=_GRANITE | _MIXTRAL, taken=_GRANITE_TAKEN, derive=_granite, swaps_heads=True
     ),
     Architecture("qwen2", "qwen2"),
-    Architecture("qwen2vl", "qwen2"),
+    Architecture("qwen2vl", "qwen2", neutral=_SECTIONS),
     Architecture("qwen2moe", "qwen2_moe", keys=_QWEN_MOE, taken={"norm_topk_prob": False}),
     Architecture("qwen3", "qwen3", flags={"attention_bias": "attn_q.bias"}),
-    Architecture("qwen3vl", "qwen3"),
+    Architecture("qwen3vl", "qwen3", neutral=_SECTIONS),
     Architecture("qwen3moe", "qwen3_moe", keys=_experts("num_experts"), taken={"norm_topk_prob": True}),
-    Architecture("qwen3vlmoe", "qwen3_moe", keys=_experts("num_experts"), taken={"norm_topk_prob": True}),
+    Architecture(
+        "qwen3vlmoe",
+        "qwen3_moe",
+        keys=_experts("num_experts"),
+        taken={"norm_topk_prob": True},
+        neutral=_SECTIONS,
+    ),
     Architecture("seed_oss", "seed_oss", flags=_BIASED | {"attention_out_bias": "attn_output.bias"}),
     Architecture("gemma", "gemma", norm_offset=1.0),
     Architecture(
@@ -323,7 +334,7 @@ ROWS = (
         alternates=True,
     ),
     Architecture("olmo", "olmo", keys={"clip_qkv": "attention.clamp_kqv"}, swaps_heads=True),
-    Architecture("olmo2", "olmo3", when=_has("attention.sliding_window"), period=4),
+    Architecture("olmo2", "olmo3", when=_has("attention.sliding_window"), period=4, local_theta=0.0),
     Architecture("olmo2", "olmo2"),
     Architecture(
         "olmoe",

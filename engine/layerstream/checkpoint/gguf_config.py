@@ -22,6 +22,12 @@ _KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "sliding_window": "attention.sliding_window",
 }
+_MEANINGFUL = frozenset(
+    """
+    attention.clamp_kqv attention.scale attention.temperature_length attention.temperature_scale attn_logit_softcapping
+    embedding_scale final_logit_softcapping logit_scale residual_scale rope.dimension_sections router_logit_softcapping
+    """.split()
+)
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -58,7 +64,24 @@ def config_fields(file: GgufFile, row: Architecture) -> Fields:
     fields |= {name: f"blk.0.{tensor}" in file.tensors for name, tensor in row.flags.items()}
     fields |= _windows(file, row, fields) | _tokens(file)
     fields["rope_parameters"] = _rope(file, row, fields)
-    return fields | row.derive(file, fields)
+    fields |= row.derive(file, fields)
+    _check_all_read(file, row)
+    return fields
+
+
+def _check_all_read(file: GgufFile, row: Architecture) -> None:
+    """Nothing that changes what the model computes is said, and not read.
+
+    Raises:
+        UnsupportedModel: names it.
+    """
+    for key in _MEANINGFUL - file.asked - row.neutral:
+        value = file.metadata.get(f"{file.architecture}.{key}")
+        if any(item not in {0, 1, None} for item in (value if isinstance(value, list) else [value])):
+            raise UnsupportedModel(
+                f"{file.path}: its metadata say {key} is {value!s:.80}, which is not read of architecture "
+                f"{file.architecture!r}; use the safetensors original"
+            )
 
 
 def num_layers(file: GgufFile) -> int:
@@ -110,7 +133,7 @@ def _rope(file: GgufFile, row: Architecture, fields: Fields) -> Fields:
     if row.local_theta is None:
         return whole
     return {
-        row.local: plain | {"rope_theta": file.said("rope.freq_base_swa", row.local_theta)},
+        row.local: plain | {"rope_theta": file.said("rope.freq_base_swa", row.local_theta or plain["rope_theta"])},
         "full_attention": whole,
     }
 

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ def dissect(model: Any) -> Anatomy:
     Raises:
         UnsupportedModel: there is no embedding or no linear head, or they are not where they are expected.
     """
-    embedding = model.get_input_embeddings()
+    embedding = _embedding(model)
     names = {module: name for name, module in model.named_modules()}
     chain = _ancestors(model, names[embedding]) if isinstance(embedding, torch.nn.Embedding) else []
     head, causal = _head(model, chain)
@@ -139,6 +139,15 @@ def dissect(model: Any) -> Anatomy:
     embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
     _leave_out_towers(chain, {head, *_ancestors(causal, names[head][len(_prefix(names[causal])) :])})
     return Anatomy(model, causal, chain[chain.index(causal) + 1], decoder, embedding, head, _second_table(decoder))
+
+
+def _embedding(model: Any) -> Any:
+    """That of tokens; of a model of several (Qwen's Omni), the first that has one."""
+    parts = (part for part in (model, *model.children()) if isinstance(part, PreTrainedModel))
+    for part in parts:
+        with suppress(NotImplementedError):
+            return part.get_input_embeddings()
+    return None
 
 
 def _of(mapping: Any, kind: type) -> list[type]:
@@ -162,7 +171,7 @@ def _head(model: Any, chain: list[Any]) -> tuple[Any, Any]:
     """The output projection, and the innermost model that has it and the embedding, which *chain* leads to."""
     models = [part for part in chain[:-1] if isinstance(part, PreTrainedModel)]
     heads = [(head, part) for part in models if (head := part.get_output_embeddings()) is not None]
-    head = heads[-1][0] if heads else model.get_output_embeddings()
+    head = heads[-1][0] if heads else None
     inside = [part for part in models if any(module is head for module in part.modules())]
     return head, inside[-1] if inside else None
 

@@ -18,6 +18,13 @@ Locality: TypeAlias = tuple[int | None, int | None]
 """Window and chunk of a layer, each ``None`` where it has none."""
 
 
+_FAR = tuple(2**power for power in range(10, 18))
+_SAME = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("__getitem__", "contiguous", "expand", "to", "unsqueeze", "squeeze", "view")
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A mask: whether a row sees a column, ``sees(batch, head, row, column)``; the width of its window or chunk."""
@@ -27,14 +34,14 @@ class Asked:
 
 
 class Mask(torch.Tensor):
-    """A mask that was asked for; what is cut out of it is still that mask."""
+    """A mask that was asked for; what is cut out of it is still that mask, what is computed with it is not."""
 
     asked: Asked
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
-        if isinstance(result, Mask):
+        if isinstance(result, Mask) and func in _SAME:
             result.asked = next(item.asked for item in flat(args) if isinstance(item, Mask))
         return result
 
@@ -78,7 +85,8 @@ def locality(family: str, asked: Asked) -> Locality:
 def _lets_through(asked: Asked, window: int | None, chunk: int | None) -> bool:
     """Whether *asked* shows just the positions of *window* or *chunk*, where either could differ."""
     size = asked.size or 7
-    near = [at + step for at in (0, size, 2 * size, 3 * size) for step in (-1, 0, 1) if at + step >= 0]
+    edges = (0, size, 2 * size, 3 * size, *_FAR)
+    near = [at + step for at in edges for step in (-1, 0, 1) if at + step >= 0]
     rows, columns = torch.tensor(near)[:, None], torch.tensor(near)[None]
     expected = columns <= rows
     if window is not None:

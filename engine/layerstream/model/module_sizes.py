@@ -168,6 +168,7 @@ def _compute_bytes(source: Source, dtype: torch.dtype) -> int:
 
 
 def is_fused_experts(module: torch.nn.Module) -> bool:
+    """Whether it has the matrices of all experts of a block, each kind in one tensor."""
     return hasattr(module, "_is_expert_parallel")  # set by transformers' decorator on every fused experts module
 
 

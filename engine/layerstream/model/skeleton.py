@@ -159,8 +159,8 @@ def build_skeleton(
         dtype = _stored_dtype(file or checkpoint, config, config.get_text_config(decoder=True))
     compute_dtype = resolve_dtype(dtype)
     with explained(f"{folder}: no model can be built as its config says"):
-        model = build_meta(config, compute_dtype, trust_remote_code)
-    anatomy = dissect(model)
+        anatomy = dissect(build_meta(config, compute_dtype, trust_remote_code))
+    model = anatomy.model
     traced = trace(anatomy)
     _adapt(anatomy, traced)
     if file is not None:

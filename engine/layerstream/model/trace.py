@@ -35,6 +35,7 @@ from layerstream.model.asked_masks import Asked, Locality, flat, locality, note_
 IMPLEMENTATION = "layerstream-trace"
 ROWS = 5  # that run: as many as no other axis is likely to have
 
+_CHANGING = ("position_bias", "block_indices", "indices")  # what attention may be given that changes what it gives
 _LISTS = torch.nn.ModuleList | torch.nn.ModuleDict
 _MECHANISMS = {
     "conv": "it keeps recurrent state (a convolution's), and this version streams models whose only state is keys and "
@@ -91,6 +92,7 @@ class Trace:
         mingled: paths of modules that call other methods of their parts than ``forward``, so that they compute between
             the parts of their parts.
         top_k: by path of a module of experts, how many of them a row is routed to.
+        copies: hidden states that are kept apart for a row.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -98,6 +100,7 @@ class Trace:
     lists: frozenset[str]
     mingled: frozenset[str]
     top_k: Mapping[str, int]
+    copies: int = 1
 
     def layer_at(self, path: str) -> int | None:
         """Number of the layer that the module *path* is; ``None``: it is none."""
@@ -134,6 +137,7 @@ class _Recorder:
     order: dict[str, int] = field(default_factory=dict[str, int])
     ran: set[str] = field(default_factory=set[str])
     top_k: dict[str, int] = field(default_factory=dict[str, int])
+    copies: int = 1
     counted: set[int] = field(default_factory=set[int])
     running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
     known: dict[Asked, Locality] = field(default_factory=dict[Asked, Locality])
@@ -181,8 +185,8 @@ def trace(anatomy: Anatomy) -> Trace:
             if recorder.cached.keys() - recorder.attended.keys():
                 raise bypassing(recorder.family) from error
             raise UnsupportedModel(
-                f"{recorder.family!r} does not run on text alone as its class is in transformers "
-                f"({type(error).__name__}: {error!s:.200}): this version cannot run it"
+                f"{recorder.family!r} as its config says does not run on text alone here "
+                f"({type(error).__name__}: {error!s:.200}); correct its config.json, or use another model"
             ) from error
     return _conclude(recorder, anatomy)
 
@@ -215,6 +219,7 @@ def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
         lists=lists,
         mingled=frozenset(path.rpartition(".")[0] for path in lenders),
         top_k=recorder.top_k,
+        copies=recorder.copies,
     )
 
 
@@ -264,12 +269,16 @@ def _note_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     recorder = _RECORDER.get()
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if unknown := next((name for name in _CHANGING if others.get(name) is not None), None):
+        raise UnsupportedModel(f"{recorder.family!r} attends with {unknown}, which this version does not apply")
     own = recorder.cached.get(layer)
     source = next((at for at, kept in recorder.cached.items() if kept[0] is key and kept[1] is value), None)
+    if own is not None and source is not None and source != layer:
+        raise UnsupportedModel(f"{recorder.family!r} caches one thing in layer {layer} and attends to another")
     if source is None and own is None:
         raise UnsupportedModel(f"{recorder.family!r} attends to what it does not cache, in layer {layer}")
     window, chunk = recorder.locality(attention_mask)
@@ -324,11 +333,14 @@ def _implementations(model: torch.nn.Module) -> Iterator[None]:
 def _noting(recorder: _Recorder, anatomy: Anatomy) -> Iterator[None]:
     """Modules of the decoder say when they run."""
 
-    def begin(module: torch.nn.Module, *_: Any) -> None:
+    def begin(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
         parts = recorder.paths[module].split(".")
         for depth in range(len(parts)):  # lists of modules run with the first of them
             recorder.order.setdefault(".".join(parts[: depth + 1]), len(recorder.order))
         recorder.ran.add(recorder.paths[module])
+        shape = next((item.shape for item in given if isinstance(item, torch.Tensor)), ())
+        if len(shape) == 4 and tuple(shape[1:3]) == (1, ROWS):
+            recorder.copies = max(recorder.copies, shape[0])
         recorder.running.append(module)
 
     def end(*_: Any) -> None:

@@ -35,6 +35,8 @@ class ModelFacts:
         itemsize: bytes of one value in the compute dtype.
         context_length: tokens a sequence may have.
         wanted_context: as many as were asked for, where those are more.
+        attended_kv_bytes: KV of one token in the layer that most is attended to in, wherever it is kept.
+        hidden_copies: hidden states that are kept apart for a row.
         lasting_kv_bytes: KV of one token in layers that later ones attend to as well.
         layer_row_bytes: what a row is given for all layers beside its embedding, as it is stored and as it is computed
             with.
@@ -73,6 +75,8 @@ class ModelFacts:
     fused_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     host_fused_rows: Mapping[str, int] | None = None
     num_values: int = 0
+    attended_kv_bytes: int = 0
+    hidden_copies: int = 1
     lasting_kv_bytes: int = 0
     layer_row_bytes: int = 0
     can_spill: bool = False
@@ -167,7 +171,8 @@ class ModelFacts:
     def attending_bytes(self) -> int:
         """What a token that is attended to takes while it is: on an accelerator, its keys and values in one layer,
         gathered, and its column of a chunk's mask, as it is and as a kernel has it."""
-        return self.layer_kv_bytes + self.chunk_tokens * (1 + self.itemsize) if self.is_on_device else 0
+        attended = max(self.layer_kv_bytes, self.attended_kv_bytes)
+        return attended + self.chunk_tokens * (1 + self.itemsize) if self.is_on_device else 0
 
     @property
     def kv_cost_bytes(self) -> int:

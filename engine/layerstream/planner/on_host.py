@@ -309,8 +309,9 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     """
     block_rows = max(facts.chunk_tokens, facts.prompt_rows)
     rows = sweep_tokens + block_rows + facts.streaming_rows
-    packed = 3 * rows * facts.hidden_size * facts.itemsize + rows * facts.layer_row_bytes
-    block = block_rows * (4 * facts.intermediate_size + 8 * facts.hidden_size) * facts.itemsize
+    width = facts.hidden_copies * facts.hidden_size
+    packed = 3 * rows * width * facts.itemsize + rows * facts.layer_row_bytes
+    block = block_rows * (4 * facts.intermediate_size + 8 * width) * facts.itemsize
     if facts.experts:  # what they are given for all rows, what they gave, and what was computed before its turn
         times = 4 if facts.is_on_device else 3  # there also what the processor is given
         packed += times * rows * facts.hidden_size * facts.itemsize

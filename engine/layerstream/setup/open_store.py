@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -20,6 +21,7 @@ from layerstream.hardware.reader import DirectReader
 from layerstream.kv.state import LayerState
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
+from layerstream.model.trace import LayerTrace
 from layerstream.planner import Plan
 from layerstream.store import fingerprint
 from layerstream.store.choice import Rates
@@ -196,9 +198,16 @@ def describe(
             "compression": config.compression,
             "attention": IMPLEMENTATION,
             "context": plan.facts.context_length,
+            "layers": [_said(layer) for layer in skeleton.trace.layers],
         },
         arithmetic=_arithmetic(skeleton, plan, computes) if config.exact else None,
     )
+
+
+def _said(layer: LayerTrace) -> str:
+    """What *layer* caches, attends to and sees."""
+    kept = None if layer.kept is None else dataclasses.astuple(layer.kept)
+    return f"{kept}, state {layer.state}, window {layer.window}, chunk {layer.chunk}, expands {layer.expands}"
 
 
 def weight_paths(skeleton: Skeleton) -> list[Path]:

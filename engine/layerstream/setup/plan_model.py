@@ -186,6 +186,8 @@ def model_facts(
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
         num_values=skeleton.num_values,
+        attended_kv_bytes=max(layer_kv),
+        hidden_copies=traced.copies,
         lasting_kv_bytes=sum(layer_kv[traced.keepers[number]] for number in traced.lasting),
         layer_row_bytes=_layer_row_bytes(skeleton),
         can_spill=can_spill and not is_on_device,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from layerstream.checkpoint.reading import explained
 from layerstream.core.sweep import Sweep
 from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedModel
 from layerstream.model.anatomy import dissect
@@ -157,7 +158,8 @@ def self_check(folder: Path, config: EngineConfig) -> SelfCheck:
 def check_family(full: Any, config: EngineConfig) -> SelfCheck:
     """As :func:`self_check`, of the model that transformers' config *full* describes, run as *config* says."""
     check_supported(full, allow_untested=True)
-    seen = trace(dissect(build_meta(full, torch.float32, config.trust_remote_code)))
+    with explained(f"no {full.model_type!r} can be built as its config says"):
+        seen = trace(dissect(build_meta(full, torch.float32, config.trust_remote_code)))
     with tempfile.TemporaryDirectory(prefix="layerstream-self-check-") as name:
         try:
             plain = write_model(shrink(full), Path(name) / "model", trust_remote_code=config.trust_remote_code)

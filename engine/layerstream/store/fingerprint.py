@@ -9,6 +9,7 @@ The fingerprint is the SHA-256 of canonical JSON. Its fields, and the stale or f
 | context: tokens a sequence may have | a regime of LongRoPE or dynamic NTK (vLLM #56331) |
 | dtypes of compute and of KV, resolved | fp16 read as bf16: the same number of bytes (vLLM #49438) |
 | page_tokens, codec, layout, attention | pages of another shape or meaning |
+| layers: what each caches, attends to and sees | KV of a window that was overlooked, or that another layer keeps |
 | cuts: the rows of every Linear that is cut | products computed with other kernels' shapes |
 | threads, vectors, processor, torch, transformers, device | arithmetic that rounds otherwise |
 
@@ -33,7 +34,7 @@ from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 2  # 2: activations in whole vectors, whose last bits were others before
+LAYOUT = 3  # 2: activations in whole vectors, whose last bits were others before; 3: what layers see is traced
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 _READ_BYTES = 8 * 2**20
 _NOT_IDENTITY = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
