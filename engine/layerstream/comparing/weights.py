@@ -2,7 +2,8 @@
 
 What the engine streams, cuts, joins, rewrites for kernels and decodes by tiles is here read by the safetensors library
 and decoded at once. What both share: which files count, how a quantised matrix is found among them and decoded
-(:mod:`layerstream.checkpoint.packed`, ``Codec.decode``); of a GGUF file also which parameter each tensor is. A fault there is on both sides, and no comparison shows it.
+(:mod:`layerstream.checkpoint.packed`, ``Codec.decode``); of a GGUF file also which parameter each tensor is. A fault
+there is on both sides, and no comparison shows it.
 """
 
 from __future__ import annotations
