@@ -337,7 +337,7 @@ def test_bad_options(folder: Path, options: dict[str, object]) -> None:
     ("family", "reason"),
     [
         ({"model_type": "falcon"}, "bypasses"),
-        ({"model_type": "gpt2", "vocab_size": 320}, "not among the tested"),
+        ({"model_type": "ctrl", "vocab_size": 320, "n_layer": 2}, "not among the tested"),
         ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "recurrent state"),
     ],
 )

@@ -114,7 +114,7 @@ def reason_of(small: SmallModel) -> str:
     """What the engine says when it refuses *small*, whatever it is allowed."""
     config = small.config()
     try:
-        check_supported(config, allow_untested=True)
+        check_supported(config)
         with tempfile.TemporaryDirectory() as folder:
             small.loader.from_config(config).save_pretrained(folder)
             build_skeleton(Path(folder), allow_untested=True)

@@ -15,6 +15,8 @@ from layerstream.comparing.comparison import Comparison, compare
 from layerstream.comparing.judging import Culprit
 from layerstream.comparing.plain import PlainModel
 from layerstream.errors import ConfigurationError, PromptTooLong, StorageFull, UnsupportedModel
+from layerstream.model import trace
+from layerstream.model.asked_masks import Asked, Locality, locality
 from layerstream.planner import on_host
 from layerstream.setup.config import EngineConfig
 from layerstream.store.config import KVStoreConfig
@@ -163,15 +165,16 @@ def test_a_wrong_scale_of_attention(mode: str, make: Callable[[str], Path], monk
 
 
 def test_a_window_that_is_too_wide(make: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only tokens past the window differ."""
+    """Only tokens past the window differ, from the first layer on that has one."""
 
-    def break_(model: Any) -> None:
-        assert model.model.layers[2].self_attn.sliding_window == 40
-        model.model.layers[2].self_attn.sliding_window = 60
+    def wider(family: str, asked: Asked) -> Locality:
+        window, chunk = locality(family, asked)
+        return (60 if window == 40 else window), chunk
 
-    found = broken(make("qwen2-window"), monkeypatch, break_, "layers")
+    monkeypatch.setattr(trace, "locality", wider)
+    found = broken(make("qwen2-window"), monkeypatch, lambda model: None, "layers")
     assert found.culprit is not None
-    assert found.culprit.path == "model.layers.2.self_attn"
+    assert found.culprit.path == "model.layers.1.self_attn"
     assert found.first is not None
     assert found.first.position >= 40
 

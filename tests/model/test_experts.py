@@ -59,7 +59,7 @@ def answer(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     index = rows[:, HIDDEN:].topk(TOP_K).indices
     weights = rows[:, HIDDEN:].softmax(-1).gather(1, index)
     blocks = [RowBlock((Span(Sequence(0, [1] * size, size, SamplingParams()), 0, size),), size) for size in sizes]
-    with torch.inference_mode(), sweeping(SweepContext(Sweep(tuple(blocks), ()), [])) as context:
+    with torch.inference_mode(), sweeping(SweepContext(Sweep(tuple(blocks), ()), [], [])) as context:
 
         def forward(at: slice) -> torch.Tensor:
             return compute_experts(EXPERTS, hidden[at], index[at], weights[at])

@@ -24,7 +24,7 @@ def test_row_blocks_come_one_by_one_with_ordinary_strides() -> None:
     sequence = Sequence(0, list(range(5)), 5, SamplingParams())
     blocks = (RowBlock((Span(sequence, 0, 3),), 3), RowBlock((Span(sequence, 3, 5),), 2))
     inputs, scale = torch.randn(1, 5, 4), torch.full((5, 1), 2.0)
-    with sweeping(SweepContext(Sweep(blocks, ()), [])):
+    with sweeping(SweepContext(Sweep(blocks, ()), [], [])):
         found = module(inputs, scale)
     assert torch.equal(found, inputs * 2)
     assert seen == [((1, 3, 4), (12, 4, 1)), ((1, 2, 4), (8, 4, 1))]

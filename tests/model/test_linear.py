@@ -59,7 +59,7 @@ def test_joined_linears_take_one_input_at_a_time() -> None:
     sequence = Sequence(0, [1, 2, 3], 3, SamplingParams())
     sweep = Sweep((RowBlock((Span(sequence, 0, 3),), 3),), ())
     first, second = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
-    with sweeping(SweepContext(sweep, [])):
+    with sweeping(SweepContext(sweep, [], [])):
         assert torch.allclose(modules[0](first), first @ weight[:16].T, atol=1e-5)
         assert torch.allclose(modules[1](first), first @ weight[16:].T, atol=1e-5)
         modules[0](first)
@@ -79,5 +79,5 @@ def test_expanded_latents_are_all_computed_even_if_they_are_as_many_as_the_rows_
     sequence = Sequence(0, [1, 2, 3, 4], 1, SamplingParams())
     sweep = Sweep((RowBlock((Span(sequence, 3, 4),), 4),), ())
     latents = torch.randn(1, 1, 4, 8)
-    with sweeping(SweepContext(sweep, [])):
+    with sweeping(SweepContext(sweep, [], [])):
         assert torch.equal(module(latents), 2 * latents)

@@ -211,7 +211,7 @@ def test_a_router_that_names_nobody_is_an_error(index: int) -> None:
     class Experts(torch.nn.Module):
         num_experts = 4
 
-    with sweeping(SweepContext(Sweep((), ()), [])) as context:
+    with sweeping(SweepContext(Sweep((), ()), [], [])) as context:
         context.active = [(0, _Block())]  # type: ignore[list-item]
         with pytest.raises(InvalidRouting, match=r"there are 4"):
             computing.compute_experts(Experts(), torch.zeros(2, 8), torch.tensor([[0], [index]]), torch.ones(2, 1))

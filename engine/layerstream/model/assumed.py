@@ -41,7 +41,7 @@ def assume_weights(folder: Path) -> Path:
     said = read_object(folder / CONFIG, MAX_CONFIG_BYTES)
     check_config(said, str(folder / CONFIG), LARGEST)
     config = load_config(folder)
-    check_supported(config, allow_untested=True)
+    check_supported(config)
     dtypes = (part.dtype for part in (config, config.get_text_config(decoder=True)))
     stored = torch.float16 if torch.float16 in dtypes else torch.bfloat16
     with explained(f"{folder}: no model can be built as its config says"):

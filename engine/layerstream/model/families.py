@@ -69,7 +69,16 @@ def is_tested(config: Any) -> bool:
     return any(row.is_tested for row in families_of(config))
 
 
-def check_supported(config: Any, *, allow_untested: bool = False) -> None:
+def check_tested(config: Any) -> None:
+    """Raise :class:`UnsupportedModel` where no test compares a model with *config*."""
+    if not is_tested(config):
+        raise UnsupportedModel(
+            f"the family {config.model_type!r} is not among the tested ones (docs/models.md lists them); "
+            "allow_untested=True tries it after a self-check against plain transformers"
+        )
+
+
+def check_supported(config: Any) -> None:
     """Raise :class:`UnsupportedModel` where *config* is of a family that cannot run, with the reason."""
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -80,11 +89,6 @@ def check_supported(config: Any, *, allow_untested: bool = False) -> None:
     text = config.get_text_config(decoder=True)
     if getattr(text, "use_bidirectional_attention", False) in (True, "all"):
         raise UnsupportedModel(f"this {family!r} attends in both directions; LayerStream runs causal models")
-    if not allow_untested and not is_tested(config):
-        raise UnsupportedModel(
-            f"the family {family!r} is not among the tested ones (docs/models.md lists them); allow_untested=True "
-            "tries it after a self-check against plain transformers"
-        )
 
 
 def usable_context(config: Any) -> int:

@@ -25,7 +25,7 @@ from layerstream.checkpoint.reading import explained, read_object
 from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.model import attention, elementwise, experts
 from layerstream.model.anatomy import Anatomy, body_modules, build_own, dissect
-from layerstream.model.families import check_supported, families_of
+from layerstream.model.families import check_supported, check_tested, families_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
 from layerstream.model.trace import Trace, bypassing, trace
@@ -154,7 +154,7 @@ def build_skeleton(
         assert checkpoint is not None
         check_config(checkpoint.config, str(folder / CONFIG), _shapes(checkpoint))
         config = load_config(folder, trust_remote_code=trust_remote_code)
-    check_supported(config, allow_untested=allow_untested)
+    check_supported(config)
     if dtype == "auto":
         dtype = _stored_dtype(file or checkpoint, config, config.get_text_config(decoder=True))
     compute_dtype = resolve_dtype(dtype)
@@ -162,6 +162,8 @@ def build_skeleton(
         anatomy = dissect(build_meta(config, compute_dtype, trust_remote_code))
     model = anatomy.model
     traced = trace(anatomy)
+    if not allow_untested:  # what cannot run was refused for that
+        check_tested(config)
     _adapt(anatomy, traced)
     if file is not None:
         sources = resolve_gguf(model, file)

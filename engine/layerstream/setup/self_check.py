@@ -157,7 +157,7 @@ def self_check(folder: Path, config: EngineConfig) -> SelfCheck:
 
 def check_family(full: Any, config: EngineConfig) -> SelfCheck:
     """As :func:`self_check`, of the model that transformers' config *full* describes, run as *config* says."""
-    check_supported(full, allow_untested=True)
+    check_supported(full)
     with explained(f"no {full.model_type!r} can be built as its config says"):
         seen = trace(dissect(build_meta(full, torch.float32, config.trust_remote_code)))
     with tempfile.TemporaryDirectory(prefix="layerstream-self-check-") as name:
