@@ -82,7 +82,6 @@ MIXTURES = {
         "minimax_m3_vl_text", **FEW_LOCAL, dense_intermediate_size=96, shared_intermediate_size=48, rotary_dim=8,
         layer_types=3 * ["full_attention"],
     ),
-    "mistral4": text("mistral4", **LATENT, **GROUPED),
     "mixtral": text("mixtral", **FEW_LOCAL),
     "olmoe": text("olmoe", num_experts=6, num_experts_per_tok=2),
     "phimoe": text("phimoe", **FEW_LOCAL, attention_bias=True, lm_head_bias=True),

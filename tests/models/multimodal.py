@@ -132,7 +132,7 @@ MULTIMODAL = {
         "muse_glimmer", {"sliding_window": WINDOW, "num_hidden_layers": 5}, vision_config=_TOWER, out_hidden_size=32,
         projector_hidden_size=32,
     ),
-    "ovis2": whole("ovis2", _of("qwen2"), vision_config=_TOWER, vocab_size=VOCAB_SIZE),
+    "ovis2": whole("ovis2", _of("qwen2"), vision_config=_TOWER, vocab_size=VOCAB_SIZE, hidden_size=64),
     "paddleocr_vl": whole("paddleocr_vl", _MROPE, vision_config=_TOWER),
     "qianfan_ocr": whole("qianfan_ocr", _of("qwen3"), vision_config=_TOWER),
     "qwen2_5_omni_thinker": whole("qwen2_5_omni_thinker", _MROPE, vision_config=_TOWER, audio_config=_TOWER),

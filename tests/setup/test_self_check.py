@@ -41,7 +41,7 @@ def traced(*layers: LayerTrace) -> Trace:
 
 
 def test_an_untested_family_that_agrees_runs(tmp_path: Path, tokenizer_folder: Path) -> None:
-    folder = save("diffllama", tmp_path, tokenizer_folder, num_attention_heads=4, num_key_value_heads=2)
+    folder = save("gpt2", tmp_path, tokenizer_folder, num_attention_heads=4)
     with pytest.raises(UnsupportedModel, match="allow_untested=True"):
         LayerStream(folder)
     with LayerStream(folder, allow_untested=True) as engine:
@@ -77,11 +77,11 @@ def test_windows_that_nobody_applies_are_found(monkeypatch: pytest.MonkeyPatch) 
 def test_a_family_that_gives_other_answers_is_refused(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save("diffllama", tmp_path, tokenizer_folder, num_attention_heads=4, num_key_value_heads=2)
+    folder = save("gpt2", tmp_path, tokenizer_folder, num_attention_heads=4)
     wrong = replace(RIGHT, mode="resident", difference=0.3, is_greedy=False)
-    found = SelfCheck("diffllama", False, ("sees all positions",), (RIGHT, wrong))
+    found = SelfCheck("gpt2", False, ("sees all positions",), (RIGHT, wrong))
     monkeypatch.setattr(self_check, "self_check", lambda *_: found)
-    with pytest.raises(UnsupportedModel, match=r"'diffllama'.*resident: .* differ by 3e-01, other tokens"):
+    with pytest.raises(UnsupportedModel, match=r"'gpt2'.*resident: .* differ by 3e-01, other tokens"):
         check_untested(EngineConfig(folder, allow_untested=True))
 
 

@@ -44,7 +44,7 @@ _ORDINARY = """
     granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax
     hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl iquestcoder jais2 kimi_k25 kolibri1 laguna
     lighton_ocr llama llama4 llava llava_next llava_next_video llava_onevision mellum mimo_v2_flash minicpm3
-    minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3 mistral4 mixtral molmo2
+    minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral molmo2
     moss_transcribe_diarize muse_glimmer nanochat nemotron olmo olmo2 olmo3 olmoe opt ovis2 paddleocr_vl persimmon
     phi phi3 phimoe qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_asr
     qwen3_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe seed_oss smollm3 smolvlm solar_open stablelm starcoder2
