@@ -81,7 +81,8 @@ def test_equals_the_decoded_weights(family: str, tmp_path: Path, tokenizer_folde
     write_quantised(tmp_path, reference, pack, quantisation, leave="nothing")
     add_tokenizer(tmp_path, tokenizer_folder)
     prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
-    assert_equals(run_greedily(config_for(tmp_path, "layers"), prompts), reference, prompts, TOLERANCE)
+    mode = "resident" if family == "biogpt" else "layers"  # its table of positions takes more than streaming saves
+    assert_equals(run_greedily(config_for(tmp_path, mode), prompts), reference, prompts, TOLERANCE)
 
 
 def test_every_tested_family_is_compared() -> None:
