@@ -17,7 +17,6 @@ Memory: the weights of the largest layer, embedding or head, twice while they ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -29,12 +28,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from layerstream.comparing.weights import Weights
 from layerstream.errors import InvalidHeader, MissingTensor
 from layerstream.model.anatomy import build_own, dissect
 from layerstream.model.hooks import named_holders
+from layerstream.model.quiet import no_progress_bars
 
 Watch: TypeAlias = Callable[[str, torch.nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 """Told of a module that has run, its weights still there: path, module, arguments, what it gave."""
@@ -96,7 +95,7 @@ class PlainModel:
         for path in (*ends, *watched):
             handles.extend(self._come_and_go(path, watch if path in watched else None))
         try:
-            with torch.inference_mode(), _no_progress_bar():
+            with torch.inference_mode(), no_progress_bars():
                 ids = torch.tensor([list(token_ids)])
                 given = {"inputs_embeds": parts.embedding(ids)}
                 if parts.layer_embedding is not None:
@@ -191,15 +190,3 @@ def _conversions(model: Any) -> list[WeightConverter | WeightRenaming]:
 def _with(output: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     output.last_hidden_state = replace(output.last_hidden_state)
     return output
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers' loader shows one for every layer."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()

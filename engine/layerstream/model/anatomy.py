@@ -79,18 +79,21 @@ def build_own(config: Any, *, trust_remote_code: bool = False, **options: Any) -
     Raises:
         UnsupportedModel: there is no class of it that generates text.
     """
-    config = copy.deepcopy(config)
-    is_remote = trust_remote_code and hasattr(config, "auto_map")
-    own = None if is_remote else own_class(config)
     with _BUILDING, no_weights(), no_init_weights(), _lenient(config):
-        if is_remote:
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options).eval()
-        if own is None:
-            raise UnsupportedModel(
-                f"transformers {transformers.__version__} has no class of {config.model_type!r} that generates text: "
-                "it is no language model"
-            )
-        return own._from_config(config, **options).eval()
+        return make_own(copy.deepcopy(config), trust_remote_code, **options).eval()
+
+
+def make_own(config: Any, trust_remote_code: bool, **options: Any) -> Any:
+    """A model of *config* with the weights that its class draws; otherwise as :func:`build_own`."""
+    if trust_remote_code and hasattr(config, "auto_map"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options)
+    own = own_class(config)
+    if own is None:
+        raise UnsupportedModel(
+            f"transformers {transformers.__version__} has no class of {config.model_type!r} that generates text: it is "
+            "no language model"
+        )
+    return own._from_config(config, **options)
 
 
 @contextmanager
@@ -137,7 +140,7 @@ def dissect(model: Any) -> Anatomy:
             "more than to look up rows: this version cannot run it"
         )
     embedding.padding_idx = None  # rows are gathered first, so ids are positions in what was gathered
-    _leave_out_towers(chain, {head, *_ancestors(causal, names[head][len(_prefix(names[causal])) :])})
+    _leave_out_towers(chain, {head, *_ancestors(model, names[head])})
     return Anatomy(model, causal, chain[chain.index(causal) + 1], decoder, embedding, head, _second_table(decoder))
 
 
@@ -155,10 +158,6 @@ def _of(mapping: Any, kind: type) -> list[type]:
         return []
     found = mapping[kind]
     return list(found) if isinstance(found, tuple | list) else [found]
-
-
-def _prefix(path: str) -> str:
-    return f"{path}." if path else ""
 
 
 def _ancestors(model: Any, path: str) -> list[Any]:

@@ -31,17 +31,18 @@ from layerstream.errors import UnsupportedModel
 from layerstream.kv.shape import PageShape
 from layerstream.model.anatomy import Anatomy
 from layerstream.model.asked_masks import Asked, Locality, flat, locality, note_mask
+from layerstream.model.cache import PagedCache
 
 IMPLEMENTATION = "layerstream-trace"
 ROWS = 5  # that run: as many as no other axis is likely to have
 
 _CHANGING = ("position_bias", "block_indices", "indices")  # what attention may be given that changes what it gives
 _LISTS = torch.nn.ModuleList | torch.nn.ModuleDict
+_KEYS_AND_VALUES = "this version streams models whose only state is keys and values"
 _MECHANISMS = {
-    "conv": "it keeps recurrent state (a convolution's), and this version streams models whose only state is keys and "
-    "values",
-    "recurrent": "it keeps recurrent state, and this version streams models whose only state is keys and values",
-    "previous_state": "it keeps recurrent state, and this version streams models whose only state is keys and values",
+    "conv": f"it keeps recurrent state (a convolution's), and {_KEYS_AND_VALUES}",
+    "recurrent": f"it keeps recurrent state, and {_KEYS_AND_VALUES}",
+    "previous_state": f"it keeps recurrent state, and {_KEYS_AND_VALUES}",
     "indexer": "it chooses what to attend to by an index that it caches (sparse attention), which this version does "
     "not keep",
 }
@@ -203,8 +204,7 @@ def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
     count = 1 + max((*recorder.attended, *recorder.cached), default=-1)
     if not count:
         raise UnsupportedModel(
-            f"{recorder.family!r} caches no keys and values: it keeps recurrent state, and this version streams models "
-            "whose only state is keys and values"
+            f"{recorder.family!r} caches no keys and values: it keeps recurrent state, and {_KEYS_AND_VALUES}"
         )
     if set(range(count)) - recorder.attended.keys():
         raise bypassing(recorder.family)
@@ -223,11 +223,8 @@ def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
     )
 
 
-class _Cache:
-    """Notes what it is given; it quacks like transformers' ``Cache`` as far as keys and values go."""
-
-    is_compileable = False
-    is_sliding: tuple[bool, ...] = ()
+class _Cache(PagedCache):
+    """Notes what it is given; to transformers it looks as it will in a sweep."""
 
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder = recorder
@@ -247,12 +244,6 @@ class _Cache:
         if any(hasattr(module, "layer_idx") for module in self._recorder.running):
             self._recorder.counted.add(layer_idx)
         return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

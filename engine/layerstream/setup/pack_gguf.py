@@ -35,6 +35,7 @@ from layerstream.setup.pack_items import (
     linear_keys,
     node_of,
     read_parts,
+    wrong_length,
 )
 from layerstream.text.tokenizer import load_tokenizer
 
@@ -64,8 +65,7 @@ class Numbers:
 
     def problem(self, plain: Plain, packed: Packed) -> str | None:
         """Its length."""
-        same = plain[self.name].extent.num_bytes == self.source.num_bytes
-        return None if same else "has not the bytes of the source"
+        return wrong_length(plain[self.name], self.source.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +141,7 @@ class Blocks:
     def problem(self, plain: Plain, packed: Packed) -> str | None:
         """Its first rows have the values that the source has, every one."""
         if self.name in plain:
-            same = plain[self.name].extent.num_bytes == self.source.num_bytes
-            return None if same else "has not the bytes of the source"
+            return wrong_length(plain[self.name], self.source.num_bytes)
         matrix = packed[self.name]
         found = decode_first(matrix, checked_rows(matrix))
         planes, rows = next(self._rows(math.lcm(len(found), self.codec.row_step)))

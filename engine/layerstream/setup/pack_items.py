@@ -73,8 +73,7 @@ class Copied:
 
     def problem(self, plain: Plain, packed: Packed) -> str | None:
         """Its length."""
-        same = plain[self.name].extent.num_bytes == self.entry.extent.num_bytes
-        return None if same else "has not the bytes of the source"
+        return wrong_length(plain[self.name], self.entry.extent.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +176,11 @@ def skipped_linears(skeleton: Skeleton, shards: Sequence[Sequence[Item]]) -> lis
         for path in linears
         if not any(piece.entry.name in packed for piece in skeleton.sources[f"{path}.weight"].pieces)
     ]
+
+
+def wrong_length(written: TensorEntry, num_bytes: int) -> str | None:
+    """What is wrong with a tensor that was *written* as it is, of *num_bytes*."""
+    return None if written.extent.num_bytes == num_bytes else "has not the bytes of the source"
 
 
 def checked_rows(matrix: PackedTensor) -> int:

@@ -123,7 +123,7 @@ def check_untested(config: EngineConfig) -> None:
     """
     folder = locate_model(config)
     if folder.suffix == ".gguf":
-        return  # all architectures that are read from GGUF are tested
+        return  # there is no config.json to make a copy of; what is read of one is tested by architecture
     if is_tested(load_config(folder, trust_remote_code=config.trust_remote_code)):
         return
     found = self_check(folder, config)

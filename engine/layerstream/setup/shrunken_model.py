@@ -5,8 +5,6 @@ Weights and persistent buffers are random, so that a parameter that is forgotten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers.utils import logging
 
-from layerstream.errors import UnsupportedModel
-from layerstream.model.anatomy import own_class
+from layerstream.model.anatomy import make_own
+from layerstream.model.quiet import no_progress_bars
 from layerstream.setup.shrunken import VOCAB_SIZE
 
 _SPREAD = 0.15
@@ -33,34 +30,15 @@ def write_model(config: Any, folder: Path, *, trust_remote_code: bool = False, s
         UnsupportedModel: transformers has no class for it that generates text.
         Exception: what the class says of the config.
     """
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
-    own: Any = None if trust_remote_code and hasattr(config, "auto_map") else own_class(config)
-    if own is None and not trust_remote_code:
-        raise UnsupportedModel(f"transformers has no class of {config.model_type!r} that generates text")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        if own is not None:
-            model = own._from_config(config, **options)
-        else:
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options)
+        model = make_own(config, trust_remote_code, dtype=torch.float32, attn_implementation="eager")
         _fill(model, spread)
     model.tie_weights()
-    with _no_bars():
+    with no_progress_bars():
         model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return model.eval()
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """A model of a megabyte is written without a progress bar."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()
