@@ -63,10 +63,40 @@ class RowBlock:
 
 @dataclass(frozen=True, slots=True)
 class PageLoad:
-    """A page whose KV lies on disk under *key* and is brought to frame *page* while the sweep goes on."""
+    """A page whose KV lies on disk under *key* and is brought to frame *page* while the sweep goes on; or states of
+    recurrent layers, brought to slot *page*."""
 
     key: bytes
     page: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateRoute:
+    """How the states of recurrent layers go through a sweep, for one sequence.
+
+    Attributes:
+        start: tokens that are in the state that it begins with.
+        source: the slot that state is in; ``None``: there were no tokens.
+        stops: ``(tokens, slot)``, ascending: the state after so many tokens is left in that slot. The last one is the
+            state after all known tokens of the sweep.
+    """
+
+    start: int
+    source: int | None
+    stops: tuple[tuple[int, int], ...]
+
+    def before(self, token: int) -> int | None:
+        """The slot that has the state before *token* when its row is computed; ``None``: there is none yet."""
+        return self.source if token == self.start else self.after(token)
+
+    def after(self, token: int) -> int:
+        """The slot that takes the state after tokens up to *token*: whatever is left there later lies further on."""
+        return next(slot for stop, slot in self.stops if stop >= token)
+
+    @property
+    def target(self) -> int:
+        """The slot with the state after all of it."""
+        return self.stops[-1][1]
 
 
 class SweepFailed(Exception):
@@ -88,13 +118,16 @@ class Sweep:
     """Row blocks in order, the sequences that are sampled, and the stored pages that the rows need.
 
     A sequence appears in ``sampled`` exactly when its last known token is among the rows. ``drafts`` has trees of
-    some of them; a row is there for every node.
+    some of them; a row is there for every node. ``routes`` says where the states of recurrent layers are, for every
+    sequence, if the model has such layers; ``state_loads`` which of them have to be brought.
     """
 
     blocks: tuple[RowBlock, ...]
     sampled: tuple[Sequence, ...]
     loads: tuple[PageLoad, ...] = ()
     drafts: Mapping[Sequence, DraftTree] = field(default_factory=dict)
+    routes: Mapping[Sequence, StateRoute] = field(default_factory=dict)
+    state_loads: tuple[PageLoad, ...] = ()
 
     @cached_property
     def num_rows(self) -> int:

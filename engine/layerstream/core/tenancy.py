@@ -34,6 +34,8 @@ class Tenancy:
         num_computed: tokens whose KV is in ``pages`` while it runs; those behind them are still to be computed.
         pages: page ids in order; page ``i`` holds tokens ``[i * page_tokens, (i + 1) * page_tokens)``.
         reserve, slots: frames to come and transit slots of a sequence that does not fit the frames as a whole.
+        state: the slot with the states of recurrent layers after ``num_computed`` tokens; ``None``: there are no such
+            tokens or layers, or it is not known yet which one it will be.
         capacity: tokens that the pages had room for when the last sweep was scheduled.
         suspension: what was computed, while the sequence waits for memory that was taken from it.
         num_cached: tokens whose KV was there, or was another sequence's to compute, when it was admitted.
@@ -45,6 +47,7 @@ class Tenancy:
     pages: list[int] = field(default_factory=list)
     reserve: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
+    state: int | None = None
     capacity: int = 0
     suspension: Suspension | None = None
     num_cached: int = 0

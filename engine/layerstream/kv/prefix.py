@@ -44,10 +44,14 @@ Key = bytes
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a store has of a prefix: pages to load now, and pages that it is faster to compute again."""
+    """What a store has of a prefix: pages to load now, and pages that it is faster to compute again.
+
+    ``snapshot``: of a model with recurrent layers, the number of pages at whose end it has their states; 0: nowhere.
+    """
 
     num_pages: int
     num_declined: int
+    snapshot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +67,37 @@ class Published:
     is_spilled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PublishedState:
+    """The states of recurrent layers after the page *key*, in *slot*; computing from the last snapshot to there took
+    *num_tokens* tokens."""
+
+    key: Key
+    slot: int
+    num_tokens: int
+
+
 class SpillStore(Protocol):
     """What the scheduler asks of a store. Nothing here raises, or waits for more than a moment.
 
     ``can_spill`` and what follows are for sequences whose pages do not fit the memory.
     """
 
-    def take(self, keys: Sequence[Key], start: int) -> Stored | None:
-        """What is there of ``keys[start:]``; ``None``: not known yet, or another process is at it: ask again later."""
+    def take(self, keys: Sequence[Key], start: int, resumable: int | None = None) -> Stored | None:
+        """What is there of ``keys[start:]``; ``None``: not known yet, or another process is at it: ask again later.
+
+        Args:
+            resumable: of a model with recurrent layers, the number of pages at whose end their states are at hand. What
+                is there beyond then counts up to the last page whose states are there as well (``Stored.snapshot``).
+        """
+        ...
+
+    def collect_slots(self) -> list[int]:
+        """Slots of states that were published and that need not be held any longer."""
+        ...
+
+    def give_back_slots(self) -> list[int]:
+        """Slots that can be had by not storing what is in them."""
         ...
 
     def abandon(self, keys: Sequence[Key]) -> None:
@@ -365,6 +392,11 @@ def page_keys(token_ids: Sequence[int], page_tokens: int) -> list[Key]:
         parent = hashlib.sha256(parent + array("q", token_ids[start : start + page_tokens]).tobytes()).digest()
         keys.append(parent)
     return keys
+
+
+def snapshot_key(key: Key) -> Key:
+    """Under which the states of recurrent layers after the page *key* are stored."""
+    return hashlib.sha256(b"state" + key).digest()
 
 
 def _holds(sequence: TokenSequence, entry: Entry) -> bool:

@@ -1,10 +1,12 @@
-"""What a layer keeps for a token: the shape of its pages, in memory and in files. Pure."""
+"""What a layer keeps: for every token, the shape of its pages; for a whole sequence, the shape of its state. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STATE_ALIGNMENT = 64  # bytes: a line of the cache
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +28,43 @@ class PageShape:
     def value_bytes(self) -> int:
         """Bytes of one token's values."""
         return self.value_heads * self.value_width * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """One tensor of a recurrent layer's state: ``shape`` without the batch, as ``(channels, kernel)`` of a convolution
+    or ``(heads, key width, value width)`` of a delta rule, and its dtype's name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensor."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """What one recurrent layer keeps for a sequence, however long that is."""
+
+    parts: tuple[StatePart, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parts; each begins at a multiple of :data:`STATE_ALIGNMENT`."""
+        return self.offsets[-1]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each part begins, and where the last one ends."""
+        at = [0]
+        for part in self.parts:
+            at.append(at[-1] + -(-part.num_bytes // STATE_ALIGNMENT) * STATE_ALIGNMENT)
+        return tuple(at)
+
+    @property
+    def page(self) -> PageShape:
+        """As a page of one token, in bytes: what stores and swap files keep of it."""
+        return PageShape(1, self.num_bytes, 1, 0, "uint8")

@@ -1,0 +1,85 @@
+"""The states of recurrent layers: what a layer keeps for a sequence, however long it is (convolutions, delta rules).
+
+A *slot* is room for one state of every recurrent layer. Whoever computes reads the state before its rows from one slot
+and writes the state after them to another, so a state that was committed never changes, and a sweep that fails leaves
+nothing behind. Who holds which slot is decided in :mod:`layerstream.scheduling.states`; here is the memory alone.
+
+Slots lie where their layer is computed: in host memory, or on the layer's device. Stores and swap files take and bring
+them as pages of one token in bytes (:meth:`RecurrentLayer.read`, :meth:`RecurrentLayer.page`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from layerstream.hardware.arena import Arena
+from layerstream.hardware.device import Device
+from layerstream.kv.shape import PageShape, StateShape
+
+
+class RecurrentLayer:
+    """The slots of one layer.
+
+    Args:
+        device: where the layer is computed; ``None``: on the processor.
+    """
+
+    def __init__(self, shape: StateShape, num_slots: int, device: Device | None = None) -> None:
+        self._shape = shape
+        self._num_slots = num_slots
+        self._device = device
+        self._memory: torch.Tensor | None = None
+
+    @property
+    def state_shape(self) -> StateShape:
+        """What a slot has of this layer."""
+        return self._shape
+
+    @property
+    def shape(self) -> PageShape:
+        """As a page of one token."""
+        return self._shape.page
+
+    def parts(self, slot: int) -> tuple[torch.Tensor, ...]:
+        """Views of what *slot* has, part by part, to read or to write."""
+        flat = self._slots()[slot]
+        return tuple(
+            flat[start : start + part.num_bytes].view(getattr(torch, part.dtype)).view(part.shape)
+            for part, start in zip(self._shape.parts, self._shape.offsets, strict=False)
+        )
+
+    def reserve(self, shape: PageShape) -> None:
+        """There is room for states of *shape*.
+
+        Raises:
+            ValueError: there is room for those of another shape.
+        """
+        if shape != self.shape:
+            raise ValueError(f"states of {shape.key_width} bytes do not fit among those of {self.shape.key_width}")
+
+    def read(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bytes of *slot* in host memory ``(1, 1, bytes)``, and nothing ``(1, 1, 0)``; to be left as they are."""
+        flat = self._slots()[slot].view(1, 1, -1)
+        return flat.cpu(), flat.new_empty((1, 1, 0), device="cpu")
+
+    def fill(self, slot: int, decode: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """Have *decode* write what :meth:`read` would give."""
+        flat = self._slots()[slot].view(1, 1, -1)
+        if flat.is_cpu:
+            decode(flat, flat[..., :0])
+            return
+        here = torch.empty_like(flat, device="cpu")
+        decode(here, here[..., :0])
+        flat.copy_(here)
+
+    def _slots(self) -> torch.Tensor:
+        """``(slots, bytes)``; the memory is touched as slots fill."""
+        if self._memory is None:
+            num_bytes = self._num_slots * self._shape.num_bytes
+            if self._device is None:
+                self._memory = Arena(num_bytes).tensor[:num_bytes].view(self._num_slots, -1)
+            else:
+                self._memory = self._device.allocate(num_bytes).view(self._num_slots, -1)
+        return self._memory

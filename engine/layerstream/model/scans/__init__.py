@@ -1,0 +1,62 @@
+"""Scans: what recurrent layers compute along a sequence, from the state before its rows to the state after them.
+
+transformers' modules call a function for each (a convolution, a gated delta rule, a selective scan), over whole
+sequences of a batch. Here the rows of a packed row block belong to several sequences, and each goes on from a state of
+its own. So the functions that a module calls are bound to :class:`Call` objects, which are cut by rows and run span by
+span (:mod:`layerstream.model.recurrence`).
+
+A *scan* is a row of :data:`SCANS`: the name of a transformers' function, and what makes a :class:`Call` of its
+arguments. The functions for whole chunks and for single steps of one recurrence make the same calls. Pure: tensors in, tensors out; nobody here knows of sweeps, slots or sequences.
+
+Invariants: a row's output depends on its own span alone, its shape included (a chunk of *n* rows; or one row); the
+state after a span depends on the state before it and on the span alone, so that chunks computed in one sweep or in
+several, by this process or another, leave the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from layerstream.kv.shape import StatePart
+
+
+class Call(Protocol):
+    """The arguments of one call of a transformers' function, as far as they concern some rows (a batch of one)."""
+
+    @property
+    def part(self) -> StatePart:
+        """The state that it goes on from and leaves; its name is ``"conv"`` or ``"recurrent"``."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it has."""
+        ...
+
+    def cut(self, rows: slice) -> Call:
+        """Of *rows* alone; views."""
+        ...
+
+    def kept(self) -> Call:
+        """A copy that holds nothing of the weights' memory, for :meth:`step` later."""
+        ...
+
+    def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
+        """The function's output for its rows as a chunk of a prompt.
+
+        Args:
+            state: before the rows, of ``part``'s shape; ``None``: nothing came before. It is left as it is.
+            left: where the state after the rows goes; it may be *state* itself.
+        """
+        ...
+
+    def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
+        """The same for one row that is generated or guessed. Its bits are those of any other such row."""
+        ...
+
+    def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
+        """What the function returns for all its rows: *outputs* at *rows*, zeros elsewhere (padding). Where it returns
+        a state, too, that is an empty tensor."""
+        ...
