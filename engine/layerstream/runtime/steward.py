@@ -26,9 +26,7 @@ from layerstream.store.store import PrefixStore
 class Steward:
     """Carries out what *scheduler* decides; one thread."""
 
-    def __init__(
-        self, scheduler: Scheduler, swap: PageSwap, state_swap: PageSwap, store: PrefixStore | None
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, swap: PageSwap, state_swap: PageSwap, store: PrefixStore | None) -> None:
         self.scheduler = scheduler
         self.store = store
         self._swap = swap
