@@ -47,7 +47,7 @@ class Memory:
     def compute_state(self, key: bytes, slot: int) -> None:
         """Have *slot* hold the states after page *key*."""
         for number, layer in enumerate(self.recurrent):
-            layer.fill(slot, lambda found, _, number=number: found.copy_(state_after(key, number, found.shape[-1])))
+            layer.page(slot)[0].copy_(state_after(key, number, layer.shape.key_width))
 
     def has_page(self, key: bytes, page: int) -> bool:
         """Whether *page* holds what page *key* does."""
@@ -59,7 +59,7 @@ class Memory:
 
     def has_state(self, key: bytes, slot: int) -> bool:
         """Whether *slot* holds the states after page *key*."""
-        found = [layer.read(slot)[0] for layer in self.recurrent]
+        found = [layer.page(slot)[0] for layer in self.recurrent]
         return all(torch.equal(f, state_after(key, number, f.shape[-1])) for number, f in enumerate(found))
 
 

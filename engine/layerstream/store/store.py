@@ -52,12 +52,12 @@ from layerstream.store.answers import note, places
 from layerstream.store.choice import Rates, load_seconds, recompute_seconds
 from layerstream.store.codecs import PageCodec
 from layerstream.store.connection import STORE_ERRORS, OpenTier, Question, State, TierConnection
-from layerstream.store.contents import Contents
 from layerstream.store.counters import StoreCounters
 from layerstream.store.known import KnownKeys
 from layerstream.store.loader import PageLoader
 from layerstream.store.lookup import Found, Lookup, Wanted, count_resumable
 from layerstream.store.segment import Key
+from layerstream.store.source import PageSource, snapshot_source
 from layerstream.store.tiers.base import StoredRun, Tier
 from layerstream.store.write_queue import Batch
 from layerstream.store.writer import Writer
@@ -99,14 +99,15 @@ class PrefixStore:
         self.rates = rates
         self.loader = PageLoader(states, self._open_runs)
         self.state_loader = PageLoader(recurrent, self._open_runs)
-        self._contents = Contents(states, page_tokens, codec, recurrent)
+        self._pages = PageSource(states, page_tokens, codec)
+        self._snapshots = snapshot_source(recurrent)
         self._load = load
         self._known = KnownKeys()
         self._held: dict[int, list[StoredRun]] = {}
         self._last_tier = tier
         self._connection = TierConnection(open_tier, tier, failure, self._tier_changed)
         self._lookup = Lookup(self._connection)
-        self._writer = Writer(self._connection, self._contents, self._known, self.counters, is_current)
+        self._writer = Writer(self._connection, self._pages, self._snapshots, self._known, self.counters, is_current)
         self._connection.start()
         self._writer.start()
 
@@ -136,7 +137,7 @@ class PrefixStore:
             ``None`` if another process is computing the next one that is not there, or the tier has not answered yet:
             ask again later.
         """
-        wanted = Wanted(keys, start, resumable, has_pages=bool(self._contents.states))
+        wanted = Wanted(keys, start, resumable, self._pages.has_bytes)
         if wanted.first >= len(keys):
             return NOTHING
         found = self._lookup.find(wanted)
@@ -149,7 +150,7 @@ class PrefixStore:
         offer = wanted.offer(sound)
         if offer is None:
             return NOTHING
-        num_tokens, rates = offer.num_computed * self._contents.page_tokens, self.rates()
+        num_tokens, rates = offer.num_computed * self._pages.page_tokens, self.rates()
         loading, computing = load_seconds(offer.num_bytes, rates), recompute_seconds(num_tokens, offer.seconds, rates)
         if self._load == "never" or (self._load == "auto" and computing < loading):
             self.counters.declined_tokens += num_tokens
@@ -164,7 +165,7 @@ class PrefixStore:
 
     def count_loaded(self, num_pages: int) -> None:
         """A sweep that loaded *num_pages* was committed."""
-        self.counters.loaded_tokens += num_pages * self._contents.page_tokens
+        self.counters.loaded_tokens += num_pages * self._pages.page_tokens
 
     def lose(self, key: Key) -> None:
         """Page *key*, or the snapshot of that key, is damaged or gone: forget it and all that descend from it."""
@@ -174,7 +175,7 @@ class PrefixStore:
 
     def pin(self, keys: Sequence[Key]) -> None:
         """Keep *keys* and their snapshots from eviction, those that are there and those that will be."""
-        snapshots = map(snapshot_key, keys) if self._contents.recurrent else ()
+        snapshots = map(snapshot_key, keys) if self._snapshots.has_bytes else ()
         pinned = [*keys, *snapshots]
         self._known.pin(pinned)
         self._connection.post(lambda tier: tier.pin(pinned))
@@ -205,8 +206,7 @@ class PrefixStore:
     def look_up(self, keys: Sequence[Key]) -> int:
         """How many of *keys*, from the first on, need not be computed: they are stored, and so is the last's snapshot
         where there are recurrent layers."""
-        resumable = 0 if self._contents.recurrent else None
-        wanted = Wanted(keys, 0, resumable, has_pages=bool(self._contents.states))
+        wanted = Wanted(keys, 0, 0 if self._snapshots.has_bytes else None, self._pages.has_bytes)
         question = Question(lambda tier: count_resumable(tier, wanted))
         is_answered = self._connection.ask(question, CALLER_SECONDS, is_patient=True)
         return question.answer or 0 if is_answered else 0
@@ -219,12 +219,13 @@ class PrefixStore:
 
     def page_bytes(self, kv_token_bytes: int) -> int:
         """Bytes of a page on disk; before anything was computed, what it takes without compression."""
-        return self._contents.page_bytes(kv_token_bytes)
+        num_bytes = self._pages.page_bytes
+        return self._pages.page_tokens * kv_token_bytes if num_bytes is None else num_bytes
 
     @property
     def snapshot_bytes(self) -> int:
         """Bytes of a snapshot on disk; 0: there are no recurrent layers."""
-        return self._contents.snapshot_bytes
+        return self._snapshots.page_bytes or 0
 
     def wait_until_open(self) -> None:
         """Return when the weights' digests are known, or the store turned out unusable."""
@@ -242,11 +243,11 @@ class PrefixStore:
 
     def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Keep *answer* to *prompt*, whose whole pages are *keys*, behind the sweeps and after its pages."""
-        self._writer.remember(note(keys, self._contents.page_tokens, prompt, answer))
+        self._writer.remember(note(keys, self._pages.page_tokens, prompt, answer))
 
     def recall(self, keys: Sequence[Key], num_prompt_tokens: int) -> list[list[int]]:
         """Questions with their answers near the end of a prompt, the most recent first; none if that takes long."""
-        wanted = places(keys, self._contents.page_tokens, num_prompt_tokens)
+        wanted = places(keys, self._pages.page_tokens, num_prompt_tokens)
         question = Question(lambda tier: tier.recall(wanted))
         return question.answer or [] if self._connection.ask(question) else []
 

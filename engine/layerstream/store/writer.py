@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from layerstream.kv.prefix import Published, PublishedState, snapshot_key
+from layerstream.kv.prefix import Published, PublishedState
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.connection import STORE_ERRORS, TierConnection
-from layerstream.store.contents import Contents
 from layerstream.store.counters import StoreCounters
 from layerstream.store.known import KnownKeys
 from layerstream.store.segment import MAX_PAGES, Key
+from layerstream.store.source import PageSource, snapshot_run
 from layerstream.store.tiers.base import Tier
 from layerstream.store.write_queue import Batch, WriteQueue
 
@@ -28,22 +28,25 @@ TICK_SECONDS = 3.0
 
 
 class Writer:
-    """Writes *contents* to the tier of *connection*; nothing before ``start``.
+    """Writes to the tier of *connection* what is published; nothing before ``start``.
 
     Args:
+        pages, snapshots: what these are written from.
         is_current: whether the model's files are still those that the digests were taken of.
     """
 
     def __init__(
         self,
         connection: TierConnection,
-        contents: Contents,
+        pages: PageSource,
+        snapshots: PageSource,
         known: KnownKeys,
         counters: StoreCounters,
         is_current: Callable[[], bool],
     ) -> None:
         self._connection = connection
-        self._contents = contents
+        self._pages = pages
+        self._snapshots = snapshots
         self._known = known
         self._counters = counters
         self._is_current = is_current
@@ -194,41 +197,39 @@ class Writer:
                 self._write_snapshot(tier, item, batch.seconds)
 
     def _write_pages(self, tier: Tier, published: Published, seconds: float) -> None:
-        if not self._contents.states:  # they have no bytes
+        if not self._pages.has_bytes:
             self._known.written(published.keys)
             return
         num_there = len(tier.contains(published.keys))
         tier.unclaim(published.keys[:num_there])
         self._known.written(published.keys[:num_there])
         for at in range(num_there, len(published.keys), MAX_PAGES):
-            keys, pages = published.keys[at : at + MAX_PAGES], published.pages[at : at + MAX_PAGES]
             parent = published.keys[at - 1] if at else published.parent
-            if parent and not tier.contains([parent]):
-                self._skip_pages(published, keys)
-                continue
-            share, pinned = seconds * len(keys) / len(published.keys), self._known.is_pinned(keys)
-            written = tier.put(self._contents.pages(keys, parent, pages, share, pinned))
-            if not written:
-                self._skip_pages(published, keys)
-                continue
-            self._known.written(keys)
-            self._counters.written_pages += len(keys)
-            self._counters.written_bytes += written
+            run = Published(published.keys[at : at + MAX_PAGES], parent, published.pages[at : at + MAX_PAGES])
+            if self._write_run(tier, self._pages, run, seconds * len(run.keys) / len(published.keys)):
+                self._counters.written_pages += len(run.keys)
+            else:
+                self._skip_pages(published, run.keys)
 
     def _write_snapshot(self, tier: Tier, item: PublishedState, seconds: float) -> None:
-        key, parent = snapshot_key(item.key), self._contents.parent_of(item)
-        if tier.contains([key]):
-            self._known.written([key])
-            return
-        written = 0
-        if not parent or tier.contains([parent]):
-            written = tier.put(self._contents.snapshot(item, seconds, self._known.is_pinned([key])))
-        if not written:
+        run = snapshot_run(item, has_page=self._pages.has_bytes)
+        if tier.contains(run.keys):
+            self._known.written(run.keys)
+        elif self._write_run(tier, self._snapshots, run, seconds):
+            self._counters.written_snapshots += 1
+        else:
             self._counters.skipped_snapshots += 1
-            return
-        self._known.written([key])
-        self._counters.written_snapshots += 1
+
+    def _write_run(self, tier: Tier, source: PageSource, run: Published, seconds: float) -> bool:
+        """Write *run* as one segment; False: what it continues is not there, or there is no room."""
+        if run.parent and not tier.contains([run.parent]):
+            return False
+        written = tier.put(source.encode(run, seconds, pinned=self._known.is_pinned(run.keys)))
+        if not written:
+            return False
+        self._known.written(run.keys)
         self._counters.written_bytes += written
+        return True
 
     def _skip(self, batch: Batch) -> None:
         """*batch* is not going to be stored."""
