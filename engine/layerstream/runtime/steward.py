@@ -1,5 +1,5 @@
-"""The scheduler decides, the steward does: the files of suspended pages and states, and what the store holds for running
-sequences.
+"""The scheduler decides, the steward does: the files of suspended pages and states, and what the store holds for those
+that run.
 
 Whoever runs sweeps asks the steward where the scheduler would decide something that is to be carried out, so nothing
 decided is left undone when a row is computed.

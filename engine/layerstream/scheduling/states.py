@@ -1,12 +1,12 @@
 """Slots for the states of recurrent layers: who holds which, and where snapshots are taken. Pure accounting.
 
-A slot is room for one state of every recurrent layer (:mod:`layerstream.kv.recurrent`). A *snapshot* is the states after
-a whole page of a prompt, under that page's key. States that were committed never change, so a snapshot is no copy: the
-sequence goes on to another slot. Who holds a slot:
+A slot is room for one state of every recurrent layer (:mod:`layerstream.kv.recurrent`). A *snapshot* is the states
+after a whole page of a prompt, under that page's key. States that were committed never change, so a snapshot is no
+copy: the sequence goes on to another slot. Who holds a slot:
 
 | holder | from when | until |
 |---|---|---|
-| a running sequence (``tenancy.state``) | a sweep is committed, or it begins at a snapshot | the next commit; it stops running |
+| a running sequence (``tenancy.state``) | a sweep is committed, or it begins at a snapshot | the next commit |
 | the sweep under way | it is composed | it is committed; or, if it had no effect, the next one is composed |
 | a snapshot | it was computed, or is to be loaded | a slot is wanted: least recently used first |
 | the store | a snapshot is published | it was written |
@@ -176,7 +176,7 @@ class States:
             self._release_stored(self._store.collect_slots())
 
     def may_join(self, sequence: TokenSequence) -> bool:
-        """Whether *sequence* has the state that it goes on from, or it is left in this sweep, and a slot for the next."""
+        """Whether *sequence* has a state to go on from, or this sweep leaves it, and a slot for the next one."""
         if not self.is_needed:
             return True
         if not self.begin(sequence) and self._key_at(sequence, sequence.num_computed) not in self._passed:
