@@ -18,6 +18,7 @@ from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import KVStoreUnusable
 from layerstream.hardware.machine import processor
 from layerstream.hardware.reader import DirectReader
+from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
 from layerstream.model import scans
 from layerstream.model.attention import IMPLEMENTATION
@@ -51,6 +52,7 @@ def open_store(
     skeleton: Skeleton,
     plan: Plan,
     states: Sequence[LayerState],
+    recurrent: Sequence[RecurrentLayer],
     reader: DirectReader,
     computes: str,
     sweep_seconds: Callable[[], float],
@@ -90,6 +92,7 @@ def open_store(
         tier=tier,
         open_tier=opener.open,
         is_current=files.is_unchanged,
+        recurrent=recurrent,
         load=config.load,
         failure=failure,
     )
