@@ -33,6 +33,7 @@ _CLASSES = (
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
 
+_CACHE_NAMES = ("past_key_values", "cache_params")
 _BUILDING = threading.Lock()  # what a model is built with is replaced meanwhile, for all threads
 
 
@@ -57,6 +58,11 @@ class Anatomy:
     embedding: torch.nn.Embedding
     head: torch.nn.Linear
     layer_embedding: torch.nn.Embedding | None = None
+
+    @property
+    def cache_name(self) -> str:
+        """What the decoder's forward calls the cache: models without attention have a name of their own for it."""
+        return next(name for name in _CACHE_NAMES if name in inspect.signature(type(self.decoder).forward).parameters)
 
 
 def own_class(config: Any) -> Any:
