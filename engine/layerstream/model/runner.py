@@ -91,6 +91,7 @@ class SweepRunner:
         self._cache = PagedCache()
         self._cache_name = skeleton.anatomy.cache_name
         self._decode = skeleton.decoder.forward
+        self._cache_name = skeleton.anatomy.cache_name
         self._stubs = _Stubs(skeleton.anatomy)
         self._room = _LogitRoom()
 
