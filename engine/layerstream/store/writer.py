@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from layerstream.kv.prefix import Published, PublishedState
+from layerstream.kv.prefix import Published, PublishedState, snapshot_key
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.connection import STORE_ERRORS, TierConnection
 from layerstream.store.counters import StoreCounters
@@ -63,6 +63,8 @@ class Writer:
         with self._changed:
             self._queue.batches.append(batch)
             self._changed.notify_all()
+        if isinstance(item := batch.published, PublishedState):
+            self._connection.post(lambda tier: tier.announce([snapshot_key(item.key)]))
         self.give_up_hopeless()
 
     def remember(self, answer: RememberedAnswer) -> None:
@@ -214,11 +216,12 @@ class Writer:
     def _write_snapshot(self, tier: Tier, item: PublishedState, seconds: float) -> None:
         run = snapshot_run(item, has_page=self._pages.has_bytes)
         if tier.contains(run.keys):
+            tier.unclaim(run.keys)
             self._known.written(run.keys)
         elif self._write_run(tier, self._snapshots, run, seconds):
             self._counters.written_snapshots += 1
         else:
-            self._counters.skipped_snapshots += 1
+            self._skip_snapshot(item)
 
     def _write_run(self, tier: Tier, source: PageSource, run: Published, seconds: float) -> bool:
         """Write *run* as one segment; False: what it continues is not there, or there is no room."""
@@ -236,8 +239,13 @@ class Writer:
         match batch.published:
             case Published() as published:
                 self._skip_pages(published, published.keys)
-            case PublishedState():
-                self._counters.skipped_snapshots += 1
+            case PublishedState() as item:
+                self._skip_snapshot(item)
+
+    def _skip_snapshot(self, item: PublishedState) -> None:
+        """*item* is not going to be stored."""
+        self._counters.skipped_snapshots += 1
+        self._connection.post(lambda tier: tier.unclaim([snapshot_key(item.key)]))
 
     def _skip_pages(self, published: Published, keys: Sequence[Key]) -> None:
         """*keys* of *published* are not going to be stored."""
