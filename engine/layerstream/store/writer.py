@@ -218,21 +218,21 @@ class Writer:
         if tier.contains(run.keys):
             tier.unclaim(run.keys)
             self._known.written(run.keys)
-        elif self._write_run(tier, self._snapshots, run, seconds):
+        elif written := self._write_run(tier, self._snapshots, run, seconds):
             self._counters.written_snapshots += 1
+            self._counters.written_snapshot_bytes += written
         else:
             self._skip_snapshot(item)
 
-    def _write_run(self, tier: Tier, source: PageSource, run: Published, seconds: float) -> bool:
-        """Write *run* as one segment; False: what it continues is not there, or there is no room."""
+    def _write_run(self, tier: Tier, source: PageSource, run: Published, seconds: float) -> int:
+        """Write *run* as one segment; its bytes, 0: what it continues is not there, or there is no room."""
         if run.parent and not tier.contains([run.parent]):
-            return False
+            return 0
         written = tier.put(source.encode(run, seconds, pinned=self._known.is_pinned(run.keys)))
-        if not written:
-            return False
-        self._known.written(run.keys)
-        self._counters.written_bytes += written
-        return True
+        if written:
+            self._known.written(run.keys)
+            self._counters.written_bytes += written
+        return written
 
     def _skip(self, batch: Batch) -> None:
         """*batch* is not going to be stored."""
