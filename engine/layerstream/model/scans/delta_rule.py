@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.decays import between, faded_products
+from layerstream.model.scans.decays import between, faded_products, fading
 from layerstream.model.scans.rows import by_head, joined, pieces
 
 CHUNK = 64  # rows of a chunk: transformers' and flash-linear-attention's, too
@@ -97,12 +97,12 @@ class DeltaRule:
         rate = by_head(self.rate[..., None])
         reached = by_head(self.decay).cumsum(1)
         keys, queries = self._products(query, key, reached)
-        faded = reached.exp()
+        faded = fading(reached.clone())
         written = (by_head(self.value) * rate).baddbmm_(_spread(key, faded * rate), state, alpha=-1)
         written = torch.linalg.solve_triangular(keys.mul_(rate), written, upper=False, unitriangular=True)
         output = torch.bmm(_spread(query, faded), state).baddbmm_(queries, written)
         end = reached[:, -1:]
-        torch.mul(state, end.exp().mT, out=left).baddbmm_(_spread(key, (end - reached).exp_()).mT, written)
+        torch.mul(state, fading(end.clone()).mT, out=left).baddbmm_(_spread(key, fading(end - reached)).mT, written)
         return output
 
     def _products(

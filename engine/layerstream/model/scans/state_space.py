@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.decays import between
+from layerstream.model.scans.decays import between, fading
 from layerstream.model.scans.rows import by_head, copied, joined, pieces
 
 CHUNK = 64  # rows of a chunk
@@ -124,10 +124,12 @@ class StateSpace:
         weighed = inputs * steps[..., None]
         within = scores.view(heads, rows, rows) @ weighed.transpose(0, 1)
         before = torch.bmm(c, _by_group(state, groups).mT).transpose(0, 1).reshape(rows, heads, width)
-        torch.addcmul(self._residual(inputs), before, reached.exp()[..., None], out=output).add_(within.transpose(0, 1))
+        torch.addcmul(self._residual(inputs), before, fading(reached.clone())[..., None], out=output).add_(
+            within.transpose(0, 1)
+        )
         end = reached[-1]
-        faded = (weighed * (end - reached).exp_()[..., None]).view(rows, groups, -1).permute(1, 2, 0)
-        torch.mul(state, end.exp()[:, None, None], out=left)
+        faded = (weighed * fading(end - reached)[..., None]).view(rows, groups, -1).permute(1, 2, 0)
+        torch.mul(state, fading(end.clone())[:, None, None], out=left)
         _by_group(left, groups).baddbmm_(faded, b)
 
     def _residual(self, inputs: torch.Tensor) -> torch.Tensor:
