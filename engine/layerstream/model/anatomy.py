@@ -33,7 +33,6 @@ _CLASSES = (
     modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
 )
 
-_CACHE_NAMES = ("past_key_values", "cache_params")
 _BUILDING = threading.Lock()  # what a model is built with is replaced meanwhile, for all threads
 
 
@@ -61,8 +60,9 @@ class Anatomy:
 
     @property
     def cache_name(self) -> str:
-        """What the decoder's forward calls the cache: models without attention have a name of their own for it."""
-        return next(name for name in _CACHE_NAMES if name in inspect.signature(type(self.decoder).forward).parameters)
+        """What the decoder's forward calls its cache."""
+        names = inspect.signature(type(self.decoder).forward).parameters
+        return "cache_params" if "cache_params" in names else "past_key_values"
 
 
 def own_class(config: Any) -> Any:

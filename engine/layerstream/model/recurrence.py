@@ -137,7 +137,7 @@ class Recurrence:
         """The guesses *nodes*, a path, were right: the state of *sequence* is the one after them."""
         slot = sequence.tenancy.state
         assert slot is not None, "a sequence with guesses has a state"
-        with elementwise.steady():  # as the mixers' forwards run
+        with elementwise.steady():  # as in a mixer's forward
             for number, layer in enumerate(self._layers):
                 for part, state in zip(layer.state_shape.parts, layer.parts(slot), strict=True):
                     calls = self._guesses[number, part.name, sequence].calls

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.decays import between, faded_products
-from layerstream.model.scans.rows import by_head, joined, pieces
+from layerstream.model.scans.decays import between, faded_products, fading
+from layerstream.model.scans.rows import by_head, in_pieces, joined
 
-CHUNK = 64  # rows of a chunk: transformers' and flash-linear-attention's, too
 EPSILON = 1e-6  # of the norm of queries and keys
 
 
@@ -67,12 +66,7 @@ class DeltaRule:
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, rows, heads, value width)``."""
-        state = torch.zeros_like(left) if state is None else state
-        output = self.value.new_empty(self.value.shape)
-        for rows in pieces(self.num_rows, CHUNK):
-            output[0, rows] = self.cut(rows)._piece(state, left).transpose(0, 1)
-            state = left
-        return output
+        return in_pieces(self, state, left, 1)
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, 1, heads, value width)``."""
@@ -91,19 +85,19 @@ class DeltaRule:
         """``(1, rows, heads, value width)``, and no state."""
         return joined(outputs, rows, self.value), self.value.new_empty(0)
 
-    def _piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-        """``(heads, rows, value width)`` in fp32, of at most :data:`CHUNK` rows."""
+    def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, rows, heads, value width)``."""
         query, key = self._reading()
         rate = by_head(self.rate[..., None])
         reached = by_head(self.decay).cumsum(1)
         keys, queries = self._products(query, key, reached)
-        faded = reached.exp()
+        faded = fading(reached.clone())
         written = (by_head(self.value) * rate).baddbmm_(_spread(key, faded * rate), state, alpha=-1)
         written = torch.linalg.solve_triangular(keys.mul_(rate), written, upper=False, unitriangular=True)
         output = torch.bmm(_spread(query, faded), state).baddbmm_(queries, written)
         end = reached[:, -1:]
-        torch.mul(state, end.exp().mT, out=left).baddbmm_(_spread(key, (end - reached).exp_()).mT, written)
-        return output
+        torch.mul(state, fading(end.clone()).mT, out=left).baddbmm_(_spread(key, fading(end - reached)).mT, written)
+        return output.to(self.value.dtype).transpose(0, 1)[None]
 
     def _products(
         self, query: torch.Tensor, key: torch.Tensor, reached: torch.Tensor
