@@ -1,10 +1,10 @@
 """Recurrent layers: every span goes on from the state of its own sequence, and leaves the state after it.
 
-transformers' mixers (convolutions, delta rules, selective scans) ask a cache for one state and call functions over whole
-sequences. Here the cache has none to give, and on each mixer's instance the functions of :mod:`layerstream.model.scans`
-among its forward's globals are replaced: they cut their arguments by the spans in hand and run from slot to slot
-(:class:`~layerstream.core.sweep.StateRoute`). Everything else in the mixer (projections, norms, gates) is computed in
-the shape of the row block, as in any module.
+transformers' mixers (convolutions, delta rules, selective scans) ask a cache for one state and call functions over
+whole sequences. Here the cache has none to give, and on each mixer's instance the functions of
+:mod:`layerstream.model.scans` among its forward's globals are replaced: they cut their arguments by the spans in hand
+and run from slot to slot (:class:`~layerstream.core.sweep.StateRoute`). Everything else in the mixer (projections,
+norms, gates) is computed in the shape of the row block, as in any module.
 
 Which rows are computed by which form depends on their position alone: a prompt's rows as chunks, generated and guessed
 ones step by step. A guess goes on from the state after its parent, which nobody else sees; what it was given is kept,
@@ -32,6 +32,7 @@ from layerstream.core.draft import ROOT
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import Span, Sweep
 from layerstream.kv.recurrent import RecurrentLayer
+from layerstream.model import elementwise
 from layerstream.model.scans import SCANS, Call
 
 
@@ -136,11 +137,12 @@ class Recurrence:
         """The guesses *nodes*, a path, were right: the state of *sequence* is the one after them."""
         slot = sequence.tenancy.state
         assert slot is not None, "a sequence with guesses has a state"
-        for number, layer in enumerate(self._layers):
-            for part, state in zip(layer.state_shape.parts, layer.parts(slot), strict=True):
-                calls = self._guesses[number, part.name, sequence].calls
-                for node in nodes:
-                    calls[node].step(state, state)
+        with elementwise.steady():  # as in a mixer's forward
+            for number, layer in enumerate(self._layers):
+                for part, state in zip(layer.state_shape.parts, layer.parts(slot), strict=True):
+                    calls = self._guesses[number, part.name, sequence].calls
+                    for node in nodes:
+                        calls[node].step(state, state)
 
     def _known(self, number: int, span: Span, call: Call) -> torch.Tensor:
         route = self._sweep.routes[span.sequence]

@@ -182,8 +182,8 @@ class _Recorder:
         part, parts = call.part, self.states.setdefault(layer, {})
         if part.name in parts:
             raise UnsupportedModel(
-                f"{self.family!r} keeps more than one state of a kind ({part.name}) in layer {layer}, which this version "
-                "does not keep"
+                f"{self.family!r} keeps more than one state of a kind ({part.name}) in layer {layer}, which this "
+                "version does not keep"
             )
         parts[part.name] = part
         left = torch.empty(part.shape, dtype=getattr(torch, part.dtype), device="meta")
@@ -224,7 +224,7 @@ def trace(anatomy: Anatomy) -> Trace:
         inputs: dict[str, Any] = {
             "inputs_embeds": torch.zeros((1, ROWS, anatomy.embedding.embedding_dim), dtype=anatomy.model.dtype),
             "position_ids": torch.arange(ROWS)[None],
-            "past_key_values": _Cache(recorder),
+            anatomy.cache_name: _Cache(recorder),
             "use_cache": True,
         }
         if anatomy.layer_embedding is not None:

@@ -1,27 +1,57 @@
-"""Rows of a call: what its tensors have of them, and one tensor of what was computed span by span. Pure."""
+"""Rows of a call: piece by piece, head by head, and one tensor of what was computed span by span. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
-
-def pieces(num_rows: int, size: int) -> Iterator[slice]:
-    """*num_rows* rows, *size* at a time; the last piece has what is left."""
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+PIECE = 64  # rows; transformers' and flash-linear-attention's chunk of a delta rule, too
 
 
-def joined(outputs: list[torch.Tensor], rows: list[slice], num_rows: int, like: torch.Tensor) -> torch.Tensor:
-    """*outputs* ``(1, rows, ...)`` at *rows* of *num_rows*; zeros elsewhere, shaped *like* what there might be."""
-    if len(outputs) == 1 and outputs[0].shape[1] == num_rows:
+class Pieces(Protocol):
+    """A call that may be computed piece by piece."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it has."""
+        ...
+
+    def cut(self, rows: slice) -> Pieces:
+        """Of *rows* alone."""
+        ...
+
+    def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """The output for its rows, of which there are :data:`PIECE` at most; *left* is the state after them."""
+        ...
+
+
+def in_pieces(call: Pieces, state: torch.Tensor | None, left: torch.Tensor, dim: int) -> torch.Tensor:
+    """The output of *call* for a span that goes on from *state*, its rows at *dim*.
+
+    Every piece is computed in a shape of its own. So the bits are the same whether a span comes whole or cut after
+    whole pieces.
+    """
+    state = torch.zeros_like(left) if state is None else state
+    outputs: list[torch.Tensor] = []
+    for start in range(0, call.num_rows, PIECE):
+        outputs.append(call.cut(slice(start, start + PIECE)).piece(state, left))
+        state = left
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
+
+
+def by_head(tensor: torch.Tensor) -> torch.Tensor:
+    """``(1, rows, heads, width)`` as ``(heads, rows, width)`` in fp32; always a copy, for which kernel computes, and so
+    the bits, may depend on how a tensor lies in memory."""
+    _, rows, heads, width = tensor.shape
+    return torch.empty((heads, rows, width), dtype=torch.float32, device=tensor.device).copy_(tensor[0].transpose(0, 1))
+
+
+def joined(outputs: list[torch.Tensor], rows: list[slice], like: torch.Tensor) -> torch.Tensor:
+    """*outputs* ``(1, rows, ...)`` at *rows* of as many as *like* ``(1, all rows, ...)`` has; zeros elsewhere."""
+    if len(outputs) == 1 and outputs[0].shape[1] == like.shape[1]:
         return outputs[0]
-    whole = (
-        like.new_zeros((1, num_rows, *like.shape[2:]))
-        if not outputs
-        else outputs[0].new_zeros((1, num_rows, *outputs[0].shape[2:]))
-    )
+    whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
     for output, at in zip(outputs, rows, strict=True):
         whole[:, at] = output
     return whole
