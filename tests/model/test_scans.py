@@ -18,7 +18,6 @@ from transformers.models.mamba import modeling_mamba as mamba
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
-
 TOLERANCE = (
     3e-5  # of the largest value: exponents are differences of sums, which reach some hundreds where decay is steep
 )
