@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream.model.scans import SCANS, Call, identity
+from layerstream.model.scans import SCANS, VERSION, Call, fused, identity
 from layerstream.model.scans.rows import PIECE
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.mamba import modeling_mamba as mamba
@@ -332,5 +336,60 @@ def test_shapes_are_found_without_numbers(kind: Kind, num_rows: int) -> None:
     assert step.shape == here.cut(slice(0, 1)).step(None, room(here)).shape
 
 
-def test_what_computes_has_a_name() -> None:
-    assert identity().split()[0] == "torch"
+class Kernels:
+    """A stand-in for flash-linear-attention: transformers' functions, which have its signatures."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.called: list[str] = []
+        rules = {
+            "chunk_gated_delta_rule": qwen.torch_chunk_gated_delta_rule,
+            "fused_recurrent_gated_delta_rule": qwen.torch_recurrent_gated_delta_rule,
+        }
+        channels = {
+            "chunk_kda": kimi.chunk_kimi_delta_attention,
+            "fused_recurrent_kda": kimi.recurrent_kimi_delta_attention,
+        }
+        for name, functions in (("fla.ops.gated_delta_rule", rules), ("fla.ops.kda", channels)):
+            module = ModuleType(name)
+            for function in functions:
+                setattr(module, function, self._noted(function, functions[function]))
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(fused, "kernel", fused.kernel.__wrapped__)
+        monkeypatch.setattr(fused, "takes", lambda key: True)
+
+    def _noted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.called.append(name)
+            return function(*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (delta_rule, ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]),
+        (channel_decay, ["chunk_kda", "fused_recurrent_kda"]),
+    ],
+)
+def test_kernels_are_given_what_torch_is(kind: Kind, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, step = kind(70, Random(9, torch.float32)).bound(), kind(1, Random(10, torch.float32)).bound()
+    first, second, third = room(chunk), room(chunk), room(chunk)
+    expected = [chunk.chunk(None, first), chunk.chunk(first, second), step.step(second, third)]
+    kernels = Kernels(monkeypatch)
+    states = room(chunk), room(chunk), room(chunk)
+    found = [chunk.chunk(None, states[0]), chunk.chunk(states[0], states[1]), step.step(states[1], states[2])]
+    assert kernels.called == [names[0], names[0], names[1]]
+    for ours, theirs in zip([*expected, first, second, third], [*found, *states], strict=True):
+        close(theirs, ours)
+
+
+def test_kernels_are_not_called_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    assert not fused.takes(torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16))
+
+
+def test_what_computes_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert identity() == f"torch {VERSION}"
+    monkeypatch.setattr(fused, "version", lambda: "0.6.0")
+    assert identity() == f"torch {VERSION}, flash-linear-attention 0.6.0"
