@@ -258,7 +258,7 @@ def test_a_store_that_is_read_only_is_read(tmp_path: Path, monkeypatch: pytest.M
 def test_whatever_happened_the_answer_is_the_best_and_can_be_loaded(rng: random.Random, is_hybrid: bool) -> None:
     """Pages and snapshots are written, lost and evicted, in a store that is nearly always full."""
     memory = Memory(len(SHAPES) if is_hybrid else 0)
-    bound = 64 * 1024 + (8 * 48 if is_hybrid else 5 * 20) * 1024
+    bound = 64 * 1024 + (6 * 48 if is_hybrid else 3 * 20) * 1024
     with tempfile.TemporaryDirectory() as name, opened(Path(name), memory, Bounds(bound, 0)) as store:
         assert isinstance(store.tier, LocalTier)
         index = store.tier.folder.index
