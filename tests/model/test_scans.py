@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream.model.scans import SCANS, Call, identity
+from layerstream.model.scans import SCANS, VERSION, Call, fused, identity
 from layerstream.model.scans.rows import PIECE
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.mamba import modeling_mamba as mamba
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+
+TOLERANCE = (
+    3e-5  # of the largest value: exponents are differences of sums, which reach some hundreds where decay is steep
+)
 
 
 @dataclass(frozen=True)
@@ -66,19 +75,20 @@ class Random:
         return torch.randn(shape, generator=self._generator)
 
 
-def convolution(n: int, r: Random) -> Given:
-    return Given("causal_conv1d_fn", qwen.causal_conv1d_fn, (r(1, n, 24).mT, r(24, 4)), {"activation": "silu"})
+def convolution(n: int, r: Random, channels: int = 24) -> Given:
+    tensors = (r(1, n, channels).mT, r(channels, 4))
+    return Given("causal_conv1d_fn", qwen.causal_conv1d_fn, tensors, {"activation": "silu"})
 
 
 def biased_convolution(n: int, r: Random) -> Given:
     return Given("causal_conv1d_fn", qwen.causal_conv1d_fn, (r(1, n, 20).mT, r(20, 3), r(20)))
 
 
-def delta_rule(n: int, r: Random, name: str = "torch_chunk_gated_delta_rule", heads: int = 6) -> Given:
+def delta_rule(n: int, r: Random, name: str = "torch_chunk_gated_delta_rule", heads: int = 6, width: int = 8) -> Given:
     function = getattr(qwen, name)
     named = {"g": -r.exact(1, n, heads).abs(), "beta": r(1, n, heads).sigmoid()}
     flags = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
-    return Given(name, function, (r(1, n, 2, 16), r(1, n, 2, 16), r(1, n, heads, 8)), named | flags)
+    return Given(name, function, (r(1, n, 2, 16), r(1, n, 2, 16), r(1, n, heads, width)), named | flags)
 
 
 def recurrent_delta_rule(n: int, r: Random) -> Given:
@@ -100,9 +110,9 @@ def steep_channel_decay(n: int, r: Random) -> Given:
     return channel_decay(n, r, steepness=5)
 
 
-def state_space(n: int, r: Random) -> Given:
-    named = {"chunk_size": 32, "D": r(6), "dt_bias": r(6), "dt_softplus": True, "dt_limit": (0.1, 2.0)}
-    tensors = (r(1, n, 6, 8), r(1, n, 6), -r.exact(6).exp(), r(1, n, 2, 16), r(1, n, 2, 16))
+def state_space(n: int, r: Random, heads: int = 6, width: int = 8, groups: int = 2) -> Given:
+    named = {"chunk_size": 32, "D": r(heads), "dt_bias": r(heads), "dt_softplus": True, "dt_limit": (0.1, 2.0)}
+    tensors = (r(1, n, heads, width), r(1, n, heads), -r.exact(heads).exp(), r(1, n, groups, 16), r(1, n, groups, 16))
     return Given("mamba2_chunk_scan", mamba2.mamba2_chunk_scan, tensors, {**named, "return_final_states": True})
 
 
@@ -111,9 +121,10 @@ def plain_state_space(n: int, r: Random) -> Given:
     return Given("mamba2_chunk_scan", mamba2.mamba2_chunk_scan, tensors, {"chunk_size": 256})
 
 
-def selective_scan(n: int, r: Random) -> Given:
-    named = {"D": r.exact(24), "z": r(1, 24, n), "delta_bias": r.exact(24), "delta_softplus": True}
-    tensors = (r(1, 24, n), r(1, 24, n), -r.exact(24, 16).exp(), r(1, n, 16).mT, r(1, n, 16).mT)
+def selective_scan(n: int, r: Random, channels: int = 24) -> Given:
+    named = {"D": r.exact(channels), "z": r(1, channels, n), "delta_bias": r.exact(channels), "delta_softplus": True}
+    inputs = (r(1, channels, n), r(1, channels, n), -r.exact(channels, 16).exp())
+    tensors = (*inputs, r(1, n, 16).mT, r(1, n, 16).mT)
     return Given("mamba_selective_scan", mamba.mamba_selective_scan, tensors, {**named, "return_last_state": True})
 
 
@@ -135,6 +146,13 @@ KINDS = (
     selective_scan,
     plain_selective_scan,
 )
+WIDE = {  # more than one thread takes a part of them
+    "convolution": partial(convolution, channels=40003),
+    "delta rule": partial(delta_rule, heads=50, width=65),
+    "state space": partial(state_space, heads=50, width=65),
+    "state space of one group": partial(state_space, heads=50, width=65, groups=1),
+    "selective scan": partial(selective_scan, channels=4099),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 Kind = Callable[[int, Random], Given]
 
@@ -173,7 +191,7 @@ def whole(call: Call, outputs: list[torch.Tensor], cuts: list[int]) -> torch.Ten
     return found[0]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     """Within *tolerance* of the largest value."""
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
@@ -207,7 +225,7 @@ def test_narrow_inputs_are_computed_in_fp32(kind: Kind) -> None:
     expected, _ = narrow.mapped(torch.Tensor.float).expected()
     found = whole(call, outputs, [100])
     assert found.dtype == narrow.expected()[0].dtype
-    close(found.float(), expected, tolerance=4e-3 if found.dtype == torch.bfloat16 else 1e-5)
+    close(found.float(), expected, tolerance=4e-3 if found.dtype == torch.bfloat16 else TOLERANCE)
     assert left.dtype == (torch.bfloat16 if call.part.name == "conv" else torch.float32)
 
 
@@ -268,19 +286,22 @@ def test_the_state_before_is_left_alone_unless_it_is_the_one_after(kind: Kind, f
     assert torch.equal(state, left)
 
 
-@every_kind
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_bits_of_a_step_are_those_of_any_number_of_threads(kind: Kind, num_threads: int) -> None:
+@pytest.mark.parametrize("kind", WIDE.values(), ids=WIDE)
+def test_bits_of_a_step_are_those_of_any_number_of_threads(kind: Kind) -> None:
     call = kind(1, Random(5, torch.bfloat16)).bound()
     _, state = run(kind(40, Random(6, torch.bfloat16)).bound(), [40])
-    expected, left, other = room(call), room(call), torch.get_num_threads()
-    output = call.step(state, expected)
-    torch.set_num_threads(num_threads)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    before = torch.get_num_threads()
     try:
-        assert torch.equal(call.step(state, left), output)
+        for num_threads in (1, 2, 3, 7):
+            torch.set_num_threads(num_threads)
+            left = room(call)
+            found.append((call.step(state, left), left))
     finally:
-        torch.set_num_threads(other)
-    assert torch.equal(left, expected)
+        torch.set_num_threads(before)
+    for output, left in found[1:]:
+        assert torch.equal(output, found[0][0])
+        assert torch.equal(left, found[0][1])
 
 
 @every_kind
@@ -315,5 +336,60 @@ def test_shapes_are_found_without_numbers(kind: Kind, num_rows: int) -> None:
     assert step.shape == here.cut(slice(0, 1)).step(None, room(here)).shape
 
 
-def test_what_computes_has_a_name() -> None:
-    assert identity().split()[0] == "torch"
+class Kernels:
+    """A stand-in for flash-linear-attention: transformers' functions, which have its signatures."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.called: list[str] = []
+        rules = {
+            "chunk_gated_delta_rule": qwen.torch_chunk_gated_delta_rule,
+            "fused_recurrent_gated_delta_rule": qwen.torch_recurrent_gated_delta_rule,
+        }
+        channels = {
+            "chunk_kda": kimi.chunk_kimi_delta_attention,
+            "fused_recurrent_kda": kimi.recurrent_kimi_delta_attention,
+        }
+        for name, functions in (("fla.ops.gated_delta_rule", rules), ("fla.ops.kda", channels)):
+            module = ModuleType(name)
+            for function in functions:
+                setattr(module, function, self._noted(function, functions[function]))
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(fused, "kernel", fused.kernel.__wrapped__)
+        monkeypatch.setattr(fused, "takes", lambda key: True)
+
+    def _noted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.called.append(name)
+            return function(*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (delta_rule, ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"]),
+        (channel_decay, ["chunk_kda", "fused_recurrent_kda"]),
+    ],
+)
+def test_kernels_are_given_what_torch_is(kind: Kind, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, step = kind(70, Random(9, torch.float32)).bound(), kind(1, Random(10, torch.float32)).bound()
+    first, second, third = room(chunk), room(chunk), room(chunk)
+    expected = [chunk.chunk(None, first), chunk.chunk(first, second), step.step(second, third)]
+    kernels = Kernels(monkeypatch)
+    states = room(chunk), room(chunk), room(chunk)
+    found = [chunk.chunk(None, states[0]), chunk.chunk(states[0], states[1]), step.step(states[1], states[2])]
+    assert kernels.called == [names[0], names[0], names[1]]
+    for ours, theirs in zip([*expected, first, second, third], [*found, *states], strict=True):
+        close(theirs, ours)
+
+
+def test_kernels_are_not_called_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    assert not fused.takes(torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16))
+
+
+def test_what_computes_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert identity() == f"torch {VERSION}"
+    monkeypatch.setattr(fused, "version", lambda: "0.6.0")
+    assert identity() == f"torch {VERSION}, flash-linear-attention 0.6.0"

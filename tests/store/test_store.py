@@ -72,7 +72,7 @@ def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "qwen2-moe", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "qwen2-moe", "deepseek-v3", "qwen3_5_text"])
 def test_restarted_is_bitwise_cold(
     family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path, store: KVStoreConfig
 ) -> None:

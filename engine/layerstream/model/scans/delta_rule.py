@@ -15,7 +15,8 @@ solution *u* of a unit triangular system (the UT transform, arXiv 2406.06484), a
     oᵢ = qᵢ exp(cᵢ) S + Σ_{j≤i} (qᵢ exp(cᵢ − cⱼ) kⱼᵀ) uⱼ
     S ← exp(cₙ) S + Σⱼ (kⱼ exp(cₙ − cⱼ))ᵀ uⱼ
 
-All of it is computed in fp32. Query and key heads may be fewer than value heads: each serves as many consecutive ones.
+All of it is computed in fp32 (or by the kernels of :mod:`layerstream.model.scans.fused`). Query and key heads may be
+fewer than value heads: each serves as many consecutive ones.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from layerstream.kv.shape import StatePart
+from layerstream.model.scans import fused
 from layerstream.model.scans.decays import between, faded_products, fading
 from layerstream.model.scans.rows import by_head, in_pieces, joined
 
@@ -66,10 +68,14 @@ class DeltaRule:
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, rows, heads, value width)``."""
+        if fused.takes(self.key):
+            return self._fused(state, left, is_chunk=True)
         return in_pieces(self, state, left, 1)
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, 1, heads, value width)``."""
+        if fused.takes(self.key):
+            return self._fused(state, left, is_chunk=False)
         state = torch.zeros_like(left) if state is None else state
         query, key = self._reading()
         heads, width = left.shape[0], left.shape[1]
@@ -98,6 +104,22 @@ class DeltaRule:
         end = reached[:, -1:]
         torch.mul(state, fading(end.clone()).mT, out=left).baddbmm_(_spread(key, fading(end - reached)).mT, written)
         return output.to(self.value.dtype).transpose(0, 1)[None]
+
+    def _fused(self, state: torch.Tensor | None, left: torch.Tensor, is_chunk: bool) -> torch.Tensor:
+        """``(1, rows, heads, value width)``, by a kernel."""
+        by_channel = self.decay.shape[3] > 1
+        output, after = fused.kernel(by_channel, is_chunk)(
+            self.query,
+            self.key,
+            self.value,
+            g=self.decay if by_channel else self.decay[..., 0],
+            beta=self.rate,
+            initial_state=None if state is None else state[None],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=self.normed,
+        )
+        left.copy_(after[0])
+        return output
 
     def _products(
         self, query: torch.Tensor, key: torch.Tensor, reached: torch.Tensor

@@ -98,8 +98,8 @@ class SelectiveScan:
         read = []
         left.copy_(state)
         for row in range(self.num_rows):
-            left.mul_(fading(own.a * steps[row, :, None])).addr_(written[row], b[row])
-            read.append(left @ c[row])
+            left.mul_(fading(own.a * steps[row, :, None])).addcmul_(written[row, :, None], b[row])
+            read.append((left * c[row]).sum(1))
         output = torch.stack(read)
         if own.d is not None:
             output = output + inputs * own.d.float()

@@ -94,7 +94,8 @@ class StateSpace:
         steps = self.heads.steps(self.raw)[0]
         decay = (steps * self.heads.a).exp_()[:, None]
         weighed = inputs * steps[:, None]
-        read = torch.bmm(_by_group(state, len(b)), c.mT).view(inputs.shape)
+        heads, width = inputs.shape
+        read = torch.bmm(state, c.expand(-1, heads // len(c), -1).reshape(heads, -1, 1)).view(heads, width)
         output = torch.addcmul(self._residual(inputs), read, decay)
         output.view(len(b), -1).addcmul_(weighed.view(len(b), -1), (b * c).sum(-1))
         torch.mul(state, decay[..., None], out=left)
