@@ -135,7 +135,10 @@ def device_config(folder: Path, mode: str, dtype: str = "float32", **options: An
     if mode == "resident":
         return replace(config, memory_bytes=on_host.comfortable_bytes(facts), host_memory_bytes=2**30)
     least = _least_bytes(facts)
-    memory = least + 2048 if mode == "cut" else min(least + facts.compute_bytes // 3, _resident_bytes(facts) - 1)
+    if mode == "cut":
+        memory = least + 2048 + SNAPSHOT_SLOTS * facts.state_bytes
+    else:
+        memory = min(least + facts.compute_bytes // 3, _resident_bytes(facts) - 1)
     config = replace(config, memory_bytes=memory, host_memory_bytes=2**30)
     if mode == "host":
         return config
