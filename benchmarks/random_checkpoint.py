@@ -3,7 +3,8 @@
     python -m benchmarks.random_checkpoint SHAPE OUT [--layers N] [--quantization nf4|int8|int4]
 
 SHAPE is Gemma-4-26B-A4B, Gemma-4-31B, Qwen3-VL-8B, Qwen3.5-4B, Qwen3.6-27B or Qwen3.6-35B-A3B, by the names that their
-checkpoints have, or a config.json of any model that transformers knows. Towers for pictures and sound are left out, as LayerStream reads nothing of them.
+checkpoints have, or a config.json of any model that transformers knows. Towers for pictures and sound are left out, as
+LayerStream reads nothing of them.
 
 These shapes are not grown (:mod:`benchmarks.grow`), because none of them can be the reader's function. They norm every
 query and key by its own length: of ``Wx / rms(x)`` they keep the direction alone, and in the reader that length decides
