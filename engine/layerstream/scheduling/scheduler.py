@@ -168,7 +168,7 @@ class Scheduler:
                 raise StorageFull("there is no memory for one more beam: ask for fewer, or give the engine more memory")
             self._suspend(victims[-1])
         self.pool.share(shared)
-        child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[])
+        child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[], previous=None)
         self.states.fork(child)
         self._running.insert(self._running.index(parent) + 1, child)
         self._waiting.enter(child)
@@ -211,7 +211,7 @@ class Scheduler:
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens of *sequence* from *num_tokens* on are computed once more."""
         if num_tokens < sequence.num_computed:
-            self.states.release(sequence)
+            self.states.rewind(sequence, num_tokens)
         sequence.tenancy.rewind(num_tokens)
 
     def lose(self, key: bytes) -> None:
