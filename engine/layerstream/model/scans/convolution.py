@@ -21,17 +21,18 @@ from layerstream.model.scans.rows import copied, in_pieces, joined
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """A call: columns ``(1, channels, rows)``, filters ``(channels, kernel)``, biases ``(channels,)``."""
+    """A call: columns ``(1, channels, rows)``, filters as ``(kernel, channels)`` in fp32, a copy; biases
+    ``(channels,)``."""
 
     columns: torch.Tensor
-    weight: torch.Tensor
+    taps: torch.Tensor
     bias: torch.Tensor | None
     activation: Callable[[torch.Tensor], torch.Tensor] | None
 
     @property
     def part(self) -> StatePart:
         """The columns before."""
-        channels, kernel = self.weight.shape
+        kernel, channels = self.taps.shape
         return StatePart("conv", (channels, kernel - 1), str(self.columns.dtype).removeprefix("torch."))
 
     @property
@@ -41,11 +42,11 @@ class Convolution:
 
     def cut(self, rows: slice) -> Convolution:
         """Of *rows*."""
-        return Convolution(self.columns[:, :, rows], self.weight, self.bias, self.activation)
+        return Convolution(self.columns[:, :, rows], self.taps, self.bias, self.activation)
 
     def kept(self) -> Convolution:
         """A copy."""
-        return Convolution(self.columns.clone(), self.weight.clone(), copied(self.bias), self.activation)
+        return Convolution(self.columns.clone(), self.taps, copied(self.bias), self.activation)
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, channels, rows)``."""
@@ -59,11 +60,10 @@ class Convolution:
         """``(1, channels, rows)``."""
         read = torch.cat((state.mT, self.columns[0].mT))
         count = self.num_rows
-        taps = self.weight.mT.to(torch.float32, memory_format=torch.contiguous_format)
         values = read.float()
-        found = values[:count] * taps[0]
-        for tap in range(1, len(taps)):
-            found.addcmul_(values[tap : tap + count], taps[tap])
+        found = values[:count] * self.taps[0]
+        for tap in range(1, len(self.taps)):
+            found.addcmul_(values[tap : tap + count], self.taps[tap])
         if self.bias is not None:
             found += self.bias
         if self.activation is not None:
@@ -84,4 +84,6 @@ def convolution(
     **kwargs: Any,
 ) -> Convolution:
     """A call of ``causal_conv1d_fn``."""
-    return Convolution(hidden_states, weight, bias, None if activation is None else ACT2FN[activation])
+    channels, kernel = weight.shape
+    taps = torch.empty((kernel, channels), dtype=torch.float32, device=weight.device).copy_(weight.mT)
+    return Convolution(hidden_states, taps, bias, None if activation is None else ACT2FN[activation])
