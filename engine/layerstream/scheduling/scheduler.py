@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from contextlib import closing
 from dataclasses import replace
 
@@ -253,6 +254,12 @@ class Scheduler:
         failed, self._failed = self._failed, []
         return failed
 
+    def count_cached(self, keys: Seq[bytes]) -> int:
+        """How many of the pages *keys*, from the first on, are there to begin after. Changes nothing: any thread may
+        ask."""
+        known = self.prefixes.count_known(keys)
+        return self.states.resumable(keys, known) if self.states.is_needed else known
+
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens that the longest prompt may have, an answer of one token included."""
@@ -395,7 +402,7 @@ class Scheduler:
             self._store.abandon(gone)
 
     def _num_cached(self, sequence: Sequence) -> int:
-        return self.prefixes.count_known(sequence.prefix_keys) * self.pool.page_tokens
+        return self.count_cached(sequence.prefix_keys) * self.pool.page_tokens
 
     def _admit_long(self, sequence: Sequence) -> bool:
         """Admit a sequence that does not fit the frames; False while it has to wait, and those behind it too."""
