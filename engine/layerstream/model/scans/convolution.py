@@ -15,6 +15,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from layerstream.kv.shape import StatePart
+from layerstream.model import elementwise
 from layerstream.model.scans.rows import copied, in_pieces, joined
 
 
@@ -66,7 +67,7 @@ class Convolution:
         if self.bias is not None:
             found += self.bias
         if self.activation is not None:
-            found = self.activation(found)
+            found = elementwise.apply(self.activation, found)
         left.copy_(read[count:].mT)
         return found.to(self.columns.dtype).mT[None]
 

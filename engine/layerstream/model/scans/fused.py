@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-PACKAGE = "fla"
 WIDEST = 256  # of a key, in its kernels
 _KERNELS = {  # by whether a decay is a channel's, and whether rows are a chunk
     (False, True): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
@@ -24,17 +23,21 @@ _KERNELS = {  # by whether a decay is a channel's, and whether rows are a chunk
 }
 
 
+@functools.cache
+def is_installed() -> bool:
+    """Whether there are such kernels at all."""
+    return importlib.util.find_spec("fla") is not None
+
+
 def version() -> str | None:
     """Of the package, if this process may call it."""
-    if importlib.util.find_spec(PACKAGE) is None or not torch.cuda.is_available():
-        return None
-    return importlib.metadata.version("fla-core")
+    return importlib.metadata.version("fla-core") if is_installed() and torch.cuda.is_available() else None
 
 
 def takes(key: torch.Tensor) -> bool:
     """Whether there are kernels for calls whose keys are *key* ``(..., width)``."""
     is_narrow = key.dtype in (torch.bfloat16, torch.float16) and key.shape[-1] <= WIDEST
-    return key.is_cuda and is_narrow and importlib.util.find_spec(PACKAGE) is not None
+    return key.is_cuda and is_narrow and is_installed()
 
 
 @functools.cache
