@@ -355,8 +355,11 @@ class Scheduler:
 
     def _find_states(self) -> None:
         """Whoever waits for states that nobody is going to leave begins where there are some."""
-        for sequence in self._running:
+        for sequence in list(self._running):
             if self.states.begin(sequence) or self.states.is_coming(sequence, self._running):
+                continue
+            if sequence.is_long:
+                self._restart(sequence)
                 continue
             keys, most = sequence.prefix_keys, sequence.num_computed // self.pool.page_tokens
             sequence.tenancy.rewind(self.states.resumable(keys, most) * self.pool.page_tokens)

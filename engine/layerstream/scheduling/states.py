@@ -37,6 +37,7 @@ from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Key, PublishedState, SpillStore, snapshot_key
 
 MOST_STRIDE_TOKENS = 4096
+MOST_EXPECTED = 4096
 
 
 def snapshot_stride(state_bytes: int, kv_token_bytes: int, page_tokens: int) -> int:
@@ -183,6 +184,8 @@ class States:
         self.pool.release(list(self._targets.values()))
         self._routes, self._passed, self._targets = {}, {}, {}
         self._num_running = len(running)
+        if len(self._expected) > MOST_EXPECTED:  # some by sequences that are gone
+            self._expected.intersection_update(key for sequence in running for key in sequence.prefix_keys)
         if self._store is not None and self.is_needed:
             self._release_stored(self._store.collect_slots())
 
