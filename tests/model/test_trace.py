@@ -11,7 +11,8 @@ import transformers
 from layerstream.errors import UnsupportedModel
 from layerstream.model.anatomy import Anatomy, build_own, dissect, own_class
 from layerstream.model.skeleton import build_meta, build_skeleton
-from layerstream.model.trace import Trace, trace
+from layerstream.model.trace import trace
+from layerstream.model.traced import Trace
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.models import FAMILIES, VOCAB_SIZE, make_model

@@ -23,7 +23,7 @@ from layerstream.kv.state import LayerState
 from layerstream.model import scans
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
-from layerstream.model.trace import LayerTrace
+from layerstream.model.traced import LayerTrace
 from layerstream.planner import Plan
 from layerstream.store import fingerprint
 from layerstream.store.choice import Rates
