@@ -269,6 +269,7 @@ def test_whatever_happened_the_answer_is_the_best_and_can_be_loaded(rng: random.
                 publish(store, memory, keys, rng.sample(range(1, len(keys) + 1), rng.randrange(min(3, len(keys)) + 1)))
             elif action < 0.5:
                 store.lose(rng.choice([rng.choice(keys), snapshot_key(rng.choice(keys))]))
+                store.look_up(keys)  # by then it is dropped
             start = rng.randrange(len(keys) + 1)
             resumable = rng.randrange(start + 1)
             answer = take(store, keys, start, resumable)
