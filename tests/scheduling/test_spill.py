@@ -249,9 +249,7 @@ def store(tmp_path: Path) -> KVStoreConfig:
     return KVStoreConfig(tmp_path / "kv", load="always", max_bytes="1GiB", min_free_bytes=0)
 
 
-def config(
-    model: Path, store: KVStoreConfig | None, dtype: str = "float32", percent: int = 109
-) -> EngineConfig:
+def config(model: Path, store: KVStoreConfig | None, dtype: str = "float32", percent: int = 109) -> EngineConfig:
     """With *percent* of the budget under which the model, in fp32, streams by layers."""
     budget = budget_for(model, "layers") * percent // 100
     return EngineConfig(str(model), memory_bytes=budget, dtype=dtype, kv_store=store)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -31,7 +30,7 @@ def is_installed() -> bool:
 
 def version() -> str | None:
     """Of the package, if this process may call it."""
-    return importlib.metadata.version("fla-core") if is_installed() and torch.cuda.is_available() else None
+    return importlib.import_module("fla").__version__ if is_installed() and torch.cuda.is_available() else None
 
 
 def takes(key: torch.Tensor) -> bool:
