@@ -27,7 +27,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from benchmarks import bench
 
-ROWS = (1, 64, 128)
+ROWS = (1, 64, 128, 512)
 CONTEXTS = (512, 4096)
 DTYPE = torch.bfloat16
 Function = Callable[[], object]
