@@ -190,7 +190,7 @@ def _make_store(ground: Groundwork, states: list[LayerState], recurrent: list[Re
 def _make_runner(ground: Groundwork, kv: KVParts, weights: ModelWeights) -> SweepRunner:
     plan, placement = ground.plan, ground.placement
     device_kv = None
-    if placement is not None:
+    if placement is not None and kv.states:
         rides = [part.facts.kv_rides for part in plan.by_device]
         device_kv = DeviceKV(
             placement,

@@ -2,13 +2,14 @@
 
 Pages are immutable and named by their content (a key says all tokens from position 0 on; the namespace says model,
 arithmetic and tenant), so a tier never updates, two writers of one key write the same bytes, and losing a page costs
-no more than computing it again. A tier that fails raises ``OSError`` or ``sqlite3.Error``, which
+no more than computing it again. Snapshots of recurrent layers are pages here, which continue the page that they were
+taken after. A tier that fails raises ``OSError`` or ``sqlite3.Error``, which
 :class:`~layerstream.store.connection.TierConnection` keeps from requests; a tier may be slow, but for ``open``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,8 +113,16 @@ class Tier(Protocol):
         """Announce that *keys* are going to be computed here. False if another process computes the first already."""
         ...
 
+    def announce(self, keys: Sequence[Key]) -> None:
+        """*keys* are computed, and will be here in a moment."""
+        ...
+
+    def is_announced(self, keys: Collection[Key]) -> bool:
+        """Whether another process has announced one of *keys* lately, and it is not here yet."""
+        ...
+
     def unclaim(self, keys: Sequence[Key]) -> None:
-        """*keys* are not going to be computed here after all."""
+        """*keys* are not going to be computed, or written, here after all."""
         ...
 
     def remember(self, item: RememberedAnswer) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from layerstream.hardware.reader import DirectReader
 from layerstream.store.answers import Answers, RememberedAnswer
@@ -73,7 +73,8 @@ class LocalTier:
             return 0
         self._index.check_namespace(self._number, self.namespace)
         wanted = pages.num_bytes + FOOTER_ALLOWANCE
-        if not self.folder.make_room(wanted, self._bounds, self.opened.numbers()):
+        continued = [row.segment for row in self._index.any_of(self._number, [pages.parent])]
+        if not self.folder.make_room(wanted, self._bounds, [*self.opened.numbers(), *continued]):
             return 0
         info = _info_of(self.namespace, pages)
         segment = self._index.reserve(self._number, info.name, wanted)
@@ -118,12 +119,21 @@ class LocalTier:
             return True
         self._index.check_namespace(self._number, self.namespace)
         self._has_claims = True
-        return self._index.claim(self._number, keys)
+        return self._index.leases.claim(self._number, keys)
+
+    def announce(self, keys: Sequence[Key]) -> None:
+        """Lease *keys* to this process for a moment."""
+        if self._can_write:
+            self._index.leases.announce(self._number, keys)
+
+    def is_announced(self, keys: Collection[Key]) -> bool:
+        """Whether one of *keys* is leased to another process."""
+        return self._can_write and self._index.leases.is_announced(self._number, keys)
 
     def unclaim(self, keys: Sequence[Key]) -> None:
         """End the leases of *keys*."""
         if self._can_write:
-            self._index.unclaim(self._number, keys)
+            self._index.leases.unclaim(self._number, keys)
 
     def remember(self, item: RememberedAnswer) -> bool:
         """Keep *item*, if its page is here."""
@@ -139,7 +149,7 @@ class LocalTier:
         if not self._can_write:
             return
         if self._has_claims:
-            self._index.renew()
+            self._index.leases.renew()
         if used:
             self._index.touch(used)
 
