@@ -5,7 +5,8 @@ and row by row, beside transformers' own functions, attention, and the projectio
 
 Inputs are bfloat16, decays as random weights of these families give them. A time is the least of those taken in
 ``--seconds``, in milliseconds. Attention is SDPA of the shape that the family's other layers have (query heads, key
-heads, width), from rows after a context to the context and each other; projections are those into and out of the mixer.
+heads, width), from rows after a context to the context and each other, with the query heads of a group as rows of one;
+projections are those into the mixer and out of it.
 """
 
 from __future__ import annotations
@@ -134,10 +135,11 @@ def _projections(sizes: tuple[tuple[int, int], ...], rows: int) -> Function:
 
 
 def _attention(heads: int, key_heads: int, width: int, rows: int, context: int) -> Function:
-    query = _random(1, heads, rows, width)
+    group = heads // key_heads
+    query = _random(1, key_heads, group * rows, width)
     key, value = (_random(1, key_heads, context + rows, width) for _ in range(2))
-    mask = torch.ones(rows, context + rows, dtype=torch.bool).tril(context)
-    return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    mask = None if rows == 1 else torch.ones(rows, context + rows, dtype=torch.bool).tril(context).repeat(group, 1)
+    return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def _random(*shape: int) -> torch.Tensor:
