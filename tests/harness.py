@@ -26,7 +26,7 @@ from layerstream.streaming.experts.bank import ExpertBank, ExpertLost
 from tests.models import VOCAB_SIZE
 
 NEW_TOKENS = 6
-SNAPSHOT_SLOTS = 9  # states of recurrent layers beside the two that the least budget has room for
+SNAPSHOT_SLOTS = 8  # states of recurrent layers beside the two that the least budget has room for
 STREAMING = {"layers", "cut", "device-host", "device-disk", "device-cut"}
 """Modes in which weights stream."""
 
@@ -67,9 +67,13 @@ def _least_bytes(facts: ModelFacts) -> int:
 
 
 def _cut_bytes(facts: ModelFacts, least: int) -> int:
-    """Little more than the *least*; slots for several sequences and snapshots, once guesses have their share."""
-    slots = SNAPSHOT_SLOTS * facts.state_bytes
-    return least + 2048 + (slots + int(on_host.DRAFT_SHARE * (least + slots)) if slots else 0)
+    """Little more than the *least*; slots for several sequences and snapshots, once sweeps and guesses have theirs."""
+    if not facts.state_bytes:
+        return least + 2048
+    cut = replace(facts, is_cut=True, chunk_tokens=facts.streaming_chunk_tokens)
+    rows = on_host._activation_bytes(cut, cut.sweep_tokens) - on_host._activation_bytes(cut, cut.prompt_rows)
+    wanted = int((least + rows + SNAPSHOT_SLOTS * facts.state_bytes) / (1 - on_host.DRAFT_SHARE))
+    return min(wanted, _resident_bytes(facts) - 1)
 
 
 def _resident_bytes(facts: ModelFacts) -> int:

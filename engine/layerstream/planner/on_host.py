@@ -170,7 +170,8 @@ def _cuts_linears(plan: Plan) -> bool:
 
 def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     floor = _floor_bytes(facts)
-    sweep_tokens = _sweep_tokens(facts, budget_bytes, floor)
+    spare = budget_bytes - floor - _activation_bytes(facts, max(facts.chunk_tokens, facts.prompt_rows))
+    sweep_tokens = _sweep_tokens(facts, budget_bytes, floor + snapshot_bytes(facts, spare))
     activations = _activation_bytes(facts, sweep_tokens)
     least = floor + activations
     if least > budget_bytes:

@@ -11,6 +11,7 @@ from layerstream.planner.facts import ModelFacts
 
 SLOTS_OF_SEQUENCE = 2  # the state that was committed, and the one that a sweep leaves
 SNAPSHOT_SLOTS = 8
+SNAPSHOTS_SHARE = 0.2  # of few slots
 MOST_SEQUENCES = 32
 MOST_SLOTS = SLOTS_OF_SEQUENCE * MOST_SEQUENCES + SNAPSHOT_SLOTS
 STATES_SHARE = 0.25  # of the budget where weights stream, else of what they leave: KV and layers want the rest
@@ -44,5 +45,9 @@ def resident_share_bytes(left_bytes: int, first_kv_bytes: int, most_kv_bytes: in
 
 
 def fewer_sequences(facts: ModelFacts, sequences: int, slots: int) -> int:
-    """How many of *sequences* may run at once with so many *slots*."""
-    return min(sequences, slots // SLOTS_OF_SEQUENCE) if facts.state_bytes else sequences
+    """How many of *sequences* may run at once with so many *slots*: some of them are left for snapshots, which would
+    make way before they are stored if sequences could take all."""
+    if not facts.state_bytes:
+        return sequences
+    snapshots = min(SNAPSHOT_SLOTS, max(1, int(SNAPSHOTS_SHARE * slots)))
+    return min(sequences, max(1, (slots - snapshots) // SLOTS_OF_SEQUENCE))
