@@ -15,6 +15,9 @@ from click.testing import Result
 from layerstream.cli import app
 from typer.testing import CliRunner
 
+from tests.store.pages import chain, new_pages, open_tier
+from tests.store.snapshots import new_snapshot
+
 TEXT = "Mira Velk approves travel at the Brenvik office before the tenth of the month. " * 20
 
 
@@ -68,6 +71,22 @@ def test_ls(docs: Path) -> None:
     header, row, *_ = result.stdout.splitlines()
     assert header.split() == ["id", "model", "tokens", "size", "pinned", "answers", "hits", "last", "used"]
     assert row.split()[1] == "demo"
+
+
+def test_snapshots_are_shown_apart(tmp_path: Path) -> None:
+    tier = open_tier(tmp_path / "kv")
+    (key,) = chain("page")
+    tier.put(new_pages([key]))
+    tier.put(new_snapshot(key))
+    tier.close()
+    header, row, *_ = run("kv", "ls", "--store", tmp_path / "kv").stdout.splitlines()
+    assert header.split()[:5] == ["id", "model", "tokens", "snapshots", "size"]
+    assert "1, 12" in row
+    for path in (tmp_path / "kv").rglob("*.kv"):
+        path.write_bytes(b"?" + path.read_bytes()[1:])
+    found = run("kv", "verify", "--store", tmp_path / "kv")
+    assert found.exit_code == 1
+    assert "1 of 1 pages differ" in found.stdout
 
 
 def test_verify_drops_damage(docs: Path, store: Path) -> None:

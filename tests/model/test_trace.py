@@ -11,7 +11,8 @@ import transformers
 from layerstream.errors import UnsupportedModel
 from layerstream.model.anatomy import Anatomy, build_own, dissect, own_class
 from layerstream.model.skeleton import build_meta, build_skeleton
-from layerstream.model.trace import Trace, trace
+from layerstream.model.trace import trace
+from layerstream.model.traced import Trace
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.models import FAMILIES, VOCAB_SIZE, make_model
@@ -144,7 +145,7 @@ def test_experts_come_as_they_are_routed_to(name: str, tmp_path: Path) -> None:
 
 def test_what_is_no_language_model_or_sees_nothing_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="recurrent state"):
-        find(transformers.RecurrentGemmaConfig(**_SMALL, lru_width=64))
+        find(transformers.RecurrentGemmaConfig(**_SMALL, lru_width=64, block_types=["recurrent", "attention"]))
     with pytest.raises(UnsupportedModel, match="no language model"):
         find(transformers.ViTConfig())
     with pytest.raises(UnsupportedModel, match="sees 0 positions"):

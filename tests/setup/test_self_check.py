@@ -13,7 +13,7 @@ from layerstream import LayerStream, SamplingParams
 from layerstream.errors import UnsupportedModel
 from layerstream.kv.shape import PageShape
 from layerstream.model import trace as tracing
-from layerstream.model.trace import LayerTrace, Trace
+from layerstream.model.traced import LayerTrace, Trace
 from layerstream.setup import self_check
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.self_check import Comparison, SelfCheck, check_family, check_untested

@@ -6,13 +6,14 @@ it is or cut, and is still known. Its window or chunk is compared with what it l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
 from layerstream.errors import UnsupportedModel
+from layerstream.model.meta import flat
 
 Locality: TypeAlias = tuple[int | None, int | None]
 """Window and chunk of a layer, each ``None`` where it has none."""
@@ -44,15 +45,6 @@ class Mask(torch.Tensor):
         if isinstance(result, Mask) and func in _SAME:
             result.asked = next(item.asked for item in flat(args) if isinstance(item, Mask))
         return result
-
-
-def flat(value: Any) -> Iterator[Any]:
-    """What *value* holds, whatever tuples and lists it is in."""
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from flat(item)
-    else:
-        yield value
 
 
 def note_mask(*_: Any, mask_function: Callable[..., Any], local_size: int | None = None, **__: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ from layerstream.kv.state import PagedRows
 
 if TYPE_CHECKING:
     from layerstream.model.routing import Routing
-    from layerstream.model.trace import LayerTrace
+    from layerstream.model.traced import LayerTrace
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from layerstream.checkpoint.names import PackedSource, Source
 from layerstream.core.sizes import PAGE
 from layerstream.model import experts
 from layerstream.model.linear import decode_bytes
-from layerstream.model.trace import Trace
+from layerstream.model.traced import Trace
 from layerstream.planner.units import ExpertsNode, WeightNode
 
 

@@ -28,7 +28,8 @@ from layerstream.model.anatomy import Anatomy, body_modules, build_own, dissect
 from layerstream.model.families import check_supported, check_tested, families_of
 from layerstream.model.linear import TILE_VALUES
 from layerstream.model.module_sizes import Weigher, is_fused_experts
-from layerstream.model.trace import Trace, bypassing, trace
+from layerstream.model.trace import bypassing, trace
+from layerstream.model.traced import Trace
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 logger = logging.getLogger(__name__)

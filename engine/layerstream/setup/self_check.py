@@ -26,7 +26,8 @@ from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedMode
 from layerstream.model.anatomy import dissect
 from layerstream.model.families import check_supported, is_tested
 from layerstream.model.skeleton import build_meta, load_config
-from layerstream.model.trace import LayerTrace, Recurrent, Trace, trace
+from layerstream.model.trace import trace
+from layerstream.model.traced import LayerTrace, Recurrent, Trace
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import locate_model, plan_facts, spend
