@@ -52,6 +52,11 @@ class DraftTree:
         return tuple(paths)
 
     @cached_property
+    def last_children(self) -> dict[int, int]:
+        """The last child of each node that has one; the root is among them."""
+        return {parent: node for node, parent in enumerate(self.parents)}
+
+    @cached_property
     def _children(self) -> dict[tuple[int, int], int]:
         return {(parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.token_ids))}  # noqa: B905
 

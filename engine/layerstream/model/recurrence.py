@@ -87,7 +87,8 @@ class _Guesses:
     """What one part of one layer's state needs of a sequence's guesses.
 
     Attributes:
-        states: after those guesses on the way to the one computed last that may have more children.
+        states: after those guesses that have children still to come. Of a chain that is one, of a tree as many as it
+            branches on the way down.
         calls: what each was given.
     """
 
@@ -159,14 +160,16 @@ class Recurrence:
         name = call.part.name
         guesses = self._guesses.setdefault((number, name, sequence), _Guesses())
         parent = tree.parents[node]
-        path = tree.paths[node]
-        guesses.states = {other: state for other, state in guesses.states.items() if other in path}
         if parent == ROOT:
             state = self._layers[number].parts(self._sweep.routes[sequence].target)[name]
+            left = torch.empty_like(state)
+        elif tree.last_children[parent] == node:  # nobody else goes on from there
+            state = left = guesses.states.pop(parent)
         else:
             state = guesses.states[parent]
-        left = torch.empty_like(state)
+            left = torch.empty_like(state)
         output = call.step(state, left)
-        guesses.states[node] = left
+        if node in tree.last_children:
+            guesses.states[node] = left
         guesses.calls[node] = call.kept()
         return output

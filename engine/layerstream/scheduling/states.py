@@ -114,7 +114,7 @@ class States:
     def bring(self, key: Key) -> bool:
         """Have the stored snapshot at page *key* loaded with the first sweep that needs it; False: there is no slot."""
         if key not in self._snapshots:
-            slot = self._acquire(0)
+            slot = self._acquire()
             if slot is None:
                 return False
             self._snapshots[key] = _Snapshot(slot, is_loading=True)
@@ -148,7 +148,7 @@ class States:
 
     def acquire(self) -> int | None:
         """A slot for somebody who comes back with a state."""
-        return self._acquire(0)
+        return self._acquire()
 
     def release(self, sequence: TokenSequence) -> None:
         """*sequence* has no state any more."""
@@ -201,7 +201,7 @@ class States:
         if not self.begin(sequence) and self._key_at(sequence, sequence.num_computed) not in self._passed:
             return False
         self._leave_previous(sequence)
-        target = self._acquire(0)
+        target = self._acquire()
         if target is None:
             return False
         self._targets[sequence] = target
@@ -220,7 +220,7 @@ class States:
             source = self._passed[self._key_at(sequence, start) or b""]
         stops = self._snapshots_between(sequence, start, stop)
         if sequence.steps_back and stop - 1 > max(start, sequence.num_prompt_tokens - 1):  # a chunk is not parted
-            before = self._acquire(self._num_running - len(self._routes) - 1)
+            before = self._spare_slot(self._num_running - len(self._routes) - 1)
             stops += [] if before is None else [(stop - 1, before)]
         if stops and stops[-1][0] == stop:
             self.pool.release([target])
@@ -313,24 +313,30 @@ class States:
             for count in range(start // size + 1, min(stop // size, len(keys)) + 1)
             if keys[count - 1] not in self._snapshots and keys[count - 1] not in self._passed
         ]
-        expected = [count for count in places if keys[count - 1] in self._expected]
-        wanted = [count for count in places if count == len(keys) or count % self._stride == 0]
+        first = [count for count in places if keys[count - 1] in self._expected or count == len(keys)]
+        regular = [count for count in places if count % self._stride == 0 and count not in first]
+        others = self._num_running - len(self._routes) - 1  # each is to have its slot
         taken: list[tuple[int, int]] = []
-        for count in dict.fromkeys((*expected, *reversed(wanted))):
-            slot = self._acquire(self._num_running - len(self._routes) - 1)
+        for count in (*first, *reversed(regular)):
+            slot = self._spare_slot(others + (count in regular))  # the end of the prompt may still be to come
             if slot is None:
                 break
             self._passed[keys[count - 1]] = slot
             taken.append((count * size, slot))
         return sorted(taken)
 
-    def _acquire(self, spare: int) -> int | None:
-        """A slot, so that *spare* more are to be had; snapshots that nobody uses make room."""
-        idle = [key for key, found in self._snapshots.items() if self.pool.refcount(found.slot) == 1]
-        if self.pool.num_free + len(idle) <= spare and self._store is not None:
+    def _acquire(self) -> int | None:
+        """A slot that somebody needs: what waits to be stored makes room, too."""
+        slot = self._spare_slot(0)
+        if slot is None and self._store is not None:
             self._release_stored(self._store.give_back_slots())
-            idle = [key for key, found in self._snapshots.items() if self.pool.refcount(found.slot) == 1]
-        if self.pool.num_free + len(idle) <= spare:
+            slot = self._spare_slot(0)
+        return slot
+
+    def _spare_slot(self, left: int) -> int | None:
+        """A slot, so that *left* more are to be had; snapshots that nobody uses make room."""
+        idle = [key for key, found in self._snapshots.items() if self.pool.refcount(found.slot) == 1]
+        if self.pool.num_free + len(idle) <= left:
             return None
         if not self.pool.num_free:
             self.pool.release([self._snapshots.pop(idle[0]).slot])
