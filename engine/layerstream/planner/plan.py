@@ -58,6 +58,7 @@ class Plan:
         devices: then, the number of each part's device.
         layers: and, for each of the decoder's layers, its place among *parts*.
         free_bytes: what is free where it is for, if the budget is more than that.
+        mtp: of the multi-token-prediction head, where it drafts; ``budget_bytes`` is without what it takes.
     """
 
     budget_bytes: int
@@ -76,6 +77,7 @@ class Plan:
     devices: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     free_bytes: int | None = None
+    mtp: Plan | None = None
 
     @property
     def streams(self) -> bool:
@@ -212,6 +214,9 @@ class Plan:
             yield from self._own_rows()
         if host is not None:
             yield from self._host_rows(host)
+        if self.mtp is not None:
+            note = f"beside it, streams {format_size(self.mtp.streamed_bytes)} a guess" if self.mtp.streams else ""
+            yield "prediction head", self.mtp.planned_bytes, note or "beside it; drafts"
         bits = f"{self.bits_per_weight:.3g} bits each, without the embedding"
         yield "weights on disk", self.facts.stored_bytes, bits
         if host is not None:

@@ -1,0 +1,112 @@
+"""Multi-token-prediction heads beside small random models, as published checkpoints have them, and what such a head
+says, computed the long way."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.models import make_model
+
+FILE = "model.safetensors"
+OWN = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
+"""Families whose heads are below ``mtp.``; others' are layers behind the last."""
+
+
+@dataclass
+class Head:
+    """A head in plain modules: *tensors* by role, and *layer*, a transformers model of one layer."""
+
+    tensors: dict[str, torch.Tensor]
+    layer: Any
+    embedding: torch.nn.Module
+    output: torch.nn.Module
+
+    def logits(self, token_ids: list[int], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(n - 1, vocabulary)``, ``(n - 1, width)``: what it says after each of *token_ids* but the last, whose final
+        hidden states in the model are *hidden* ``(n - 1 or more, width)``."""
+        embedded = self.embedding(torch.tensor(token_ids[1:]))
+        both = [self._norm("embedding", embedded), self._norm("hidden", hidden[: len(embedded)])]
+        x = torch.cat(both, dim=-1) @ self.tensors["projection"].T
+        found = self.layer.model(inputs_embeds=x[None], use_cache=False).last_hidden_state[0]
+        return self.output(found), found
+
+    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        norm = copy.deepcopy(self.layer.model.norm)
+        norm.weight.data = self.tensors[name]
+        return norm(x)
+
+
+def make_with_head(family: str, folder: Path, seed: int = 0, **sizes: Any) -> tuple[Any, Head]:
+    """Write a random model of *family* with a head to *folder*, and return both."""
+    model = make_model(family, folder, seed=seed, sizes=sizes)
+    layer = _make_layer(folder, folder.parent / f"{folder.name}-layer", seed + 1)
+    width = model.config.get_text_config().hidden_size
+    torch.manual_seed(seed + 2)
+    tensors = {
+        "projection": torch.randn(width, 2 * width) * 0.2,
+        "embedding": 1 + torch.randn(width) * 0.1,
+        "hidden": 1 + torch.randn(width) * 0.1,
+    }
+    write_head(folder, folder.parent / f"{folder.name}-layer", tensors)
+    return model, Head(tensors, layer, model.get_input_embeddings(), model.get_output_embeddings())
+
+
+def write_head(folder: Path, layer_folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Put a head of *tensors* and the one layer of *layer_folder* into *folder*, by the names of its family."""
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    stored = load_file(layer_folder / "model.safetensors")
+    is_own = config.model_type in OWN
+    where = "mtp." if is_own else f"model.layers.{config.num_hidden_layers}."
+    names = ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    if not is_own:
+        names = ("eh_proj", "enorm", "hnorm", "shared_head.norm")
+    found = {
+        f"{where}{names[0]}.weight": tensors["projection"],
+        f"{where}{names[1]}.weight": tensors["embedding"],
+        f"{where}{names[2]}.weight": tensors["hidden"],
+        f"{where}{names[3]}.weight": stored["model.norm.weight"],
+    }
+    for name, tensor in stored.items():
+        if name.startswith("model.layers.0."):
+            found[where + name.removeprefix("model." if is_own else "model.layers.0.")] = tensor
+    if not is_own:  # published ones have copies
+        found[f"{where}embed_tokens.weight"] = stored["model.embed_tokens.weight"]
+        found[f"{where}shared_head.head.weight"] = stored["lm_head.weight"]
+    change_tensors(folder, lambda tensors: tensors.update(found))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Have *change* do something to the tensors in *folder*."""
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+
+
+def _make_layer(folder: Path, layer_folder: Path, seed: int) -> Any:
+    said = json.loads((folder / "config.json").read_text())
+    said["num_hidden_layers"] = 1
+    for name in ("first_k_dense_replace", "mlp_only_layers"):
+        if name in said:
+            said[name] = type(said[name])()
+    if "layer_types" in said:
+        said["layer_types"] = ["full_attention"]
+    if "mlp_layer_types" in said:
+        said["mlp_layer_types"] = said["mlp_layer_types"][-1:]
+    config = type(AutoConfig.from_pretrained(folder)).from_dict(said)
+    torch.manual_seed(seed)
+    layer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, tensor in layer.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape) * 0.2 + ("norm" in name and tensor.dim() == 1))
+    layer.save_pretrained(layer_folder)
+    return AutoModelForCausalLM.from_pretrained(layer_folder, dtype=torch.float32, attn_implementation="eager").eval()
