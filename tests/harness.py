@@ -45,7 +45,7 @@ def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
     """A budget under which the model is resident with all it could wish for, just resident (``"tight"``), streams by
     layers, or is cut as fine as it gets."""
     facts = model_facts(build_skeleton(folder, dtype=dtype), 1024)
-    least = _least_bytes(facts)
+    least = least_bytes(facts)
     if mode == "resident":
         return on_host.comfortable_bytes(facts)
     if mode == "cut":
@@ -56,7 +56,7 @@ def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
     return min(least + facts.compute_bytes // 2, resident - 1)
 
 
-def _least_bytes(facts: ModelFacts) -> int:
+def least_bytes(facts: ModelFacts) -> int:
     """What streaming takes at the least."""
     with pytest.raises(BudgetTooSmall) as error:
         on_host._streaming_plan(facts, 1)
@@ -130,7 +130,7 @@ def device_config(folder: Path, mode: str, dtype: str = "float32", **options: An
     config = EngineConfig(str(folder), device="cuda", dtype=dtype, **options)
     if mode == "resident":
         return replace(config, memory_bytes=on_host.comfortable_bytes(facts), host_memory_bytes=2**30)
-    least = _least_bytes(facts)
+    least = least_bytes(facts)
     memory = least + 2048 if mode == "cut" else min(least + facts.compute_bytes // 3, _resident_bytes(facts) - 1)
     config = replace(config, memory_bytes=memory, host_memory_bytes=2**30)
     if mode == "host":
