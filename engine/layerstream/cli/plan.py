@@ -131,6 +131,8 @@ def _rows(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     yield "first token, warm", format_seconds(forecast.warm_seconds), "its KV stored"
     yield "tokens per second", f"{forecast.tokens_per_second:.2f}", "one answer, guesses included"
     yield "KV", format_size(forecast.kv_bytes_per_thousand), "per 1,000 tokens, in memory and in the store"
+    if plan.facts.state_bytes:
+        yield "states", format_size(plan.facts.state_bytes), "per sequence or snapshot, however many tokens it has"
     yield "weights on disk", format_size(plan.facts.stored_bytes), "nothing is written, unless packed"
 
 

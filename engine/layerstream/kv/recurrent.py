@@ -5,7 +5,7 @@ and writes the state after them to another, so a state that was committed never 
 nothing behind. Who holds which slot is decided in :mod:`layerstream.scheduling.states`; here is the memory alone.
 
 Slots lie where their layer is computed: in host memory, or on the layer's device. Stores and swap files take and bring
-them as pages of one token in bytes (:meth:`RecurrentLayer.read`, :meth:`RecurrentLayer.page`).
+them as pages of one token in bytes (:meth:`RecurrentLayer.page`, :meth:`RecurrentLayer.fill`).
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class RecurrentLayer:
         if shape != self.shape:
             raise ValueError(f"states of {shape.key_width} bytes do not fit among those of {self.shape.key_width}")
 
-    def read(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def page(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The bytes of *slot* in host memory ``(1, 1, bytes)``, and nothing ``(1, 1, 0)``; to be left as they are."""
         flat = self._slots()[slot].view(1, 1, -1)
         return flat.cpu(), flat.new_empty((1, 1, 0), device="cpu")
 
     def fill(self, slot: int, decode: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
-        """Have *decode* write what :meth:`read` would give."""
+        """Have *decode* write what :meth:`page` would give."""
         flat = self._slots()[slot].view(1, 1, -1)
         if flat.is_cpu:
             decode(flat, flat[..., :0])

@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 
-from layerstream.kv.state import LayerState
+from layerstream.kv.shape import PageShape
 
 logger = logging.getLogger(__name__)
 
 
-class PageSwap:
-    """Room for pages in a file in *folder* (``None``: where temporary files go).
+class Swapped(Protocol):
+    """A layer whose pages, or slots, can be kept elsewhere: bytes of one of them as two tensors."""
 
-    Every page of every layer has the same size, so the file is an array of slots; those that were dropped are used
+    @property
+    def shape(self) -> PageShape | None:
+        """What a page has; ``None``: nothing was written yet."""
+        ...
+
+    def page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tensors in host memory, to be left as they are."""
+        ...
+
+    def fill(self, page: int, decode: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """Have *decode* write what :meth:`page` would give."""
+        ...
+
+
+class PageSwap:
+    """Room for pages, or for slots of recurrent layers, in a file in *folder* (``None``: where temporary files go).
+
+    Every page of all *states* has the same size, so the file is an array of places; those that were dropped are used
     again. Whoever writes gives its pages a number. Reading and writing happen on the caller's thread, between sweeps.
     """
 
-    def __init__(self, states: Sequence[LayerState], folder: Path | None = None) -> None:
+    def __init__(self, states: Sequence[Swapped], folder: Path | None = None) -> None:
         self._states = states
         self._folder = folder
         self._file: IO[bytes] | None = None
@@ -57,9 +74,9 @@ class PageSwap:
         try:
             for page, slot in zip(pages, self._slots[number][first:], strict=True):
                 self._file.seek(slot * self._page_bytes())
-                for data in self._pieces(page):
-                    got = self._file.readinto(data)  # type: ignore[attr-defined]
-                    assert got == len(data), "a page was written whole"
+                for state in self._states:
+                    if state.shape:
+                        state.fill(page, self._take)
         except OSError as error:
             logger.warning("a suspended answer is computed again: %s", error)
             return False
@@ -84,5 +101,14 @@ class PageSwap:
 
     def _pieces(self, page: int) -> list[memoryview]:
         """The bytes of *page*, layer by layer, keys before values; layers that keep nothing have none."""
-        tensors = [tensor for state in self._states if state.shape for tensor in state.page(page)]
-        return [tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors]
+        return [_bytes(tensor) for state in self._states if state.shape for tensor in state.page(page)]
+
+    def _take(self, *tensors: torch.Tensor) -> None:
+        """Read what comes next in the file into *tensors*."""
+        for data in map(_bytes, tensors):
+            got = self._file.readinto(data)  # type: ignore[union-attr]
+            assert got == len(data), "a page was written whole"
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -42,6 +42,26 @@ class PagedCache:
             context.drafted.place(layer.state, span, keys, values, 0, ())
         return keys[None], values[None]
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: a mixer's scans find the states themselves (:mod:`layerstream.model.recurrence`)."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """As :meth:`get_conv_state`."""
+
+    def update_conv_state(self, conv_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """What a convolution goes over: the rows in hand."""
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        """The scan has left it where it belongs."""
+        return recurrent_states
+
+    def is_recording_past(self, *_: Any) -> bool:
+        """No: guesses are taken back otherwise."""
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before the rows in hand; 0 where they belong to several sequences (positions are passed along)."""
         spans = [span for _, span in current().spans()]

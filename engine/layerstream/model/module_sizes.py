@@ -53,9 +53,11 @@ class Weigher:
             return self._weigh_whole(module, path)
         sources, dtypes = self._sources, self._dtypes
         last, order = len(self._traced.order), self._traced.order
-        paths = sorted((f"{path}.{name}" for name, _ in module.named_children()), key=lambda at: order.get(at, last))
-        children = tuple(self.weigh(module.get_submodule(at[len(path) + 1 :]), at) for at in paths)
-        own = [key for name in _own_names(module) if (key := f"{path}.{name}") in sources]
+        parts = {f"{path}.{name}": child for name, child in module.named_children()}
+        paths = sorted((at for at in parts if at not in self._traced.idle), key=lambda at: order.get(at, last))
+        children = tuple(self.weigh(parts[at], at) for at in paths)
+        owners = {path: module, **{at: parts[at] for at in parts.keys() & self._traced.idle}}
+        own = [key for at, part in owners.items() for name in _own_names(part) if (key := f"{at}.{name}") in sources]
         node = WeightNode(
             name=path,
             own_bytes=sum(sources[key].num_bytes for key in own),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from layerstream.hardware.arena import Arena
 from layerstream.hardware.device import Placement
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
+from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
 from layerstream.model.anatomy import Anatomy
 from layerstream.model.cache import PagedCache
@@ -30,19 +32,29 @@ from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.linear import SlicedLinear, padded_blocks
 from layerstream.model.model_weights import ModelWeights
+from layerstream.model.recurrence import Recurrence, mixing
 from layerstream.model.skeleton import Skeleton
 from layerstream.store.loader import PageLoader
 
 _NOTHING: Mapping[str, Any] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Loaders:
+    """What brings stored pages, and stored states of recurrent layers."""
+
+    pages: PageLoader
+    states: PageLoader
+
+
 class SweepRunner:
     """Computes sweeps, one at a time, on the thread that calls.
 
     Args:
-        states: the KV of each layer, in host memory.
+        states: the KV of each layer that keeps some, in host memory.
+        recurrent: the slots of each layer that keeps states.
         head_rows: rows per row block of the head.
-        loader: brings stored pages; ``None`` without a store.
+        loaders: bring stored pages and states; ``None`` without a store.
         placement: the devices that compute; ``None``: the processor.
         device_kv: the KV on them.
         prefers_flash: attend there with the flash-attn package.
@@ -60,8 +72,9 @@ class SweepRunner:
         embedding: EmbeddingRows,
         layer_embedding: EmbeddingRows | None,
         states: list[LayerState],
+        recurrent: list[RecurrentLayer],
         head_rows: int,
-        loader: PageLoader | None = None,
+        loaders: Loaders | None = None,
         placement: Placement | None = None,
         device_kv: DeviceKV | None = None,
         prefers_flash: bool = False,
@@ -75,13 +88,16 @@ class SweepRunner:
         self._head = head or weights.head
         self._layer_embedding = layer_embedding
         self._states = states
+        self._recurrent = recurrent
+        self._numbers = {layer: number for number, layer in enumerate(skeleton.trace.recurrent)}
         self._head_rows = head_rows
-        self._loader = loader
+        self._loaders = loaders
         self._placement = placement
         self._device_kv = device_kv
         self._prefers_flash = prefers_flash
         self._torch_device = torch.device("cpu") if placement is None else placement.first.torch_device
         self._drafted = DraftedRows({})
+        self._recurrence: Recurrence | None = None
         self._layers = skeleton.trace.layers
         self._cache = PagedCache()
         self._decode = skeleton.decoder.forward
@@ -102,31 +118,31 @@ class SweepRunner:
             PagesLost: a stored page is damaged or gone. ReadError, EngineClosed: weights could not be read.
         """
         streamer, device_kv = self._weights.streamer, self._device_kv
-        loader = self._loader if sweep.loads else None
+        loader = self._loaders.pages if self._loaders is not None and sweep.loads else None
+        state_loader = self._loaders.states if self._loaders is not None and sweep.state_loads else None
+        bringing = [part for part in (loader, state_loader) if part is not None]
+        computing = [part for part in (streamer, device_kv) if part is not None]
         with self._computing():
             try:
                 if loader is not None:
                     loader.begin(sweep.loads)
+                if state_loader is not None:
+                    state_loader.begin(sweep.state_loads)
                 if device_kv is not None:
                     device_kv.begin(sweep, None if loader is None else loader.wait)
-                with sweeping(self._context(sweep, loader)) as context:
+                with sweeping(self._context(sweep, loader)) as context, self._mixing(context, state_loader):
                     self._drafted = context.drafted
                     if streamer is not None:
                         streamer.begin(with_tail=bool(sweep.sampled))
                     hidden = self._decode(**self._inputs(sweep), **given).last_hidden_state
                     self._hidden = hidden[0] if self.keeps_hidden else None
                     logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
-                    if streamer is not None:
-                        streamer.end()
-                    if device_kv is not None:
-                        device_kv.end()
-                    if loader is not None:
-                        loader.end()
+                    for part in (*computing, *bringing):
+                        part.end()
                     return logits.cpu()
             except BaseException:
-                for part in (loader, streamer, device_kv):
-                    if part is not None:
-                        part.abort()
+                for part in (*bringing, *computing):
+                    part.abort()
                 raise
 
     def take_hidden(self) -> torch.Tensor:
@@ -136,9 +152,12 @@ class SweepRunner:
         return hidden
 
     def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
-        """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages."""
+        """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages, and the states of
+        *sequence* are those after them."""
         with self._computing():
             self._drafted.accept(self._states, sequence, nodes, sequence.num_computed)
+            if self._recurrence is not None:
+                self._recurrence.accept(sequence, nodes)
 
     def copy_page(self, source: int, target: int) -> None:
         """Make page *target* a copy of *source*, in all layers."""
@@ -157,6 +176,13 @@ class SweepRunner:
             kv = self._device_kv
             return SweepContext(sweep, self._layers, kv.layers, kv.reach, self._prefers_flash)
         return SweepContext(sweep, self._layers, self._states, None if loader is None else loader.wait)
+
+    def _mixing(self, context: SweepContext, loader: PageLoader | None) -> AbstractContextManager[None]:
+        if not self._recurrent:
+            return nullcontext()
+        wait = None if loader is None else loader.wait
+        self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, context.spans, wait)
+        return mixing(self._recurrence)
 
     def _inputs(self, sweep: Sweep) -> dict[str, Any]:
         token_ids: list[int] = []

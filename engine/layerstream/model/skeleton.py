@@ -128,10 +128,14 @@ class Skeleton:
         return next(name for name, other in self.model.named_modules() if other is module)
 
     def keys_of(self, path: str, *, own_only: bool = False) -> set[str]:
-        """State dict names of the weights at and below *path*, or of those it owns itself."""
+        """State dict names of the weights at and below *path*, or of those it owns itself: those of parts that never
+        run are its own."""
         prefix = f"{path}."
         below = {key for key in self.sources if key.startswith(prefix)}
-        return {key for key in below if "." not in key[len(prefix) :]} if own_only else below
+        if not own_only:
+            return below
+        own = {path, *(part for part in self.trace.idle if part.rpartition(".")[0] == path)}
+        return {key for key in below if key.rpartition(".")[0] in own}
 
 
 def build_skeleton(
@@ -283,7 +287,9 @@ def adapt(anatomy: Anatomy, traced: Trace) -> None:
     for row in families_of(anatomy.model.config):
         if row.adapt is not None:
             row.adapt(anatomy.decoder)
-    elementwise.install(anatomy.decoder, [anatomy.model.get_submodule(path) for path in traced.mingled])
+    elementwise.install(
+        anatomy.decoder, [anatomy.model.get_submodule(path) for path in sorted(traced.mingled | traced.mixers)]
+    )
     for module in anatomy.decoder.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION

@@ -7,6 +7,8 @@ list of names:
 * what ``Cache.update`` receives is what pages hold: keys and values, or latents;
 * attention is given what ``update`` returned, of its own layer or of an earlier one (shared keys and values); where it
   is given anything else, that is made of what was cached (latents are expanded), and needs past rows as well;
+* a mixer's scans (:mod:`layerstream.model.recurrence`) say what state they go on from and leave; one that asks the
+  cache for a state and calls no scan that is known keeps it in a way that this engine has no say in;
 * a mask that was asked for arrives at attention as the very object that the mask function gave, so that its window or
   chunk is known for each layer, and what it lets through is compared with that, position by position;
 * a call of the cache that no cache of keys and values has is the mark of another mechanism (:data:`_MECHANISMS`);
@@ -28,47 +30,58 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from layerstream.errors import UnsupportedModel
-from layerstream.kv.shape import PageShape
+from layerstream.kv.shape import PageShape, StatePart, StateShape
 from layerstream.model.anatomy import Anatomy
 from layerstream.model.asked_masks import Asked, Locality, flat, locality, note_mask
 from layerstream.model.cache import PagedCache
+from layerstream.model.recurrence import install, mixing, scans_of
+from layerstream.model.scans import Call
 
 IMPLEMENTATION = "layerstream-trace"
 ROWS = 5  # that run: as many as no other axis is likely to have
 
 _CHANGING = ("position_bias", "block_indices", "indices")  # what attention may be given that changes what it gives
 _LISTS = torch.nn.ModuleList | torch.nn.ModuleDict
-_KEYS_AND_VALUES = "this version streams models whose only state is keys and values"
+_BY_ROW = ("mlp", "moe", "dense", "sparse")  # layer types without attention and state
+_UNKNOWN_STATE = "it keeps recurrent state by functions that this version does not know"
 _MECHANISMS = {
-    "conv": f"it keeps recurrent state (a convolution's), and {_KEYS_AND_VALUES}",
-    "recurrent": f"it keeps recurrent state, and {_KEYS_AND_VALUES}",
-    "previous_state": f"it keeps recurrent state, and {_KEYS_AND_VALUES}",
+    "linear_cache": _UNKNOWN_STATE,
     "indexer": "it chooses what to attend to by an index that it caches (sparse attention), which this version does "
     "not keep",
 }
 
 
 @dataclass(frozen=True, slots=True)
+class Recurrent:
+    """The mixer of a layer: its path, and the state that it keeps for a sequence."""
+
+    path: str
+    shape: StateShape
+
+
+@dataclass(frozen=True, slots=True)
 class LayerTrace:
-    """What attention does in one layer.
+    """What attention does in one layer, and its mixer.
 
     Attributes:
-        path: of the module that attends.
-        kept: what it caches for a token; ``None``: nothing, it reads what another layer cached.
-        state: of the layers that cache, the number of the one that it attends to.
+        path: of the module that attends; ``""``: none does.
+        kept: what it caches for a token; ``None``: nothing, it reads what another layer cached, or does not attend.
+        state: of the layers that cache, the number of the one that it attends to; -1: it does not attend.
+        recurrent: its mixer; ``None``: it has none.
         window: it sees as many positions, its own included; ``None``: all before it.
         chunk: it sees positions of its own chunk of so many; ``None``: of all.
         expands: what it attends to is made of what is cached, of past rows too: one sequence at a time.
         counts: it asks the cache where its rows are: one sequence at a time.
     """
 
-    path: str
-    kept: PageShape | None
-    state: int
+    path: str = ""
+    kept: PageShape | None = None
+    state: int = -1
     window: int | None = None
     chunk: int | None = None
     expands: bool = False
     counts: bool = False
+    recurrent: Recurrent | None = None
 
     @property
     def is_alone(self) -> bool:
@@ -94,6 +107,8 @@ class Trace:
             the parts of their parts.
         top_k: by path of a module of experts, how many of them a row is routed to.
         copies: hidden states that are kept apart for a row.
+        paths: of the layers, each with all that it computes.
+        idle: paths of modules that never run, because the mixer that they are parts of uses their weights itself.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -102,14 +117,30 @@ class Trace:
     mingled: frozenset[str]
     top_k: Mapping[str, int]
     copies: int = 1
+    paths: tuple[str, ...] = ()
+    idle: frozenset[str] = frozenset()
 
     def layer_at(self, path: str) -> int | None:
         """Number of the layer that the module *path* is; ``None``: it is none."""
-        return next((at for at, layer in enumerate(self.layers) if layer.path.startswith(f"{path}.")), None)
+        return next((at for at, layer in enumerate(self.paths) if layer == path), None)
 
     def attends_in(self, path: str) -> bool:
-        """Whether attention is below the module *path*."""
-        return self.layer_at(path) is not None
+        """Whether attention, or a mixer, is below the module *path*."""
+        inside = f"{path}."
+        return any(
+            layer.path.startswith(inside) or (layer.recurrent is not None and layer.recurrent.path.startswith(inside))
+            for layer in self.layers
+        )
+
+    @property
+    def mixers(self) -> frozenset[str]:
+        """Paths of the mixers."""
+        return frozenset(layer.recurrent.path for layer in self.layers if layer.recurrent is not None)
+
+    @property
+    def recurrent(self) -> list[int]:
+        """The layers with a mixer, in order: numbers of their slots' memory are positions in it."""
+        return [number for number, layer in enumerate(self.layers) if layer.recurrent is not None]
 
     @property
     def keepers(self) -> list[int]:
@@ -119,7 +150,7 @@ class Trace:
     @property
     def lasting(self) -> frozenset[int]:
         """States that later layers attend to as well."""
-        return frozenset(layer.state for layer in self.layers if layer.kept is None)
+        return frozenset(layer.state for layer in self.layers if layer.path and layer.kept is None)
 
     @property
     def is_alone(self) -> bool:
@@ -135,13 +166,28 @@ class _Recorder:
     paths: Mapping[torch.nn.Module, str]
     cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict[int, Any])
     attended: dict[int, LayerTrace] = field(default_factory=dict[int, LayerTrace])
+    mixers: dict[int, str] = field(default_factory=dict[int, str])
+    states: dict[int, dict[str, StatePart]] = field(default_factory=dict[int, dict[str, StatePart]])
     order: dict[str, int] = field(default_factory=dict[str, int])
     ran: set[str] = field(default_factory=set[str])
     top_k: dict[str, int] = field(default_factory=dict[str, int])
     copies: int = 1
     counted: set[int] = field(default_factory=set[int])
     running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
+    layer_types: Mapping[int, str] = field(default_factory=dict[int, str])
     known: dict[Asked, Locality] = field(default_factory=dict[Asked, Locality])
+
+    def mix(self, layer: int, call: Call) -> Any:
+        """Note the state of *call*, and run it from nothing."""
+        part, parts = call.part, self.states.setdefault(layer, {})
+        if part.name in parts:
+            raise UnsupportedModel(
+                f"{self.family!r} keeps more than one state of a kind ({part.name}) in layer {layer}, which this version "
+                "does not keep"
+            )
+        parts[part.name] = part
+        left = torch.empty(part.shape, dtype=getattr(torch, part.dtype), device="meta")
+        return call.joined([call.chunk(None, left)], [slice(0, call.num_rows)])
 
     def locality(self, mask: torch.Tensor | None) -> Locality:
         """Window and chunk of *mask*; see :func:`~layerstream.model.asked_masks.locality`."""
@@ -168,8 +214,13 @@ def trace(anatomy: Anatomy) -> Trace:
     """
     paths = {module: path for path, module in anatomy.model.named_modules()}
     recorder = _Recorder(anatomy.model.config.model_type, paths)
+    recorder.layer_types = dict(enumerate(getattr(anatomy.decoder.config, "layer_types", None) or ()))
+    for module in anatomy.decoder.modules():
+        if scans_of(module):
+            recorder.mixers[module.layer_idx] = paths[module]  # type: ignore[index]
+            install(module)
     _register()
-    with _implementations(anatomy.model), _noting(recorder, anatomy), torch.no_grad(), _Meta():
+    with _implementations(anatomy.model), _noting(recorder, anatomy), mixing(recorder), torch.no_grad(), _Meta():
         inputs: dict[str, Any] = {
             "inputs_embeds": torch.zeros((1, ROWS, anatomy.embedding.embedding_dim), dtype=anatomy.model.dtype),
             "position_ids": torch.arange(ROWS)[None],
@@ -201,26 +252,65 @@ def bypassing(family: str) -> UnsupportedModel:
 
 
 def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
-    count = 1 + max((*recorder.attended, *recorder.cached), default=-1)
-    if not count:
-        raise UnsupportedModel(
-            f"{recorder.family!r} caches no keys and values: it keeps recurrent state, and {_KEYS_AND_VALUES}"
-        )
-    if set(range(count)) - recorder.attended.keys():
+    paths = _layer_paths(recorder, anatomy)
+    kept = recorder.cached.keys() | recorder.attended.keys()
+    if not kept and not recorder.states:
+        raise UnsupportedModel(f"{recorder.family!r} caches nothing that this version knows: {_UNKNOWN_STATE}")
+    if recorder.cached.keys() - recorder.attended.keys():
         raise bypassing(recorder.family)
     numbers = {layer: number for number, layer in enumerate(sorted(recorder.cached))}
-    layers = (recorder.attended[layer] for layer in range(count))
     inside = f"{recorder.paths[anatomy.decoder]}."
     lists = frozenset(path for path in recorder.order.keys() - recorder.ran if path.startswith(inside))
     lenders = {path for path in lists if not isinstance(anatomy.model.get_submodule(path), _LISTS)}
     return Trace(
-        layers=tuple(replace(layer, state=numbers[layer.state]) for layer in layers),
+        layers=tuple(_layer(recorder, number, numbers) for number in range(len(paths))),
         order=recorder.order,
         lists=lists,
         mingled=frozenset(path.rpartition(".")[0] for path in lenders),
         top_k=recorder.top_k,
         copies=recorder.copies,
+        paths=paths,
+        idle=frozenset(
+            f"{mixer}.{name}"
+            for mixer in recorder.mixers.values()
+            for name, _ in anatomy.model.get_submodule(mixer).named_children()
+            if f"{mixer}.{name}" not in recorder.order
+        ),
     )
+
+
+def _layer(recorder: _Recorder, number: int, numbers: Mapping[int, int]) -> LayerTrace:
+    """What layer *number* does; states have *numbers*.
+
+    Raises:
+        UnsupportedModel: it neither attends nor mixes, and its config does not say that it computes row by row.
+    """
+    layer = recorder.attended.get(number, LayerTrace())
+    if layer.path:
+        layer = replace(layer, state=numbers[layer.state])
+    if number in recorder.states:
+        shape = StateShape(tuple(recorder.states[number].values()))
+        return replace(layer, recurrent=Recurrent(recorder.mixers[number], shape))
+    if not layer.path and (kind := recorder.layer_types.get(number, "")) not in _BY_ROW:
+        raise UnsupportedModel(
+            f"{recorder.family!r} cannot run: its layer {number} ({kind or 'of no known kind'}) caches nothing and "
+            f"does not attend; {_UNKNOWN_STATE}, or bypasses transformers' attention interface"
+        )
+    return layer
+
+
+def _layer_paths(recorder: _Recorder, anatomy: Anatomy) -> tuple[str, ...]:
+    """Paths of the decoder's layers: the list of modules that attention and mixers are in.
+
+    Raises:
+        UnsupportedModel: they are in none, so it bypasses what this engine has a say in.
+    """
+    seen = [layer.path for layer in recorder.attended.values()]
+    seen += [recorder.mixers[layer] for layer in recorder.states]
+    for path, module in anatomy.decoder.named_modules(prefix=recorder.paths[anatomy.decoder]):
+        if isinstance(module, torch.nn.ModuleList) and seen and all(other.startswith(f"{path}.") for other in seen):
+            return tuple(f"{path}.{number}" for number in range(len(module)))
+    raise bypassing(recorder.family)
 
 
 class _Cache(PagedCache):
@@ -239,6 +329,23 @@ class _Cache(PagedCache):
             )
         recorder.cached[layer_idx] = key_states, value_states
         return key_states, value_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        self._check_known(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        self._check_known(layer_idx, state_idx)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        if "recurrent" not in self._recorder.states.get(layer_idx, {}):
+            raise UnsupportedModel(f"{self._recorder.family!r} cannot run: {_UNKNOWN_STATE}")
+        return recurrent_states
+
+    def _check_known(self, layer: int, state: int) -> None:
+        if layer not in self._recorder.mixers or state:
+            raise UnsupportedModel(f"{self._recorder.family!r} cannot run: {_UNKNOWN_STATE}")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if any(hasattr(module, "layer_idx") for module in self._recorder.running):

@@ -17,6 +17,10 @@ PROMPT_ROWS = 128  # rows per row block of prompts where weights stream; more, i
 DEVICE_PROMPT_ROWS = 512  # on an accelerator, which wants large products
 MAX_SWEEP_TOKENS = 512
 DEVICE_SWEEP_TOKENS = 4096  # an accelerator computes as many while a layer crosses the link
+RECURRENT_CHUNK_TOKENS = 64  # transformers' scans pad chunks to as many, so smaller ones would compute padding
+STATES_IN_HAND = 4  # copies of one layer's state: guesses and replays go on from the committed one
+FP32_BYTES = 4
+SCAN_COPIES = 4  # in fp32 of what scans are given, while they compute: repeated for heads, cut into chunks, multiplied
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,9 @@ class ModelFacts:
         experts: sizes of those; none: there are none, or they come with their block.
         expert_shares: how much each of them was used lately, but for a factor, in the order of *experts*.
         embedding_bytes: the embedding matrix in the compute dtype; 0 if it is the head's.
-        layer_kv: KV of one token, by layer; 0: the layer reads what another one keeps.
+        layer_kv: KV of one token, by layer; 0: the layer reads what another one keeps, or keeps no KV.
+        layer_state: the state of one sequence, by layer; 0: the layer keeps none. Empty: no layer does.
+        layer_state_row: what is kept of a guessed row until it is accepted, by layer: the inputs of its scans.
         hidden_size, intermediate_size, vocab_size: widths that activations have.
         itemsize: bytes of one value in the compute dtype.
         context_length: tokens a sequence may have.
@@ -91,6 +97,8 @@ class ModelFacts:
     expert_shares: tuple[float, ...] = ()
     wanted_context: int = 0
     mtp: ModelFacts | None = None
+    layer_state: tuple[int, ...] = ()
+    layer_state_row: tuple[int, ...] = ()
 
     @property
     def streamed_body(self) -> tuple[WeightNode, ...]:
@@ -150,6 +158,31 @@ class ModelFacts:
         return sum(self.layer_kv)
 
     @property
+    def state_bytes(self) -> int:
+        """One slot: the states of all recurrent layers of one sequence; 0: there are no such layers."""
+        return sum(self.layer_state)
+
+    @property
+    def state_row_bytes(self) -> int:
+        """What is kept of a guessed row until it is accepted, over all recurrent layers."""
+        return sum(self.layer_state_row)
+
+    @property
+    def state_scratch_bytes(self) -> int:
+        """Copies of one layer's state while it is computed with."""
+        return STATES_IN_HAND * max(self.layer_state, default=0)
+
+    @property
+    def scanned_row_bytes(self) -> int:
+        """What a recurrent layer's scans are given and give for a row."""
+        return 2 * max(self.layer_state_row, default=0)
+
+    @property
+    def scan_row_bytes(self) -> int:
+        """What scanning a row of a chunk takes beside that."""
+        return SCAN_COPIES * max(self.layer_state_row, default=0) * FP32_BYTES // self.itemsize
+
+    @property
     def layer_kv_bytes(self) -> int:
         """KV of one token in the layer that keeps most."""
         return max(self.layer_kv, default=0)
@@ -174,7 +207,7 @@ class ModelFacts:
         """What a token that is attended to takes while it is: on an accelerator, its keys and values in one layer,
         gathered, and its column of a chunk's mask, as it is and as a kernel has it."""
         attended = max(self.layer_kv_bytes, self.attended_kv_bytes)
-        return attended + self.chunk_tokens * (1 + self.itemsize) if self.is_on_device else 0
+        return attended + self.chunk_tokens * (1 + self.itemsize) if self.is_on_device and attended else 0
 
     @property
     def kv_cost_bytes(self) -> int:

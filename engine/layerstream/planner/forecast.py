@@ -15,10 +15,12 @@ from functools import cached_property
 from layerstream.planner.experts import num_wanted
 from layerstream.planner.plan import Plan
 from layerstream.planner.rates import Rates
+from layerstream.planner.states import SLOTS_OF_SEQUENCE
 from layerstream.planner.units import PlannedUnit, WeightNode, linears
 
 TOKENS_PER_SWEEP = 2.7  # accepted, guesses from the context alone: measured on held-out questions (benchmarks/drafting)
 ANSWER_TOKENS = 64
+ANSWER_SLOTS = SLOTS_OF_SEQUENCE + 1  # its own, and the snapshot of the context
 CONTEXT_TOKENS = 1000
 VALUES_OF_MLP = 1  # activations per row and layer: gate and up become their product
 EXPERT_CALL_ROWS = 16  # as many rows an expert computes at a time
@@ -94,8 +96,9 @@ class Forecast:
 
     @cached_property
     def warm_seconds(self) -> float:
-        """The same with the context's KV stored; the question is a chunk of its own."""
-        stored = self.context_tokens * self.plan.facts.kv_token_bytes / self.rates.disk
+        """The same with the context's KV stored, and a snapshot of its states; the question is a chunk of its own."""
+        facts = self.plan.facts
+        stored = (self.context_tokens * facts.kv_token_bytes + facts.state_bytes) / self.rates.disk
         tokens = self.plan.page_tokens
         compute = self._compute_seconds(self._prompt_blocks(tokens), 1)
         return max(self._longest(compute, tokens), self._read_seconds(tokens) + stored)
@@ -123,14 +126,17 @@ class Forecast:
 
     @property
     def used_bytes(self) -> int:
-        """What it takes of that to answer a question about the context: where nothing streams, room for KV is taken as
-        it fills; where weights do, all of it is taken at the start."""
+        """What it takes of that to answer a question about the context: where nothing streams, room for KV and states
+        is taken as it fills; where weights do, all of it is taken at the start."""
         plan = self.plan
         if plan.streams:
             return self.process_bytes
         pages = -(-(self.context_tokens + ANSWER_TOKENS) // plan.page_tokens)
         place_bytes = plan.facts.kv_token_bytes if plan.host is not None else plan.facts.kv_place_bytes
-        return self.process_bytes - max(0, plan.num_pages - pages) * plan.page_tokens * place_bytes
+        unused = max(0, plan.num_pages - pages) * plan.page_tokens * place_bytes
+        if plan.host is None:
+            unused += max(0, plan.num_slots - ANSWER_SLOTS) * plan.facts.state_bytes
+        return self.process_bytes - unused
 
     @property
     def device_bytes(self) -> int | None:

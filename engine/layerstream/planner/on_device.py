@@ -1,9 +1,9 @@
 """Plans for an accelerator: its memory, and the host's behind it.
 
 Device memory is spent as on a host, but for KV: where weights stream, KV has its place on the host, and only that of
-the layers in hand is on the device. Host memory goes to KV first, then to weights that stay there; what has no room is
-read from disk for every sweep, through a ring for each device. Where experts come as they are routed to, they have what
-is left of either memory.
+the layers in hand is on the device. States of recurrent layers stay on the device that computes the layer. Host memory
+goes to KV first, then to weights that stay there; what has no room is read from disk for every sweep, through a ring
+for each device. Where experts come as they are routed to, they have what is left of either memory.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def make_device_plan(facts: ModelFacts, memory_bytes: int, host_bytes: int) -> P
 
 def with_host_kv(facts: ModelFacts, host_bytes: int) -> ModelFacts:
     """*facts* with as much KV as has room among *host_bytes*."""
+    if not facts.kv_token_bytes:
+        return facts
     room = host_bytes - HOST_WORKSPACE_BYTES
     wanted = on_host.WANTED_KV_TOKENS * facts.kv_token_bytes
     kv_room = max(on_host.MIN_KV_TOKENS * facts.kv_token_bytes, min(room // 2, wanted), int(HOST_KV_SHARE * room))

@@ -71,7 +71,14 @@ class _Layers:
             vocab_size=self.facts.vocab_size if has_head else 0,
             embedding_bytes=0,  # rows come from disk, to the first device
             layer_kv=tuple(self.facts.layer_kv[layer] for layer in chosen),
+            layer_state=_some(self.facts.layer_state, chosen),
+            layer_state_row=_some(self.facts.layer_state_row, chosen),
         )
+
+
+def _some(sizes: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
+    """Of *sizes* by layer those of the *chosen*; none, if there are none."""
+    return tuple(sizes[layer] for layer in chosen) if sizes else ()
 
 
 def _place(model: _Layers, device_map: str, memories: Sequence[int]) -> tuple[int, ...]:
@@ -109,9 +116,11 @@ def _joined(model: _Layers, places: Sequence[int], memories: Sequence[int]) -> P
     devices = tuple(sorted(set(places)))
     chosen = [[layer for layer, place in enumerate(places) if place == device] for device in devices]
     parts = [make_plan(model.some(layers), memories[device]) for device, layers in zip(devices, chosen, strict=True)]
+    slots = min((part.num_slots for part in parts if part.num_slots), default=0)
     parts = [
         replace(
             part,
+            num_slots=slots,
             num_pages=min(other.num_pages for other in parts),
             max_sweep_tokens=min(other.max_sweep_tokens for other in parts),
             max_draft_rows=min(other.max_draft_rows for other in parts),
@@ -130,6 +139,7 @@ def _joined(model: _Layers, places: Sequence[int], memories: Sequence[int]) -> P
         max_sweep_tokens=parts[0].max_sweep_tokens,
         max_draft_rows=parts[0].max_draft_rows,
         max_sequences=parts[0].max_sequences,
+        num_slots=slots,
         parts=tuple(parts),
         devices=devices,
         layers=tuple(devices.index(place) for place in places),

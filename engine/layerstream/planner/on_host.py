@@ -1,7 +1,8 @@
 """What fits where, before anything is loaded. Pure: sizes in, :class:`Plan` out.
 
-A budget is spent in this order: what a sweep computes with (activations, logits, embedding rows), pinned weights, KV
-pages, the ring, and with all that is left a fixed set of resident units. If everything fits, nothing streams.
+A budget is spent in this order: what a sweep computes with (activations, logits, embedding rows), slots for states of
+recurrent layers, pinned weights, KV pages, the ring, and with all that is left a fixed set of resident units. If
+everything fits, nothing streams.
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner.facts import CHUNK_TOKENS, STREAMING_ROWS, ModelFacts
 from layerstream.planner.plan import Plan
+from layerstream.planner.states import (
+    MOST_SLOTS,
+    STATES_SHARE,
+    fewer_sequences,
+    least_state_bytes,
+    resident_share_bytes,
+    slots_within,
+)
 from layerstream.planner.units import PlannedUnit, UnitPlan, choose_residents, cut_units, largest_unit, slice_rows
 
 LEAST_SEQUENCES = 32  # that run at once: as many as a search may have beams
@@ -52,7 +61,7 @@ def comfortable_bytes(facts: ModelFacts) -> int:
     """The budget from which on nothing streams and KV has all the room that it may take."""
     fixed = facts.compute_bytes + _activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
     fixed += sum(node.value_bytes - node.own_bytes for node in facts.without_kernel.values())
-    return fixed + MAX_KV_SEQUENCES * facts.context_length * facts.kv_cost_bytes
+    return fixed + _most_kv_bytes(facts) + MOST_SLOTS * facts.state_bytes
 
 
 def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool) -> Plan | None:
@@ -66,8 +75,11 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         least_kv = max(least_kv, _first_kv_bytes(facts, budget_bytes))
     activations = _activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
     left = budget_bytes - activations - facts.compute_bytes
-    if left < least_kv:
+    if left < least_kv + least_state_bytes(facts):
         return None
+    share = resident_share_bytes(left, _first_kv_bytes(facts, budget_bytes), _most_kv_bytes(facts))
+    slots = slots_within(facts, share, left - least_kv - least_state_bytes(facts))
+    left -= slots * facts.state_bytes
     rows = _SampledRows.of(facts, budget_bytes, left - least_kv)
     activations += rows.num_bytes
     left -= rows.num_bytes
@@ -92,8 +104,9 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         activation_bytes=activations + num_pages * facts.chunk_tokens * facts.attending_bytes,
         max_sweep_tokens=facts.sweep_tokens,
         max_draft_rows=rows.guesses,
-        max_sequences=rows.sequences,
+        max_sequences=fewer_sequences(facts, rows.sequences, slots),
         num_transit=num_transit,
+        num_slots=slots,
     )
 
 
@@ -163,12 +176,15 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     rows = _SampledRows.of(facts, budget_bytes, budget_bytes - least)
     activations += rows.num_bytes
     least += rows.num_bytes
+    slots = slots_within(facts, STATES_SHARE * budget_bytes, budget_bytes - least)
+    state_bytes = slots * facts.state_bytes
+    least += state_bytes - least_state_bytes(facts)
     least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
-    for_weights = budget_bytes - activations - num_pages * facts.chunk_tokens * facts.kv_cost_bytes
+    for_weights = budget_bytes - activations - state_bytes - num_pages * facts.chunk_tokens * facts.kv_cost_bytes
     num_transit = 0
     if num_pages * facts.chunk_tokens < facts.context_length:
-        spare = for_weights - (floor - least_kv)
+        spare = for_weights - (floor - least_kv - least_state_bytes(facts))
         num_transit = _num_transit(facts, min(int(TRANSIT_SHARE * budget_bytes), spare), num_pages)
         for_weights -= num_transit * facts.slot_bytes
     limit = _unit_limit(facts, for_weights)
@@ -186,7 +202,7 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     chosen = choose_residents(sizes, for_weights - ring_bytes, head_first)
     residents = pinned | {free[position] for position in chosen}
     spare = for_weights - ring_bytes - sum(sizes[position] for position in chosen)
-    slots = min(facts.num_experts, (passing + spare) // facts.slot_bytes_of_expert) if facts.experts else 0
+    experts = min(facts.num_experts, (passing + spare) // facts.slot_bytes_of_expert) if facts.experts else 0
     return Plan(
         budget_bytes=budget_bytes,
         facts=facts,
@@ -195,7 +211,7 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
             head,
             residents,
             ring_bytes,
-            expert_slots=slots,
+            expert_slots=experts,
             slot_bytes=facts.slot_bytes_of_expert,
         ),
         embedding_resident=False,
@@ -204,8 +220,9 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         activation_bytes=activations + scratch_bytes + num_pages * facts.chunk_tokens * facts.attending_bytes,
         max_sweep_tokens=sweep_tokens,
         max_draft_rows=rows.guesses,
-        max_sequences=rows.sequences,
+        max_sequences=fewer_sequences(facts, rows.sequences, slots),
         num_transit=num_transit,
+        num_slots=slots,
     )
 
 
@@ -238,6 +255,10 @@ def _wanted_kv_bytes(facts: ModelFacts, budget_bytes: int) -> int:
     return max(_first_kv_bytes(facts, budget_bytes), int(MORE_KV_SHARE * budget_bytes))
 
 
+def _most_kv_bytes(facts: ModelFacts) -> int:
+    return MAX_KV_SEQUENCES * facts.context_length * facts.kv_cost_bytes
+
+
 def _unit_limit(facts: ModelFacts, for_weights: int) -> int:
     """The largest unit that leaves the ring within its share: a whole layer, or less."""
     largest_layer = max(node.total_bytes for node in facts.streamed_body)
@@ -254,22 +275,25 @@ def _cut_all(facts: ModelFacts, limit: int) -> tuple[tuple[PlannedUnit, ...], tu
 
 
 def _floor_bytes(facts: ModelFacts) -> int:
-    """What runs at all beside the activations: finest units, a ring for two of them, KV for two chunks."""
+    """What runs at all beside the activations: finest units, a ring for two of them, KV for two chunks, and states of
+    one sequence."""
     body, head = _cut_all(facts, FINEST_UNIT_BYTES)
     units = body + head
     pinned = sum(unit.compute_bytes for unit in units if unit.pinned)
     experts = facts.slot_bytes_of_expert + facts.expert_scratch_bytes
-    return _scratch_bytes(units) + pinned + _least_kv_bytes(facts) + 2 * largest_unit(units) + experts
+    kept = _least_kv_bytes(facts) + least_state_bytes(facts)
+    return _scratch_bytes(units) + pinned + kept + 2 * largest_unit(units) + experts
 
 
 def _too_small(facts: ModelFacts, budget_bytes: int, least: int) -> BudgetTooSmall:
     body, head = _cut_all(facts, FINEST_UNIT_BYTES)
     largest = max(body + head, key=lambda unit: unit.ring_bytes)
     experts = f", and an expert {format_size(facts.experts[0].expert_bytes)}" if facts.experts else ""
+    states = f"; a sequence needs two states of {format_size(facts.state_bytes)}" if facts.state_bytes else ""
     message = (
         f"a memory budget of {format_size(budget_bytes)} is too small: this model needs at least {format_size(least)} "
-        f"(its largest unit that cannot be cut, {largest.name}, has {format_size(largest.num_bytes)}{experts}); "
-        f"pass memory={format_size(least, exact=True)!r} or more"
+        f"(its largest unit that cannot be cut, {largest.name}, has {format_size(largest.num_bytes)}{experts}{states}"
+        f"); pass memory={format_size(least, exact=True)!r} or more"
     )
     return BudgetTooSmall(message, budget_bytes=budget_bytes, required_bytes=least)
 
@@ -280,15 +304,16 @@ def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:
 
 
 def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
+    """Pages that *kv_bytes* hold; where a token keeps no KV, they are accounts alone, as many as there may be."""
     page_bytes = facts.chunk_tokens * facts.kv_cost_bytes
     most = -(-facts.context_length // facts.chunk_tokens) * MAX_KV_SEQUENCES
     most = min(most, facts.kv_tokens // facts.chunk_tokens)
-    return max(_least_kv_bytes(facts) // page_bytes, min(most, kv_bytes // page_bytes))
+    return max(_least_pages(facts), _most(most, kv_bytes, page_bytes))
 
 
 def _num_transit(facts: ModelFacts, num_bytes: int, num_pages: int) -> int:
     """Pages that *num_bytes* let stream, at most those of a whole context; none if *num_pages* hold longer prompts."""
-    if not facts.can_spill:
+    if not facts.can_spill or not facts.slot_bytes:
         return 0
     fitting = min(-(-facts.context_length // facts.chunk_tokens), num_bytes // facts.slot_bytes)
     return fitting if fitting >= num_pages else 0
@@ -296,8 +321,11 @@ def _num_transit(facts: ModelFacts, num_bytes: int, num_pages: int) -> int:
 
 def _least_kv_bytes(facts: ModelFacts) -> int:
     """KV of two chunks at the least."""
-    size = facts.chunk_tokens
-    return max(2, MIN_KV_TOKENS // size) * size * facts.kv_cost_bytes
+    return _least_pages(facts) * facts.chunk_tokens * facts.kv_cost_bytes
+
+
+def _least_pages(facts: ModelFacts) -> int:
+    return max(2, MIN_KV_TOKENS // facts.chunk_tokens)
 
 
 def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
@@ -305,7 +333,8 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
 
     Packed rows are there three times (in, out, embedding rows); one row block, or all of them where Linears stream one
     by one, has its MLP's gate, up and product or its attention's projections. Logits are there once of every row that
-    is sampled, of the least that there may be, once more of a row block, and one row is being sampled.
+    is sampled, of the least that there may be, once more of a row block, and one row is being sampled. Rows of a
+    recurrent layer are there before and after its scans, which take a chunk at a time, in fp32, and copies of a state.
     """
     block_rows = max(facts.chunk_tokens, facts.prompt_rows)
     rows = sweep_tokens + block_rows + facts.streaming_rows
@@ -315,10 +344,13 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     if facts.experts:  # what they are given for all rows, what they gave, and what was computed before its turn
         times = 4 if facts.is_on_device else 3  # there also what the processor is given
         packed += times * rows * facts.hidden_size * facts.itemsize
+    scans = facts.chunk_tokens * facts.scan_row_bytes
+    block = max(block, block_rows * facts.scanned_row_bytes + scans)
     if facts.is_cut:
-        block = max(block, rows * max(3 * facts.intermediate_size, 8 * facts.hidden_size) * facts.itemsize)
+        wide = max(3 * facts.intermediate_size, 8 * facts.hidden_size) * facts.itemsize
+        block = max(block, rows * wide, rows * facts.scanned_row_bytes + scans)
     logits = facts.vocab_size * ((LEAST_SEQUENCES + STREAMING_ROWS) * facts.itemsize + SAMPLING_BYTES)
-    return packed + block + logits + facts.workspace_bytes
+    return packed + block + logits + facts.state_scratch_bytes + facts.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +371,8 @@ class _SampledRows:
     def of(cls, facts: ModelFacts, budget_bytes: int, spare: int) -> _SampledRows:
         """As many as have room in their shares of the budget, and in *spare* bytes; guesses first."""
         row_bytes = facts.vocab_size * facts.itemsize
-        guess_bytes = 3 * facts.hidden_size * facts.itemsize + row_bytes + facts.kv_token_bytes  # until it is accepted
+        kept_bytes = facts.kv_token_bytes + facts.state_row_bytes  # until it is accepted
+        guess_bytes = 3 * facts.hidden_size * facts.itemsize + row_bytes + kept_bytes
         guesses = _most(MAX_DRAFT_ROWS, min(DRAFT_SHARE * budget_bytes, spare), guess_bytes)
         spare -= guesses * guess_bytes
         most = min(MAX_SEQUENCES, facts.sweep_tokens) - LEAST_SEQUENCES

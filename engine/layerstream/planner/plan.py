@@ -52,7 +52,8 @@ class Plan:
         num_transit: pages that may stream from the store for sequences that do not fit those.
         activation_bytes: what a sweep computes with, at most.
         max_draft_rows: guesses that a sweep may verify.
-        max_sequences: sequences that may run at once: there is room for a row of logits of each.
+        max_sequences: sequences that may run at once: there is room for a row of logits of each, and for two states.
+        num_slots: rooms for the states of all recurrent layers of a sequence; 0: there are no such layers.
         host: what is in host memory, where an accelerator computes.
         parts: where several accelerators compute, a plan for each, of its own layers alone.
         devices: then, the number of each part's device.
@@ -78,6 +79,7 @@ class Plan:
     layers: tuple[int, ...] = ()
     free_bytes: int | None = None
     mtp: Plan | None = None
+    num_slots: int = 0
 
     @property
     def streams(self) -> bool:
@@ -179,6 +181,11 @@ class Plan:
         return self.num_pages * self.page_tokens * self.facts.kv_place_bytes
 
     @property
+    def state_bytes(self) -> int:
+        """Room for states of recurrent layers."""
+        return self.num_slots * self.facts.state_bytes
+
+    @property
     def transit_bytes(self) -> int:
         """Room for KV that streams past."""
         return self.num_transit * self.facts.slot_bytes
@@ -187,7 +194,7 @@ class Plan:
     def planned_bytes(self) -> int:
         """What all parts take together, at most ``budget_bytes``."""
         weights = self.resident_bytes + self.weights.ring_bytes + self.weights.expert_bytes
-        return weights + self.kv_bytes + self.transit_bytes + self.activation_bytes
+        return weights + self.kv_bytes + self.transit_bytes + self.state_bytes + self.activation_bytes
 
     def __repr__(self) -> str:
         streams = f"streams {format_size(self.streamed_bytes)} a sweep" if self.streams else "streams nothing"
@@ -240,6 +247,9 @@ class Plan:
         if self.num_transit:
             extra = f"{self.num_transit * self.page_tokens:,} tokens more, from the store"
             yield "KV in transit", self.transit_bytes, extra
+        if self.state_bytes:
+            each = format_size(self.facts.state_bytes)
+            yield "states", self.state_bytes, f"{self.num_slots} slots of {each}, two for each answer"
         rows = f"{self.max_sweep_tokens} tokens, {self.max_sequences} answers, {self.max_draft_rows} guesses in a sweep"
         yield "activations", self.activation_bytes, rows
         yield "left over", self.budget_bytes - self.planned_bytes, ""

@@ -116,12 +116,15 @@ class SweepStep:
             self.prefill_tokens += sweep.num_tokens
             self.prefill_seconds += self._computed
         self.num_sweeps += 1
-        published_pages = self._scheduler.commit(sweep)
+        pages, states = self._scheduler.commit(sweep)
         if self._store is not None:
             self._store.count_loaded(len(sweep.loads))
-            for published in published_pages:
+            token_seconds = self._computed / sweep.num_tokens
+            for published in pages:
                 num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
-                self._store.publish(published, self._computed * num_tokens / sweep.num_tokens)
+                self._store.publish(published, num_tokens * token_seconds)
+            for state in states:
+                self._store.publish_state(state, state.num_tokens * token_seconds)
         if self._statistics is not None and self._weights.experts is not None:
             self._statistics.save_sometimes(self._weights.experts.shares)
         if self._on_commit is not None:
@@ -175,4 +178,4 @@ class SweepStep:
         """How long the compute has waited for the disk so far."""
         streamer = self._weights.streamer
         waited = 0.0 if streamer is None else streamer.wait_seconds
-        return waited if self._store is None else waited + self._store.loader.counters.wait_seconds
+        return waited if self._store is None else waited + self._store.loader.counters.wait_seconds + self._store.state_loader.counters.wait_seconds

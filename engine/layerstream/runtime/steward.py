@@ -1,4 +1,5 @@
-"""The scheduler decides, the steward does: the file of suspended pages, and what the store holds for running sequences.
+"""The scheduler decides, the steward does: the files of suspended pages and states, and what the store holds for running
+sequences.
 
 Whoever runs sweeps asks the steward where the scheduler would decide something that is to be carried out, so nothing
 decided is left undone when a row is computed.
@@ -25,10 +26,13 @@ from layerstream.store.store import PrefixStore
 class Steward:
     """Carries out what *scheduler* decides; one thread."""
 
-    def __init__(self, scheduler: Scheduler, swap: PageSwap, store: PrefixStore | None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, swap: PageSwap, state_swap: PageSwap, store: PrefixStore | None
+    ) -> None:
         self.scheduler = scheduler
         self.store = store
         self._swap = swap
+        self._state_swap = state_swap
 
     def schedule(self, drafting: Drafting = NO_DRAFTING) -> Sweep | None:
         """The next sweep, ready to run; ``None`` when nothing is there to run."""
@@ -65,28 +69,41 @@ class Steward:
         is_done = True
         while (decision := self.scheduler.next_decision()) is not None:
             match decision:
-                case Suspend(sequence, pages):
-                    if not self._swap.write(sequence.sequence_id, pages):
+                case Suspend(sequence):
+                    if not self._keep(decision):
+                        self._drop(sequence)
                         self.scheduler.lose_kept(sequence)
                         is_done = False
                 case Resume(sequence):
                     is_done &= self._resume(decision)
                 case Forget(sequence):
-                    self._swap.drop(sequence.sequence_id)
+                    self._drop(sequence)
                 case Hold(sequence, keys) if self.store is not None:
                     self.store.hold(sequence.sequence_id, keys)
                 case LetGo(sequence) if self.store is not None:
                     self.store.unhold(sequence.sequence_id)
         return is_done
 
+    def _keep(self, decision: Suspend) -> bool:
+        """Whether pages and states are kept."""
+        number, state = decision.sequence.sequence_id, decision.state
+        is_kept = self._swap.write(number, decision.pages)
+        return is_kept and (state is None or self._state_swap.write(number, [state]))
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._swap.drop(sequence.sequence_id)
+        self._state_swap.drop(sequence.sequence_id)
+
     def _resume(self, decision: Resume) -> bool:
-        """Whether the pages came back."""
-        sequence, is_back = decision.sequence, False
+        """Whether pages and states came back."""
+        sequence, state, is_back = decision.sequence, decision.state, False
+        number = sequence.sequence_id
         try:
-            is_back = self._swap.read(sequence.sequence_id, decision.first, decision.pages)
+            is_back = self._swap.read(number, decision.first, decision.pages)
+            is_back = is_back and (state is None or self._state_swap.read(number, 0, [state]))
         except Exception as error:  # noqa: BLE001  # its own misfortune: nothing has changed for the others
             self.scheduler.fail(sequence, error)
-        self._swap.drop(sequence.sequence_id)
+        self._drop(sequence)
         if not is_back:
             self.scheduler.lose_kept(sequence)
         return is_back

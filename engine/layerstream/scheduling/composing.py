@@ -17,6 +17,8 @@ Rules:
 * prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
   many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
   attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
+* where there are recurrent layers, a sequence is in the sweep if its states are there, or an earlier row block leaves
+  them, and there is a slot for the next ones (:mod:`layerstream.scheduling.states`);
 * guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
   for; a sequence never gets guesses past its longest answer.
 """
@@ -36,6 +38,7 @@ from layerstream.kv.prefix import PrefixTable
 from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
 from layerstream.scheduling.spill import Spill
+from layerstream.scheduling.states import States
 
 
 class Drafting(Protocol):
@@ -62,20 +65,31 @@ class Composer:
     Args:
         budget: what rows cost.
         prefixes, spill: who computes shared pages, and what has to be loaded.
+        states: who has the states of recurrent layers.
     """
 
     def __init__(
-        self, limits: SweepLimits, budget: SweepBudget, pool: PagePool, prefixes: PrefixTable, spill: Spill
+        self,
+        limits: SweepLimits,
+        budget: SweepBudget,
+        pool: PagePool,
+        prefixes: PrefixTable,
+        spill: Spill,
+        states: States,
     ) -> None:
         self.limits = limits
         self._budget = budget
         self._pool = pool
         self._prefixes = prefixes
         self._spill = spill
+        self._states = states
 
     def compose(self, running: Seq[Sequence], drafting: Drafting) -> Sweep | None:
         """A sweep of *running*, in order of admission, with guesses of *drafting*; ``None`` if none has a row."""
-        ready = [sequence for sequence in running if sequence.is_prefilled and sequence.num_pending]
+        self._states.start(running)
+        ready = [s for s in running if s.is_prefilled and s.num_pending and self._states.may_join(s)]
+        for sequence in ready:
+            self._states.join(sequence, sequence.num_tokens)
         prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
         ready += self._add_prompts(prompts, running)
         for sequence in ready:
@@ -85,7 +99,10 @@ class Composer:
         drafts = drafting.propose(ready, len(spans), sum(block.num_rows for block in chunks))
         spans += [span for sequence, tree in drafts.items() for span in draft_spans(sequence, tree)]
         blocks = [*chunks, *decode_blocks(spans, self.limits)]
-        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts) if blocks else None
+        if not blocks:
+            return None
+        routes, state_loads = self._states.routes(), self._states.loads()
+        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts, routes, state_loads)
 
     def shrink(self) -> bool:
         """A sweep did not fit the memory: from now on they carry half as much. False: they cannot carry less."""
@@ -102,8 +119,10 @@ class Composer:
         """Fill *prompts*; those of *running* whose prompt ends in it."""
         planned: dict[Sequence, int] = {}
         for sequence in sorted(running, key=lambda sequence: -sequence.priority):
-            if not sequence.is_prefilled and not self._is_ahead(sequence, planned):
-                planned[sequence] = self._add_chunks(prompts, sequence)
+            if sequence.is_prefilled or self._is_ahead(sequence, planned) or not self._states.may_join(sequence):
+                continue
+            stop = planned[sequence] = self._add_chunks(prompts, sequence)
+            self._states.join(sequence, sequence.num_tokens if stop == sequence.num_prompt_tokens else stop)
         return [sequence for sequence, stop in planned.items() if stop == sequence.num_prompt_tokens]
 
     def _loads(self, blocks: list[RowBlock]) -> tuple[PageLoad, ...]:

@@ -17,19 +17,23 @@ from layerstream.core.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Suspend:
-    """Keep what is in *pages*: *sequence* has computed it, and has lost them."""
+    """Keep what is in *pages*, and in the slot *state* if there are recurrent layers: *sequence* has computed it, and
+    has lost them."""
 
     sequence: Sequence
     pages: tuple[int, ...]
+    state: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Put what was kept of *sequence*, from its page *first* on, into *pages*; nothing is kept any longer."""
+    """Put what was kept of *sequence*, from its page *first* on, into *pages*, and its states into the slot *state*;
+    nothing is kept any longer."""
 
     sequence: Sequence
     first: int
     pages: tuple[int, ...]
+    state: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class Frames:
         own = sequence.pages[num_shared : self._pool.pages_for(sequence.num_computed)]
         is_kept = self._can_swap and bool(own) and not self._prefixes.loads(sequence.prefix_keys)
         if is_kept:
-            self._decisions.append(Suspend(sequence, tuple(own)))
+            self._decisions.append(Suspend(sequence, tuple(own), sequence.tenancy.state))
         sequence.tenancy.suspension = Suspension(sequence.num_computed, num_shared, len(own), is_kept)
         self._free(sequence)
 
@@ -98,8 +98,9 @@ class Frames:
         sequence.tenancy.suspension = Suspension(num_computed=0, num_shared=0, num_pages=0, is_kept=False)
         self._free(sequence)
 
-    def resume(self, sequence: Sequence, num_shared: int) -> bool:
-        """Bring back what :meth:`suspend` kept into the pages of *sequence*, whose first *num_shared* are others'.
+    def resume(self, sequence: Sequence, num_shared: int, slot: int | None) -> bool:
+        """Bring back what :meth:`suspend` kept into the pages of *sequence*, whose first *num_shared* are others', and
+        its states into *slot*, if there are recurrent layers.
 
         Returns:
             False if that is not all that it had computed: it goes on from what is there.
@@ -109,7 +110,7 @@ class Frames:
             self.forget(sequence)
             return False
         first, stop = num_shared - suspension.num_shared, suspension.num_shared + suspension.num_pages
-        self._decisions.append(Resume(sequence, first, tuple(sequence.pages[num_shared:stop])))
+        self._decisions.append(Resume(sequence, first, tuple(sequence.pages[num_shared:stop]), slot))
         sequence.tenancy.num_computed, sequence.tenancy.suspension = suspension.num_computed, None
         return True
 

@@ -15,6 +15,9 @@ Who runs, and with what memory, is decided here; which rows of those that run ar
   on; what another process is just computing is waited for, and others go ahead meanwhile;
 * a sequence that does not fit the memory for KV as a whole runs all the same, with pages of its prompt in the store
   (:mod:`layerstream.scheduling.spill`);
+* a model with recurrent layers goes on from states, which are there at the end of some pages only: a sequence begins at
+  the last of them that is there, or is coming, and computes what it shares beyond it once more
+  (:mod:`layerstream.scheduling.states`);
 * a removed sequence is in no later sweep and its pages are free at once;
 * what a sequence fails of while it is admitted is its own (``take_failed``); after any other error here, ``reset``.
 """
@@ -31,7 +34,7 @@ from layerstream.core.sweep import Sweep
 from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import PrefixTable, Published, SpillStore, Stored
+from layerstream.kv.prefix import PrefixTable, Published, PublishedState, SpillStore, Stored
 from layerstream.scheduling.budget import ExpertLoad, SweepBudget
 from layerstream.scheduling.composing import NO_DRAFTING, Composer, Drafting
 from layerstream.scheduling.decisions import Decision, Forget, LetGo
@@ -39,6 +42,7 @@ from layerstream.scheduling.frames import Frames
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.queue import WaitingQueue
 from layerstream.scheduling.spill import Spill
+from layerstream.scheduling.states import States
 
 
 class Scheduler:
@@ -49,6 +53,8 @@ class Scheduler:
         read_seconds: what reading the streamed weights of a sweep takes.
         can_swap: whether pages may be kept elsewhere when memory is short.
         experts: what rows bring in a mixture of experts; ``None``: it is none, or they come with their block.
+        num_slots: for the states of recurrent layers; 0: there are none.
+        stride: pages between snapshots of them.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class Scheduler:
         *,
         can_swap: bool = False,
         experts: ExpertLoad | None = None,
+        num_slots: int = 0,
+        stride: int = 1,
     ) -> None:
         assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
         self.budget = SweepBudget(
@@ -68,11 +76,13 @@ class Scheduler:
         self.pool = pool
         self._store = store
         self._decisions: deque[Decision] = deque()
-        self._spill = Spill(pool, store, -(-limits.max_tokens // limits.chunk_tokens) + 1, self._decisions)
+        self.states = States(num_slots, pool.page_tokens, stride, store)
+        num_sweep_pages = -(-limits.max_tokens // limits.chunk_tokens) + 1
+        self._spill = Spill(pool, store, num_sweep_pages, self._decisions, self.states)
         self._failed: list[tuple[Sequence, Exception]] = []
         self.prefixes = PrefixTable(pool)
         self._frames = Frames(pool, self.prefixes, store, self._decisions, can_swap=can_swap)
-        self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill)
+        self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill, self.states)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
 
@@ -103,6 +113,7 @@ class Scheduler:
         if sequence in self._running:
             self._running.remove(sequence)
             self._waiting.leave(sequence)
+            self.states.release(sequence)
             if sequence.is_long:
                 self._spill.remove(sequence)
                 return
@@ -125,6 +136,7 @@ class Scheduler:
         self._running, self._waiting, self._failed = [], WaitingQueue(), []
         self.prefixes.clear()
         self._spill.clear()
+        self.states.reset((*running, *waiting))
         for sequence in (*running, *waiting):
             if self._store is not None:
                 self._store.abandon(sequence.prefix_keys[sequence.num_computed // self.pool.page_tokens :])
@@ -157,6 +169,7 @@ class Scheduler:
             self._suspend(victims[-1])
         self.pool.share(shared)
         child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[])
+        self.states.fork(child)
         self._running.insert(self._running.index(parent) + 1, child)
         self._waiting.enter(child)
         return (parent.pages[num_whole], child.pages[num_whole]) if own else None
@@ -167,17 +180,19 @@ class Scheduler:
         self._settle()
         self._grow()
         self._admit()
+        self._find_states()
         self._waiting.tick()
         return self._composer.compose(self._running, drafting)
 
-    def commit(self, sweep: Sweep) -> list[Published]:
+    def commit(self, sweep: Sweep) -> tuple[list[Published], list[PublishedState]]:
         """The rows of *sweep* are in their pages: sequences advance, and whole pages of prompts may be shared.
 
         Returns:
-            What may be stored. With a store its pages are held until ``store.collect`` or ``store.give_back`` names
-            them.
+            What may be stored, pages and snapshots. With a store their frames and slots are held until it names them in
+            ``collect`` or ``give_back``, ``collect_slots`` or ``give_back_slots``.
         """
         self.prefixes.loaded(load for load in sweep.loads if not self.pool.is_transit(load.page))
+        states = self.states.commit(sweep)
         before = {span.sequence: span.sequence.num_computed for _, span in sweep.known_spans()}
         for _, span in sweep.known_spans():
             span.sequence.tenancy.num_computed = span.stop
@@ -187,7 +202,7 @@ class Scheduler:
         if self._store is not None:
             for item in published:
                 self._frames.share_with_store(item.pages)
-        return published
+        return published, states
 
     def accept(self, sequence: Sequence, num_tokens: int) -> None:
         """The KV of *num_tokens* more of *sequence* is in its pages: they were guessed, and right."""
@@ -195,12 +210,15 @@ class Scheduler:
 
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens of *sequence* from *num_tokens* on are computed once more."""
+        if num_tokens < sequence.num_computed:
+            self.states.release(sequence)
         sequence.tenancy.rewind(num_tokens)
 
     def lose(self, key: bytes) -> None:
-        """The store has lost page *key*, and the sweep that was to load it had no effect: the page is computed."""
+        """The store has lost page or snapshot *key*, and the sweep that was to load it had no effect: it is computed."""
+        self.states.lose(key, self._running)
         for heir, position in self.prefixes.lose(key, self._running):
-            heir.tenancy.rewind(position * self.pool.page_tokens)
+            self.rewind(heir, position * self.pool.page_tokens)
             heir.tenancy.num_loaded -= self.pool.page_tokens
         for sequence in [s for s in self._running if s.is_long and key in s.prefix_keys]:
             self._restart(sequence)
@@ -219,6 +237,7 @@ class Scheduler:
         if is_running:
             self._running.remove(sequence)
         self._frames.unmake(sequence)
+        self.states.release(sequence)
         if is_running:
             self._abandon(sequence)
             self._waiting.add(sequence)
@@ -247,12 +266,13 @@ class Scheduler:
         self.prefixes.check_integrity()
         running = [self._spill.held_by(s) if s.is_long else s.pages for s in self._running]
         self.pool.check_integrity([*running, self.prefixes.held_pages(), self._frames.held_by_store])
+        self.states.check_integrity(self._running)
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
     def _admit(self) -> None:
         with closing(self._waiting.in_order(self._num_cached)) as waiting:
             for sequence in waiting:
-                if not self._has_room_for_logits(sequence):
+                if not (self._has_room_for_logits(sequence) and self.states.has_room((*self._running, sequence))):
                     return
                 if self._spill.wants(sequence):
                     if not self._admit_long(sequence):
@@ -297,20 +317,42 @@ class Scheduler:
         size, tenancy = self.pool.page_tokens, sequence.tenancy
         tenancy.pages = shared + own
         is_first, stored = tenancy.suspension is None, Stored(0, 0)
-        if is_first or not self._frames.resume(sequence, len(shared)):
+        if is_first or not self._resume(sequence, len(shared)):
             found = self._take(sequence, len(shared))
             if found is None:
                 return False
-            stored = found
-            tenancy.num_computed = (len(shared) + stored.num_pages) * size
+            stored, num_pages = found
+            tenancy.num_computed = num_pages * size
         if is_first:
             tenancy.num_cached = tenancy.num_computed
             tenancy.num_loaded = stored.num_pages * size
             tenancy.num_declined = stored.num_declined * size
+        self.states.begin(sequence)
         self._waiting.remove(sequence)
         self._running.append(sequence)
         self.prefixes.enter(sequence.prefix_keys, len(shared), sequence, stored.num_pages)
         return True
+
+    def _resume(self, sequence: Sequence, num_shared: int) -> bool:
+        """Bring back what was kept of *sequence*, its states too; False: it begins anew."""
+        slot = self.states.acquire() if self.states.is_needed else None
+        if self.states.is_needed and slot is None:
+            self._frames.forget(sequence)
+        elif self._frames.resume(sequence, num_shared, slot):
+            sequence.tenancy.state = slot
+            return True
+        if slot is not None:
+            self.states.pool.release([slot])
+        return False
+
+    def _find_states(self) -> None:
+        """Whoever waits for states that nobody is going to leave begins where there are some."""
+        for sequence in self._running:
+            if self.states.begin(sequence) or self.states.is_coming(sequence, self._running):
+                continue
+            keys, most = sequence.prefix_keys, sequence.num_computed // self.pool.page_tokens
+            sequence.tenancy.rewind(self.states.resumable(keys, most) * self.pool.page_tokens)
+            self.states.begin(sequence)
 
     def _grow(self) -> None:
         """Give every sequence the pages that its tokens need; where they run out, the last one admitted stops."""
@@ -339,6 +381,7 @@ class Scheduler:
     def _suspend(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._frames.suspend(sequence)
+        self.states.release(sequence)
         self._abandon(sequence)
         self._waiting.add(sequence)
 
@@ -346,7 +389,7 @@ class Scheduler:
         """*sequence* does not run any more: prefixes that it was to compute are another's, or nobody's."""
         gone, heirs = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
         for heir, position in heirs:
-            heir.tenancy.rewind(position * self.pool.page_tokens)
+            self.rewind(heir, position * self.pool.page_tokens)
         if self._store is not None:
             self._store.abandon(gone)
 
@@ -380,6 +423,7 @@ class Scheduler:
     def _restart(self, sequence: Sequence) -> None:
         """A long sequence lost a page: it is admitted again, with what the store has of it."""
         self._running.remove(sequence)
+        self.states.release(sequence)
         self._spill.remove(sequence)
         sequence.tenancy = Tenancy()
         self._waiting.add(sequence)
@@ -391,10 +435,26 @@ class Scheduler:
             return self._spill.publish(sequence, start // size, sequence.num_computed // size)
         return self.prefixes.publish(sequence.prefix_keys, sequence)
 
-    def _take(self, sequence: Sequence, num_shared: int) -> Stored | None:
-        if self._store is None or num_shared == len(sequence.prefix_keys):
-            return Stored(0, 0)
-        return self._store.take(sequence.prefix_keys, num_shared)
+    def _take(self, sequence: Sequence, num_shared: int) -> tuple[Stored, int] | None:
+        """What the store has for *sequence* beyond the pages that it shares, and the pages that it need not compute."""
+        keys, states = sequence.prefix_keys, self.states
+        if not states.is_needed:
+            if self._store is None or num_shared == len(keys):
+                return Stored(0, 0), num_shared
+            stored = self._store.take(keys, num_shared)
+            return None if stored is None else (stored, num_shared + stored.num_pages)
+        if any(position == num_shared - 1 for position, _ in self.prefixes.owners(keys[:num_shared])):
+            states.expect(keys[num_shared - 1])  # whoever computes that page leaves them
+            return Stored(0, 0), num_shared
+        resumable = states.resumable(keys, num_shared)
+        stored = Stored(0, 0) if self._store is None else self._store.take(keys, num_shared, resumable)
+        if stored is None:
+            return None
+        if stored.snapshot and states.bring(keys[stored.snapshot - 1]):
+            return stored, stored.snapshot
+        if num_shared > resumable:
+            states.expect(keys[num_shared - 1])  # prompts part here
+        return Stored(0, stored.num_declined), resumable
 
 
 def _groups(sequences: Iterable[Sequence]) -> set[BeamGroup]:

@@ -31,18 +31,27 @@ from layerstream.core.sweep import PageLoad
 from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import Key, Published, SpillStore
+from layerstream.kv.prefix import Key, Published, SpillStore, Stored
 from layerstream.scheduling.decisions import Decision, Hold, LetGo
+from layerstream.scheduling.states import States
 
 
 class Spill:
     """The long sequences among the running ones."""
 
-    def __init__(self, pool: PagePool, store: SpillStore | None, sweep_pages: int, decisions: deque[Decision]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        store: SpillStore | None,
+        sweep_pages: int,
+        decisions: deque[Decision],
+        states: States,
+    ) -> None:
         self._pool = pool
         self._store = store
         self._sweep_pages = sweep_pages
         self._decisions = decisions
+        self._states = states
         self._slots: dict[Key, int] = {}
         self._running: list[Sequence] = []
 
@@ -102,7 +111,7 @@ class Spill:
             return False
         new = [key for key in keys if key not in self._slots]
         fresh = self._pool.acquire_transit(len(new))
-        stored = None if fresh is None else store.take(keys, 0)
+        stored = None if fresh is None else self._take(store, keys)
         if fresh is None or stored is None:
             self._pool.release(reserve + (fresh or []))
             return False
@@ -119,10 +128,20 @@ class Spill:
             num_loaded=num_loaded,
             num_declined=stored.num_declined * self._pool.page_tokens,
         )
+        self._states.begin(sequence)
         self._running.append(sequence)
         if stored.num_pages:
             self._decisions.append(Hold(sequence, tuple(keys[: stored.num_pages])))
         return True
+
+    def _take(self, store: SpillStore, keys: list[Key]) -> Stored | None:
+        """The pages of *keys* that the store has; with recurrent layers, up to the last one whose states it has."""
+        if not self._states.is_needed:
+            return store.take(keys, 0)
+        stored = store.take(keys, 0, 0)
+        if stored is not None and stored.snapshot and not self._states.bring(keys[stored.snapshot - 1]):
+            return Stored(0, stored.num_declined)
+        return stored
 
     def settle(self, sequence: Sequence) -> bool:
         """Move pages that the store has by now from their frames to their slots.

@@ -18,7 +18,9 @@ from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import KVStoreUnusable
 from layerstream.hardware.machine import processor
 from layerstream.hardware.reader import DirectReader
+from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
+from layerstream.model import scans
 from layerstream.model.attention import IMPLEMENTATION
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.trace import LayerTrace
@@ -50,6 +52,7 @@ def open_store(
     skeleton: Skeleton,
     plan: Plan,
     states: Sequence[LayerState],
+    recurrent: Sequence[RecurrentLayer],
     reader: DirectReader,
     computes: str,
     sweep_seconds: Callable[[], float],
@@ -89,6 +92,7 @@ def open_store(
         tier=tier,
         open_tier=opener.open,
         is_current=files.is_unchanged,
+        recurrent=recurrent,
         load=config.load,
         failure=failure,
     )
@@ -188,6 +192,7 @@ def describe(
 ) -> dict[str, Any]:
     """The fingerprint of the KV that this engine computes, with *computes*."""
     dtype = str(skeleton.dtype).removeprefix("torch.")
+    recurrent = {"scans": scans.identity()} if skeleton.trace.recurrent else {}
     return fingerprint.describe(
         weights=[*digests, *_code_digests(folder, skeleton)],
         config=skeleton.config.to_dict(),
@@ -199,15 +204,17 @@ def describe(
             "attention": IMPLEMENTATION,
             "context": plan.facts.context_length,
             "layers": [_said(layer) for layer in skeleton.trace.layers],
+            **recurrent,
         },
         arithmetic=_arithmetic(skeleton, plan, computes) if config.exact else None,
     )
 
 
 def _said(layer: LayerTrace) -> str:
-    """What *layer* caches, attends to and sees."""
+    """What *layer* caches, attends to and sees, and the state that it keeps."""
     kept = None if layer.kept is None else dataclasses.astuple(layer.kept)
-    return f"{kept}, state {layer.state}, window {layer.window}, chunk {layer.chunk}, expands {layer.expands}"
+    state = "" if layer.recurrent is None else f", recurrent {dataclasses.astuple(layer.recurrent.shape)}"
+    return f"{kept}, state {layer.state}, window {layer.window}, chunk {layer.chunk}, expands {layer.expands}{state}"
 
 
 def weight_paths(skeleton: Skeleton) -> list[Path]:

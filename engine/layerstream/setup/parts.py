@@ -13,13 +13,14 @@ from layerstream.hardware.footprint import Footprint
 from layerstream.hardware.reader import ASSUMED_READ_RATE, DirectReader
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.pages import PagePool
+from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.swap import PageSwap
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.linear import SlicedLinear
 from layerstream.model.model_weights import ModelWeights
-from layerstream.model.runner import SweepRunner
+from layerstream.model.runner import Loaders, SweepRunner
 from layerstream.planner import Plan
 from layerstream.runtime.step import SweepStep
 from layerstream.runtime.steward import Steward
@@ -28,6 +29,7 @@ from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
+from layerstream.scheduling.states import snapshot_stride
 from layerstream.setup.closing import Closing
 from layerstream.setup.groundwork import Groundwork, look_at_source
 from layerstream.setup.known_rates import correct
@@ -38,11 +40,14 @@ from layerstream.streaming.experts.device_bank import AnyBank
 
 @dataclass(frozen=True, slots=True)
 class KVParts:
-    """The KV of an engine: pages in memory, where they go when it is short, and where they outlive the process."""
+    """The KV of an engine, and the states of its recurrent layers: in memory, where they go when it is short, and where
+    they outlive the process."""
 
     memory: PageMemory
     states: list[LayerState]
+    recurrent: list[RecurrentLayer]
     swap: PageSwap
+    state_swap: PageSwap
     store: PrefixStore | None
 
 
@@ -60,12 +65,14 @@ def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
     states = [
         LayerState(plan.num_pages, plan.page_tokens, memory, number, transit) for number in range(len(traced.keepers))
     ]
-    store = _make_store(ground, states)
+    recurrent = _make_slots(ground)
+    store = _make_store(ground, states, recurrent)
     if store is not None:
         closing.keep(store)
     if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
         memory.populate()
-    return KVParts(memory, states, closing.keep(PageSwap(states)), store)
+    swap, state_swap = closing.keep(PageSwap(states)), closing.keep(PageSwap(recurrent))
+    return KVParts(memory, states, recurrent, swap, state_swap, store)
 
 
 def load_weights(ground: Groundwork, listener: Listener | None) -> ModelWeights:
@@ -103,16 +110,6 @@ def begin_reading(ground: Groundwork, weights: ModelWeights) -> None:
         weights.streamer.read_ahead()
 
 
-def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Steward:
-    """With a scheduler within the plan's limits."""
-    plan, reader, limits = ground.plan, ground.reader, sweep_limits(ground)
-    num_transit = plan.num_transit if kv.store is not None else 0
-    pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
-    load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
-    scheduler = Scheduler(limits, pool, kv.store, lambda: ground.moving_seconds(rows=0), can_swap=True, experts=load)
-    return Steward(scheduler, kv.swap, kv.store)
-
-
 def sweep_limits(ground: Groundwork) -> SweepLimits:
     """What shapes the sweeps of the plan."""
     plan = ground.plan
@@ -125,6 +122,25 @@ def sweep_limits(ground: Groundwork) -> SweepLimits:
         max_draft_rows=plan.max_draft_rows,
         max_sequences=plan.max_sequences,
     )
+
+
+def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Steward:
+    """With a scheduler within the plan's limits."""
+    plan, reader, limits = ground.plan, ground.reader, sweep_limits(ground)
+    num_transit = plan.num_transit if kv.store is not None else 0
+    pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
+    load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
+    scheduler = Scheduler(
+        limits,
+        pool,
+        kv.store,
+        lambda: ground.moving_seconds(rows=0),
+        can_swap=True,
+        experts=load,
+        num_slots=plan.num_slots,
+        stride=snapshot_stride(plan.facts.state_bytes, plan.facts.kv_token_bytes, plan.page_tokens),
+    )
+    return Steward(scheduler, kv.swap, kv.state_swap, kv.store)
 
 
 def make_step(
@@ -148,7 +164,21 @@ def make_drafters(ground: Groundwork, store: PrefixStore | None, models: Sequenc
     return [*drafters, *models]
 
 
-def _make_store(ground: Groundwork, states: list[LayerState]) -> PrefixStore | None:
+def _make_slots(ground: Groundwork) -> list[RecurrentLayer]:
+    """Where each recurrent layer is computed."""
+    layers, placement = ground.skeleton.trace.layers, ground.placement
+    found = []
+    for number in ground.skeleton.trace.recurrent:
+        recurrent = layers[number].recurrent
+        assert recurrent is not None
+        device = None if placement is None else placement.of(number)
+        found.append(RecurrentLayer(recurrent.shape, ground.plan.num_slots, device))
+    return found
+
+
+def _make_store(
+    ground: Groundwork, states: list[LayerState], recurrent: list[RecurrentLayer]
+) -> PrefixStore | None:
     config = ground.config
     if config.kv_store is None:
         return None
@@ -160,6 +190,7 @@ def _make_store(ground: Groundwork, states: list[LayerState]) -> PrefixStore | N
         skeleton=ground.skeleton,
         plan=ground.plan,
         states=states,
+        recurrent=recurrent,
         reader=ground.reader,
         computes=ground.computes,
         sweep_seconds=lambda: ground.moving_seconds(HOPED_READ_RATE),
@@ -193,8 +224,9 @@ def make_runner(
         embedding or load_embedding(ground, weights),
         load_layer_embedding(ground),
         kv.states,
+        kv.recurrent,
         plan.head_rows,
-        None if kv.store is None else kv.store.loader,
+        None if kv.store is None else Loaders(kv.store.loader, kv.store.state_loader),
         placement,
         device_kv,
         ground.prefers_flash,

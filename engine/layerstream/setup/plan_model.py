@@ -19,6 +19,7 @@ from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.accelerators import accelerator_of, all_devices, free_bytes, is_there, resolve_device
 from layerstream.hardware.machine import available_memory_bytes
+from layerstream.kv.shape import StateShape
 from layerstream.model.attention import has_bf16_products
 from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.families import usable_context
@@ -182,9 +183,10 @@ def model_facts(
     mtp = None
     if skeleton.mtp is not None:
         mtp = model_facts(skeleton.mtp, context_length, chunk_tokens, is_on_device=is_on_device)
-    layer_kv = tuple(layer.values * skeleton.dtype.itemsize for layer in traced.layers)
+    itemsize = skeleton.dtype.itemsize
+    layer_kv = tuple(layer.values * itemsize for layer in traced.layers)
     embedding = skeleton.sources[skeleton.embedding_key]
-    embedding_bytes = prod(embedding.shape) * skeleton.dtype.itemsize
+    embedding_bytes = prod(embedding.shape) * itemsize
     widest = max((module.out_features for module in _linears(skeleton)), default=4 * config.hidden_size)
     fused = {} if is_on_device else fused_rows(skeleton.kernels)
     if is_on_device:
@@ -194,7 +196,13 @@ def model_facts(
     else:
         is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
         streaming_rows = assumed.FAST_STREAMING_ROWS if is_fast else assumed.STREAMING_ROWS
-    streaming_chunk_tokens = assumed.CHUNK_TOKENS if is_on_device else assumed.STREAMING_CHUNK_TOKENS
+    shapes = [None if layer.recurrent is None else layer.recurrent.shape for layer in traced.layers]
+    if is_on_device:
+        streaming_chunk_tokens = assumed.CHUNK_TOKENS
+    elif any(shapes):
+        streaming_chunk_tokens = assumed.RECURRENT_CHUNK_TOKENS
+    else:
+        streaming_chunk_tokens = assumed.STREAMING_CHUNK_TOKENS
     return ModelFacts(
         body=skeleton.body,
         routed_body=skeleton.routed_body,
@@ -205,7 +213,7 @@ def model_facts(
         hidden_size=config.hidden_size,
         intermediate_size=widest,
         vocab_size=skeleton.head.num_rows,
-        itemsize=skeleton.dtype.itemsize,
+        itemsize=itemsize,
         context_length=context_length,
         chunk_tokens=chunk_tokens or assumed.CHUNK_TOKENS,
         streaming_chunk_tokens=chunk_tokens or streaming_chunk_tokens,
@@ -214,7 +222,7 @@ def model_facts(
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
         num_values=skeleton.num_values,
-        attended_kv_bytes=max(layer_kv),
+        attended_kv_bytes=max(layer_kv, default=0),
         hidden_copies=traced.copies,
         lasting_kv_bytes=sum(layer_kv[traced.keepers[number]] for number in traced.lasting),
         layer_row_bytes=_layer_row_bytes(skeleton),
@@ -222,6 +230,8 @@ def model_facts(
         is_on_device=is_on_device,
         workspace_bytes=DEVICE_WORKSPACE_BYTES if is_on_device else 0,
         mtp=mtp,
+        layer_state=tuple(0 if shape is None else shape.num_bytes for shape in shapes),
+        layer_state_row=tuple(0 if shape is None else _scan_row_bytes(shape, itemsize) for shape in shapes),
     )
 
 
@@ -265,6 +275,19 @@ def _layer_row_bytes(skeleton: Skeleton) -> int:
         return 0
     source = skeleton.sources[key]
     return source.num_bytes // source.shape[0] + 3 * source.shape[1] * skeleton.dtype.itemsize
+
+
+def _scan_row_bytes(shape: StateShape, itemsize: int) -> int:
+    """What the scans of a layer with a state of *shape* are given for a row, at most.
+
+    A convolution is given its channels. What a recurrence adds to a matrix is an outer product, of one vector along
+    each side; a query or a gate may come for each.
+    """
+    values = 0
+    for part in shape.parts:
+        *outer, rows, columns = 1, *part.shape
+        values += rows if part.name == "conv" else 2 * prod(outer) * (rows + columns)
+    return values * itemsize
 
 
 def _linears(skeleton: Skeleton) -> list[torch.nn.Linear]:

@@ -6,7 +6,8 @@ its own. So the functions that a module calls are bound to :class:`Call` objects
 span (:mod:`layerstream.model.recurrence`).
 
 A *scan* is a row of :data:`SCANS`: the name of a transformers' function, and what makes a :class:`Call` of its
-arguments. The functions for whole chunks and for single steps of one recurrence make the same calls. Pure: tensors in, tensors out; nobody here knows of sweeps, slots or sequences.
+arguments. The functions for whole chunks and for single steps of one recurrence make the same calls. Pure: tensors in,
+tensors out; nobody here knows of sweeps, slots or sequences.
 
 Invariants: a row's output depends on its own span alone, its shape included (a chunk of *n* rows; or one row); the
 state after a span depends on the state before it and on the span alone, so that chunks computed in one sweep or in
@@ -15,11 +16,19 @@ several, by this process or another, leave the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from layerstream.kv.shape import StatePart
+from layerstream.model.scans.channel_decay import channel_decay
+from layerstream.model.scans.convolution import convolution
+from layerstream.model.scans.delta_rule import delta_rule
+from layerstream.model.scans.selective_scan import selective_scan
+from layerstream.model.scans.state_space import state_space
+
+VERSION = 1  # of the formulas: another one may give other bits
 
 
 class Call(Protocol):
@@ -60,3 +69,19 @@ class Call(Protocol):
         """What the function returns for all its rows: *outputs* at *rows*, zeros elsewhere (padding). Where it returns
         a state, too, that is an empty tensor."""
         ...
+
+
+SCANS: dict[str, Callable[..., Call]] = {
+    "causal_conv1d_fn": convolution,
+    "torch_chunk_gated_delta_rule": delta_rule,
+    "torch_recurrent_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": channel_decay,
+    "recurrent_kimi_delta_attention": channel_decay,
+    "mamba2_chunk_scan": state_space,
+    "mamba_selective_scan": selective_scan,
+}
+
+
+def identity() -> str:
+    """What computes the scans, for whoever keeps states: others' may differ in the last bits."""
+    return f"torch {VERSION}"

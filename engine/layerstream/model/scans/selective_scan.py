@@ -1,0 +1,137 @@
+"""Mamba's selective scan, a decay per channel and state (arXiv 2312.00752; ``mamba_selective_scan``).
+
+A channel's state is a vector *h* ``(state width,)``. A row with input *x*, step *t* (after its bias and softplus), and
+the *B* and *C* of all channels changes it and reads it, and gates what it read::
+
+    h ← exp(t A) h + t x B
+    y = (h·C + D x) silu(z)
+
+transformers' function begins with nothing before; this one goes on from a state, so prompts may be cut. All of it is
+computed in fp32, row after row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from layerstream.kv.shape import StatePart
+from layerstream.model.scans.rows import copied, joined
+
+CHUNK = 64  # rows whose decays are made at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """*A* ``(channels, state width)``, *D* and the bias of steps ``(channels,)``, whether steps are a softplus."""
+
+    a: torch.Tensor
+    d: torch.Tensor | None
+    bias: torch.Tensor | None
+    softplus: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SelectiveScan:
+    """A call: inputs, raw steps and gates ``(1, channels, rows)``, *B* and *C* ``(1, state width, rows)``."""
+
+    inputs: torch.Tensor
+    raw: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
+    gate: torch.Tensor | None
+    weights: Weights
+    with_state: bool
+
+    @property
+    def part(self) -> StatePart:
+        """A vector per channel."""
+        return StatePart("recurrent", (self.inputs.shape[1], self.b.shape[1]), "float32")
+
+    @property
+    def num_rows(self) -> int:
+        """Of the batch's one sequence."""
+        return self.inputs.shape[2]
+
+    def cut(self, rows: slice) -> SelectiveScan:
+        """Of *rows*."""
+        return SelectiveScan(
+            self.inputs[..., rows],
+            self.raw[..., rows],
+            self.b[..., rows],
+            self.c[..., rows],
+            None if self.gate is None else self.gate[..., rows],
+            self.weights,
+            self.with_state,
+        )
+
+    def kept(self) -> SelectiveScan:
+        """A copy."""
+        own = self.weights
+        return SelectiveScan(
+            self.inputs.clone(),
+            self.raw.clone(),
+            self.b.clone(),
+            self.c.clone(),
+            copied(self.gate),
+            Weights(own.a.clone(), copied(own.d), copied(own.bias), own.softplus),
+            self.with_state,
+        )
+
+    def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, rows)`` in fp32."""
+        inputs, raw, b, c = (_by_row(tensor) for tensor in (self.inputs, self.raw, self.b, self.c))
+        own = self.weights
+        steps = raw if own.bias is None else raw + own.bias.float()
+        steps = F.softplus(steps) if own.softplus else steps
+        written = steps * inputs
+        read = []
+        if state is None:
+            left.zero_()
+        elif state is not left:
+            left.copy_(state)
+        for row in range(self.num_rows):
+            decay = torch.mul(own.a, steps[row, :, None]).exp_()
+            left.mul_(decay).addr_(written[row], b[row])
+            read.append(left @ c[row])
+        output = torch.stack(read)
+        if own.d is not None:
+            output = output + inputs * own.d.float()
+        if self.gate is not None:
+            output = output * F.silu(_by_row(self.gate))
+        return output.mT[None]
+
+    def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, 1)`` in fp32."""
+        return self.chunk(state, left)
+
+    def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
+        """``(1, channels, rows)``, and no state if one was asked for."""
+        found = joined([output.mT for output in outputs], rows, self.num_rows, self.inputs.mT.float()).mT
+        return (found, found.new_empty(0)) if self.with_state else found
+
+
+def _by_row(tensor: torch.Tensor) -> torch.Tensor:
+    """``(1, width, rows)`` as ``(rows, width)`` in fp32."""
+    return tensor[0].mT.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
+def selective_scan(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,  # noqa: N803 -- transformers' names
+    B: torch.Tensor,  # noqa: N803
+    C: torch.Tensor,  # noqa: N803
+    D: torch.Tensor | None = None,  # noqa: N803
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **kwargs: Any,
+) -> SelectiveScan:
+    """A call of ``mamba_selective_scan``."""
+    weights = Weights(A.float(), D, delta_bias, delta_softplus)
+    return SelectiveScan(hidden_states, dt, B, C, z, weights, return_last_state)
