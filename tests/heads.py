@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.models import make_model
+from tests.models import FAMILIES, make_model
 
 FILE = "model.safetensors"
 OWN = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
-"""Families whose heads are below ``mtp.``; others' are layers behind the last."""
+"""Models whose heads are below ``mtp.``."""
+BEHIND = {"glm4_moe", "deepseek_v3", "glm4_moe_lite"}
+"""Models whose heads are layers behind the last."""
+HEADED = [name for name, small in FAMILIES.items() if small.model_type in OWN | BEHIND]
 
 
 @dataclass
@@ -45,12 +48,12 @@ class Head:
         return norm(x)
 
 
-def make_with_head(family: str, folder: Path, seed: int = 0, **sizes: Any) -> tuple[Any, Head]:
+def make_with_head(family: str, folder: Path, **sizes: Any) -> tuple[Any, Head]:
     """Write a random model of *family* with a head to *folder*, and return both."""
-    model = make_model(family, folder, seed=seed, sizes=sizes)
-    layer = _make_layer(folder, folder.parent / f"{folder.name}-layer", seed + 1)
+    model = make_model(family, folder, sizes=sizes)
+    layer = _make_layer(folder, folder.parent / f"{folder.name}-layer")
     width = model.config.get_text_config().hidden_size
-    torch.manual_seed(seed + 2)
+    torch.manual_seed(2)
     tensors = {
         "projection": torch.randn(width, 2 * width) * 0.2,
         "embedding": 1 + torch.randn(width) * 0.1,
@@ -91,7 +94,27 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
 
 
-def _make_layer(folder: Path, layer_folder: Path, seed: int) -> Any:
+def make_sure_head(family: str, folder: Path) -> None:
+    """Write a model of *family* whose head is always right to *folder*: what comes next depends on the last token
+    alone, since no layer adds anything, and the head passes its embedding on."""
+    model, head = make_with_head(family, folder)
+    width = model.config.get_text_config().hidden_size
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensor.zero_()
+            elif name.endswith("lm_head.weight"):  # it is sure of what comes next
+                tensor.mul_(10.0)
+            elif tensor.dim() == 1 and "norm" in name:
+                tensor.fill_(1.0)
+            elif torch.equal(tensor, head.tensors["projection"]):
+                tensor.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
+
+    change_tensors(folder, change)
+
+
+def _make_layer(folder: Path, layer_folder: Path) -> Any:
     said = json.loads((folder / "config.json").read_text())
     said["num_hidden_layers"] = 1
     for name in ("first_k_dense_replace", "mlp_only_layers"):
@@ -102,7 +125,7 @@ def _make_layer(folder: Path, layer_folder: Path, seed: int) -> Any:
     if "mlp_layer_types" in said:
         said["mlp_layer_types"] = said["mlp_layer_types"][-1:]
     config = type(AutoConfig.from_pretrained(folder)).from_dict(said)
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     layer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():

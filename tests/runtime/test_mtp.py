@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from layerstream import LayerStream, SamplingParams
 from layerstream.model.mtp import with_mtp
 from layerstream.model.skeleton import build_skeleton
-from layerstream.planner import ModelFacts, on_host
+from layerstream.planner import ModelFacts, beside, on_host
 from layerstream.runtime import mtp
 from layerstream.runtime.mtp import MtpDrafter
 from layerstream.setup import plan_model
@@ -21,14 +20,20 @@ from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import model_facts
 from layerstream.setup.stepping import step_greedily
+from layerstream.store.config import KVStoreConfig
 
-from tests.harness import STREAMING, add_tokenizer, draw_prompt, least_bytes, shrink_units
-from tests.heads import Head, change_tensors, make_with_head
+from tests.harness import add_tokenizer, draw_prompt, least_bytes, shrink_units
+from tests.heads import HEADED, OWN, Head, change_tensors, make_sure_head, make_with_head
+from tests.models import FAMILIES
+from tests.pretend import pretend_cuda
 
-FAMILIES = ("glm4-moe", "deepseek-v3")
 PROMPT_LENGTHS = (1, 37, 130)
 NEW_TOKENS = 6
-TOLERANCE = 2e-5
+TOLERANCE = 1e-4
+DEEP: dict[str, Any] = {"num_hidden_layers": 12}
+HYBRID: dict[str, Any] = {**DEEP, "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 4}
+SPARSE: dict[str, Any] = {**DEEP, "mlp_layer_types": ["dense", *["sparse"] * 11]}
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 
 
 @dataclass
@@ -41,46 +46,57 @@ class Said:
     logits: torch.Tensor
 
 
-@dataclass(slots=True)
-class Recorded(mtp._Chain):
-    """A chain that goes on from whatever comes out, and notes it."""
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[Said]:
+    """All that heads say, three tokens ahead whatever comes out."""
+    found: list[Said] = []
 
-    notes: list[Said] = field(default_factory=list)
+    class Noted(mtp._Chain):
+        def learn(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+            found.append(Said([*self.sequence.token_ids], self.mirror.first, self.path, logits.clone()))
+            super().learn(logits, hidden)
 
-    def learn(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        NOTES.append(Said([*self.sequence.token_ids], self.mirror.first, self.path, logits.clone()))
-        super(Recorded, self).learn(logits, hidden)
+        def is_worth_more(self, least: float) -> bool:
+            return super().is_worth_more(0.0) and len(self.places) < 3
 
-    def is_worth_more(self, least: float) -> bool:
-        return super(Recorded, self).is_worth_more(0.0) and len(self.places) < 3
-
-
-NOTES: list[Said] = []
+    monkeypatch.setattr(mtp, "_Chain", Noted)
+    monkeypatch.setattr(mtp, "LEAST_SHARE", 0.0)
+    return found
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_units(monkeypatch)
-    monkeypatch.setattr(mtp, "_Chain", Recorded)
-    monkeypatch.setattr(mtp, "LEAST_SHARE", 0.0)
-    NOTES.clear()
 
 
-def make(family: str, folder: Path, tokenizer_folder: Path) -> tuple[Any, Head]:
-    model, head = make_with_head(family, folder, num_hidden_layers=12)
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    """Where a model goes; its tokenizer is there."""
+    folder = tmp_path / "model"
+    folder.mkdir()
     add_tokenizer(folder, tokenizer_folder)
-    return model, head
+    return folder
+
+
+def make_deep(family: str, folder: Path) -> tuple[Any, Head]:
+    """A model that is much larger than its head, as models are."""
+    small = FAMILIES[family]
+    by_layer = SPARSE if "mlp_layer_types" in small.changes else DEEP
+    return make_with_head(family, folder, **(HYBRID if small.model_type in OWN else by_layer))
 
 
 def config_of(folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
-    """An engine whose model and head are resident, or stream by layers."""
+    """An engine whose model and head are resident, or stream by layers; ``"apart"``: with an output projection each."""
+    config = EngineConfig(str(folder), device="cpu", memory_bytes=2**28, dtype="float32", allow_untested=True)
     if mode == "resident":
-        return EngineConfig(str(folder), device="cpu", memory_bytes=2**28, dtype="float32")
+        return config
     monkeypatch.setattr(plan_model, "_spend_on_head", lambda _, facts: on_host._streaming_plan(facts, for_head(facts)))
-    facts = model_facts(with_mtp(build_skeleton(folder, dtype="float32"), folder), 1024)
+    if mode == "apart":
+        monkeypatch.setattr(beside, "head_stays", lambda plan: False)
+    skeleton = with_mtp(build_skeleton(folder, dtype="float32", allow_untested=True), folder)
+    facts = model_facts(skeleton, 1024)
     assert facts.mtp is not None
-    memory = least_bytes(facts) + facts.compute_bytes // 4 + for_head(facts.mtp)
-    return EngineConfig(str(folder), device="cpu", memory_bytes=memory, dtype="float32")
+    return replace(config, memory_bytes=least_bytes(facts) + facts.compute_bytes // 4 + for_head(facts.mtp))
 
 
 def for_head(facts: ModelFacts) -> int:
@@ -88,35 +104,169 @@ def for_head(facts: ModelFacts) -> int:
     return least_bytes(facts) + facts.compute_bytes // 3
 
 
-def expected(said: Said, model: Any, head: Head) -> torch.Tensor:
-    """What the head says there, computed over the whole sequence."""
-    tokens = said.token_ids[said.first :]
+def drafter_of(parts: Assembly) -> MtpDrafter:
+    return next(drafter for drafter in parts.drafting._drafters if isinstance(drafter, MtpDrafter))
+
+
+def assert_right(notes: list[Said], model: Any, head: Head) -> None:
+    """Of every sequence, the longest that was guessed from is computed as a whole, by plain modules."""
+    assert {len(said.path) for said in notes} == {0, 1, 2}
+    longest = {said.token_ids[0]: said.token_ids for said in notes}
     with torch.inference_mode():
-        given = model.model(torch.tensor([said.token_ids])).last_hidden_state[0, said.first : -1]
+        hidden = {first: model.model(torch.tensor([ids])).last_hidden_state[0] for first, ids in longest.items()}
+        for said in notes:
+            right = expected(said, hidden[said.token_ids[0]], head)
+            assert (said.logits - right).abs().max() <= TOLERANCE * right.abs().max()
+
+
+def expected(said: Said, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """What the head says there, computed over the whole sequence, whose hidden states begin with *hidden*."""
+    tokens = said.token_ids[said.first :]
+    given = hidden[said.first : len(said.token_ids) - 1]
+    logits, own = head.logits(tokens, given)
+    for token in said.path:
+        tokens, given = [*tokens, token], torch.cat([given, own[-1:]])
         logits, own = head.logits(tokens, given)
-        for token in said.path:
-            tokens, given = [*tokens, token], torch.cat([given, own[-1:]])
-            logits, own = head.logits(tokens, given)
     return logits[-1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["resident", "layers"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *((family, "resident") for family in HEADED),
+        *((family, "layers") for family in HEADED if FAMILIES[family].model_type in {"deepseek_v3", "qwen3_next"}),
+        ("glm4-moe", "apart"),
+    ],
+)
 def test_says_what_plain_modules_say(
-    family: str, mode: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, mode: str, folder: Path, notes: list[Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "model"
-    model, head = make(family, folder, tokenizer_folder)
-    parts = assemble(config_of(folder, mode, monkeypatch), None)
+    model, head = make_with_head(family, folder) if mode == "resident" else make_deep(family, folder)
+    config = config_of(folder, mode, monkeypatch)
+    prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
+    parts = assemble(config, None)
     try:
         assert parts.plan.mtp is not None
-        assert parts.plan.streams == parts.plan.mtp.streams == (mode in STREAMING)
-        prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
-        step_greedily(parts, prompts, NEW_TOKENS, parts.drafting)
+        assert parts.plan.streams == parts.plan.mtp.streams == (mode != "resident")
+        assert bool(parts.plan.mtp.weights.head) == (mode == "apart")
+        drafted = step_greedily(parts, prompts, NEW_TOKENS, parts.drafting)
+        drafter_of(parts)._mirrors.check_integrity()
     finally:
         parts.close()
-    assert {len(said.path) for said in NOTES} == {0, 1, 2}
-    assert len(NOTES) > 3 * NEW_TOKENS
-    for said in NOTES:
-        right = expected(said, model, head)
-        assert (said.logits - right).abs().max() <= TOLERANCE * right.abs().max()
+    assert_right(notes, model, head)
+    parts = assemble(replace(config, speculation="off"), None)
+    try:
+        assert parts.plan.mtp is None
+        alone = step_greedily(parts, prompts, NEW_TOKENS, parts.drafting)
+    finally:
+        parts.close()
+    assert drafted[0] == alone[0]
+    if parts.plan.streams == (mode != "resident"):
+        assert all(torch.equal(a, b) for a, b in zip(drafted[1], alone[1], strict=True))
+
+
+def test_behind_a_stored_prefix_it_knows_what_follows(folder: Path, tmp_path: Path, notes: list[Said]) -> None:
+    model, head = make_with_head("glm4-moe", folder)
+    store = KVStoreConfig(tmp_path / "kv", load="always", max_bytes="1GiB", min_free_bytes=0)
+    config = EngineConfig(str(folder), device="cpu", memory_bytes=2**28, dtype="float32", kv_store=store)
+    answers = []
+    for _ in range(2):
+        notes.clear()
+        parts = assemble(config, None)
+        try:
+            answers.append(step_greedily(parts, [draw_prompt(130)], NEW_TOKENS, parts.drafting))
+            assert parts.store is not None
+            parts.store.flush()
+        finally:
+            parts.close()
+        assert_right(notes, model, head)
+    assert {said.first for said in notes} == {128}
+    assert answers[0][0] == answers[1][0]
+    assert torch.equal(answers[0][1][0], answers[1][1][0])
+
+
+@pytest.mark.parametrize("family", HEADED)
+def test_guesses_that_are_right_save_sweeps(family: str, folder: Path) -> None:
+    make_sure_head(family, folder)
+    prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
+    found = {}
+    for speculation in ("auto", "off"):
+        with LayerStream(
+            folder, device="cpu", dtype="float32", kv_store=None, speculation=speculation, allow_untested=True
+        ) as engine:
+            answers = [engine.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
+            found[speculation] = answers, engine.stats()
+    (answers, stats), (alone, without) = found["auto"], found["off"]
+    assert answers == alone
+    assert without.sweeps >= 3 * GREEDY.max_tokens and not without.drafters
+    assert stats.drafters["mtp"].accepted > stats.drafters["mtp"].drafted // 2
+    assert stats.sweeps < without.sweeps // 2
+
+
+def test_guesses_within_a_pattern(folder: Path) -> None:
+    make_sure_head("glm4-moe", folder)
+    params = SamplingParams(max_tokens=12, temperature=0, response_format={"type": "regex", "regex": r"[a-z ]{12}"})
+    found = []
+    for speculation in ("auto", "off"):
+        with LayerStream(folder, device="cpu", dtype="float32", kv_store=None, speculation=speculation) as engine:
+            found.append(engine.generate([draw_prompt(40), draw_prompt(3)], params))
+    assert [answer.token_ids for answer in found[0]] == [answer.token_ids for answer in found[1]]
+
+
+def test_on_a_device(folder: Path, notes: list[Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, head = make_with_head("glm4-moe", folder)
+    with pretend_cuda(monkeypatch):
+        config = EngineConfig(
+            str(folder), device="cuda", memory_bytes=2**30, host_memory_bytes=2**30, dtype="float32"
+        )
+        parts = assemble(config, None)
+        try:
+            assert parts.plan.mtp is not None
+            step_greedily(parts, [draw_prompt(length) for length in PROMPT_LENGTHS], NEW_TOKENS, parts.drafting)
+        finally:
+            parts.close()
+    assert_right(notes, model, head)
+
+
+def cut_norm(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.3.enorm.weight"] = tensors["model.layers.3.enorm.weight"][:-1]
+
+
+def drop_projection(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.3.eh_proj.weight"]
+
+
+def drop_an_expert(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.3.mlp.experts.1.down_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(cut_norm, "embedding_norm"), (drop_projection, "projection"), (drop_an_expert, "down_proj")],
+)
+def test_a_damaged_head_is_left_out(damage: Any, named: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_with_head("glm4-moe", folder)
+    change_tensors(folder, damage)
+    with (
+        caplog.at_level(logging.WARNING),
+        LayerStream(folder, device="cpu", dtype="float32", kv_store=None) as engine,
+    ):
+        engine.generate(draw_prompt(9), GREEDY)
+        assert "mtp" not in engine.stats().drafters
+    said = [record.getMessage() for record in caplog.records if "multi-token-prediction" in record.getMessage()]
+    assert len(said) == 1 and named in said[0]
+
+
+def test_without_a_head_nothing_is_said_or_planned(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_with_head("glm4-moe", folder)
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers.3." in name]:
+            del tensors[name]
+
+    with_head = plan_model.plan_model(EngineConfig(str(folder), device="cpu", memory_bytes=2**28))[0]
+    change_tensors(folder, drop)
+    plan, skeleton, _ = plan_model.plan_model(EngineConfig(str(folder), device="cpu", memory_bytes=2**28))
+    assert with_head.mtp is not None and "prediction head" in str(with_head)
+    assert plan.mtp is None and skeleton.mtp is None and "prediction head" not in str(plan)
+    assert not caplog.records

@@ -141,7 +141,5 @@ def _shared_names(skeleton: Skeleton, checkpoint: Checkpoint) -> set[str]:
     """Names in *checkpoint* of the embedding and the output projection that *skeleton* has."""
     shared = (skeleton.sources[skeleton.embedding_key], skeleton.sources[skeleton.head_key])
     stored = {piece.entry.name for source in shared for piece in source.pieces}
-    packed = {
-        name for name, matrix in checkpoint.packed.items() if stored & {e.name for e in matrix.planes.values()}
-    }
+    packed = {name for name, matrix in checkpoint.packed.items() if stored & {e.name for e in matrix.planes.values()}}
     return stored | packed
