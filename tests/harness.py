@@ -14,6 +14,7 @@ from layerstream.errors import BudgetTooSmall, ReadError
 from layerstream.model.skeleton import build_skeleton
 from layerstream.planner import ModelFacts, on_host, units
 from layerstream.planner import facts as assumed
+from layerstream.planner.states import least_state_bytes
 from layerstream.scheduling.composing import Drafting
 from layerstream.setup import plan_model as sizing
 from layerstream.setup.assembly import assemble
@@ -36,6 +37,7 @@ def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_host, "FINEST_UNIT_BYTES", 12 * 1024)
     monkeypatch.setattr(assumed, "CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "STREAMING_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(assumed, "RECURRENT_CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "PROMPT_ROWS", 64)
     monkeypatch.setattr(on_host, "MIN_KV_TOKENS", 512)
     monkeypatch.setattr(assumed, "MAX_SWEEP_TOKENS", 96)
@@ -66,7 +68,8 @@ def least_bytes(facts: ModelFacts) -> int:
 def _resident_bytes(facts: ModelFacts) -> int:
     """From there on all weights may stay, the embedding's rows coming from disk."""
     fixed = on_host._activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
-    return fixed + facts.compute_bytes - facts.embedding_bytes + on_host.MIN_KV_TOKENS * facts.kv_cost_bytes
+    kept = on_host.MIN_KV_TOKENS * facts.kv_cost_bytes + least_state_bytes(facts)
+    return fixed + facts.compute_bytes - facts.embedding_bytes + kept
 
 
 def add_tokenizer(folder: Path, tokenizer_folder: Path) -> None:

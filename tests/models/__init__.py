@@ -14,13 +14,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.models.dense import DENSE
+from tests.models.hybrids import HYBRIDS
 from tests.models.mixtures import MIXTURES
 from tests.models.multimodal import MULTIMODAL
 from tests.models.sizes import VOCAB_SIZE, YARN, SmallModel
 
 __all__ = ["FAMILIES", "VOCAB_SIZE", "YARN", "SmallModel", "make_model", "make_tokenizer"]
 
-FAMILIES: dict[str, SmallModel] = {**DENSE, **MIXTURES, **MULTIMODAL}
+FAMILIES: dict[str, SmallModel] = {**DENSE, **MIXTURES, **HYBRIDS, **MULTIMODAL}
+
+_TIME_STEPS = ("dt_bias", "dt_proj.bias")
+SLOW = -4.0
+"""Of time steps, before softplus: a state forgets a fiftieth of itself with a token, as trained ones do."""
 
 
 def make_model(
@@ -36,6 +41,8 @@ def make_model(
                 scale = 0.2 if tensor.dim() > 1 else 0.1
                 scales = ("norm" in name and "bias" not in name) or "layer_scalar" in name  # what is around 1
                 offset = 1.0 if scales and tensor.dim() == 1 else 0.0
+                if name.endswith(_TIME_STEPS):
+                    offset = SLOW
                 tensor.copy_(torch.randn(tensor.shape) * scale + offset)
     model.tie_weights()
     model.save_pretrained(folder, **save_options)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.models.dense import DENSE
+from tests.models.hybrids import HYBRIDS
 from tests.models.mixtures import MIXTURES
 from tests.models.sizes import (
     FEW_LOCAL,
@@ -47,7 +48,7 @@ def _tower(model_type: str = "", **others: Any) -> dict[str, Any]:
 
 def _of(family: str, **others: Any) -> Mapping[str, Any]:
     """The language model's config of *family*, as a whole checkpoint's config says it."""
-    small: SmallModel = (DENSE | MIXTURES)[family]
+    small: SmallModel = (DENSE | MIXTURES | HYBRIDS)[family]
     return {**small.changes, "model_type": small.model_type, **others}
 
 
@@ -103,6 +104,8 @@ MULTIMODAL = {
     "idefics3": whole("idefics3", _of("llama"), vision_config=_TOWER),
     "internvl": whole("internvl", _of("qwen2"), vision_config=_TOWER),
     "kimi_k25": whole("kimi_k25", _of("deepseek-v3"), vision_config=_TOWER),
+    "lfm2_vl": whole("lfm2_vl", _of("lfm2"), vision_config=_tower("siglip2_vision_model")),
+    "lfm3_vl": whole("lfm3_vl", _of("lfm3"), vision_config=_TOWER),
     "lighton_ocr": whole("lighton_ocr", _of("qwen3"), vision_config=_PIXTRAL),
     "llama4": whole(
         "llama4", _of("llama4-text"),
@@ -112,6 +115,8 @@ MULTIMODAL = {
     "llava_next": whole("llava_next", _of("mistral-window"), vision_config=_CLIP),
     "llava_next_video": whole("llava_next_video", _of("llama"), vision_config=_CLIP),
     "llava_onevision": whole("llava_onevision", _of("qwen2"), vision_config=_SIGLIP),
+    "minicpmv4_6": whole("minicpmv4_6", _of("qwen3_5_text"), vision_config=_TOWER),
+    "minicpmv4_7": whole("minicpmv4_7", _of("qwen3_5_text"), vision_config=_TOWER),
     "minimax_m3_vl": whole(
         "minimax_m3_vl",
         {
@@ -139,6 +144,8 @@ MULTIMODAL = {
     "qwen2_5_vl": whole("qwen2_5_vl", _MROPE, vision_config=_TOWER),
     "qwen2_audio": whole("qwen2_audio", _of("qwen2"), audio_config=_tower("qwen2_audio_encoder")),
     "qwen2_vl": whole("qwen2_vl", _MROPE, vision_config=_TOWER),
+    "qwen3_5": whole("qwen3_5", _of("qwen3_5_text"), vision_config=_TOWER),
+    "qwen3_5_moe": whole("qwen3_5_moe", _of("qwen3_5_moe_text"), vision_config=_TOWER),
     "qwen3_asr": whole("qwen3_asr", _of("qwen3"), audio_config=_tower("qwen3_asr_encoder")),
     "qwen3_omni_moe_thinker": whole(
         "qwen3_omni_moe_thinker", {**MOE, **_MROPE}, vision_config=_TOWER, audio_config=_TOWER,

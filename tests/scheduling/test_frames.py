@@ -95,7 +95,7 @@ def make(number: int, num_tokens: int, max_tokens: int, context: int) -> Sequenc
 
 
 def make_steward(num_pages: int, memory: Memory) -> Steward:
-    return Steward(Scheduler(LIMITS, PagePool(num_pages, PAGE), can_swap=True), memory, None)  # type: ignore[arg-type]
+    return Steward(Scheduler(LIMITS, PagePool(num_pages, PAGE), can_swap=True), memory, memory, None)  # type: ignore[arg-type]
 
 
 def go_on(steward: Steward, memory: Memory, sweep: Sweep) -> None:

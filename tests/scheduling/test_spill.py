@@ -130,7 +130,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
     pool = PagePool(10, PAGE, num_transit=30)
     store = FakeStore(rng)
     scheduler = Scheduler(LIMITS, pool, store)
-    steward = Steward(scheduler, None, store)  # type: ignore[arg-type]
+    steward = Steward(scheduler, None, None, store)  # type: ignore[arg-type]
     pages: dict[int, tuple[int, ...]] = {}
     contexts = [[rng.randrange(3) for _ in range(80)] for _ in range(2)]
     alive: list[Sequence] = []
@@ -151,7 +151,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
             steward.lose(lost)
             scheduler.check_integrity()
             continue
-        for published in scheduler.commit(sweep):
+        for published in scheduler.commit(sweep)[0]:
             store.publish(published)
         for sequence in sweep.sampled:
             sequence.token_ids.append(7)
@@ -175,7 +175,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
         if (lost := run_rows(sweep, pages, store)) is not None:
             steward.lose(lost)
             continue
-        for published in scheduler.commit(sweep):
+        for published in scheduler.commit(sweep)[0]:
             store.publish(published)
         for sequence in sweep.sampled:
             sequence.token_ids.append(7)
@@ -189,7 +189,7 @@ def test_every_row_sees_exactly_its_own_tokens(rng: random.Random) -> None:
 def test_a_store_that_is_full_fails_the_long_sequence_alone() -> None:
     store = FakeStore(random.Random(1))
     scheduler = Scheduler(LIMITS, PagePool(10, PAGE, num_transit=30), store)
-    steward = Steward(scheduler, None, store)  # type: ignore[arg-type]
+    steward = Steward(scheduler, None, None, store)  # type: ignore[arg-type]
     long, short = make(0, list(range(80)), 2), make(1, list(range(100, 110)), 2)
     scheduler.add(long)
     scheduler.add(short)
@@ -202,7 +202,7 @@ def test_a_store_that_is_full_fails_the_long_sequence_alone() -> None:
             sweep = None
         store.work(dict.fromkeys(range(40), ()), is_full=True)
         if sweep is not None:
-            for published in scheduler.commit(sweep):
+            for published in scheduler.commit(sweep)[0]:
                 store.publish(published)
             for sequence in sweep.sampled:
                 sequence.token_ids.append(7)

@@ -6,6 +6,9 @@ import threading
 from collections.abc import Sequence
 
 from layerstream.kv.prefix import Published
+from layerstream.kv.recurrent import RecurrentLayer
+from layerstream.kv.shape import PageShape
+from layerstream.kv.state import LayerState, PageMemory
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS
@@ -36,6 +39,10 @@ class MemoryTier:
         self._enter("contains")
         count = next((at for at, key in enumerate(keys) if key not in self.keys), len(keys))
         return [PageFacts(key, 100, 1.0) for key in keys[:count]]
+
+    def any_of(self, keys: Sequence[bytes]) -> list[PageFacts]:
+        self._enter("any_of")
+        return [PageFacts(key, 1000, 1.0) for key in keys if key in self.keys]
 
     def open(self, keys: Sequence[bytes]) -> list[StoredRun]:
         if "open" in self.errors:
@@ -88,11 +95,18 @@ class MemoryTier:
             raise self.errors["close"]
 
 
-def open_store(tier: MemoryTier) -> PrefixStore:
-    """A store on *tier*, with a model of no layers."""
+def a_layer() -> LayerState:
+    """One that keeps pages; nothing is in them."""
+    layer = LayerState(4, 4, PageMemory(4096))
+    layer.reserve(PageShape(1, 4, 1, 4, "float32"))
+    return layer
+
+
+def open_store(tier: MemoryTier, recurrent: Sequence[RecurrentLayer] = ()) -> PrefixStore:
+    """A store on *tier*, with a model of one layer that keeps pages, and *recurrent* ones."""
     return PrefixStore(
-        [], 4, CODECS["none"], lambda: Rates(1e9, 1.0, 96),
-        tier=tier, open_tier=lambda is_stopped: tier, is_current=lambda: True, load="always",
+        [a_layer()], 4, CODECS["none"], lambda: Rates(1e9, 1.0, 96), tier=tier,
+        open_tier=lambda is_stopped: tier, is_current=lambda: True, load="always", recurrent=recurrent,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from layerstream.store.database import IndexReplaced
 from layerstream.store.outage import CALM_SECONDS, FIRST_SECONDS, LONGEST_SECONDS, Outage
 from layerstream.store.store import PrefixStore
 
-from tests.store.memory_tier import MemoryTier, batch, open_store
+from tests.store.memory_tier import MemoryTier, a_layer, batch, open_store
 from tests.store.pages import chain
 
 KEYS = chain(*range(4))
@@ -86,7 +86,7 @@ def test_whatever_fails_whenever_nothing_is_raised_and_every_frame_comes_back(
         if choice % 5 == 0:
             returned += store.give_back()
         returned += store.collect()
-    assert store._thread.is_alive()
+    assert store._writer._thread.is_alive()
     tier.errors = {}
     eventually(lambda: store.state == "ready")
     store.flush()
@@ -96,7 +96,7 @@ def test_whatever_fails_whenever_nothing_is_raised_and_every_frame_comes_back(
     store.close()
     store.close()
     assert sorted(returned + store.collect()) == list(range(published + 4)), "each exactly once"
-    assert not store._thread.is_alive()
+    assert not store._writer._thread.is_alive()
     assert not store._connection._thread.is_alive()
 
 
@@ -108,7 +108,7 @@ def test_one_warning_says_why_and_what_is_queued_is_written_later(caplog: pytest
         for number in range(20):
             assert store.take(chain(number), 0) == Stored(0, 0)
         store.publish(batch(KEYS), 0.1)
-        eventually(lambda: len(store._queue.batches) == 1 and store.state == "off" and caplog.records)
+        eventually(lambda: len(store._writer._queue.batches) == 1 and store.state == "off" and caplog.records)
     assert [record.getMessage() for record in caplog.records] == [
         "no KV store: No space left on device; answers go on without it, and it is tried again now and then"
     ]
@@ -124,7 +124,7 @@ def test_who_waits_for_pages_is_not_kept_waiting() -> None:
         raise OSError(30, "Read-only file system")
 
     store = PrefixStore(
-        [], 4, CODECS["none"], lambda: Rates(1e9, 1.0, 96),
+        [a_layer()], 4, CODECS["none"], lambda: Rates(1e9, 1.0, 96),
         tier=None, open_tier=open_tier, is_current=lambda: True, failure=OSError(30, "Read-only file system"),
     )  # fmt: skip
     assert (store.state, store.reason, store.can_spill) == ("off", "Read-only file system", False)

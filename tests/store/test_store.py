@@ -296,17 +296,17 @@ def test_writing_is_dropped_when_frames_are_wanted(model: Path, store: KVStoreCo
         parts = session.parts
         assert parts.store is not None
         parts.store.flush()
-        with parts.store._changed:
-            parts.store._queue.is_busy = True  # the writer is stuck
+        with parts.store._writer._changed:
+            parts.store._writer._queue.is_busy = True  # the writer is stuck
         prompts = [draw_prompt(400, seed) for seed in range(4)]
-        original, parts.store._next = parts.store._next, lambda: None  # type: ignore[method-assign,assignment]
-        parts.store._thread.join(0)
+        original, parts.store._writer._next = parts.store._writer._next, lambda: None  # type: ignore[method-assign,assignment]
+        parts.store._writer._thread.join(0)
         for prompt in prompts:
             step_greedily(parts, [prompt], 2)
         assert parts.scheduler.pool.num_used <= parts.scheduler.pool.num_pages
-        parts.store._next = original  # type: ignore[method-assign]
-        with parts.store._changed:
-            parts.store._queue.is_busy = False
+        parts.store._writer._next = original  # type: ignore[method-assign]
+        with parts.store._writer._changed:
+            parts.store._writer._queue.is_busy = False
 
 
 class TestFolders:

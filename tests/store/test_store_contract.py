@@ -38,7 +38,7 @@ def real() -> Iterator[Subject]:
         store.flush()
         tier.gate.clear()
         store.publish(batch(chain("stuck"), 90), 0.0)  # the writer is at it
-        while len(store._queue.batches):
+        while len(store._writer._queue.batches):
             pass
 
     yield Subject(store, work, pause)

@@ -204,6 +204,10 @@ class LayerState(PagedRows):
             self.on_change(page)
         return self.rows(page, 1)
 
+    def fill(self, page: int, decode: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """Have *decode* write keys and values of *page*."""
+        decode(*self.page(page))
+
     def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of *count* neighbouring pages, to be left as they are."""
         rows, (keys, values) = self._locate(first, count)

@@ -23,11 +23,11 @@ class Swapped(Protocol):
         """What a page has; ``None``: nothing was written yet."""
         ...
 
-    def page(self, page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def page(self, page: int, /) -> tuple[torch.Tensor, torch.Tensor]:
         """Tensors in host memory, to be left as they are."""
         ...
 
-    def fill(self, page: int, decode: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    def fill(self, page: int, decode: Callable[[torch.Tensor, torch.Tensor], None], /) -> None:
         """Have *decode* write what :meth:`page` would give."""
         ...
 

@@ -36,19 +36,21 @@ def _adapt_llama4(model: Any) -> None:
 
 
 _ORDINARY = """
-    afmoe apertus arcee aria aria_text axk1 aya_vision beam biogpt bitnet cohere cohere2 cohere2_moe cohere2_vision
-    cohere_compass cwm deepseek_v2 deepseek_v3 deepseek_vl diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone4_5
-    exaone_moe fast_vlm flex_olmo flint fun_asr_nano gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text
-    gemma4_unified gemma4_unified_text glm glm4 glm46v glm4_moe glm4_moe_lite glm4v glm4v_moe glm_ocr glmasr
-    got_ocr2 gpt_bigcode gpt_neox gpt_oss granite granite4_vision granite_docling granite_speech granite_swa
-    granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax
-    hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl iquestcoder jais2 kimi_k25 kolibri1 laguna
-    lighton_ocr llama llama4 llava llava_next llava_next_video llava_onevision mellum mimo_v2_flash minicpm3
-    minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral3 mixtral molmo2
-    moss_transcribe_diarize muse_glimmer nanochat nemotron olmo olmo2 olmo3 olmoe opt ovis2 paddleocr_vl persimmon
-    phi phi3 phimoe qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_asr
-    qwen3_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe seed_oss smollm3 smolvlm solar_open stablelm starcoder2
-    vaultgemma video_llama_3 video_llava vipllava voxtral youtu
+    afmoe apertus arcee aria aria_text axk1 aya_vision bailing_hybrid bamba beam biogpt bitnet cohere cohere2
+    cohere2_moe cohere2_vision cohere_compass cwm deepseek_v2 deepseek_v3 deepseek_vl diffllama dots1 ernie4_5
+    ernie4_5_moe exaone4 exaone4_5 exaone_moe falcon_h1 falcon_mamba fast_vlm flex_olmo flint fun_asr_nano gemma
+    gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm46v
+    glm4_moe glm4_moe_lite glm4v glm4v_moe glm_ocr glmasr got_ocr2 gpt_bigcode gpt_neox gpt_oss granite
+    granite4_vision granite_docling granite_speech granite_swa granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl hy_v3 hyperclovax hyperclovax_vision_v2
+    idefics2 idefics3 internlm3 internvl iquestcoder jais2 jamba kimi_k25 kimi_linear kolibri1 laguna lfm2 lfm2_moe
+    lfm2_vl lfm3 lfm3_vl lighton_ocr llama llama4 llava llava_next llava_next_video llava_onevision mamba mamba2
+    mellum mimo_v2_flash minicpm3 minicpmv4_6 minicpmv4_7 minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral
+    ministral3 mistral mistral3 mixtral molmo2 moss_transcribe_diarize muse_glimmer nanochat nemotron nemotron_h
+    olmo olmo2 olmo3 olmo_hybrid olmoe opt ovis2 paddleocr_vl persimmon phi phi3 phimoe qianfan_ocr qwen2
+    qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text
+    qwen3_5_text qwen3_asr qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe seed_oss smollm3
+    smolvlm solar_open stablelm starcoder2 vaultgemma video_llama_3 video_llava vipllava voxtral youtu
 """
 
 FAMILIES = {row.name: row for row in (*map(Family, _ORDINARY.split()), Family("llama4_text", adapt=_adapt_llama4))}

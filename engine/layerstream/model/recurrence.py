@@ -1,10 +1,10 @@
 """Recurrent layers: every span goes on from the state of its own sequence, and leaves the state after it.
 
-transformers' mixers (convolutions, delta rules, selective scans) ask a cache for one state and call functions over whole
-sequences. Here the cache has none to give, and on each mixer's instance the functions of :mod:`layerstream.model.scans`
-among its forward's globals are replaced: they cut their arguments by the spans in hand and run from slot to slot
-(:class:`~layerstream.core.sweep.StateRoute`). Everything else in the mixer (projections, norms, gates) is computed in
-the shape of the row block, as in any module.
+transformers' mixers (convolutions, delta rules, selective scans) ask a cache for one state and call functions over
+whole sequences. Here the cache has none to give, and on each mixer's instance the functions of
+:mod:`layerstream.model.scans` among its forward's globals are replaced: they cut their arguments by the spans in hand
+and run from slot to slot (:class:`~layerstream.core.sweep.StateRoute`). Everything else in the mixer (projections,
+norms, gates) is computed in the shape of the row block, as in any module.
 
 Which rows are computed by which form depends on their position alone: a prompt's rows as chunks, generated and guessed
 ones step by step. A guess goes on from the state after its parent, which nobody else sees; what it was given is kept,

@@ -182,8 +182,8 @@ class _Recorder:
         part, parts = call.part, self.states.setdefault(layer, {})
         if part.name in parts:
             raise UnsupportedModel(
-                f"{self.family!r} keeps more than one state of a kind ({part.name}) in layer {layer}, which this version "
-                "does not keep"
+                f"{self.family!r} keeps more than one state of a kind ({part.name}) in layer {layer}, which this "
+                "version does not keep"
             )
         parts[part.name] = part
         left = torch.empty(part.shape, dtype=getattr(torch, part.dtype), device="meta")

@@ -178,4 +178,8 @@ class SweepStep:
         """How long the compute has waited for the disk so far."""
         streamer = self._weights.streamer
         waited = 0.0 if streamer is None else streamer.wait_seconds
-        return waited if self._store is None else waited + self._store.loader.counters.wait_seconds + self._store.state_loader.counters.wait_seconds
+        return (
+            waited
+            if self._store is None
+            else waited + self._store.loader.counters.wait_seconds + self._store.state_loader.counters.wait_seconds
+        )

@@ -1,5 +1,5 @@
-"""The scheduler decides, the steward does: the files of suspended pages and states, and what the store holds for running
-sequences.
+"""The scheduler decides, the steward does: the files of suspended pages and states, and what the store holds for those
+that run.
 
 Whoever runs sweeps asks the steward where the scheduler would decide something that is to be carried out, so nothing
 decided is left undone when a row is computed.
@@ -26,9 +26,7 @@ from layerstream.store.store import PrefixStore
 class Steward:
     """Carries out what *scheduler* decides; one thread."""
 
-    def __init__(
-        self, scheduler: Scheduler, swap: PageSwap, state_swap: PageSwap, store: PrefixStore | None
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, swap: PageSwap, state_swap: PageSwap, store: PrefixStore | None) -> None:
         self.scheduler = scheduler
         self.store = store
         self._swap = swap

@@ -215,7 +215,8 @@ class Scheduler:
         sequence.tenancy.rewind(num_tokens)
 
     def lose(self, key: bytes) -> None:
-        """The store has lost page or snapshot *key*, and the sweep that was to load it had no effect: it is computed."""
+        """The store has lost page or snapshot *key*, and the sweep that was to load it had no effect: it is
+        computed."""
         self.states.lose(key, self._running)
         for heir, position in self.prefixes.lose(key, self._running):
             self.rewind(heir, position * self.pool.page_tokens)

@@ -1,12 +1,12 @@
 """Slots for the states of recurrent layers: who holds which, and where snapshots are taken. Pure accounting.
 
-A slot is room for one state of every recurrent layer (:mod:`layerstream.kv.recurrent`). A *snapshot* is the states after
-a whole page of a prompt, under that page's key. States that were committed never change, so a snapshot is no copy: the
-sequence goes on to another slot. Who holds a slot:
+A slot is room for one state of every recurrent layer (:mod:`layerstream.kv.recurrent`). A *snapshot* is the states
+after a whole page of a prompt, under that page's key. States that were committed never change, so a snapshot is no
+copy: the sequence goes on to another slot. Who holds a slot:
 
 | holder | from when | until |
 |---|---|---|
-| a running sequence (``tenancy.state``) | a sweep is committed, or it begins at a snapshot | the next commit; it stops running |
+| a running sequence (``tenancy.state``) | a sweep is committed, or it begins at a snapshot | the next commit |
 | the sweep under way | it is composed | it is committed; or, if it had no effect, the next one is composed |
 | a snapshot | it was computed, or is to be loaded | a slot is wanted: least recently used first |
 | the store | a snapshot is published | it was written |
@@ -19,8 +19,8 @@ Where snapshots are taken, as far as there are slots: where one is expected; whe
 computed (the next one is likely to leave it there, too); at the end of a prompt's whole pages, and so of a document
 that was warmed; and every ``stride`` pages (:func:`snapshot_stride`).
 
-Invariants: ``tenancy.state`` is the state after ``num_computed`` tokens, or ``None``: there are none, or it is not there
-yet (the sequence is in no sweep then); every running sequence may have a second slot for the next sweep, so
+Invariants: ``tenancy.state`` is the state after ``num_computed`` tokens, or ``None``: there are none, or it is not
+there yet (the sequence is in no sweep then); every running sequence may have a second slot for the next sweep, so
 ``2 · running <= slots``; without recurrent layers there are no slots, and all this does nothing.
 """
 
@@ -114,7 +114,7 @@ class States:
         return True
 
     def begin(self, sequence: TokenSequence) -> bool:
-        """Give *sequence* the state after ``num_computed`` tokens, if it is there; whether it has one, or needs none."""
+        """Give *sequence* the state after ``num_computed`` tokens, if it is there; whether it has it, or needs none."""
         if not self.is_needed or sequence.tenancy.state is not None or not sequence.num_computed:
             return True
         key = self._key_at(sequence, sequence.num_computed)
@@ -172,11 +172,11 @@ class States:
         self.pool.release(list(self._targets.values()))
         self._routes, self._passed, self._targets = {}, {}, {}
         self._num_running = len(running)
-        if self._store is not None:
+        if self._store is not None and self.is_needed:
             self._release_stored(self._store.collect_slots())
 
     def may_join(self, sequence: TokenSequence) -> bool:
-        """Whether *sequence* has the state that it goes on from, or it comes up in this sweep, and a slot for the next."""
+        """Whether *sequence* has a state to go on from, or this sweep leaves it, and a slot for the next one."""
         if not self.is_needed:
             return True
         if not self.begin(sequence) and self._key_at(sequence, sequence.num_computed) not in self._passed:
@@ -306,4 +306,3 @@ class States:
         """The key of the page that ends after *num_tokens* of *sequence*."""
         count, rest = divmod(num_tokens, self._page_tokens)
         return sequence.prefix_keys[count - 1] if count and not rest and count <= len(sequence.prefix_keys) else None
-

@@ -176,9 +176,7 @@ def _make_slots(ground: Groundwork) -> list[RecurrentLayer]:
     return found
 
 
-def _make_store(
-    ground: Groundwork, states: list[LayerState], recurrent: list[RecurrentLayer]
-) -> PrefixStore | None:
+def _make_store(ground: Groundwork, states: list[LayerState], recurrent: list[RecurrentLayer]) -> PrefixStore | None:
     config = ground.config
     if config.kv_store is None:
         return None

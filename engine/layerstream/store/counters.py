@@ -16,6 +16,8 @@ class StoreCounters:
     written_pages: int = 0
     written_bytes: int = 0
     skipped_pages: int = 0
+    written_snapshots: int = 0
+    skipped_snapshots: int = 0
     lost_pages: int = 0
     saved_seconds: float = 0.0
 
@@ -46,5 +48,7 @@ class KVStats:
     written_pages: int = 0
     written_bytes: int = 0
     skipped_pages: int = 0
+    written_snapshots: int = 0
+    skipped_snapshots: int = 0
     lost_pages: int = 0
     saved_seconds: float = 0.0

@@ -137,17 +137,20 @@ class Index(Database):
         found: list[PageRow] = []
         for at in range(0, len(keys), _AT_ONCE):
             some = keys[at : at + _AT_ONCE]
-            marks = ",".join("?" * len(some))
-            rows = self.connection().execute(
-                "SELECT p.key, s.id, s.name, p.slot, s.num_bytes / s.num_pages, s.seconds / s.num_pages "
-                f"FROM pages p JOIN segments s ON s.id = p.segment WHERE p.namespace = ? AND p.key IN ({marks})",
-                (namespace, *some),
-            )
-            by_key = {row[0]: PageRow(*row) for row in rows}
+            by_key = self._rows(namespace, some)
             for key in some:
                 if key not in by_key:
                     return found
                 found.append(by_key[key])
+        return found
+
+    def any_of(self, namespace: int, keys: Sequence[Key]) -> list[PageRow]:
+        """Those of *keys* that are stored, in order."""
+        found: list[PageRow] = []
+        for at in range(0, len(keys), _AT_ONCE):
+            some = keys[at : at + _AT_ONCE]
+            by_key = self._rows(namespace, some)
+            found += [by_key[key] for key in some if key in by_key]
         return found
 
     def drop_pages(self, namespace: int, keys: Sequence[Key]) -> list[str]:
@@ -390,6 +393,16 @@ class Index(Database):
             "SELECT count(*) FROM pages p JOIN segments s ON s.id = p.segment WHERE s.writer IS NOT NULL"
         ).fetchone()
         assert not unfinished, f"{unfinished} pages of segments that are not whole"
+
+    def _rows(self, namespace: int, keys: Sequence[Key]) -> dict[Key, PageRow]:
+        """Those of *keys*, not too many, that are stored."""
+        marks = ",".join("?" * len(keys))
+        rows = self.connection().execute(
+            "SELECT p.key, s.id, s.name, p.slot, s.num_bytes / s.num_pages, s.seconds / s.num_pages "
+            f"FROM pages p JOIN segments s ON s.id = p.segment WHERE p.namespace = ? AND p.key IN ({marks})",
+            (namespace, *keys),
+        )
+        return {row[0]: PageRow(*row) for row in rows}
 
     def _drop_unfinished(self) -> None:
         """Forget reservations of processes that are gone."""

@@ -1,4 +1,5 @@
-"""Brings the stored pages of a sweep into memory, layer by layer, just ahead of the compute.
+"""Brings the stored pages of a sweep into memory, layer by layer, just ahead of the compute; and the states of
+recurrent layers, which are pages of one token.
 
 Reads for the first layers start with the sweep, those for layer i + 1 when layer i is reached; they go before the
 weights in the reader's queue, so a layer's KV arrives beside its weights and the KV of all layers is never in flight
@@ -17,12 +18,16 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
 
 from layerstream.core.sweep import PageLoad
 from layerstream.errors import EngineClosed, LayerStreamError
 from layerstream.hardware.reader import REQUEST_BYTES
 from layerstream.kv.pages import LAYERS_AHEAD
-from layerstream.kv.state import LayerState
+from layerstream.kv.shape import PageShape
 from layerstream.store.codecs import CODECS
 from layerstream.store.segment import Key, padded
 from layerstream.store.tiers.base import StoredRun
@@ -45,16 +50,28 @@ class LoadCounters:
     wait_seconds: float = 0.0
 
 
+class LayerPages(Protocol):
+    """The pages of one layer, or the slots of a recurrent one."""
+
+    def reserve(self, shape: PageShape) -> None:
+        """Make room for tokens of *shape*; raises ``ValueError`` where there is room for those of another shape."""
+        ...
+
+    def fill(self, page: int, decode: Callable[[torch.Tensor, torch.Tensor], None], /) -> None:
+        """Have *decode* write keys and values of *page*. Any thread."""
+        ...
+
+
 class PageLoader:
-    """Loads pages into *states*.
+    """Loads pages into *layers*; where there are none, a page has no bytes, and nothing is looked for.
 
     Args:
         open_runs: runs that together are the keys given, or as many from the first on as are there.
     """
 
-    def __init__(self, states: Sequence[LayerState], open_runs: Callable[[Sequence[Key]], list[StoredRun]]) -> None:
+    def __init__(self, layers: Sequence[LayerPages], open_runs: Callable[[Sequence[Key]], list[StoredRun]]) -> None:
         self.counters = LoadCounters()
-        self._states = states
+        self._layers = layers
         self._open_runs = open_runs
         self._changed = threading.Condition()
         self._runs: list[tuple[StoredRun, list[int]]] = []
@@ -71,6 +88,8 @@ class PageLoader:
         self._error = None
         self._next_layer = 0
         self._pending = {}
+        if not self._layers:
+            return
         at = 0
         for run in self._open_runs([load.key for load in loads]) if loads else []:
             pages = [load.page for load in loads[at : at + len(run.slots)]]
@@ -80,11 +99,11 @@ class PageLoader:
             self.abort()
             raise PagesLost(loads[at].key, "a stored prefix has gone")
         for run, pages in self._runs:
-            if len(run.info.shapes) != len(self._states):
+            if len(run.info.shapes) != len(self._layers):
                 self.abort()
                 raise PagesLost(run.info.keys[run.slots.start], "a stored prefix has another number of layers")
             self.counters.pages += len(pages)
-        while self._runs and self._next_layer < min(LAYERS_AHEAD, len(self._states)):
+        while self._runs and self._next_layer < min(LAYERS_AHEAD, len(self._layers)):
             self._start_layer()
 
     def wait(self, layer: int) -> None:
@@ -95,7 +114,7 @@ class PageLoader:
         """
         if not self._runs:
             return
-        while self._next_layer <= min(layer + LAYERS_AHEAD, len(self._states) - 1):
+        while self._next_layer <= min(layer + LAYERS_AHEAD, len(self._layers) - 1):
             self._start_layer()
         started = time.perf_counter()
         with self._changed:
@@ -124,7 +143,7 @@ class PageLoader:
         self._pending[layer] = 0
         for run, pages in self._runs:
             try:
-                self._states[layer].reserve(run.info.shapes[layer])
+                self._layers[layer].reserve(run.info.shapes[layer])
             except ValueError as error:
                 raise PagesLost(run.info.keys[run.slots.start], str(error)) from error
             size = padded(run.info.encoded_bytes[layer])
@@ -162,11 +181,11 @@ class _Placer:
         self._pages = pages
 
     def __call__(self, data: memoryview) -> None:
-        info, state = self._run.info, self._loader._states[self._layer]
+        info, layer = self._run.info, self._loader._layers[self._layer]
         size, codec = info.encoded_bytes[self._layer], CODECS[info.codec]
         for number, (slot, page) in enumerate(zip(self._slots, self._pages, strict=True)):
             start = number * padded(size)
             encoded = data[start : start + size]
             if zlib.crc32(encoded) != info.checksums[self._layer][slot]:
                 raise PagesLost(info.keys[slot], f"page {slot} of {info.name} is damaged in layer {self._layer}")
-            codec.decode(encoded, *state.page(page))
+            layer.fill(page, partial(codec.decode, encoded))

@@ -35,6 +35,7 @@ from layerstream.kv.shape import ITEM_BYTES, PageShape
 
 VERSION = 1
 MAX_PAGES = 64
+SNAPSHOT_TOKENS = 1  # ``page_tokens`` of a segment that keeps states of recurrent layers; pages have more
 SUFFIX = ".kv"
 _MAGIC = b"LSKVPAGE"
 _TRAILER = struct.Struct("<8sIIQ")
@@ -84,6 +85,11 @@ class SegmentInfo:
         for size in self.encoded_bytes:
             offsets.append(offsets[-1] + padded(size) * len(self.keys))
         return tuple(offsets)
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether it keeps states of recurrent layers after the page ``parent``."""
+        return self.page_tokens == SNAPSHOT_TOKENS
 
     def parents(self) -> tuple[Key, ...]:
         """The parent of each page."""

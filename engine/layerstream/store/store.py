@@ -1,5 +1,10 @@
 """The persistent prefix store as the engine sees it: take what is there, publish what was computed.
 
+A model with recurrent layers goes on only from a page whose *snapshot*, their states after it, is at hand. So what is
+there of a prefix ends at its last snapshot: pages beyond it are of no use, and ``take`` does not answer with them. Of a
+model whose layers are all recurrent, pages have no bytes: snapshots alone are stored and looked for, and nothing is
+claimed.
+
 **A store that fails is a store that is off**: answers go on, one warning says why, it is tried again later. After
 ``kv clear``, or when its folder was deleted under a running engine, it stores again. What is published while it is off
 waits, as long as nobody wants the frames. :class:`~layerstream.store.connection.TierConnection` decides all that.
@@ -25,40 +30,42 @@ What a page goes through:
 | being written | the writer as well | stored; queued once more, if the store fails |
 | stored | not for the store's sake | loaded again, evicted, or dropped as damaged |
 
+A snapshot goes through the same, with a slot instead of a frame, and continues its page.
+
 Invariants: a page is published only under the digests of the very files that its weights came from; it is published
-after its parent; a frame that ``publish`` was given comes back from ``collect`` or ``give_back`` exactly once. While
-the digests are not known nothing is taken. No method raises an error of the tier. After ``close`` no thread,
+after its parent; a frame that ``publish`` was given comes back from ``collect`` or ``give_back`` exactly once, and a
+slot that ``publish_state`` was given from ``collect_slots`` or ``give_back_slots``. While the digests are not known
+nothing is taken. No method raises an error of the tier. After ``close`` no thread,
 descriptor, lock or temporary file is left.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from layerstream.kv.prefix import Published, Stored
-from layerstream.kv.shape import PageShape
+from layerstream.kv.prefix import Published, PublishedState, Stored, snapshot_key
+from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
-from layerstream.store.answers import RememberedAnswer, note, places
+from layerstream.store.answers import note, places
 from layerstream.store.choice import Rates, load_seconds, recompute_seconds
 from layerstream.store.codecs import PageCodec
 from layerstream.store.connection import STORE_ERRORS, OpenTier, Question, State, TierConnection
 from layerstream.store.counters import StoreCounters
+from layerstream.store.known import KnownKeys
 from layerstream.store.loader import PageLoader
-from layerstream.store.lookup import Lookup
-from layerstream.store.segment import MAX_PAGES, Key, padded
-from layerstream.store.tiers.base import NewPages, PageFacts, StoredRun, Tier
-from layerstream.store.write_queue import Batch, WriteQueue
+from layerstream.store.lookup import Found, Lookup, Wanted, count_resumable
+from layerstream.store.segment import Key
+from layerstream.store.source import PageSource, snapshot_source
+from layerstream.store.tiers.base import StoredRun, Tier
+from layerstream.store.write_queue import Batch
+from layerstream.store.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS = 3.0
 CALLER_SECONDS = 5.0  # that callers wait for an answer
-MOST_NOTED = 2**17  # keys that are known to be stored
+NOTHING = Stored(0, 0)
 
 
 class PrefixStore:
@@ -71,6 +78,7 @@ class PrefixStore:
         rates: what was measured so far.
         load: as in :class:`~layerstream.store.config.KVStoreConfig`.
         failure: why there is no tier yet, if that was tried.
+        recurrent: the layers that keep states.
     """
 
     def __init__(
@@ -85,28 +93,23 @@ class PrefixStore:
         is_current: Callable[[], bool],
         load: Literal["auto", "always", "never"] = "auto",
         failure: Exception | None = None,
+        recurrent: Sequence[RecurrentLayer] = (),
     ) -> None:
         self.counters = StoreCounters()
         self.rates = rates
         self.loader = PageLoader(states, self._open_runs)
-        self._states = states
-        self._page_tokens = page_tokens
-        self._codec = codec
-        self._is_current = is_current
+        self.state_loader = PageLoader(recurrent, self._open_runs)
+        self._pages = PageSource(states, page_tokens, codec)
+        self._snapshots = snapshot_source(recurrent)
         self._load = load
-        self._changed = threading.Condition()
-        self._queue = WriteQueue()
-        self._pinned: set[Key] = set()
-        self._given_up: set[Key] = set()
-        self._stored: OrderedDict[Key, None] = OrderedDict()
-        self._lost: set[Key] = set()
+        self._known = KnownKeys()
         self._held: dict[int, list[StoredRun]] = {}
         self._last_tier = tier
         self._connection = TierConnection(open_tier, tier, failure, self._tier_changed)
         self._lookup = Lookup(self._connection)
-        self._thread = threading.Thread(target=self._work, name="layerstream-kv-writer", daemon=True)
+        self._writer = Writer(self._connection, self._pages, self._snapshots, self._known, self.counters, is_current)
         self._connection.start()
-        self._thread.start()
+        self._writer.start()
 
     @property
     def state(self) -> State:
@@ -123,34 +126,37 @@ class PrefixStore:
         """Where pages go; ``None`` while there is no such place."""
         return self._connection.tier
 
-    def take(self, keys: Sequence[Key], start: int) -> Stored | None:
+    def take(self, keys: Sequence[Key], start: int, resumable: int | None = None) -> Stored | None:
         """What to do about the pages ``keys[start:]``: load the first of them, compute the rest.
+
+        Args:
+            resumable: where there are recurrent layers: the number of pages whose states are in memory. The answer is
+                then the last snapshot beyond, and the pages up to it that are not in memory; or nothing.
 
         Returns:
             ``None`` if another process is computing the next one that is not there, or the tier has not answered yet:
             ask again later.
         """
-        if start >= len(keys):
-            return Stored(0, 0)
-        facts = self._lookup.find(keys, start)
-        return None if facts is None else self._choose(facts)
+        wanted = Wanted(keys, start, resumable, self._pages.has_bytes)
+        if wanted.first >= len(keys):
+            return NOTHING
+        found = self._lookup.find(wanted)
+        return None if found is None else self._choose(wanted, found)
 
-    def _choose(self, facts: Sequence[PageFacts]) -> Stored:
-        """Load the pages of *facts*, or compute them again."""
-        lost = next((at for at, fact in enumerate(facts) if fact.key in self._lost), len(facts))
-        facts = facts[:lost]
-        if not facts:
-            return Stored(0, 0)
-        self._note(fact.key for fact in facts)
-        num_tokens = len(facts) * self._page_tokens
-        num_bytes, seconds = sum(fact.num_bytes for fact in facts), sum(fact.seconds for fact in facts)
-        rates = self.rates()
-        loading, computing = load_seconds(num_bytes, rates), recompute_seconds(num_tokens, seconds, rates)
+    def _choose(self, wanted: Wanted, found: Found) -> Stored:
+        """Load what was *found*, or compute it again."""
+        sound = found.without(self._known.is_lost)
+        self._known.found(fact.key for fact in sound.pages)
+        offer = wanted.offer(sound)
+        if offer is None:
+            return NOTHING
+        num_tokens, rates = offer.num_computed * self._pages.page_tokens, self.rates()
+        loading, computing = load_seconds(offer.num_bytes, rates), recompute_seconds(num_tokens, offer.seconds, rates)
         if self._load == "never" or (self._load == "auto" and computing < loading):
             self.counters.declined_tokens += num_tokens
-            return Stored(0, len(facts))
+            return Stored(0, offer.num_pages)
         self.counters.saved_seconds += max(0.0, computing - loading)
-        return Stored(len(facts), 0)
+        return Stored(offer.num_pages, 0, offer.boundary)
 
     def abandon(self, keys: Sequence[Key]) -> None:
         """*keys*, which were claimed, are not going to be computed."""
@@ -159,21 +165,20 @@ class PrefixStore:
 
     def count_loaded(self, num_pages: int) -> None:
         """A sweep that loaded *num_pages* was committed."""
-        self.counters.loaded_tokens += num_pages * self._page_tokens
+        self.counters.loaded_tokens += num_pages * self._pages.page_tokens
 
     def lose(self, key: Key) -> None:
-        """Page *key* is damaged or gone: forget it and all that descend from it."""
+        """Page *key*, or the snapshot of that key, is damaged or gone: forget it and all that descend from it."""
         self.counters.lost_pages += 1
-        with self._changed:
-            self._stored.pop(key, None)
-            self._lost.add(key)
+        self._known.lose(key)
         self._connection.post(lambda tier: tier.drop(key))
 
     def pin(self, keys: Sequence[Key]) -> None:
-        """Keep *keys* from eviction, those that are there and those that will be."""
-        with self._changed:
-            self._pinned.update(keys)
-        self._connection.post(lambda tier: tier.pin(keys))
+        """Keep *keys* and their snapshots from eviction, those that are there and those that will be."""
+        snapshots = map(snapshot_key, keys) if self._snapshots.has_bytes else ()
+        pinned = [*keys, *snapshots]
+        self._known.pin(pinned)
+        self._connection.post(lambda tier: tier.pin(pinned))
 
     @property
     def can_spill(self) -> bool | None:
@@ -182,7 +187,7 @@ class PrefixStore:
 
     def has_given_up(self, key: Key) -> bool:
         """Whether page *key* was published for a sequence that waits for it, and could not be stored."""
-        return key in self._given_up
+        return self._known.has_given_up(key)
 
     def hold(self, owner: int, keys: Sequence[Key]) -> None:
         """Keep *keys* open, and so from eviction, until :meth:`unhold`."""
@@ -196,12 +201,13 @@ class PrefixStore:
 
     def count_stored(self, keys: Sequence[Key]) -> int:
         """How many of *keys*, from the first on, are stored as far as was seen here: asked for, or written."""
-        with self._changed:
-            return next((count for count, key in enumerate(keys) if key not in self._stored), len(keys))
+        return self._known.count_stored(keys)
 
     def look_up(self, keys: Sequence[Key]) -> int:
-        """How many of *keys*, from the first on, are stored."""
-        question = Question(lambda tier: len(tier.contains(keys)))
+        """How many of *keys*, from the first on, need not be computed: they are stored, and so is the last's snapshot
+        where there are recurrent layers."""
+        wanted = Wanted(keys, 0, 0 if self._snapshots.has_bytes else None, self._pages.has_bytes)
+        question = Question(lambda tier: count_resumable(tier, wanted))
         is_answered = self._connection.ask(question, CALLER_SECONDS, is_patient=True)
         return question.answer or 0 if is_answered else 0
 
@@ -213,60 +219,63 @@ class PrefixStore:
 
     def page_bytes(self, kv_token_bytes: int) -> int:
         """Bytes of a page on disk; before anything was computed, what it takes without compression."""
-        shapes = [state.shape for state in self._states]
-        if any(shape is None for shape in shapes):
-            return self._page_tokens * kv_token_bytes
-        return sum(padded(self._codec.num_bytes(shape, self._page_tokens)) for shape in shapes if shape is not None)
+        num_bytes = self._pages.page_bytes
+        return self._pages.page_tokens * kv_token_bytes if num_bytes is None else num_bytes
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of a snapshot on disk; 0: there are no recurrent layers."""
+        return self._snapshots.page_bytes or 0
 
     def wait_until_open(self) -> None:
         """Return when the weights' digests are known, or the store turned out unusable."""
-        with self._changed:
-            while self.state == "hashing" and self._thread.is_alive():
-                self._changed.wait(timeout=0.1)
+        self._writer.wait_until_open()
 
     def publish(self, published: Published, seconds: float) -> None:
         """Write pages behind the sweeps; *seconds* is what computing them took. Their frames are held until then."""
-        with self._changed:
-            self._given_up.difference_update(published.keys)
-            self._queue.batches.append(Batch(published, seconds))
-            self._changed.notify_all()
-        self._give_up_hopeless()
+        self._known.expect(published.keys)
+        self._writer.publish(Batch(published, seconds))
+
+    def publish_state(self, item: PublishedState, seconds: float) -> None:
+        """Write a snapshot behind the sweeps, after its page; *seconds* is what computing took since the snapshot
+        before. Its slot is held until then."""
+        self._writer.publish(Batch(item, seconds))
 
     def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Keep *answer* to *prompt*, whose whole pages are *keys*, behind the sweeps and after its pages."""
-        with self._changed:
-            self._queue.answers.append(note(keys, self._page_tokens, prompt, answer))
-            self._changed.notify_all()
+        self._writer.remember(note(keys, self._pages.page_tokens, prompt, answer))
 
     def recall(self, keys: Sequence[Key], num_prompt_tokens: int) -> list[list[int]]:
         """Questions with their answers near the end of a prompt, the most recent first; none if that takes long."""
-        wanted = places(keys, self._page_tokens, num_prompt_tokens)
+        wanted = places(keys, self._pages.page_tokens, num_prompt_tokens)
         question = Question(lambda tier: tier.recall(wanted))
         return question.answer or [] if self._connection.ask(question) else []
 
     def collect(self) -> list[int]:
         """Frames whose pages were written, or will not be."""
-        with self._changed:
-            return self._queue.take_done()
+        return self._writer.collect_frames()
+
+    def collect_slots(self) -> list[int]:
+        """Slots whose states were written, or will not be."""
+        return self._writer.collect_slots()
 
     def give_back(self) -> list[int]:
         """Frames of pages that nobody has begun to write and nobody waits for: those are not written."""
-        dropped = self._withdraw(lambda published: not published.is_spilled)
-        return [page for published in dropped for page in published.pages]
+        return self._writer.give_back_frames()
+
+    def give_back_slots(self) -> list[int]:
+        """Slots of states that nobody has begun to write: those are not written."""
+        return self._writer.give_back_slots()
 
     def flush(self) -> None:
         """Wait until all that was published is written; no longer, once the store is off."""
-        with self._changed:
-            while self._queue.has_work and self.state in ("ready", "hashing") and self._thread.is_alive():
-                self._changed.wait(timeout=0.1)
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is queued (nothing, if there is no tier), let go of the tier. Idempotent; never raises."""
-        with self._changed:
-            self._queue.is_closing = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._writer.close()
         self.loader.abort()
+        self.state_loader.abort()
         for owner in list(self._held):
             self.unhold(owner)
         self._connection.close()
@@ -279,144 +288,13 @@ class PrefixStore:
             logger.warning("a stored prefix is computed again: %s", error)
             return []
 
-    def _note(self, keys: Iterable[Key]) -> None:
-        """*keys* are stored."""
-        with self._changed:
-            self._stored.update(dict.fromkeys(keys))
-            while len(self._stored) > MOST_NOTED:
-                self._stored.popitem(last=False)
-
     def _tier_changed(self) -> None:
         """The tier is there, or not any more."""
         tier = self.tier
         self._last_tier = tier or self._last_tier
-        with self._changed:
-            pinned = tuple(self._pinned)
-            self._changed.notify_all()
+        pinned = self._known.pinned()
         if tier is None:
             self._lookup.forget()
         if tier is not None and pinned:
             self._connection.post(lambda tier: tier.pin(pinned))
-        self._give_up_hopeless()
-
-    def _give_up_hopeless(self) -> None:
-        """Whoever waits for pages to be stored is not kept waiting by a store that is off."""
-        if self.state in ("off", "unusable"):
-            gone = self._withdraw(lambda published: published.is_spilled or self.state == "unusable")
-            with self._changed:
-                self._queue.done.extend(page for published in gone for page in published.pages)
-
-    def _withdraw(self, goes: Callable[[Published], bool]) -> list[Published]:
-        """What is queued and *goes* is not written."""
-        with self._changed:
-            gone = self._queue.withdraw(goes)
-        for published in gone:
-            self._skip(published, published.keys)
-        return gone
-
-    def _work(self) -> None:
-        while (work := self._next()) is not None:
-            left = None
-            try:
-                with self._connection.borrow() as tier:
-                    if isinstance(work, RememberedAnswer):
-                        if tier is not None:
-                            tier.remember(work)
-                    elif tier is None:
-                        left = work
-                    else:
-                        self._write(tier, work)
-            except STORE_ERRORS as error:
-                logger.info("a prefix or an answer was not stored: %s", error)
-                if isinstance(work, Batch) and not (work.has_failed or work.published.is_spilled):
-                    left = replace(work, has_failed=True)
-                elif isinstance(work, Batch):
-                    self._skip(work.published, work.published.keys)
-            except Exception as error:  # noqa: BLE001  # whatever it is, others are stored
-                logger.warning("a prefix or an answer was not stored: %s", error)
-                if isinstance(work, Batch):
-                    self._skip(work.published, work.published.keys)
-            with self._changed:
-                if left is not None:
-                    self._queue.batches.appendleft(left)
-                elif isinstance(work, Batch):
-                    self._queue.done.extend(work.published.pages)
-                self._queue.is_busy = False
-                self._changed.notify_all()
-        with self._changed:
-            self._queue.done.extend(page for batch in self._queue.batches for page in batch.published.pages)
-            self._queue.batches.clear()
-
-    def _next(self) -> Batch | RememberedAnswer | None:
-        """What to write next; ``None`` if nothing is left and the store is closing. Keeps leases alive meanwhile."""
-        while True:
-            with self._changed:
-                queue, is_there = self._queue, self.tier is not None
-                if is_there and (queue.batches or queue.answers):
-                    return queue.take()
-                if queue.is_closing:
-                    return None
-                if self._changed.wait(timeout=TICK_SECONDS):
-                    continue
-            try:
-                with self._connection.borrow() as tier:
-                    if tier is not None:
-                        tier.tick()
-            except Exception as error:  # noqa: BLE001  # the store is off, then
-                logger.info("the KV store could not be told what was used: %s", error)
-
-    def _write(self, tier: Tier, batch: Batch) -> None:
-        published = batch.published
-        tier.tick()
-        if not self._is_current():
-            self._connection.give_up("the model's files were changed while in use")
-            self._skip(published, published.keys)
-            return
-        self._connection.settle()  # what was lost is dropped before it is written again
-        shapes = tuple(state.shape for state in self._states)
-        assert all(shapes), "published pages were written"
-        num_there = len(tier.contains(published.keys))
-        tier.unclaim(published.keys[:num_there])
-        self._written(published.keys[:num_there])
-        for at in range(num_there, len(published.keys), MAX_PAGES):
-            keys, pages = published.keys[at : at + MAX_PAGES], published.pages[at : at + MAX_PAGES]
-            parent = published.keys[at - 1] if at else published.parent
-            if parent and not tier.contains([parent]):
-                self._skip(published, keys)
-                continue
-            seconds = batch.seconds * len(keys) / len(published.keys)
-            written = tier.put(self._new_pages(keys, parent, pages, shapes, seconds))  # type: ignore[arg-type]
-            if not written:
-                self._skip(published, keys)
-                continue
-            self._written(keys)
-            self.counters.written_pages += len(keys)
-            self.counters.written_bytes += written
-
-    def _written(self, keys: Sequence[Key]) -> None:
-        self._note(keys)
-        self._lost.difference_update(keys)
-
-    def _skip(self, published: Published, keys: Sequence[Key]) -> None:
-        """*keys* of *published* are not going to be stored."""
-        self.counters.skipped_pages += len(keys)
-        if published.is_spilled:
-            with self._changed:
-                self._given_up.update(keys)
-        self.abandon(keys)
-
-    def _new_pages(
-        self, keys: Sequence[Key], parent: Key, pages: Sequence[int], shapes: tuple[PageShape, ...], seconds: float
-    ) -> NewPages:
-        sizes = [padded(self._codec.num_bytes(shape, self._page_tokens)) for shape in shapes]
-        return NewPages(
-            keys=tuple(keys),
-            parent=parent,
-            page_tokens=self._page_tokens,
-            codec=self._codec.name,
-            shapes=shapes,
-            encode_layer=lambda layer: [self._codec.encode(*self._states[layer].page(page)) for page in pages],
-            num_bytes=sum(sizes) * len(pages),
-            seconds=seconds,
-            pinned=not self._pinned.isdisjoint(keys),
-        )
+        self._writer.tier_changed()

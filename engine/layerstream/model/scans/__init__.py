@@ -22,9 +22,8 @@ from typing import Any, Protocol
 import torch
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.channel_decay import channel_decay
 from layerstream.model.scans.convolution import convolution
-from layerstream.model.scans.delta_rule import delta_rule
+from layerstream.model.scans.delta_rule import channel_decay, head_decay
 from layerstream.model.scans.selective_scan import selective_scan
 from layerstream.model.scans.state_space import state_space
 
@@ -73,8 +72,8 @@ class Call(Protocol):
 
 SCANS: dict[str, Callable[..., Call]] = {
     "causal_conv1d_fn": convolution,
-    "torch_chunk_gated_delta_rule": delta_rule,
-    "torch_recurrent_gated_delta_rule": delta_rule,
+    "torch_chunk_gated_delta_rule": head_decay,
+    "torch_recurrent_gated_delta_rule": head_decay,
     "chunk_kimi_delta_attention": channel_decay,
     "recurrent_kimi_delta_attention": channel_decay,
     "mamba2_chunk_scan": state_space,

@@ -2,16 +2,16 @@
 
 The state is the last ``kernel - 1`` columns of the input ``(channels, kernel - 1)`` in its dtype: what a filter of
 *kernel* taps reads of the past. (transformers' cache has one column more, which is never read.) Where a sequence
-begins, the columns before it are zeros.
+begins, the columns before it are zeros. Taps are added up in fp32, one after the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from layerstream.kv.shape import StatePart
@@ -25,7 +25,7 @@ class Convolution:
     columns: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
-    activation: str | None
+    activation: Callable[[torch.Tensor], torch.Tensor] | None
 
     @property
     def part(self) -> StatePart:
@@ -40,7 +40,7 @@ class Convolution:
 
     def cut(self, rows: slice) -> Convolution:
         """Of *rows*."""
-        return replace(self, columns=self.columns[:, :, rows])
+        return Convolution(self.columns[:, :, rows], self.weight, self.bias, self.activation)
 
     def kept(self) -> Convolution:
         """A copy."""
@@ -48,12 +48,20 @@ class Convolution:
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, channels, rows)``."""
-        past = self.columns.new_zeros(1, *left.shape) if state is None else state[None]
-        columns = torch.cat((past, self.columns), 2)
-        left.copy_(columns[0, :, self.num_rows :])
-        weight = self.weight
-        found = F.conv1d(columns.to(weight.dtype), weight[:, None], self.bias, groups=len(weight))
-        return self._activated(found).to(self.columns.dtype)
+        past = torch.zeros_like(left) if state is None else state
+        read = torch.cat((past.mT, self.columns[0].mT))
+        count = self.num_rows
+        taps = self.weight.mT.to(torch.float32, memory_format=torch.contiguous_format)
+        values = read.float()
+        found = values[:count] * taps[0]
+        for tap in range(1, len(taps)):
+            found.addcmul_(values[tap : tap + count], taps[tap])
+        if self.bias is not None:
+            found += self.bias
+        if self.activation is not None:
+            found = self.activation(found)
+        left.copy_(read[count:].mT)
+        return found.to(self.columns.dtype).mT[None]
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, channels, 1)``."""
@@ -61,11 +69,7 @@ class Convolution:
 
     def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> torch.Tensor:
         """``(1, channels, rows)``."""
-        found = [output.transpose(1, 2) for output in outputs]
-        return joined(found, rows, self.num_rows, self.columns.transpose(1, 2)).transpose(1, 2)
-
-    def _activated(self, found: torch.Tensor) -> torch.Tensor:
-        return found if self.activation is None else ACT2FN[self.activation](found)
+        return joined([output.mT for output in outputs], rows, self.columns.mT).mT
 
 
 def convolution(
@@ -76,4 +80,4 @@ def convolution(
     **kwargs: Any,
 ) -> Convolution:
     """A call of ``causal_conv1d_fn``."""
-    return Convolution(hidden_states, weight, bias, activation)
+    return Convolution(hidden_states, weight, bias, None if activation is None else ACT2FN[activation])

@@ -1,4 +1,5 @@
-"""The gated delta rule with one decay per head (Gated DeltaNet, arXiv 2412.06464).
+"""The gated delta rule, with one decay per head (Gated DeltaNet, arXiv 2412.06464) or one per key channel (Kimi Delta
+Attention, arXiv 2510.26692).
 
 A head's state is a matrix *S* ``(key width, value width)`` that tells values by keys. A row with query *q*, key *k*,
 value *v*, decay *g* (a logarithm) and rate *b* changes it and reads it::
@@ -10,12 +11,11 @@ value *v*, decay *g* (a logarithm) and rate *b* changes it and reads it::
 A chunk of rows at once: with ``c`` the decays added up from its beginning, the values that are written are the
 solution *u* of a unit triangular system (the UT transform, arXiv 2406.06484), and then all rows read::
 
-    uᵢ + Σ_{j<i} bᵢ exp(cᵢ − cⱼ) (kᵢ·kⱼ) uⱼ = bᵢ (vᵢ − exp(cᵢ) kᵢ S)
-    oᵢ = exp(cᵢ) qᵢ S + Σ_{j≤i} exp(cᵢ − cⱼ) (qᵢ·kⱼ) uⱼ
-    S ← exp(cₙ) S + Σⱼ exp(cₙ − cⱼ) kⱼᵀ uⱼ
+    uᵢ + Σ_{j<i} bᵢ (kᵢ exp(cᵢ − cⱼ) kⱼᵀ) uⱼ = bᵢ (vᵢ − kᵢ exp(cᵢ) S)
+    oᵢ = qᵢ exp(cᵢ) S + Σ_{j≤i} (qᵢ exp(cᵢ − cⱼ) kⱼᵀ) uⱼ
+    S ← exp(cₙ) S + Σⱼ (kⱼ exp(cₙ − cⱼ))ᵀ uⱼ
 
-No exponent is above zero. All of it is computed in fp32. Query and key heads may be fewer than value heads: each
-serves as many consecutive ones.
+All of it is computed in fp32. Query and key heads may be fewer than value heads: each serves as many consecutive ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.rows import joined, pieces
+from layerstream.model.scans.decays import between, faded_products
+from layerstream.model.scans.rows import by_head, joined, pieces
 
 CHUNK = 64  # rows of a chunk: transformers' and flash-linear-attention's, too
 EPSILON = 1e-6  # of the norm of queries and keys
@@ -35,7 +36,7 @@ EPSILON = 1e-6  # of the norm of queries and keys
 @dataclass(frozen=True, slots=True)
 class DeltaRule:
     """A call: queries and keys ``(1, rows, key heads, key width)``, values ``(1, rows, heads, value width)``, decays
-    and rates ``(1, rows, heads)``."""
+    ``(1, rows, heads, 1 or key width)``, rates ``(1, rows, heads)``; whether queries and keys are to be normed."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -56,89 +57,83 @@ class DeltaRule:
 
     def cut(self, rows: slice) -> DeltaRule:
         """Of *rows*."""
-        return DeltaRule(
-            self.query[:, rows],
-            self.key[:, rows],
-            self.value[:, rows],
-            self.decay[:, rows],
-            self.rate[:, rows],
-            self.normed,
-        )
+        query, key, value = self.query[:, rows], self.key[:, rows], self.value[:, rows]
+        return DeltaRule(query, key, value, self.decay[:, rows], self.rate[:, rows], self.normed)
 
     def kept(self) -> DeltaRule:
         """A copy."""
-        return DeltaRule(
-            self.query.clone(),
-            self.key.clone(),
-            self.value.clone(),
-            self.decay.clone(),
-            self.rate.clone(),
-            self.normed,
-        )
+        query, key, value = self.query.clone(), self.key.clone(), self.value.clone()
+        return DeltaRule(query, key, value, self.decay.clone(), self.rate.clone(), self.normed)
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, rows, heads, value width)``."""
-        outputs = []
+        state = torch.zeros_like(left) if state is None else state
+        output = self.value.new_empty(self.value.shape)
         for rows in pieces(self.num_rows, CHUNK):
-            outputs.append(self.cut(rows)._piece(state, left))
+            output[0, rows] = self.cut(rows)._piece(state, left).transpose(0, 1)
             state = left
-        return torch.cat(outputs, 1).to(self.query.dtype)
-
-    def _piece(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
-        query, key = self._reading()
-        value, decay, rate = (_by_head(tensor) for tensor in (self.value, self.decay, self.rate))
-        reached = decay.cumsum(1)
-        between = (reached[:, :, None] - reached[:, None, :]).tril().exp_().tril()
-        scores = torch.cat((key, query), 1) @ key.mT
-        keys, queries = (scores * between.repeat(1, 2, 1)).chunk(2, 1)
-        if state is None:
-            wanted, output = value * rate[..., None], 0.0
-        else:
-            read = (torch.cat((key, query), 1) @ state) * reached.exp()[..., None].repeat(1, 2, 1)
-            known, output = read.chunk(2, 1)
-            wanted = (value - known) * rate[..., None]
-        written = torch.linalg.solve_triangular(keys * rate[..., None], wanted, upper=False, unitriangular=True)
-        output = output + queries @ written
-        fading = (reached[:, -1:] - reached).exp()[..., None]
-        added = (key * fading).mT @ written
-        if state is None:
-            left.copy_(added)
-        else:
-            torch.mul(state, reached[:, -1].exp()[:, None, None], out=left).add_(added)
-        return output.transpose(0, 1)[None]
+        return output
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, 1, heads, value width)``."""
+        state = torch.zeros_like(left) if state is None else state
         query, key = self._reading()
-        value, decay, rate = self.value[0, 0].float(), self.decay[0, 0].float().exp(), self.rate[0, 0].float()
-        if state is None:
-            left.zero_()
-            state = left
-        torch.mul(state, decay[:, None, None], out=left)
-        written = (value[:, None] - key @ left) * rate[:, None, None]
-        left.baddbmm_(key.mT, written)
-        return (query @ left).transpose(0, 1)[None].to(self.query.dtype)
+        heads, width = left.shape[0], left.shape[1]
+        decay = by_head(self.decay).exp_().mT
+        reading = torch.cat((key, query), 1)[:, None].expand(-1, heads // len(key), -1, -1).reshape(heads, 2, width)
+        known, output = torch.bmm(reading * decay.mT, state).split(1, 1)
+        written = (by_head(self.value) - known).mul_(by_head(self.rate[..., None]))
+        torch.mul(state, decay, out=left).baddbmm_(reading[:, :1].mT, written)
+        output = torch.addcmul(output, (reading[:, :1] * reading[:, 1:]).sum(-1, keepdim=True), written)
+        return output.to(self.value.dtype).transpose(0, 1)[None]
 
     def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
         """``(1, rows, heads, value width)``, and no state."""
-        return joined(outputs, rows, self.num_rows, self.value), self.value.new_empty(0)
+        return joined(outputs, rows, self.value), self.value.new_empty(0)
+
+    def _piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(heads, rows, value width)`` in fp32, of at most :data:`CHUNK` rows."""
+        query, key = self._reading()
+        rate = by_head(self.rate[..., None])
+        reached = by_head(self.decay).cumsum(1)
+        keys, queries = self._products(query, key, reached)
+        faded = reached.exp()
+        written = (by_head(self.value) * rate).baddbmm_(_spread(key, faded * rate), state, alpha=-1)
+        written = torch.linalg.solve_triangular(keys.mul_(rate), written, upper=False, unitriangular=True)
+        output = torch.bmm(_spread(query, faded), state).baddbmm_(queries, written)
+        end = reached[:, -1:]
+        torch.mul(state, end.exp().mT, out=left).baddbmm_(_spread(key, (end - reached).exp_()).mT, written)
+        return output
+
+    def _products(
+        self, query: torch.Tensor, key: torch.Tensor, reached: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of keys, and of queries, with keys: ``(heads, rows, rows)`` each."""
+        if self.decay.shape[3] > 1:
+            keys, queries = faded_products(torch.stack((key, query)), key, reached)
+            return keys, queries
+        left = between(reached[..., 0])
+        heads, rows, _ = left.shape
+        shared = left.view(len(key), -1, rows, rows)
+        keys, queries = ((reading @ key.mT)[:, None] * shared for reading in (key, query))
+        return keys.view(heads, rows, rows), queries.view(heads, rows, rows)
 
     def _reading(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries, scaled, and keys ``(heads, rows, key width)``."""
-        query, key = _by_head(self.query), _by_head(self.key)
+        """Queries, scaled, and keys ``(key heads, rows, key width)``."""
+        query, key = by_head(self.query), by_head(self.key)
         if self.normed:
-            query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPSILON) for x in (query, key))
-        shared = self.value.shape[2] // self.key.shape[2]
-        query = query * query.shape[-1] ** -0.5
-        return query.repeat_interleave(shared, 0), key.repeat_interleave(shared, 0)
+            query, key = (x * (x * x).sum(-1, keepdim=True).add_(EPSILON).rsqrt_() for x in (query, key))
+        return query * query.shape[-1] ** -0.5, key
 
 
-def _by_head(tensor: torch.Tensor) -> torch.Tensor:
-    """``(1, rows, heads, ...)`` as ``(heads, rows, ...)`` in fp32."""
-    return tensor[0].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+def _spread(tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """``(key heads, rows, width)`` for each head, times *factors* ``(heads, rows, 1 or width)``."""
+    heads, rows, _ = factors.shape
+    shared = factors.view(len(tensor), -1, rows, factors.shape[2])
+    return (tensor[:, None] * shared).view(heads, rows, tensor.shape[2])
 
 
-def delta_rule(
+def head_decay(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -148,4 +143,17 @@ def delta_rule(
     **kwargs: Any,
 ) -> DeltaRule:
     """A call of ``torch_chunk_gated_delta_rule`` or ``torch_recurrent_gated_delta_rule``."""
+    return DeltaRule(query, key, value, g[..., None], beta, use_qk_l2norm_in_kernel)
+
+
+def channel_decay(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **kwargs: Any,
+) -> DeltaRule:
+    """A call of ``chunk_kimi_delta_attention`` or ``recurrent_kimi_delta_attention``."""
     return DeltaRule(query, key, value, g, beta, use_qk_l2norm_in_kernel)

@@ -1,4 +1,4 @@
-"""Rows of a call: what its tensors have of them, and one tensor of what was computed span by span. Pure."""
+"""Rows of a call: piece by piece, head by head, and one tensor of what was computed span by span. Pure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ def pieces(num_rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_rows))
 
 
-def joined(outputs: list[torch.Tensor], rows: list[slice], num_rows: int, like: torch.Tensor) -> torch.Tensor:
-    """*outputs* ``(1, rows, ...)`` at *rows* of *num_rows*; zeros elsewhere, shaped *like* what there might be."""
-    if len(outputs) == 1 and outputs[0].shape[1] == num_rows:
+def by_head(tensor: torch.Tensor) -> torch.Tensor:
+    """``(1, rows, heads, width)`` as ``(heads, rows, width)`` in fp32; always a copy, for which kernel computes, and so
+    the bits, may depend on how a tensor lies in memory."""
+    _, rows, heads, width = tensor.shape
+    return torch.empty((heads, rows, width), dtype=torch.float32, device=tensor.device).copy_(tensor[0].transpose(0, 1))
+
+
+def joined(outputs: list[torch.Tensor], rows: list[slice], like: torch.Tensor) -> torch.Tensor:
+    """*outputs* ``(1, rows, ...)`` at *rows* of as many as *like* ``(1, all rows, ...)`` has; zeros elsewhere."""
+    if len(outputs) == 1 and outputs[0].shape[1] == like.shape[1]:
         return outputs[0]
-    whole = (
-        like.new_zeros((1, num_rows, *like.shape[2:]))
-        if not outputs
-        else outputs[0].new_zeros((1, num_rows, *outputs[0].shape[2:]))
-    )
+    whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
     for output, at in zip(outputs, rows, strict=True):
         whole[:, at] = output
     return whole

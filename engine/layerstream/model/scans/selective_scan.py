@@ -110,7 +110,7 @@ class SelectiveScan:
 
     def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
         """``(1, channels, rows)``, and no state if one was asked for."""
-        found = joined([output.mT for output in outputs], rows, self.num_rows, self.inputs.mT.float()).mT
+        found = joined([output.mT for output in outputs], rows, self.inputs.mT.float()).mT
         return (found, found.new_empty(0)) if self.with_state else found
 
 

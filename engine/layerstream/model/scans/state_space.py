@@ -17,47 +17,52 @@ limits; they are (0, infinity) in all families but Zamba2.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.rows import copied, joined, pieces
+from layerstream.model.scans.decays import between
+from layerstream.model.scans.rows import by_head, copied, joined, pieces
 
 CHUNK = 64  # rows of a chunk
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
-    """How steps ``(1, rows, heads)`` are made: their bias ``(heads,)``, softplus, limits."""
+class Heads:
+    """What heads have of their own: *A*, *D* and the bias of steps ``(heads,)``; whether steps are a softplus, and
+    between what."""
 
+    a: torch.Tensor
+    d: torch.Tensor | None
     bias: torch.Tensor | None
     softplus: bool
     limits: tuple[float, float]
 
-    def made(self, raw: torch.Tensor) -> torch.Tensor:
-        """``(heads, rows)`` in fp32, of *raw* ``(1, rows, heads)``."""
-        steps = raw[0].mT.to(torch.float32, memory_format=torch.contiguous_format)
+    def kept(self) -> Heads:
+        """A copy."""
+        return Heads(self.a.clone(), copied(self.d), copied(self.bias), self.softplus, self.limits)
+
+    def steps(self, raw: torch.Tensor) -> torch.Tensor:
+        """``(rows, heads)`` in fp32, of *raw* ``(1, rows, heads)``."""
+        steps = torch.empty(raw.shape[1:], dtype=torch.float32, device=raw.device).copy_(raw[0])
         if self.bias is not None:
-            steps = steps + self.bias.float()[:, None]
-        steps = F.softplus(steps) if self.softplus else steps
-        return steps.clamp(*self.limits)
+            steps += self.bias
+        return (F.softplus(steps) if self.softplus else steps).clamp_(*self.limits)
 
 
 @dataclass(frozen=True, slots=True)
 class StateSpace:
     """A call: inputs ``(1, rows, heads, head width)``, raw steps ``(1, rows, heads)``, *B* and *C* ``(1, rows, groups,
-    state width)``, *A* and *D* ``(heads,)``."""
+    state width)``; whether a state is asked for."""
 
     inputs: torch.Tensor
     raw: torch.Tensor
     b: torch.Tensor
     c: torch.Tensor
-    a: torch.Tensor
-    d: torch.Tensor | None
-    steps: Steps
+    heads: Heads
     with_state: bool
 
     @property
@@ -72,63 +77,67 @@ class StateSpace:
 
     def cut(self, rows: slice) -> StateSpace:
         """Of *rows*."""
-        return replace(self, inputs=self.inputs[:, rows], raw=self.raw[:, rows], b=self.b[:, rows], c=self.c[:, rows])
+        inputs, raw, b, c = self.inputs[:, rows], self.raw[:, rows], self.b[:, rows], self.c[:, rows]
+        return StateSpace(inputs, raw, b, c, self.heads, self.with_state)
 
     def kept(self) -> StateSpace:
         """A copy."""
-        return StateSpace(
-            self.inputs.clone(),
-            self.raw.clone(),
-            self.b.clone(),
-            self.c.clone(),
-            self.a.clone(),
-            copied(self.d),
-            replace(self.steps, bias=copied(self.steps.bias)),
-            self.with_state,
-        )
+        inputs, raw, b, c = self.inputs.clone(), self.raw.clone(), self.b.clone(), self.c.clone()
+        return StateSpace(inputs, raw, b, c, self.heads.kept(), self.with_state)
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, rows, heads, head width)`` in fp32."""
-        outputs = []
+        state = torch.zeros_like(left) if state is None else state
+        output = torch.empty(self.inputs.shape, dtype=torch.float32, device=self.inputs.device)
         for rows in pieces(self.num_rows, CHUNK):
-            outputs.append(self.cut(rows)._piece(state, left))
+            self.cut(rows)._piece(state, left, output[0, rows])
             state = left
-        return torch.cat(outputs, 1)
+        return output
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, 1, heads, head width)`` in fp32."""
-        return self._piece(state, left)
-
-    def _piece(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
-        inputs, b, c = (_by_head(tensor) for tensor in (self.inputs, self.b, self.c))
-        steps = self.steps.made(self.raw)
-        reached = (steps * self.a.float()[:, None]).cumsum(1)
-        between = (reached[:, :, None] - reached[:, None, :]).tril().exp_().tril()
-        shared = len(inputs) // len(b)
-        scores = (c @ b.mT).repeat_interleave(shared, 0) * between
-        b, c = b.repeat_interleave(shared, 0), c.repeat_interleave(shared, 0)
-        weighed = inputs * steps[..., None]
-        output = scores @ weighed
-        if state is not None:
-            output = output + (c @ state.mT) * reached.exp()[..., None]
-        if self.d is not None:
-            output = output + inputs * self.d.float()[:, None, None]
-        added = (weighed * (reached[:, -1:] - reached).exp()[..., None]).mT @ b
-        if state is None:
-            left.copy_(added)
-        else:
-            torch.mul(state, reached[:, -1].exp()[:, None, None], out=left).add_(added)
-        return output.transpose(0, 1)[None]
+        state = torch.zeros_like(left) if state is None else state
+        inputs, b, c = self.inputs[0, 0].float(), by_head(self.b), by_head(self.c)
+        steps = self.heads.steps(self.raw)[0]
+        decay = (steps * self.heads.a).exp_()[:, None]
+        weighed = inputs * steps[:, None]
+        read = torch.bmm(_by_group(state, len(b)), c.mT).view(inputs.shape)
+        output = torch.addcmul(self._residual(inputs), read, decay)
+        output.view(len(b), -1).addcmul_(weighed.view(len(b), -1), (b * c).sum(-1))
+        torch.mul(state, decay[..., None], out=left)
+        _by_group(left, len(b)).baddbmm_(weighed.view(len(b), -1, 1), b)
+        return output[None, None]
 
     def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
         """``(1, rows, heads, head width)``, and no state if one was asked for."""
-        found = joined(outputs, rows, self.num_rows, self.inputs.float())
+        found = joined(outputs, rows, self.inputs.float())
         return (found, found.new_empty(0)) if self.with_state else found
 
+    def _piece(self, state: torch.Tensor, left: torch.Tensor, output: torch.Tensor) -> None:
+        """*output* ``(rows, heads, head width)`` of at most :data:`CHUNK` rows."""
+        rows, heads, width = output.shape
+        inputs, b, c = self.inputs[0].float(), by_head(self.b), by_head(self.c)
+        groups = len(b)
+        steps = self.heads.steps(self.raw)
+        reached = (steps * self.heads.a).cumsum(0)
+        scores = (c @ b.mT)[:, None] * between(reached.mT.contiguous()).view(groups, -1, rows, rows)
+        weighed = inputs * steps[..., None]
+        within = scores.view(heads, rows, rows) @ weighed.transpose(0, 1)
+        before = torch.bmm(c, _by_group(state, groups).mT).transpose(0, 1).reshape(rows, heads, width)
+        torch.addcmul(self._residual(inputs), before, reached.exp()[..., None], out=output).add_(within.transpose(0, 1))
+        end = reached[-1]
+        faded = (weighed * (end - reached).exp_()[..., None]).view(rows, groups, -1).permute(1, 2, 0)
+        torch.mul(state, end.exp()[:, None, None], out=left)
+        _by_group(left, groups).baddbmm_(faded, b)
 
-def _by_head(tensor: torch.Tensor) -> torch.Tensor:
-    """``(1, rows, heads, width)`` as ``(heads, rows, width)`` in fp32."""
-    return tensor[0].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    def _residual(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What goes from *inputs* ``(..., heads, head width)`` straight to the output."""
+        return torch.zeros_like(inputs) if self.heads.d is None else inputs * self.heads.d[:, None]
+
+
+def _by_group(state: torch.Tensor, groups: int) -> torch.Tensor:
+    """``(heads, head width, state width)`` as ``(groups, heads of one and their width, state width)``."""
+    return state.view(groups, -1, state.shape[2])
 
 
 def state_space(
@@ -146,5 +155,5 @@ def state_space(
     **kwargs: Any,
 ) -> StateSpace:
     """A call of ``mamba2_chunk_scan``."""
-    steps = Steps(dt_bias, dt_softplus, (dt_limit[0], dt_limit[1]))
-    return StateSpace(hidden_states, dt, B, C, A, D, steps, return_final_states)
+    heads = Heads(A, D, dt_bias, dt_softplus, (dt_limit[0], dt_limit[1]))
+    return StateSpace(hidden_states, dt, B, C, heads, return_final_states)

@@ -80,10 +80,15 @@ class Tier(Protocol):
         """The longest prefix of *keys* that is here."""
         ...
 
+    def any_of(self, keys: Sequence[Key]) -> list[PageFacts]:
+        """Those of *keys* that are here, in order, whatever is missing between them."""
+        ...
+
     def open(self, keys: Sequence[Key]) -> list[StoredRun]:
         """Runs that together are *keys*, or as many of them, from the first on, as are still here.
 
-        Only what ``contains`` has found or ``put`` has written is looked for; also after ``close``. Waits for nothing.
+        Only what ``contains`` or ``any_of`` has found or ``put`` has written is looked for; also after ``close``. Waits
+        for nothing.
         """
         ...
 

@@ -57,12 +57,14 @@ class LocalTier:
 
     def contains(self, keys: Sequence[Key]) -> list[PageFacts]:
         """The longest prefix of *keys* that is here."""
-        rows = self._index.find(self._number, keys) if self._is_there else []
-        self.opened.learn(keys, rows)
-        return [PageFacts(row.key, row.num_bytes, row.seconds) for row in rows]
+        return self._learn(keys, self._index.find(self._number, keys) if self._is_there else [])
+
+    def any_of(self, keys: Sequence[Key]) -> list[PageFacts]:
+        """Those of *keys* that are here."""
+        return self._learn(keys, self._index.any_of(self._number, keys) if self._is_there else [])
 
     def open(self, keys: Sequence[Key]) -> list[StoredRun]:
-        """Runs of *keys*, as far as :meth:`contains` found them or :meth:`put` wrote them, and they are still here."""
+        """Runs of *keys*, as far as they were found or written here, and are still there."""
         return self.opened.open(keys)
 
     def put(self, pages: NewPages) -> int:
@@ -146,6 +148,11 @@ class LocalTier:
         with contextlib.suppress(sqlite3.Error, OSError):
             self.tick()
         self.folder.close()
+
+    def _learn(self, keys: Sequence[Key], rows: Sequence[PageRow]) -> list[PageFacts]:
+        """Of *keys*, those of *rows* are here and may be opened."""
+        self.opened.learn(keys, rows)
+        return [PageFacts(row.key, row.num_bytes, row.seconds) for row in rows]
 
     def _withdraw(self, segment: int, name: str) -> None:
         """Nothing came of the reservation *segment*, nor of a file that is written already."""
