@@ -102,7 +102,7 @@ def make_sure_head(family: str, folder: Path) -> None:
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if any(part in name for part in (".o_proj", ".out_proj", ".down_proj")):
                 tensor.zero_()
             elif name.endswith("lm_head.weight"):  # it is sure of what comes next
                 tensor.mul_(10.0)

@@ -12,6 +12,7 @@ alone, and guesses the worse for it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.model.runner import SweepRunner
 from layerstream.scheduling.drafting.base import NOTHING, Guess, Guesses
 from layerstream.scheduling.drafting.mirrors import Mirror, Mirrors
+from layerstream.scheduling.drafting.pace import Pace
 from layerstream.scheduling.packing import PromptBlocks, SweepLimits
 
 NAME = "mtp"
@@ -84,6 +86,15 @@ class _Given:
     hidden: torch.Tensor
 
 
+@dataclass(slots=True)
+class _Computed:
+    """Rows of one sequence in a sweep, from that of token *start* on; of the head's guesses, how many were right."""
+
+    start: int
+    rows: list[int] = field(default_factory=list)
+    num_right: int = 0
+
+
 class MtpDrafter:
     """Guesses as the head of the model has it.
 
@@ -91,16 +102,16 @@ class MtpDrafter:
         runner: runs the head.
         mirrors: whom it follows.
         limits: of the head's sweeps.
-        cost: of one more guess for a sequence, in tokens of a sweep.
     """
 
     name = NAME
 
-    def __init__(self, runner: SweepRunner, mirrors: Mirrors, limits: SweepLimits, cost: float) -> None:
+    def __init__(self, runner: SweepRunner, mirrors: Mirrors, limits: SweepLimits) -> None:
         self._runner = runner
         self._mirrors = mirrors
         self._limits = limits
-        self._least = max(LEAST_PROBABILITY, cost)
+        self._pace = Pace()
+        self._prepared = time.perf_counter()
         self._seen: tuple[Sweep, torch.Tensor] | None = None
         self._ended: set[Sequence] = set()
         self._chains: dict[Sequence, _Chain] = {}
@@ -108,22 +119,27 @@ class MtpDrafter:
     def saw(self, sweep: Sweep, hidden: torch.Tensor) -> None:
         """*sweep* counts; *hidden* ``(rows, hidden)`` is what its rows came to behind the final norm."""
         self._seen, self._ended = (sweep, hidden), set()
+        self._pace.swept(time.perf_counter() - self._prepared)
 
     @torch.inference_mode()
     def prepare(self, sequences: Seq[Sequence]) -> None:
         """Follow what was computed, and guess for *sequences*."""
-        self._chains = {}
         given = self._take_seen()
-        for sequence in sequences:
-            if (mirror := self._mirrors.of(sequence)) is not None:
-                self._chains[sequence] = _Chain(sequence, mirror)
+        self._chains = {}
+        if self._pace.begins():
+            followed = ((sequence, self._mirrors.of(sequence)) for sequence in sequences)
+            self._chains = {sequence: _Chain(sequence, mirror) for sequence, mirror in followed if mirror is not None}
+        started = time.perf_counter()
         self._compute(given)
         self._chains = {sequence: chain for sequence, chain in self._chains.items() if chain.places}
-        for _ in range(MOST_GUESSES - 1):
-            if not (given := self._next()):
-                break
+        num_guesses = 1
+        while num_guesses < MOST_GUESSES and (given := self._next()):
             self._compute(given)
+            num_guesses += 1
         self._mirrors.take_back()
+        self._prepared = time.perf_counter()
+        if self._chains:
+            self._pace.guessed(num_guesses, self._prepared - started)
 
     def begin(self, sequence: Sequence) -> _Place | None:
         """The first place of the chain that :meth:`prepare` made."""
@@ -153,20 +169,24 @@ class MtpDrafter:
         if self._seen is None:
             return []
         (sweep, hidden), self._seen = self._seen, None
+        computed = _computed(sweep)
+        if self._chains:
+            self._pace.gained(sum(of.num_right for of in computed.values()), len(self._chains))
         given = []
-        for sequence, (start, rows) in _known_rows(sweep).items():
+        for sequence, of in computed.items():
             if sequence in self._ended or not _is_worth(sequence):
                 continue
-            span = self._mirrors.follow(sequence, start, start + len(rows))
+            span = self._mirrors.follow(sequence, of.start, of.start + len(of.rows))
             if span is not None:
-                given.append(_Given(span, hidden[rows[: len(span)]]))
+                given.append(_Given(span, hidden[of.rows[: len(span)]]))
         return given
 
     def _next(self) -> list[_Given]:
         """One guess more for every chain that is worth it."""
         given = []
+        least = max(LEAST_PROBABILITY, self._pace.cost)
         for chain in self._chains.values():
-            if not chain.is_worth_more(self._least):
+            if not chain.is_worth_more(least):
                 continue
             span = self._mirrors.guess(chain.mirror, chain.path[-1])
             if span is not None:
@@ -197,20 +217,20 @@ def _is_worth(sequence: Sequence) -> bool:
     return sequence.group is None and sequence.max_num_tokens - sequence.num_tokens > 1
 
 
-def _known_rows(sweep: Sweep) -> dict[Sequence, tuple[int, list[int]]]:
-    """For each sequence of *sweep*, the first token that it computed, and the rows of it and of those behind it: known
-    ones, then guesses that were right."""
-    found: dict[Sequence, tuple[int, list[int]]] = {}
+def _computed(sweep: Sweep) -> dict[Sequence, _Computed]:
+    """What *sweep* computed of each of its sequences, guesses that were right behind what was known."""
+    found: dict[Sequence, _Computed] = {}
     nodes: dict[tuple[Sequence, int], int] = {}
     for row, span in sweep.spans():
         if span.node != ROOT:
             nodes[span.sequence, span.node] = row
         else:
-            found.setdefault(span.sequence, (span.start, []))[1].extend(range(row, row + len(span)))
+            found.setdefault(span.sequence, _Computed(span.start)).rows.extend(range(row, row + len(span)))
     for sequence, tree in sweep.drafts.items():
-        start, rows = found[sequence]
-        right = tree.along(sequence.token_ids[start + len(rows) : sequence.num_computed])
-        rows.extend(nodes[sequence, node] for node in right)
+        of = found[sequence]
+        right = tree.along(sequence.token_ids[of.start + len(of.rows) : sequence.num_computed])
+        of.rows.extend(nodes[sequence, node] for node in right)
+        of.num_right = sum(tree.sources[node] == NAME for node in right)
     return found
 
 

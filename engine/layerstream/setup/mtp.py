@@ -40,4 +40,4 @@ def make_mtp(ground: Groundwork, runner: SweepRunner, weights: ModelWeights, clo
     if own_weights.streamer is not None:
         own_weights.streamer.read_ahead()
     mirrors = Mirrors(PagePool(plan.num_pages, plan.page_tokens))
-    return MtpDrafter(own_runner, mirrors, sweep_limits(own), head.num_values / ground.skeleton.num_values)
+    return MtpDrafter(own_runner, mirrors, sweep_limits(own))
