@@ -72,7 +72,7 @@ def with_mtp(skeleton: Skeleton, folder: Path, *, trust_remote_code: bool = Fals
     if folder.suffix == ".gguf":
         return skeleton
     checkpoint = open_folder(folder)
-    renamed = head_names([*checkpoint.tensors, *checkpoint.packed], skeleton.config.num_hidden_layers)
+    renamed = head_names([*checkpoint.tensors, *checkpoint.packed], getattr(skeleton.config, "num_hidden_layers", 0))
     if not renamed:
         return skeleton
     try:

@@ -36,7 +36,7 @@ from layerstream.model.recurrence import Recurrence, mixing
 from layerstream.model.skeleton import Skeleton
 from layerstream.store.loader import PageLoader
 
-_NOTHING: Mapping[str, Any] = {}
+_NOTHING: Mapping[str, torch.Tensor] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class SweepRunner:
         self._stubs = _Stubs(skeleton.anatomy)
         self._room = _LogitRoom()
 
-    def run(self, sweep: Sweep, given: Mapping[str, Any] = _NOTHING) -> torch.Tensor:
+    def run(self, sweep: Sweep, given: Mapping[str, torch.Tensor] = _NOTHING) -> torch.Tensor:
         """Logits ``(len(sweep.sampled_rows), vocabulary)`` of the sampled rows, valid until the next run; new KV rows
         are in the pages, those of guesses wait for :meth:`accept`.
 
@@ -112,7 +112,7 @@ class SweepRunner:
         a sequence's ``num_computed`` are written again.
 
         Args:
-            given: what the decoder is given beside embeddings.
+            given: tensors in host memory that the decoder is given beside embeddings.
 
         Raises:
             PagesLost: a stored page is damaged or gone. ReadError, EngineClosed: weights could not be read.
@@ -134,8 +134,8 @@ class SweepRunner:
                     self._drafted = context.drafted
                     if streamer is not None:
                         streamer.begin(with_tail=bool(sweep.sampled))
-                    hidden = self._decode(**self._inputs(sweep), **given).last_hidden_state
-                    self._hidden = hidden[0] if self.keeps_hidden else None
+                    hidden = self._decode(**self._inputs(sweep, given)).last_hidden_state
+                    self._hidden = hidden[0].cpu() if self.keeps_hidden else None
                     logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
                     for part in (*computing, *bringing):
                         part.end()
@@ -146,7 +146,8 @@ class SweepRunner:
                 raise
 
     def take_hidden(self) -> torch.Tensor:
-        """``(rows, hidden)``: what came out of the final norm in the last sweep; once, where they are kept."""
+        """``(rows, hidden)`` in host memory: what came out of the final norm in the last sweep; once, where it is
+        kept."""
         hidden, self._hidden = self._hidden, None
         assert hidden is not None, "nobody asked for them, or they were taken"
         return hidden
@@ -184,7 +185,7 @@ class SweepRunner:
         self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, context.spans, wait)
         return mixing(self._recurrence)
 
-    def _inputs(self, sweep: Sweep) -> dict[str, Any]:
+    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         token_ids: list[int] = []
         rows: list[int] = []
         positions = torch.zeros((1, sweep.num_rows), dtype=torch.long)
@@ -197,6 +198,7 @@ class SweepRunner:
             "position_ids": positions.to(self._torch_device),
             "past_key_values": self._cache,
             "use_cache": True,
+            **{name: tensor.to(self._torch_device) for name, tensor in given.items()},
         }
         if self._layer_embedding is not None:
             table = self._layer_embedding

@@ -2,7 +2,8 @@
 
 The head is a model of one layer with KV of its own, and it shares the model's output projection where that stays in
 memory. What it takes comes out of the model's budget, so a plan with it is made only where it does not cost more than
-it may bring: a model that stays in memory without it stays there, and none is refused because of it.
+it may bring: a model that stays in memory without it stays there, and none is refused because of it. The hidden states
+that it is given lie where the model's activations were: it computes between two sweeps.
 """
 
 from __future__ import annotations

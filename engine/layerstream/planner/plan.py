@@ -217,13 +217,11 @@ class Plan:
                 yield from part._own_rows()
         else:
             note = _too_much(self.free_bytes) or "of the device" * (host is not None)
-            yield "memory" if host else "budget", self.budget_bytes, note
+            beside = 0 if self.mtp is None else self.mtp.planned_bytes
+            yield "memory" if host else "budget", self.budget_bytes + beside, note
             yield from self._own_rows()
         if host is not None:
             yield from self._host_rows(host)
-        if self.mtp is not None:
-            note = f"beside it, streams {format_size(self.mtp.streamed_bytes)} a guess" if self.mtp.streams else ""
-            yield "prediction head", self.mtp.planned_bytes, note or "beside it; drafts"
         bits = f"{self.bits_per_weight:.3g} bits each, without the embedding"
         yield "weights on disk", self.facts.stored_bytes, bits
         if host is not None:
@@ -252,6 +250,9 @@ class Plan:
             yield "states", self.state_bytes, f"{self.num_slots} slots of {each}, two for each answer"
         rows = f"{self.max_sweep_tokens} tokens, {self.max_sequences} answers, {self.max_draft_rows} guesses in a sweep"
         yield "activations", self.activation_bytes, rows
+        if self.mtp is not None:
+            streams = f", streams {format_size(self.mtp.streamed_bytes)} for a guess" if self.mtp.streams else ""
+            yield "prediction head", self.mtp.planned_bytes, f"with its KV, for guesses{streams}"
         yield "left over", self.budget_bytes - self.planned_bytes, ""
 
     def _host_rows(self, host: HostPlan) -> Iterator[tuple[str, int, str]]:
