@@ -151,13 +151,15 @@ def _expert_stats(parts: Assembly) -> ExpertStats | None:
 def _kv_stats(store: PrefixStore | None, counters: LoopCounters) -> KVStats:
     if store is None:
         return KVStats(hits=counters.prefix_hits, reused_tokens=counters.reused_tokens)
-    counted = dataclasses.asdict(store.counters)
+    counted, snapshots = dataclasses.asdict(store.counters), store.state_loader.counters
     return KVStats(
         state=store.state,
         reason=store.reason,
         hits=counters.prefix_hits,
         reused_tokens=counters.reused_tokens,
-        loaded_bytes=store.loader.counters.num_bytes,
+        loaded_bytes=store.loader.counters.num_bytes + snapshots.num_bytes,
+        loaded_snapshots=snapshots.pages,
+        loaded_snapshot_bytes=snapshots.num_bytes,
         recomputed_tokens=counted.pop("declined_tokens"),
         **counted,
     )

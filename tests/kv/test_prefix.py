@@ -281,7 +281,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2-moe", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2-moe", "deepseek-v3", "qwen3_5_text", "nemotron_h"])
 def test_warm_is_bitwise_cold(family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     if mode == "cut" and family == "deepseek-v3":
         pytest.skip("attention must fit the ring as a whole where only one sequence is in a row block")
@@ -305,8 +305,11 @@ def test_warm_is_bitwise_cold(family: str, mode: str, dtype: str, tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(cold, one_after_the_other, strict=True)), "reuse afterwards"
 
 
-def test_completions_say_how_many_tokens_were_there_already(tmp_path: Path, tokenizer_folder: Path) -> None:
-    make_model("llama", tmp_path)
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+def test_completions_say_how_many_tokens_were_there_already(
+    family: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
     context = draw_prompt(300)
     params = SamplingParams(max_tokens=2, ignore_eos=True)

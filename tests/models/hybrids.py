@@ -66,7 +66,7 @@ HYBRIDS = {
     "lfm2_moe": text("lfm2_moe", **_CONV, **MOE, num_dense_layers=1),
     "lfm3": text("lfm3", num_hidden_layers=4, layer_types=["conv", FULL, "conv", LOCAL], sliding_window=WINDOW),
     "mamba": text("mamba", state_size=8, time_step_rank=4),
-    "mamba2": text("mamba2", **{"head_dim": 32}, state_size=8, num_heads=4, n_groups=2, chunk_size=64),
+    "mamba2": text("mamba2", head_dim=32, state_size=8, num_heads=4, n_groups=2, chunk_size=64),
     "nemotron_h": text(
         "nemotron_h", num_hidden_layers=5, hybrid_override_pattern="M*-ME", mamba_num_heads=4, mamba_head_dim=32,
         ssm_state_size=8, n_groups=2, chunk_size=64, n_routed_experts=6, num_experts_per_tok=2,

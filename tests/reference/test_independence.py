@@ -18,7 +18,8 @@ from tests.models import make_model
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["resident", "layers", "device-host"])
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3n-text", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3"]
+    "family",
+    ["llama", "gemma2", "gemma3n-text", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3", "qwen3_5_text", "falcon_h1"],
 )
 def test_alone_equals_among_others(family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     make_model(family, tmp_path)
@@ -65,14 +66,15 @@ def test_equal_requests_get_equal_bits_in_every_place_of_a_block(tmp_path: Path,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
 def test_suspended_and_resumed(
-    dtype: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where memory for KV runs out, the last one admitted waits on disk; its bits are those of one that never did."""
     for name in ("MIN_KV_TOKENS", "WANTED_KV_TOKENS"):
         monkeypatch.setattr(on_host, name, 256)
     monkeypatch.setattr(on_host, "MORE_KV_SHARE", 0.0)
-    make_model("llama", tmp_path)
+    make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
     config = replace(config_for(tmp_path, "layers", dtype), max_context=250)
     prompts = [draw_prompt(length, seed) for seed in (1, 2) for length in (70, 40, 90, 50)]

@@ -224,7 +224,12 @@ def test_what_fits_stays_in_memory() -> None:
 
 
 @pytest.fixture
-def model(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def family() -> str:
+    return "llama"
+
+
+@pytest.fixture
+def model(family: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shrink_units(monkeypatch)
     monkeypatch.setattr(assumed, "PROMPT_ROWS", 32)
     monkeypatch.setattr(on_host, "DRAFT_SHARE", 0.0)
@@ -234,7 +239,7 @@ def model(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(on_host, "MORE_KV_SHARE", 0.0)
     monkeypatch.setattr(on_host, "TRANSIT_SHARE", 0.9)
     folder = tmp_path / "model"
-    make_model("llama", folder)
+    make_model(family, folder)
     add_tokenizer(folder, tokenizer_folder)
     return folder
 
@@ -260,7 +265,9 @@ def run(wanted: EngineConfig, *prompts: list[int]) -> tuple[list[torch.Tensor], 
         parts.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("qwen3_5_text", "float32")]
+)
 def test_a_prompt_larger_than_the_memory_for_it(model: Path, store: KVStoreConfig, dtype: str, tmp_path: Path) -> None:
     wanted = config(model, store, dtype)
     parts = assemble(wanted, None)

@@ -13,13 +13,16 @@ import signal
 import sys
 from pathlib import Path
 
+from layerstream.kv.prefix import snapshot_key
 from layerstream.store import segment
 from layerstream.store.index import Index
 
 from tests.store.pages import SHAPES, chain, expected, new_pages, open_tier, read_back
+from tests.store.snapshots import expected_state, new_snapshot
 
 BEFORE = chain("kept", 1)
 KEYS = chain("kept", 1, 2, 3)
+STATES = snapshot_key(KEYS[3])
 
 
 class Killer:
@@ -57,6 +60,8 @@ def write_and_die(folder: Path, fatal: int) -> bool:
         for name in ("reserve", "add_segment"):
             killer.watch(Index, name)
         tier.put(new_pages(KEYS[2:], KEYS[1]))
+        segment._BLOCK_BYTES = 2**20
+        tier.put(new_snapshot(KEYS[3]))
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     return os.WIFSIGNALED(status)
@@ -72,12 +77,18 @@ def inspect(folder: Path) -> None:
     assert len(found) == have * len(SHAPES)
     for (key, layer), data in found.items():
         assert data == expected(key, layer)
+    states = read_back(tier, [STATES])
+    assert states in ({}, expected_state(KEYS[3]))
+    assert have == len(KEYS) or not states, "a snapshot without its page"
     written = tier.put(new_pages(KEYS[2:], KEYS[1]))
     assert bool(written) == (have < len(KEYS))
     assert len(tier.contains(KEYS)) == len(KEYS)
+    assert bool(tier.put(new_snapshot(KEYS[3]))) == (not states)
+    assert len(tier.any_of([STATES])) == 1
     assert not list(folder.glob("*/*.tmp")), "temporary files are swept away"
     tier.folder.forget(tier.namespace, 1, KEYS[2])  # as it was, for the next round
     assert len(tier.contains(KEYS)) == len(BEFORE)
+    assert not tier.any_of([STATES])
     tier.folder.close()
 
 

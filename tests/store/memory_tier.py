@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from layerstream.kv.prefix import Published
 from layerstream.kv.recurrent import RecurrentLayer
@@ -22,6 +22,7 @@ class MemoryTier:
     def __init__(self) -> None:
         self.keys: set[bytes] = set()
         self.claimed: set[bytes] = set()
+        self.announced_elsewhere: set[bytes] = set()
         self.pinned: set[bytes] = set()
         self.answers: list[RememberedAnswer] = []
         self.errors: dict[str, Exception] = {}
@@ -54,6 +55,7 @@ class MemoryTier:
         if self.is_full:
             return 0
         self.keys.update(pages.keys)
+        self.claimed.difference_update(pages.keys)
         return pages.num_bytes or 1
 
     def room(self) -> tuple[int, int]:
@@ -72,6 +74,14 @@ class MemoryTier:
         self._enter("claim")
         self.claimed.update(keys)
         return True
+
+    def announce(self, keys: Sequence[bytes]) -> None:
+        self._enter("announce")
+        self.claimed.update(keys)
+
+    def is_announced(self, keys: Collection[bytes]) -> bool:
+        self._enter("is_announced")
+        return not self.announced_elsewhere.isdisjoint(keys)
 
     def unclaim(self, keys: Sequence[bytes]) -> None:
         self._enter("unclaim")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layerstream.core.sweep import PageLoad
 from layerstream.hardware.reader import DirectReader
 from layerstream.kv.prefix import Published, PublishedState, snapshot_key
 from layerstream.kv.recurrent import RecurrentLayer
@@ -15,12 +16,16 @@ from layerstream.kv.shape import StatePart, StateShape
 from layerstream.kv.state import LayerState, PageMemory
 from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS
+from layerstream.store.loader import PageLoader
+from layerstream.store.segment import SNAPSHOT_TOKENS, padded
 from layerstream.store.store import PrefixStore
+from layerstream.store.tiers.base import NewPages
 from layerstream.store.tiers.folder import Bounds, StoreFolder
 from layerstream.store.tiers.local import LocalTier
 
 from tests.store.pages import PAGE_TOKENS, ROOMY, SHAPES, contents
 
+RATES = Rates(1e9, 1.0, 96)
 NUM_PAGES = 16
 NUM_SLOTS = 8
 STATES = (
@@ -70,12 +75,14 @@ def state_after(key: bytes, layer: int, num_bytes: int) -> torch.Tensor:
 
 
 @contextmanager
-def opened(path: Path, memory: Memory, bounds: Bounds = ROOMY, **options: Any) -> Iterator[PrefixStore]:
+def opened(
+    path: Path, memory: Memory, bounds: Bounds = ROOMY, rates: Rates = RATES, **options: Any
+) -> Iterator[PrefixStore]:
     """A store of *memory* in the folder *path*."""
     reader = DirectReader(2)
     tier = LocalTier(StoreFolder(path), "a" * 40, {"model": "test"}, bounds, reader)
     store = PrefixStore(
-        memory.layers, PAGE_TOKENS, CODECS["none"], lambda: Rates(1e9, 1.0, 96), tier=tier,
+        memory.layers, PAGE_TOKENS, CODECS["none"], lambda: rates, tier=tier,
         open_tier=lambda is_stopped: tier, is_current=lambda: True, recurrent=memory.recurrent,
         **{"load": "always", **options},
     )  # fmt: skip
@@ -97,19 +104,45 @@ def publish(store: PrefixStore, memory: Memory, keys: Sequence[bytes], boundarie
     store.flush()
 
 
-def load(store: PrefixStore, keys: Sequence[bytes], pages: Sequence[int], boundary: int, slot: int) -> None:
-    """Bring *pages*, numbers of *keys* and of frames, and the snapshot after *boundary* pages to *slot*."""
-    from layerstream.core.sweep import PageLoad
+def load_pages(store: PrefixStore, keys: Sequence[bytes], pages: Sequence[int]) -> None:
+    """Bring *pages*, which number both *keys* and frames."""
+    bring(store.loader, [PageLoad(keys[page], page) for page in pages])
 
-    loads = [PageLoad(keys[page], page) for page in pages]
-    states = [PageLoad(snapshot_key(keys[boundary - 1]), slot)]
-    for loader, wanted, layers in (
-        (store.loader, loads, store.loader._layers),
-        (store.state_loader, states, store.state_loader._layers),
-    ):
-        try:
-            loader.begin(wanted)
-            for layer in range(len(layers)):
-                loader.wait(layer)
-        finally:
-            loader.abort()
+
+def load_state(store: PrefixStore, key: bytes, slot: int) -> None:
+    """Bring the states after page *key* to *slot*."""
+    bring(store.state_loader, [PageLoad(snapshot_key(key), slot)])
+
+
+def bring(loader: PageLoader, loads: Sequence[PageLoad]) -> None:
+    """As a sweep does."""
+    try:
+        loader.begin(loads)
+        for layer in range(len(loader._layers)):
+            loader.wait(layer)
+    finally:
+        loader.abort()
+
+
+def new_snapshot(key: bytes, seconds: float = 1.0) -> NewPages:
+    """The states after page *key*, for a tier."""
+    nothing = torch.empty((1, 1, 0), dtype=torch.uint8)
+    shapes = tuple(shape.page for shape in STATES)
+    return NewPages(
+        keys=(snapshot_key(key),),
+        parent=key,
+        page_tokens=SNAPSHOT_TOKENS,
+        codec="none",
+        shapes=shapes,
+        encode_layer=lambda layer: [CODECS["none"].encode(state_after(key, layer, shapes[layer].key_width), nothing)],
+        num_bytes=sum(padded(shape.key_width) for shape in shapes),
+        seconds=seconds,
+    )
+
+
+def expected_state(key: bytes) -> dict[tuple[bytes, int], bytes]:
+    """What :func:`tests.store.pages.read_back` is to give of the states after page *key*."""
+    return {
+        (snapshot_key(key), layer): state_after(key, layer, shape.num_bytes).numpy().tobytes()
+        for layer, shape in enumerate(STATES)
+    }

@@ -6,18 +6,21 @@ import io
 import os
 import stat
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from layerstream.errors import KVStoreUnusable, StorageFull
 from layerstream.hardware.reader import DirectReader
+from layerstream.kv.prefix import snapshot_key
 from layerstream.store import archive, maintenance
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.tiers.folder import Bounds, StoreFolder
 from layerstream.store.tiers.local import LocalTier
 
-from tests.store.pages import ROOMY, chain, new_pages
+from tests.store.pages import ROOMY, chain, new_pages, read_back
+from tests.store.snapshots import expected_state, new_snapshot
 
 NAME = "a" * 40
 ABOUT: dict[str, Any] = {"model": "test", "fingerprint": {"layout": {"page_tokens": 4}, "weights": ["x"]}}
@@ -64,6 +67,25 @@ def test_pins_and_answers_come_along(tar: Path, tmp_path: Path) -> None:
     assert [row.pinned for row in tier.folder.index.segments()].count(1) == 1
     assert tier.recall([b"", CHAINS[3][1]]) == [[4, 5, 6], [1, 2, 3]]
     assert all(len(tier.contains(keys)) == 2 for keys in CHAINS)
+    tier.close()
+
+
+def test_snapshots_come_along(tmp_path: Path) -> None:
+    """Those of pages, and those that continue nothing, as where all layers are recurrent."""
+    (page,), (other,) = chain("page"), chain("other")
+    tier = open_tier(tmp_path / "from")
+    tier.put(new_pages([page]))
+    tier.put(new_snapshot(page))
+    tier.put(replace(new_snapshot(other), parent=b"", pinned=True))
+    (summary,) = maintenance.summarise(tier.folder)
+    assert (summary.pages, summary.snapshots, summary.tokens) == (1, 2, 4)
+    assert maintenance.export(tier.folder, summary, tmp_path / "out.tar") == 3
+    tier.close()
+    assert take_over(tmp_path / "to", tmp_path / "out.tar") == maintenance.Imported(3, 0, 0, 0)
+    tier = open_tier(tmp_path / "to")
+    for key in (page, other):
+        assert read_back(tier, [snapshot_key(key)]) == expected_state(key)
+    assert [(row.is_snapshot, row.pinned) for row in tier.folder.index.segments()].count((1, 1)) == 1
     tier.close()
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layerstream.kv.prefix import snapshot_key
 from layerstream.store.eviction import Candidate, choose_victims
 from layerstream.store.tiers.folder import Bounds
+from layerstream.store.tiers.local import FOOTER_ALLOWANCE
 
 from tests.store.pages import chain, expected, new_pages, open_tier, read_back
+from tests.store.snapshots import new_snapshot
 
 
 @st.composite
@@ -88,3 +91,28 @@ def test_a_folder_keeps_to_its_bound_and_holds_no_orphans(rng: random.Random) ->
             for (key, layer), data in read_back(tier, keys).items():
                 assert data == expected(key, layer)
         tier.folder.close()
+
+
+def test_a_snapshot_goes_before_its_page_whatever_it_cost(tmp_path: Path) -> None:
+    size = open_tier(tmp_path / "a").put(new_pages(chain(0)))
+    tier = open_tier(tmp_path / "b", bounds=Bounds(2 * size + FOOTER_ALLOWANCE, 0))
+    (page,), snapshot = chain(0), snapshot_key(chain(0)[0])
+    assert tier.put(new_pages([page], seconds=1e-6))
+    assert tier.put(new_snapshot(page, seconds=1e6))
+    assert tier.put(new_pages(chain(1)))
+    assert [facts.key for facts in tier.any_of([page, snapshot])] == [page]
+    assert tier.put(new_pages(chain(2)))
+    assert not tier.any_of([page, snapshot]), "it cost least"
+    tier.close()
+
+
+def test_what_is_continued_does_not_make_room_for_it(tmp_path: Path) -> None:
+    size = open_tier(tmp_path / "a").put(new_pages(chain(0)))
+    tier = open_tier(tmp_path / "b", bounds=Bounds(size + FOOTER_ALLOWANCE, 0))
+    keys = chain(0, 1)
+    assert tier.put(new_pages(keys[:1]))
+    assert not tier.put(new_snapshot(keys[0]))
+    assert not tier.put(new_pages(keys[1:], keys[0]))
+    assert len(tier.contains(keys)) == 1
+    assert tier.put(new_pages(chain(1))), "for others it does"
+    tier.close()

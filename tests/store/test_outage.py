@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layerstream.kv.prefix import Stored
+from layerstream.kv.prefix import PublishedState, Stored
+from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.store import connection
 from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS
@@ -21,9 +22,13 @@ from layerstream.store.store import PrefixStore
 
 from tests.store.memory_tier import MemoryTier, a_layer, batch, open_store
 from tests.store.pages import chain
+from tests.store.snapshots import STATES
 
 KEYS = chain(*range(4))
-METHODS = ["contains", "open", "put", "room", "pin", "drop", "claim", "unclaim", "remember", "recall", "tick", "close"]
+METHODS = [
+    "contains", "any_of", "open", "put", "room", "pin", "drop", "claim", "announce", "is_announced", "unclaim",
+    "remember", "recall", "tick", "close",
+]  # fmt: skip
 ERRORS = [
     OSError(28, "No space left on device"),
     PermissionError(13, "Permission denied"),
@@ -45,6 +50,7 @@ def use(store: PrefixStore, choice: int) -> None:
     actions = (
         lambda: store.take(KEYS, 0),
         lambda: store.take(chain("x", choice), 1),
+        lambda: store.take(chain("y", choice), 2, 1),
         lambda: store.abandon(KEYS),
         lambda: store.lose(KEYS[0]),
         lambda: store.pin(KEYS),
@@ -71,21 +77,25 @@ def eventually(holds: object, seconds: float = 20.0) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 15), st.sampled_from(METHODS), st.sampled_from(ERRORS)), max_size=12))
-def test_whatever_fails_whenever_nothing_is_raised_and_every_frame_comes_back(
+@given(st.lists(st.tuples(st.integers(0, 17), st.sampled_from(METHODS), st.sampled_from(ERRORS)), max_size=12))
+def test_whatever_fails_whenever_nothing_is_raised_and_every_frame_and_slot_comes_back(
     steps: list[tuple[int, str, Exception]],
 ) -> None:
     tier = MemoryTier()
-    store = open_store(tier)
-    published, returned = 0, []
+    store = open_store(tier, [RecurrentLayer(STATES[0], 1)])
+    published, returned, slots = 0, [], []
     for choice, method, error in steps:
         tier.errors = {method: error} if choice % 3 else {}
         use(store, choice)
         store.publish(batch(chain(published), published, is_spilled=bool(choice % 2)), 0.1)
+        store.publish_state(PublishedState(chain(published)[0], published, 4), 0.1)
         published += 1
         if choice % 5 == 0:
             returned += store.give_back()
+        if choice % 7 == 0:
+            slots += store.give_back_slots()
         returned += store.collect()
+        slots += store.collect_slots()
     assert store._writer._thread.is_alive()
     tier.errors = {}
     eventually(lambda: store.state == "ready")
@@ -96,6 +106,7 @@ def test_whatever_fails_whenever_nothing_is_raised_and_every_frame_comes_back(
     store.close()
     store.close()
     assert sorted(returned + store.collect()) == list(range(published + 4)), "each exactly once"
+    assert sorted(slots + store.collect_slots()) == list(range(published)), "each exactly once"
     assert not store._writer._thread.is_alive()
     assert not store._connection._thread.is_alive()
 

@@ -10,26 +10,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from layerstream.kv.prefix import snapshot_key
 from layerstream.store import maintenance
 from layerstream.store.answers import Answers, RememberedAnswer
 from layerstream.store.database import IndexReplaced
 from layerstream.store.index import Index
-from layerstream.store.migrations import STEPS
 from layerstream.store.tiers.folder import Access, Bounds, StoreFolder, StoreUnavailable
 
 from tests.store.pages import chain, expected, new_pages, open_tier, read_back
+from tests.store.snapshots import expected_state, new_snapshot
 
 CHAINS = [chain("a", number) for number in range(4)]
 OTHER = "b" * 40
 
 
 def fill(path: Path) -> None:
-    """Two tenants, each with five segments of one page, of which four continue the first; a pin, an answer."""
+    """Two tenants, each with five segments of one page, of which four continue the first, and a snapshot; a pin, an
+    answer."""
     for namespace in ("a" * 40, OTHER):
         tier = open_tier(path, namespace)
         tier.put(new_pages(CHAINS[0][:1]))
         for keys in CHAINS:
             tier.put(new_pages(keys[1:], keys[0]))
+        tier.put(new_snapshot(CHAINS[2][1]))
         tier.pin(CHAINS[1])
         tier.remember(RememberedAnswer(b"", (1, 2), (3,)))
         tier.close()
@@ -87,7 +90,11 @@ def test_everything_is_found_again(damage: str, tmp_path: Path) -> None:
     for keys in CHAINS:
         assert len(tier.contains(keys)) == 2
         assert all(data == expected(key, layer) for (key, layer), data in read_back(tier, keys).items())
-    assert len(tier.folder.index.segments()) == 10
+    assert read_back(tier, [snapshot_key(CHAINS[2][1])]) == expected_state(CHAINS[2][1])
+    assert len(tier.folder.index.segments()) == 12
+    for summary in maintenance.summarise(tier.folder):
+        assert (summary.pages, summary.snapshots) == (5, 1)
+        assert 2 * summary.snapshot_bytes < summary.num_bytes
     tier.close()
 
 
@@ -128,7 +135,7 @@ def test_what_is_not_a_segment_goes(tmp_path: Path) -> None:
     for namespace in ("a" * 40, OTHER):
         (path / namespace / "strange.kv").write_bytes(whole.read_bytes()[:-8])
     StoreFolder(path).close()
-    assert len([*path.rglob("*.kv")]) == 10
+    assert len([*path.rglob("*.kv")]) == 12
 
 
 def test_all_is_its_owners_alone(tmp_path: Path) -> None:
@@ -203,13 +210,16 @@ def test_ids_are_counted_on(tmp_path: Path) -> None:
     assert len(set(seen)) == 10
 
 
-def test_an_index_of_the_version_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_index_of_a_version_before(version: int, tmp_path: Path) -> None:
     path = tmp_path / "kv"
     fill(path)
     connection = sqlite3.connect(path / "index.sqlite")
-    connection.execute("DROP TABLE numbers")
-    connection.execute("ALTER TABLE answers DROP COLUMN tenant")
-    connection.execute(f"PRAGMA user_version = {len(STEPS) - 1}")
+    connection.execute("ALTER TABLE segments DROP COLUMN is_snapshot")
+    if version < 3:
+        connection.execute("DROP TABLE numbers")
+        connection.execute("ALTER TABLE answers DROP COLUMN tenant")
+    connection.execute(f"PRAGMA user_version = {version}")
     connection.commit()
     connection.close()
     tier = open_tier(path)

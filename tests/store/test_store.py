@@ -13,12 +13,14 @@ import pytest
 import torch
 from layerstream import KVStoreConfig, KVStoreUnusable, LayerStream, SamplingParams
 from layerstream.core.sizes import PAGE
+from layerstream.kv.prefix import page_keys, snapshot_key
 from layerstream.planner import on_host
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.stepping import step_greedily
 from layerstream.store.choice import Rates
 from layerstream.store.migrations import STEPS
+from layerstream.store.segment import read_info
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model
@@ -70,7 +72,7 @@ def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["resident", "layers", "cut"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "qwen2-moe", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "qwen2-moe", "deepseek-v3", "qwen3_5_text"])
 def test_restarted_is_bitwise_cold(
     family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path, store: KVStoreConfig
 ) -> None:
@@ -91,6 +93,30 @@ def test_restarted_is_bitwise_cold(
         assert equal(third.ask(*QUESTIONS), cold), "several at once"
         assert third.parts.store is not None
         assert third.parts.store.counters.lost_pages == 0
+
+
+@pytest.mark.parametrize(("family", "mode"), [("qwen3_next", "layers"), ("mamba2", "resident")])
+def test_states_come_back_or_are_computed_again(
+    family: str, mode: str, tmp_path: Path, tokenizer_folder: Path, store: KVStoreConfig
+) -> None:
+    folder = tmp_path / "model"
+    make_model(family, folder)
+    add_tokenizer(folder, tokenizer_folder)
+    with Session(config(folder, store, mode)) as first:
+        cold = first.ask(QUESTIONS[0])
+        assert first.parts.store is not None
+        assert first.parts.store.counters.written_snapshots
+    for num_lost in (0, 1):
+        with Session(config(folder, store, mode)) as again:
+            assert equal(again.ask(QUESTIONS[0]), cold)
+            assert again.parts.store is not None
+            counted = again.parts.store.counters
+            assert num_lost or counted.loaded_tokens == 160
+            assert counted.lost_pages == counted.written_snapshots == num_lost
+        (after_all,) = page_keys(QUESTIONS[0], CHUNK)[-1:]
+        for path in store.path.rglob("*.kv"):
+            if read_info(path).keys == (snapshot_key(after_all),):
+                path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
 
 
 def test_a_page_is_stored_only_as_prefill_made_it(model: Path, store: KVStoreConfig) -> None:

@@ -38,16 +38,8 @@ def list_(store: Store = None) -> None:
         if folder.has_files_only:
             typer.echo("the index cannot be opened: this is what the files say, without pins and answers", err=True)
         summaries = summarise(folder)
-        table = Table(box=None, pad_edge=False)
-        for name in ("id", "model", "tokens", "size", "pinned", "answers", "hits", "last used"):
-            table.add_column(name, justify="left" if name in ("id", "model") else "right", overflow="fold")
-        for summary in summaries:
-            table.add_row(
-                summary.name[:SHORT], _model(summary), f"{summary.tokens:,}", format_size(summary.num_bytes),
-                format_size(summary.pinned_bytes), str(summary.answers), str(summary.hits), _ago(summary.last_used),
-            )  # fmt: skip
         if summaries:
-            Console().print(table)
+            Console().print(_table(summaries))
         bound = KVStoreConfig(store).bound(folder.total_bytes())
         typer.echo(f"{folder.path}: {format_size(folder.total_bytes())} of at most {format_size(bound)}")
 
@@ -228,6 +220,31 @@ def _opened(
         raise StoreUnavailable(f"{path}: {explain(error)}") from error
     finally:
         folder.close()
+
+
+def _table(summaries: list[NamespaceSummary]) -> Table:
+    """A row for each; of snapshots only where there are some."""
+    rows = [
+        {
+            "id": summary.name[:SHORT],
+            "model": _model(summary),
+            "tokens": f"{summary.tokens:,}",
+            "snapshots": f"{summary.snapshots:,}, {format_size(summary.snapshot_bytes)}",
+            "size": format_size(summary.num_bytes),
+            "pinned": format_size(summary.pinned_bytes),
+            "answers": str(summary.answers),
+            "hits": str(summary.hits),
+            "last used": _ago(summary.last_used),
+        }
+        for summary in summaries
+    ]
+    names = [name for name in rows[0] if name != "snapshots" or any(summary.snapshots for summary in summaries)]
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name in ("id", "model") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    return table
 
 
 def _model(summary: NamespaceSummary) -> str:

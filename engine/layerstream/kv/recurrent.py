@@ -28,9 +28,9 @@ class RecurrentLayer:
 
     def __init__(self, shape: StateShape, num_slots: int, device: Device | None = None) -> None:
         self._shape = shape
-        self._num_slots = num_slots
-        self._device = device
-        self._memory: torch.Tensor | None = None
+        num_bytes = num_slots * shape.num_bytes
+        memory = Arena(num_bytes).tensor[:num_bytes] if device is None else device.allocate(num_bytes)
+        self._slots = memory.view(num_slots, -1)  # ``(slots, bytes)``; touched as slots fill
 
     @property
     def state_shape(self) -> StateShape:
@@ -44,7 +44,7 @@ class RecurrentLayer:
 
     def parts(self, slot: int) -> tuple[torch.Tensor, ...]:
         """Views of what *slot* has, part by part, to read or to write."""
-        flat = self._slots()[slot]
+        flat = self._slots[slot]
         return tuple(
             flat[start : start + part.num_bytes].view(getattr(torch, part.dtype)).view(part.shape)
             for part, start in zip(self._shape.parts, self._shape.offsets, strict=False)
@@ -61,25 +61,15 @@ class RecurrentLayer:
 
     def page(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The bytes of *slot* in host memory ``(1, 1, bytes)``, and nothing ``(1, 1, 0)``; to be left as they are."""
-        flat = self._slots()[slot].view(1, 1, -1)
+        flat = self._slots[slot].view(1, 1, -1)
         return flat.cpu(), flat.new_empty((1, 1, 0), device="cpu")
 
     def fill(self, slot: int, decode: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         """Have *decode* write what :meth:`page` would give."""
-        flat = self._slots()[slot].view(1, 1, -1)
+        flat = self._slots[slot].view(1, 1, -1)
         if flat.is_cpu:
             decode(flat, flat[..., :0])
             return
         here = torch.empty_like(flat, device="cpu")
         decode(here, here[..., :0])
         flat.copy_(here)
-
-    def _slots(self) -> torch.Tensor:
-        """``(slots, bytes)``; the memory is touched as slots fill."""
-        if self._memory is None:
-            num_bytes = self._num_slots * self._shape.num_bytes
-            if self._device is None:
-                self._memory = Arena(num_bytes).tensor[:num_bytes].view(self._num_slots, -1)
-            else:
-                self._memory = self._device.allocate(num_bytes).view(self._num_slots, -1)
-        return self._memory

@@ -58,6 +58,12 @@ class Anatomy:
     head: torch.nn.Linear
     layer_embedding: torch.nn.Embedding | None = None
 
+    @property
+    def cache_name(self) -> str:
+        """What the decoder's forward calls its cache."""
+        names = inspect.signature(type(self.decoder).forward).parameters
+        return "cache_params" if "cache_params" in names else "past_key_values"
+
 
 def own_class(config: Any) -> Any:
     """The class that a checkpoint with *config* was saved by, as far as it generates text; ``None``: there is none.

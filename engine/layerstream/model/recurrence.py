@@ -32,6 +32,7 @@ from layerstream.core.draft import ROOT
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import Span, Sweep
 from layerstream.kv.recurrent import RecurrentLayer
+from layerstream.model import elementwise
 from layerstream.model.scans import SCANS, Call
 
 
@@ -136,11 +137,12 @@ class Recurrence:
         """The guesses *nodes*, a path, were right: the state of *sequence* is the one after them."""
         slot = sequence.tenancy.state
         assert slot is not None, "a sequence with guesses has a state"
-        for number, layer in enumerate(self._layers):
-            for part, state in zip(layer.state_shape.parts, layer.parts(slot), strict=True):
-                calls = self._guesses[number, part.name, sequence].calls
-                for node in nodes:
-                    calls[node].step(state, state)
+        with elementwise.steady():  # as in a mixer's forward
+            for number, layer in enumerate(self._layers):
+                for part, state in zip(layer.state_shape.parts, layer.parts(slot), strict=True):
+                    calls = self._guesses[number, part.name, sequence].calls
+                    for node in nodes:
+                        calls[node].step(state, state)
 
     def _known(self, number: int, span: Span, call: Call) -> torch.Tensor:
         route = self._sweep.routes[span.sequence]

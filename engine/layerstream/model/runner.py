@@ -100,7 +100,9 @@ class SweepRunner:
         self._recurrence: Recurrence | None = None
         self._layers = skeleton.trace.layers
         self._cache = PagedCache()
+        self._cache_name = skeleton.anatomy.cache_name
         self._decode = skeleton.decoder.forward
+        self._cache_name = skeleton.anatomy.cache_name
         self._stubs = _Stubs(skeleton.anatomy)
         self._room = _LogitRoom()
 
@@ -196,7 +198,7 @@ class SweepRunner:
         inputs = {
             "inputs_embeds": self._embed(self.embedding, token_ids, rows, sweep.num_rows),
             "position_ids": positions.to(self._torch_device),
-            "past_key_values": self._cache,
+            self._cache_name: self._cache,
             "use_cache": True,
             **{name: tensor.to(self._torch_device) for name, tensor in given.items()},
         }

@@ -224,7 +224,7 @@ def trace(anatomy: Anatomy) -> Trace:
         inputs: dict[str, Any] = {
             "inputs_embeds": torch.zeros((1, ROWS, anatomy.embedding.embedding_dim), dtype=anatomy.model.dtype),
             "position_ids": torch.arange(ROWS)[None],
-            "past_key_values": _Cache(recorder),
+            anatomy.cache_name: _Cache(recorder),
             "use_cache": True,
         }
         if anatomy.layer_embedding is not None:

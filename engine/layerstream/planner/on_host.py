@@ -75,14 +75,15 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         least_kv = max(least_kv, _first_kv_bytes(facts, budget_bytes))
     activations = _activation_bytes(facts, facts.sweep_tokens) + facts.decode_bytes
     left = budget_bytes - activations - facts.compute_bytes
-    if left < least_kv + least_state_bytes(facts):
+    spare = left - least_kv - least_state_bytes(facts)
+    if spare < 0:
         return None
-    share = resident_share_bytes(left, _first_kv_bytes(facts, budget_bytes), _most_kv_bytes(facts))
-    slots = slots_within(facts, share, left - least_kv - least_state_bytes(facts))
-    left -= slots * facts.state_bytes
-    rows = _SampledRows.of(facts, budget_bytes, left - least_kv)
+    rows = _SampledRows.of(facts, budget_bytes, spare)
     activations += rows.num_bytes
     left -= rows.num_bytes
+    share = resident_share_bytes(left, _first_kv_bytes(facts, budget_bytes), _most_kv_bytes(facts))
+    slots = slots_within(facts, share, spare - rows.num_bytes)
+    left -= slots * facts.state_bytes
     num_pages, num_transit = _num_pages(facts, left), 0
     if num_pages * facts.chunk_tokens < facts.context_length:
         spare = left - _least_kv_bytes(facts)

@@ -17,6 +17,7 @@ class StoreCounters:
     written_bytes: int = 0
     skipped_pages: int = 0
     written_snapshots: int = 0
+    written_snapshot_bytes: int = 0
     skipped_snapshots: int = 0
     lost_pages: int = 0
     saved_seconds: float = 0.0
@@ -33,8 +34,11 @@ class KVStats:
         reused_tokens: prompt tokens whose KV was there.
         loaded_tokens: those among them that came from disk; ``loaded_bytes`` were read for them.
         recomputed_tokens: tokens that were on disk and that it was faster to compute again.
-        written_bytes: written in ``written_pages`` pages; ``skipped_pages`` were not, for want of room or time.
-        lost_pages: found damaged or gone, and computed again.
+        written_bytes: written in ``written_pages`` pages and ``written_snapshots`` snapshots of recurrent layers;
+            ``skipped_pages`` and ``skipped_snapshots`` were not, for want of room or time.
+        loaded_snapshots: those that came from disk.
+        loaded_snapshot_bytes, written_snapshot_bytes: their part of ``loaded_bytes`` and ``written_bytes``.
+        lost_pages: found damaged or gone, and computed again; snapshots count as well.
         saved_seconds: what computing the loaded tokens would have cost, less what loading them did.
     """
 
@@ -48,7 +52,10 @@ class KVStats:
     written_pages: int = 0
     written_bytes: int = 0
     skipped_pages: int = 0
+    loaded_snapshots: int = 0
+    loaded_snapshot_bytes: int = 0
     written_snapshots: int = 0
+    written_snapshot_bytes: int = 0
     skipped_snapshots: int = 0
     lost_pages: int = 0
     saved_seconds: float = 0.0

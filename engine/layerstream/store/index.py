@@ -20,7 +20,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class SegmentRow:
     pinned: int
     created: float
     last_used: float
+    is_snapshot: int
 
 
 class Index(Database):
@@ -83,6 +84,7 @@ class Index(Database):
         super().__init__(path, read_only=read_only, busy_seconds=busy_seconds)
         self._read_only = read_only
         self.owner = owner or new_owner()
+        self._writer = f"{self.owner}w"  # whose leases are not renewed
         if not read_only:
             try:
                 migrate(self.connection(), path)
@@ -188,14 +190,15 @@ class Index(Database):
         with self.transaction() as connection:
             if info.parent and not _has_page(connection, namespace, info.parent):
                 return False
-            row = (namespace, info.name, num_bytes, len(info.keys), info.seconds, int(pinned), now, now)
+            what = (num_bytes, len(info.keys), info.seconds, int(pinned), int(info.is_snapshot))
             (segment,) = connection.execute(
                 "INSERT INTO segments "
-                "(id, namespace, name, num_bytes, num_pages, seconds, pinned, created, last_used, priority) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (namespace, name) DO UPDATE SET "
+                "(id, namespace, name, created, last_used, num_bytes, num_pages, seconds, pinned, is_snapshot, "
+                "priority) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT (namespace, name) DO UPDATE SET "
                 "num_bytes = excluded.num_bytes, num_pages = excluded.num_pages, seconds = excluded.seconds, "
-                "pinned = max(pinned, excluded.pinned), writer = NULL RETURNING id",
-                (_new_id(connection), *row),
+                "pinned = max(pinned, excluded.pinned), is_snapshot = excluded.is_snapshot, writer = NULL RETURNING id",
+                (_new_id(connection), namespace, info.name, now, now, *what),
             ).fetchone()
             connection.executemany(
                 "INSERT OR IGNORE INTO pages (namespace, key, parent, segment, slot) VALUES (?, ?, ?, ?, ?)",
@@ -267,7 +270,8 @@ class Index(Database):
         """Every whole segment."""
         rows = self.connection().execute(
             "SELECT s.id, n.name, s.name, s.num_bytes, s.num_pages, s.seconds, s.frequency, s.pinned, s.created, "
-            "s.last_used FROM segments s JOIN namespaces n ON n.id = s.namespace WHERE s.writer IS NULL ORDER BY s.id"
+            "s.last_used, s.is_snapshot FROM segments s JOIN namespaces n ON n.id = s.namespace "
+            "WHERE s.writer IS NULL ORDER BY s.id"
         )
         return [SegmentRow(*row) for row in rows]
 
@@ -341,6 +345,24 @@ class Index(Database):
             )
             return True
 
+    def announce(self, namespace: int, keys: Sequence[Key]) -> None:
+        """This process is about to write *keys*; unlike a claim that is not renewed."""
+        with self.transaction() as connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO leases (namespace, key, owner, expires) VALUES (?, ?, ?, ?)",
+                [(namespace, key, self._writer, time.time() + LEASE_SECONDS) for key in keys],
+            )
+
+    def is_announced(self, namespace: int, keys: Collection[Key]) -> bool:
+        """Whether another process is about to write one of *keys*."""
+        now = time.time()
+        leases = self.connection().execute(
+            "SELECT key, owner, expires FROM leases WHERE namespace = ? AND owner != ?", (namespace, self._writer)
+        )
+        return any(
+            key in keys and _is_current(expires, now) and _is_alive(who, expires) for key, who, expires in leases
+        )
+
     def renew(self) -> None:
         """This process is still at work on what it claimed."""
         with self.transaction() as connection:
@@ -349,17 +371,17 @@ class Index(Database):
             )
 
     def unclaim(self, namespace: int, keys: Sequence[Key]) -> None:
-        """This process does not compute *keys* any more."""
+        """This process does not compute, or write, *keys* any more."""
         with self.transaction() as connection:
             connection.executemany(
-                "DELETE FROM leases WHERE namespace = ? AND key = ? AND owner = ?",
-                [(namespace, key, self.owner) for key in keys],
+                "DELETE FROM leases WHERE namespace = ? AND key = ? AND owner IN (?, ?)",
+                [(namespace, key, self.owner, self._writer) for key in keys],
             )
 
     def give_back_leases(self) -> None:
         """This process computes nothing."""
         with self.transaction() as connection:
-            connection.execute("DELETE FROM leases WHERE owner = ?", (self.owner,))
+            connection.execute("DELETE FROM leases WHERE owner IN (?, ?)", (self.owner, self._writer))
 
     # Digests of files
 

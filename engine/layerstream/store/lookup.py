@@ -1,7 +1,8 @@
 """What a tier has of a prefix, asked for without waiting: a question is put once and asked again until it is answered.
 
 The engine's thread alone asks. An answer comes with a claim on the pages that are not there; if nobody comes for it,
-the claim is given up.
+the claim is given up. A snapshot that another process has announced, as it is about to write it, is waited for:
+the pages before it are there already, so whoever does not wait computes all of them again.
 """
 
 from __future__ import annotations
@@ -151,12 +152,22 @@ def count_resumable(tier: Tier, wanted: Wanted) -> int:
 def _find(tier: Tier, wanted: Wanted) -> _Answer:
     """What *tier* has of *wanted*; the pages that it has not are going to be computed here."""
     found = _find_unclaimed(tier, wanted)
+    if _is_being_written(tier, wanted, found):
+        return _Answer(None)
     missing = wanted.keys[wanted.stop(found.pages) :]
     if not missing:
         return _Answer(found)
     if not tier.claim(missing):
         return _Answer(None)
     return _Answer(_find_unclaimed(tier, wanted), missing)  # it may have been finished in between
+
+
+def _is_being_written(tier: Tier, wanted: Wanted, found: Found) -> bool:
+    """Whether another process has states at hand beyond the last snapshot that is there, and will store them."""
+    if wanted.resumable is None:
+        return False
+    last = found.snapshots[-1].boundary if found.snapshots else wanted.resumable
+    return tier.is_announced({snapshot_key(key) for key in wanted.keys[last : wanted.stop(found.pages)]})
 
 
 def _find_unclaimed(tier: Tier, wanted: Wanted) -> Found:

@@ -27,6 +27,7 @@ class NamespaceSummary:
     """What is stored for one model under one arithmetic and tenant.
 
     Attributes:
+        snapshots: states of recurrent layers after a page; ``snapshot_bytes`` of ``num_bytes`` are theirs.
         hits: times that a segment was used after it was written.
         last_used: seconds since the epoch.
         answers: what was answered after its prefixes, and is remembered.
@@ -39,6 +40,8 @@ class NamespaceSummary:
     pages: int
     tokens: int
     num_bytes: int
+    snapshots: int
+    snapshot_bytes: int
     pinned_bytes: int
     hits: int
     last_used: float
@@ -52,7 +55,8 @@ def summarise(folder: StoreFolder) -> list[NamespaceSummary]:
     for name, description in folder.index.namespaces().items():
         about = json.loads(description or "{}")
         own = [row for row in rows if row.namespace == name]
-        pages = sum(row.num_pages for row in own)
+        pages = sum(row.num_pages for row in own if not row.is_snapshot)
+        snapshots = [row for row in own if row.is_snapshot]
         page_tokens = about.get("fingerprint", {}).get("layout", {}).get("page_tokens", 0)
         found.append(
             NamespaceSummary(
@@ -63,6 +67,8 @@ def summarise(folder: StoreFolder) -> list[NamespaceSummary]:
                 pages=pages,
                 tokens=pages * page_tokens,
                 num_bytes=sum(row.num_bytes for row in own),
+                snapshots=len(snapshots),
+                snapshot_bytes=sum(row.num_bytes for row in snapshots),
                 pinned_bytes=sum(row.num_bytes for row in own if row.pinned),
                 hits=sum(row.frequency - 1 for row in own),
                 last_used=max((row.last_used for row in own), default=0.0),
@@ -88,7 +94,7 @@ def choose(folder: StoreFolder, wanted: str | None) -> list[NamespaceSummary]:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A segment, and how many of its pages (and what descends from them) were dropped."""
+    """A segment, and how many of its pages (and what descends from them) were dropped; a snapshot is one."""
 
     path: Path
     pages: int
@@ -104,7 +110,8 @@ def verify_all(folder: StoreFolder) -> Iterator[tuple[Path, Damage | None]]:
             info, known = read_info(path), set(folder.index.keys_of(row.segment))
             bad = [slot for slot in verify(path, info) if info.keys[slot] in known]  # the rest was dropped before
             if bad:
-                damage = Damage(path, len(bad), f"{len(bad)} of {len(info.keys)} pages differ from their checksum")
+                what = "snapshots" if info.is_snapshot else "pages"
+                damage = Damage(path, len(bad), f"{len(bad)} of {len(info.keys)} {what} differ from their checksum")
                 _drop(folder, row.namespace, [info.keys[bad[0]]])
         except (DamagedSegment, OSError) as error:
             damage = Damage(path, row.num_pages, str(error))

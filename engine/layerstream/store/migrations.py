@@ -75,6 +75,9 @@ STEPS = (
     ALTER TABLE answers ADD COLUMN tenant TEXT NOT NULL DEFAULT '';  -- the name of its namespace, checked at use
     UPDATE answers SET tenant = (SELECT name FROM namespaces WHERE namespaces.id = answers.namespace);
     """,
+    """
+    ALTER TABLE segments ADD COLUMN is_snapshot INTEGER NOT NULL DEFAULT 0;  -- states of recurrent layers
+    """,
 )
 _TABLE = re.compile(r"CREATE TABLE (\w+)")
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from layerstream.kv.prefix import Published, PublishedState
+from layerstream.kv.prefix import Published, PublishedState, snapshot_key
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.connection import STORE_ERRORS, TierConnection
 from layerstream.store.counters import StoreCounters
@@ -63,6 +63,8 @@ class Writer:
         with self._changed:
             self._queue.batches.append(batch)
             self._changed.notify_all()
+        if isinstance(item := batch.published, PublishedState):
+            self._connection.post(lambda tier: tier.announce([snapshot_key(item.key)]))
         self.give_up_hopeless()
 
     def remember(self, answer: RememberedAnswer) -> None:
@@ -214,30 +216,36 @@ class Writer:
     def _write_snapshot(self, tier: Tier, item: PublishedState, seconds: float) -> None:
         run = snapshot_run(item, has_page=self._pages.has_bytes)
         if tier.contains(run.keys):
+            tier.unclaim(run.keys)
             self._known.written(run.keys)
-        elif self._write_run(tier, self._snapshots, run, seconds):
+        elif written := self._write_run(tier, self._snapshots, run, seconds):
             self._counters.written_snapshots += 1
+            self._counters.written_snapshot_bytes += written
         else:
-            self._counters.skipped_snapshots += 1
+            self._skip_snapshot(item)
 
-    def _write_run(self, tier: Tier, source: PageSource, run: Published, seconds: float) -> bool:
-        """Write *run* as one segment; False: what it continues is not there, or there is no room."""
+    def _write_run(self, tier: Tier, source: PageSource, run: Published, seconds: float) -> int:
+        """Write *run* as one segment; its bytes, 0: what it continues is not there, or there is no room."""
         if run.parent and not tier.contains([run.parent]):
-            return False
+            return 0
         written = tier.put(source.encode(run, seconds, pinned=self._known.is_pinned(run.keys)))
-        if not written:
-            return False
-        self._known.written(run.keys)
-        self._counters.written_bytes += written
-        return True
+        if written:
+            self._known.written(run.keys)
+            self._counters.written_bytes += written
+        return written
 
     def _skip(self, batch: Batch) -> None:
         """*batch* is not going to be stored."""
         match batch.published:
             case Published() as published:
                 self._skip_pages(published, published.keys)
-            case PublishedState():
-                self._counters.skipped_snapshots += 1
+            case PublishedState() as item:
+                self._skip_snapshot(item)
+
+    def _skip_snapshot(self, item: PublishedState) -> None:
+        """*item* is not going to be stored."""
+        self._counters.skipped_snapshots += 1
+        self._connection.post(lambda tier: tier.unclaim([snapshot_key(item.key)]))
 
     def _skip_pages(self, published: Published, keys: Sequence[Key]) -> None:
         """*keys* of *published* are not going to be stored."""

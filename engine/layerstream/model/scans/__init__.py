@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from layerstream.kv.shape import StatePart
+from layerstream.model.scans import fused
 from layerstream.model.scans.convolution import convolution
 from layerstream.model.scans.delta_rule import channel_decay, head_decay
 from layerstream.model.scans.selective_scan import selective_scan
@@ -83,4 +84,5 @@ SCANS: dict[str, Callable[..., Call]] = {
 
 def identity() -> str:
     """What computes the scans, for whoever keeps states: others' may differ in the last bits."""
-    return f"torch {VERSION}"
+    kernels = fused.version()
+    return f"torch {VERSION}" + (f", flash-linear-attention {kernels}" if kernels else "")

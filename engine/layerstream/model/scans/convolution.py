@@ -15,7 +15,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.rows import copied, joined
+from layerstream.model.scans.rows import copied, in_pieces, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,15 @@ class Convolution:
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, channels, rows)``."""
-        past = torch.zeros_like(left) if state is None else state
-        read = torch.cat((past.mT, self.columns[0].mT))
+        return in_pieces(self, state, left, 2)
+
+    def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, 1)``."""
+        return in_pieces(self, state, left, 2)
+
+    def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, rows)``."""
+        read = torch.cat((state.mT, self.columns[0].mT))
         count = self.num_rows
         taps = self.weight.mT.to(torch.float32, memory_format=torch.contiguous_format)
         values = read.float()
@@ -62,10 +69,6 @@ class Convolution:
             found = self.activation(found)
         left.copy_(read[count:].mT)
         return found.to(self.columns.dtype).mT[None]
-
-    def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
-        """``(1, channels, 1)``."""
-        return self.chunk(state, left)
 
     def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> torch.Tensor:
         """``(1, channels, rows)``."""

@@ -15,7 +15,8 @@ solution *u* of a unit triangular system (the UT transform, arXiv 2406.06484), a
     oᵢ = qᵢ exp(cᵢ) S + Σ_{j≤i} (qᵢ exp(cᵢ − cⱼ) kⱼᵀ) uⱼ
     S ← exp(cₙ) S + Σⱼ (kⱼ exp(cₙ − cⱼ))ᵀ uⱼ
 
-All of it is computed in fp32. Query and key heads may be fewer than value heads: each serves as many consecutive ones.
+All of it is computed in fp32 (or by the kernels of :mod:`layerstream.model.scans.fused`). Query and key heads may be
+fewer than value heads: each serves as many consecutive ones.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.decays import between, faded_products
-from layerstream.model.scans.rows import by_head, joined, pieces
+from layerstream.model.scans import fused
+from layerstream.model.scans.decays import between, faded_products, fading
+from layerstream.model.scans.rows import by_head, in_pieces, joined
 
-CHUNK = 64  # rows of a chunk: transformers' and flash-linear-attention's, too
 EPSILON = 1e-6  # of the norm of queries and keys
 
 
@@ -67,15 +68,14 @@ class DeltaRule:
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, rows, heads, value width)``."""
-        state = torch.zeros_like(left) if state is None else state
-        output = self.value.new_empty(self.value.shape)
-        for rows in pieces(self.num_rows, CHUNK):
-            output[0, rows] = self.cut(rows)._piece(state, left).transpose(0, 1)
-            state = left
-        return output
+        if fused.takes(self.key):
+            return self._fused(state, left, is_chunk=True)
+        return in_pieces(self, state, left, 1)
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, 1, heads, value width)``."""
+        if fused.takes(self.key):
+            return self._fused(state, left, is_chunk=False)
         state = torch.zeros_like(left) if state is None else state
         query, key = self._reading()
         heads, width = left.shape[0], left.shape[1]
@@ -91,18 +91,34 @@ class DeltaRule:
         """``(1, rows, heads, value width)``, and no state."""
         return joined(outputs, rows, self.value), self.value.new_empty(0)
 
-    def _piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-        """``(heads, rows, value width)`` in fp32, of at most :data:`CHUNK` rows."""
+    def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, rows, heads, value width)``."""
         query, key = self._reading()
         rate = by_head(self.rate[..., None])
         reached = by_head(self.decay).cumsum(1)
         keys, queries = self._products(query, key, reached)
-        faded = reached.exp()
+        faded = fading(reached.clone())
         written = (by_head(self.value) * rate).baddbmm_(_spread(key, faded * rate), state, alpha=-1)
         written = torch.linalg.solve_triangular(keys.mul_(rate), written, upper=False, unitriangular=True)
         output = torch.bmm(_spread(query, faded), state).baddbmm_(queries, written)
         end = reached[:, -1:]
-        torch.mul(state, end.exp().mT, out=left).baddbmm_(_spread(key, (end - reached).exp_()).mT, written)
+        torch.mul(state, fading(end.clone()).mT, out=left).baddbmm_(_spread(key, fading(end - reached)).mT, written)
+        return output.to(self.value.dtype).transpose(0, 1)[None]
+
+    def _fused(self, state: torch.Tensor | None, left: torch.Tensor, is_chunk: bool) -> torch.Tensor:
+        """``(1, rows, heads, value width)``, by a kernel."""
+        by_channel = self.decay.shape[3] > 1
+        output, after = fused.kernel(by_channel, is_chunk)(
+            self.query,
+            self.key,
+            self.value,
+            g=self.decay if by_channel else self.decay[..., 0],
+            beta=self.rate,
+            initial_state=None if state is None else state[None],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=self.normed,
+        )
+        left.copy_(after[0])
         return output
 
     def _products(

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
+PIECE = 64  # rows; transformers' and flash-linear-attention's chunk of a delta rule, too
 
-def pieces(num_rows: int, size: int) -> Iterator[slice]:
-    """*num_rows* rows, *size* at a time; the last piece has what is left."""
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+
+class Pieces(Protocol):
+    """A call that may be computed piece by piece."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it has."""
+        ...
+
+    def cut(self, rows: slice) -> Pieces:
+        """Of *rows* alone."""
+        ...
+
+    def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """The output for its rows, of which there are :data:`PIECE` at most; *left* is the state after them."""
+        ...
+
+
+def in_pieces(call: Pieces, state: torch.Tensor | None, left: torch.Tensor, dim: int) -> torch.Tensor:
+    """The output of *call* for a span that goes on from *state*, its rows at *dim*.
+
+    Every piece is computed in a shape of its own. So the bits are the same whether a span comes whole or cut after
+    whole pieces.
+    """
+    state = torch.zeros_like(left) if state is None else state
+    outputs: list[torch.Tensor] = []
+    for start in range(0, call.num_rows, PIECE):
+        outputs.append(call.cut(slice(start, start + PIECE)).piece(state, left))
+        state = left
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim)
 
 
 def by_head(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.rows import copied, joined
-
-CHUNK = 64  # rows whose decays are made at a time
+from layerstream.model.scans.decays import fading
+from layerstream.model.scans.rows import copied, in_pieces, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +82,30 @@ class SelectiveScan:
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, channels, rows)`` in fp32."""
+        return in_pieces(self, state, left, 2)
+
+    def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, 1)`` in fp32."""
+        return in_pieces(self, state, left, 2)
+
+    def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, rows)`` in fp32."""
         inputs, raw, b, c = (_by_row(tensor) for tensor in (self.inputs, self.raw, self.b, self.c))
         own = self.weights
         steps = raw if own.bias is None else raw + own.bias.float()
         steps = F.softplus(steps) if own.softplus else steps
         written = steps * inputs
         read = []
-        if state is None:
-            left.zero_()
-        elif state is not left:
-            left.copy_(state)
+        left.copy_(state)
         for row in range(self.num_rows):
-            decay = torch.mul(own.a, steps[row, :, None]).exp_()
-            left.mul_(decay).addr_(written[row], b[row])
-            read.append(left @ c[row])
+            left.mul_(fading(own.a * steps[row, :, None])).addcmul_(written[row, :, None], b[row])
+            read.append((left * c[row]).sum(1))
         output = torch.stack(read)
         if own.d is not None:
             output = output + inputs * own.d.float()
         if self.gate is not None:
             output = output * F.silu(_by_row(self.gate))
         return output.mT[None]
-
-    def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
-        """``(1, channels, 1)`` in fp32."""
-        return self.chunk(state, left)
 
     def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
         """``(1, channels, rows)``, and no state if one was asked for."""

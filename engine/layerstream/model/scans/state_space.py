@@ -24,10 +24,8 @@ import torch
 from torch.nn import functional as F
 
 from layerstream.kv.shape import StatePart
-from layerstream.model.scans.decays import between
-from layerstream.model.scans.rows import by_head, copied, joined, pieces
-
-CHUNK = 64  # rows of a chunk
+from layerstream.model.scans.decays import between, fading
+from layerstream.model.scans.rows import by_head, copied, in_pieces, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +85,7 @@ class StateSpace:
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, rows, heads, head width)`` in fp32."""
-        state = torch.zeros_like(left) if state is None else state
-        output = torch.empty(self.inputs.shape, dtype=torch.float32, device=self.inputs.device)
-        for rows in pieces(self.num_rows, CHUNK):
-            self.cut(rows)._piece(state, left, output[0, rows])
-            state = left
-        return output
+        return in_pieces(self, state, left, 1)
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, 1, heads, head width)`` in fp32."""
@@ -101,7 +94,8 @@ class StateSpace:
         steps = self.heads.steps(self.raw)[0]
         decay = (steps * self.heads.a).exp_()[:, None]
         weighed = inputs * steps[:, None]
-        read = torch.bmm(_by_group(state, len(b)), c.mT).view(inputs.shape)
+        heads, width = inputs.shape
+        read = torch.bmm(state, c.expand(-1, heads // len(c), -1).reshape(heads, -1, 1)).view(heads, width)
         output = torch.addcmul(self._residual(inputs), read, decay)
         output.view(len(b), -1).addcmul_(weighed.view(len(b), -1), (b * c).sum(-1))
         torch.mul(state, decay[..., None], out=left)
@@ -113,9 +107,9 @@ class StateSpace:
         found = joined(outputs, rows, self.inputs.float())
         return (found, found.new_empty(0)) if self.with_state else found
 
-    def _piece(self, state: torch.Tensor, left: torch.Tensor, output: torch.Tensor) -> None:
-        """*output* ``(rows, heads, head width)`` of at most :data:`CHUNK` rows."""
-        rows, heads, width = output.shape
+    def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, rows, heads, head width)`` in fp32."""
+        _, rows, heads, width = self.inputs.shape
         inputs, b, c = self.inputs[0].float(), by_head(self.b), by_head(self.c)
         groups = len(b)
         steps = self.heads.steps(self.raw)
@@ -124,11 +118,13 @@ class StateSpace:
         weighed = inputs * steps[..., None]
         within = scores.view(heads, rows, rows) @ weighed.transpose(0, 1)
         before = torch.bmm(c, _by_group(state, groups).mT).transpose(0, 1).reshape(rows, heads, width)
-        torch.addcmul(self._residual(inputs), before, reached.exp()[..., None], out=output).add_(within.transpose(0, 1))
+        output = torch.addcmul(self._residual(inputs), before, fading(reached.clone())[..., None])
+        output += within.transpose(0, 1)
         end = reached[-1]
-        faded = (weighed * (end - reached).exp_()[..., None]).view(rows, groups, -1).permute(1, 2, 0)
-        torch.mul(state, end.exp()[:, None, None], out=left)
+        faded = (weighed * fading(end - reached)[..., None]).view(rows, groups, -1).permute(1, 2, 0)
+        torch.mul(state, fading(end.clone())[:, None, None], out=left)
         _by_group(left, groups).baddbmm_(faded, b)
+        return output[None]
 
     def _residual(self, inputs: torch.Tensor) -> torch.Tensor:
         """What goes from *inputs* ``(..., heads, head width)`` straight to the output."""

@@ -8,7 +8,7 @@ no more than computing it again. A tier that fails raises ``OSError`` or ``sqlit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,8 +112,16 @@ class Tier(Protocol):
         """Announce that *keys* are going to be computed here. False if another process computes the first already."""
         ...
 
+    def announce(self, keys: Sequence[Key]) -> None:
+        """*keys* are computed, and will be here in a moment."""
+        ...
+
+    def is_announced(self, keys: Collection[Key]) -> bool:
+        """Whether another process has announced one of *keys* lately, and it is not here yet."""
+        ...
+
     def unclaim(self, keys: Sequence[Key]) -> None:
-        """*keys* are not going to be computed here after all."""
+        """*keys* are not going to be computed, or written, here after all."""
         ...
 
     def remember(self, item: RememberedAnswer) -> bool:

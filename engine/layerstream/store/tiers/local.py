@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from layerstream.hardware.reader import DirectReader
 from layerstream.store.answers import Answers, RememberedAnswer
@@ -73,7 +73,8 @@ class LocalTier:
             return 0
         self._index.check_namespace(self._number, self.namespace)
         wanted = pages.num_bytes + FOOTER_ALLOWANCE
-        if not self.folder.make_room(wanted, self._bounds, self.opened.numbers()):
+        continued = [row.segment for row in self._index.any_of(self._number, [pages.parent])]
+        if not self.folder.make_room(wanted, self._bounds, [*self.opened.numbers(), *continued]):
             return 0
         info = _info_of(self.namespace, pages)
         segment = self._index.reserve(self._number, info.name, wanted)
@@ -119,6 +120,15 @@ class LocalTier:
         self._index.check_namespace(self._number, self.namespace)
         self._has_claims = True
         return self._index.claim(self._number, keys)
+
+    def announce(self, keys: Sequence[Key]) -> None:
+        """Lease *keys* to this process for a moment."""
+        if self._can_write:
+            self._index.announce(self._number, keys)
+
+    def is_announced(self, keys: Collection[Key]) -> bool:
+        """Whether one of *keys* is leased to another process."""
+        return self._can_write and self._index.is_announced(self._number, keys)
 
     def unclaim(self, keys: Sequence[Key]) -> None:
         """End the leases of *keys*."""
