@@ -4,7 +4,6 @@ says, computed the long way."""
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.models import FAMILIES, make_model
 
 FILE = "model.safetensors"
-OWN = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
+OWN = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe"}
 """Models whose heads are below ``mtp.``."""
 BEHIND = {"glm4_moe", "deepseek_v3", "glm4_moe_lite"}
 """Models whose heads are layers behind the last."""
@@ -115,16 +114,17 @@ def make_sure_head(family: str, folder: Path) -> None:
 
 
 def _make_layer(folder: Path, layer_folder: Path) -> Any:
-    said = json.loads((folder / "config.json").read_text())
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    said = config.to_dict()
     said["num_hidden_layers"] = 1
     for name in ("first_k_dense_replace", "mlp_only_layers"):
-        if name in said:
+        if said.get(name) is not None:
             said[name] = type(said[name])()
-    if "layer_types" in said:
+    if said.get("layer_types") is not None:
         said["layer_types"] = ["full_attention"]
-    if "mlp_layer_types" in said:
+    if said.get("mlp_layer_types") is not None:
         said["mlp_layer_types"] = said["mlp_layer_types"][-1:]
-    config = type(AutoConfig.from_pretrained(folder)).from_dict(said)
+    config = type(config).from_dict(said)
     torch.manual_seed(1)
     layer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
