@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from layerstream.api.params import SamplingParams
 from layerstream.core.draft import ROOT, DraftTree
 from layerstream.core.sequence import Sequence
+from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.kv.pages import PagePool
+from layerstream.scheduling.drafting.following import cut, find_computed, pack
 from layerstream.scheduling.drafting.mirrors import Mirrors
 from layerstream.scheduling.drafting.pace import FIRST_ROUNDS, PROBE_EVERY, Pace
+from layerstream.scheduling.packing import SweepLimits
 
 SIZE = 4
 
@@ -127,3 +132,39 @@ def test_guesses_that_do_not_pay_are_tried_now_and_then() -> None:
     for _ in range(PROBE_EVERY):  # the text has become easier
         pace.gained(4, 2)
     assert pace.begins()
+
+
+def test_what_a_sweep_computed_ends_with_guesses_that_were_right() -> None:
+    prompted, answered = sequence(*range(6)), sequence(*range(6))
+    answered.token_ids += [40, 41, 43]  # 41 was guessed, and so was 42
+    answered.tenancy.num_computed = 8
+    tree = DraftTree((41, 42, 50), (ROOT, 0, ROOT), ("mtp", "context", "mtp"))
+    blocks = (
+        RowBlock((Span(prompted, 2, 5),), 4),
+        RowBlock((Span(answered, 6, 7), *(Span(answered, at, at + 1, node) for node, at in enumerate((7, 8, 7)))), 4),
+    )
+    found = find_computed(Sweep(blocks, (answered,), drafts={answered: tree}))
+    assert (found[prompted].start, found[prompted].rows, found[prompted].sources) == (2, [0, 1, 2], [])
+    assert (found[answered].start, found[answered].rows, found[answered].sources) == (6, [4, 5], ["mtp"])
+
+
+LIMITS = SweepLimits(max_tokens=8, chunk_tokens=4, decode_rows=2, prompt_rows=4, max_sequences=3)
+
+
+def test_rows_are_cut_into_sweeps() -> None:
+    long, short = sequence(*range(20)), sequence(*range(9))
+    found = [[(span.start, span.stop) for span in part] for part in cut([Span(long, 2, 15), Span(short, 8, 9)], LIMITS)]
+    assert found == [[(2, 4), (4, 8), (8, 10)], [(10, 12), (12, 15), (8, 9)]]
+    alone = replace(LIMITS, one_sequence_per_block=True, max_sequences=9)
+    each = [Span(sequence(*range(9)), 8, 9) for _ in range(5)]
+    assert [len(part) for part in cut(each, alone)] == [4, 1], "each has a row block of its own"
+    assert list(cut([], LIMITS)) == []
+
+
+def test_short_spans_share_row_blocks() -> None:
+    one, two, three = (Span(sequence(*range(9)), 8 - count, 8) for count in (1, 2, 1))
+    chunk = Span(sequence(*range(9)), 0, 4)
+    shared = pack([one, chunk, three, two], LIMITS)
+    assert [(block.spans, block.num_rows) for block in shared] == [((chunk,), 4), ((one, three), 2), ((two,), 2)]
+    alone = pack([one, chunk, three, two], replace(LIMITS, one_sequence_per_block=True))
+    assert [block.spans for block in alone] == [(chunk,), (one,), (three,), (two,)]

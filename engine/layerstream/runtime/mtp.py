@@ -13,19 +13,21 @@ alone, and guesses the worse for it.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
-from layerstream.core.draft import ROOT
 from layerstream.core.sequence import Sequence
-from layerstream.core.sweep import RowBlock, Span, Sweep
+from layerstream.core.sweep import Span, Sweep
 from layerstream.model.runner import SweepRunner
 from layerstream.scheduling.drafting.base import NOTHING, Guess, Guesses
+from layerstream.scheduling.drafting.following import cut, find_computed, pack
 from layerstream.scheduling.drafting.mirrors import Mirror, Mirrors
 from layerstream.scheduling.drafting.pace import Pace
-from layerstream.scheduling.packing import PromptBlocks, SweepLimits
+from layerstream.scheduling.packing import SweepLimits
 
 NAME = "mtp"
 MOST_GUESSES = 6  # one after the other
@@ -33,6 +35,9 @@ CHILDREN = 3  # per place; the surest one is gone on from
 LEAST_SHARE = 0.05
 LEAST_PROBABILITY = 0.1  # of what is gone on from
 PRIOR = 0.8
+
+_Given: TypeAlias = tuple[list[Span], dict[Sequence, torch.Tensor]]
+"""Rows to be computed, and the hidden states that go with them: ``(rows, hidden)`` for each mirror."""
 
 
 @dataclass(slots=True)
@@ -78,23 +83,6 @@ class _Place:
     depth: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """Rows to be computed, each with the hidden state that goes with it: ``(rows, hidden)``."""
-
-    span: Span
-    hidden: torch.Tensor
-
-
-@dataclass(slots=True)
-class _Computed:
-    """Rows of one sequence in a sweep, from that of token *start* on; of the head's guesses, how many were right."""
-
-    start: int
-    rows: list[int] = field(default_factory=list)
-    num_right: int = 0
-
-
 class MtpDrafter:
     """Guesses as the head of the model has it.
 
@@ -124,21 +112,25 @@ class MtpDrafter:
     @torch.inference_mode()
     def prepare(self, sequences: Seq[Sequence]) -> None:
         """Follow what was computed, and guess for *sequences*."""
-        given = self._take_seen()
+        spans, hidden = self._take_seen()
         self._chains = {}
         if self._pace.begins():
             followed = ((sequence, self._mirrors.of(sequence)) for sequence in sequences)
             self._chains = {sequence: _Chain(sequence, mirror) for sequence, mirror in followed if mirror is not None}
         started = time.perf_counter()
-        self._compute(given)
+        is_round = all(len(span) <= self._limits.decode_rows for span in spans)  # prompts would be paid for anyway
+        self._compute(spans, hidden)
         self._chains = {sequence: chain for sequence, chain in self._chains.items() if chain.places}
         num_guesses = 1
-        while num_guesses < MOST_GUESSES and (given := self._next()):
-            self._compute(given)
+        while num_guesses < MOST_GUESSES and self._chains:
+            spans, hidden = self._go_on()
+            if not spans:
+                break
+            self._compute(spans, hidden)
             num_guesses += 1
         self._mirrors.take_back()
         self._prepared = time.perf_counter()
-        if self._chains:
+        if self._chains and is_round:
             self._pace.guessed(num_guesses, self._prepared - started)
 
     def begin(self, sequence: Sequence) -> _Place | None:
@@ -164,26 +156,27 @@ class MtpDrafter:
         self._chains.pop(sequence, None)
         self._ended.add(sequence)
 
-    def _take_seen(self) -> list[_Given]:
+    def _take_seen(self) -> _Given:
         """The rows that the last sweep makes computable."""
         if self._seen is None:
-            return []
-        (sweep, hidden), self._seen = self._seen, None
-        computed = _computed(sweep)
+            return [], {}
+        (sweep, states), self._seen = self._seen, None
+        computed = find_computed(sweep)
         if self._chains:
-            self._pace.gained(sum(of.num_right for of in computed.values()), len(self._chains))
-        given = []
+            self._pace.gained(sum(of.sources.count(NAME) for of in computed.values()), len(self._chains))
+        spans, hidden = list[Span](), dict[Sequence, torch.Tensor]()
         for sequence, of in computed.items():
             if sequence in self._ended or not _is_worth(sequence):
                 continue
             span = self._mirrors.follow(sequence, of.start, of.start + len(of.rows))
             if span is not None:
-                given.append(_Given(span, hidden[of.rows[: len(span)]]))
-        return given
+                spans.append(span)
+                hidden[span.sequence] = states[of.rows[: len(span)]]
+        return spans, hidden
 
-    def _next(self) -> list[_Given]:
+    def _go_on(self) -> _Given:
         """One guess more for every chain that is worth it."""
-        given = []
+        spans, hidden = list[Span](), dict[Sequence, torch.Tensor]()
         least = max(LEAST_PROBABILITY, self._pace.cost)
         for chain in self._chains.values():
             if not chain.is_worth_more(least):
@@ -191,80 +184,29 @@ class MtpDrafter:
             span = self._mirrors.guess(chain.mirror, chain.path[-1])
             if span is not None:
                 assert chain.hidden is not None
-                given.append(_Given(span, chain.hidden[None]))
-        return given
+                spans.append(span)
+                hidden[span.sequence] = chain.hidden[None]
+        return spans, hidden
 
-    def _compute(self, given: Seq[_Given]) -> None:
-        """Compute *given*, a sweep's worth at a time, and let chains learn whose newest row is among them."""
+    def _compute(self, spans: Seq[Span], hidden: Mapping[Sequence, torch.Tensor]) -> None:
+        """Compute *spans*, of which *hidden* has the states, and let chains learn whose newest row is among them."""
         chains = {chain.mirror.rows: chain for chain in self._chains.values()}
-        for part in _sweeps(given, self._limits):
-            blocks = _pack([item.span for item in part], self._limits)
-            newest = {span.sequence for item in part if (span := item.span).stop == span.sequence.num_tokens}
+        starts = {span.sequence: span.start for span in spans}
+        for part in cut(spans, self._limits):
+            newest = {span.sequence for span in part if span.stop == span.sequence.num_tokens}
             sampled = tuple(rows for rows in chains if rows in newest)
-            sweep = Sweep(tuple(blocks), sampled)
-            states = part[0].hidden.new_zeros((1, sweep.num_rows, part[0].hidden.shape[-1]))
-            hidden_of = {item.span: item.hidden for item in part}
+            sweep = Sweep(pack(part, self._limits), sampled)
+            like = hidden[part[0].sequence]
+            states = like.new_zeros((1, sweep.num_rows, like.shape[-1]))
             for row, span in sweep.spans():
-                states[0, row : row + len(span)] = hidden_of[span]
+                first = span.start - starts[span.sequence]
+                states[0, row : row + len(span)] = hidden[span.sequence][first : first + len(span)]
             logits = self._runner.run(sweep, {"previous": states})
-            hidden = self._runner.take_hidden()
+            own = self._runner.take_hidden()
             for at, (rows, row) in enumerate(zip(sampled, sweep.sampled_rows, strict=True)):
-                chains[rows].learn(logits[at], hidden[row])
+                chains[rows].learn(logits[at], own[row])
 
 
 def _is_worth(sequence: Sequence) -> bool:
     """Whether anything is going to be guessed for *sequence*."""
     return sequence.group is None and sequence.max_num_tokens - sequence.num_tokens > 1
-
-
-def _computed(sweep: Sweep) -> dict[Sequence, _Computed]:
-    """What *sweep* computed of each of its sequences, guesses that were right behind what was known."""
-    found: dict[Sequence, _Computed] = {}
-    nodes: dict[tuple[Sequence, int], int] = {}
-    for row, span in sweep.spans():
-        if span.node != ROOT:
-            nodes[span.sequence, span.node] = row
-        else:
-            found.setdefault(span.sequence, _Computed(span.start)).rows.extend(range(row, row + len(span)))
-    for sequence, tree in sweep.drafts.items():
-        of = found[sequence]
-        right = tree.along(sequence.token_ids[of.start + len(of.rows) : sequence.num_computed])
-        of.rows.extend(nodes[sequence, node] for node in right)
-        of.num_right = sum(tree.sources[node] == NAME for node in right)
-    return found
-
-
-def _sweeps(given: Seq[_Given], limits: SweepLimits) -> list[list[_Given]]:
-    """*given* in sweeps within *limits*, in order; long ones are cut."""
-    found: list[list[_Given]] = []
-    left = sequences = 0
-    for item in given:
-        at = 0
-        while at < len(item.span):
-            if left <= 0 or not sequences:
-                found.append([])
-                left, sequences = limits.max_tokens, limits.max_sequences
-            start = item.span.start + at
-            count = min(len(item.span) - at, left, limits.chunk_tokens - start % limits.chunk_tokens)
-            found[-1].append(_Given(Span(item.span.sequence, start, start + count), item.hidden[at : at + count]))
-            taken = max(count, limits.decode_rows) if limits.one_sequence_per_block else count
-            at, left, sequences = at + count, left - taken, sequences - 1
-    return found
-
-
-def _pack(spans: Seq[Span], limits: SweepLimits) -> list[RowBlock]:
-    """Short spans side by side in blocks of decode rows, others as prompts are packed."""
-    prompts = PromptBlocks(limits, limits.max_tokens, limits.max_tokens)
-    short: list[list[Span]] = []
-    for span in spans:
-        if len(span) > limits.decode_rows:
-            prompts.add(span)
-        elif short and not limits.one_sequence_per_block and _rows(short[-1]) + len(span) <= limits.decode_rows:
-            short[-1].append(span)
-        else:
-            short.append([span])
-    return [*prompts.blocks(), *(RowBlock(tuple(group), limits.decode_rows) for group in short)]
-
-
-def _rows(spans: Seq[Span]) -> int:
-    return sum(map(len, spans))
