@@ -93,10 +93,10 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
 
 
-def make_sure_head(family: str, folder: Path) -> None:
+def make_sure_head(family: str, folder: Path, **sizes: Any) -> None:
     """Write a model of *family* whose head is always right to *folder*: what comes next depends on the last token
     alone, since no layer adds anything, and the head passes its embedding on."""
-    model, head = make_with_head(family, folder)
+    model, head = make_with_head(family, folder, **sizes)
     width = model.config.get_text_config().hidden_size
 
     def change(tensors: dict[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.harness import add_tokenizer, draw_prompt, least_bytes, shrink_units
 from tests.heads import HEADED, OWN, Head, change_tensors, make_sure_head, make_with_head
 from tests.models import FAMILIES
 from tests.pretend import pretend_cuda
+from tests.quantised import PACKERS
 
 PROMPT_LENGTHS = (1, 37, 130)
 NEW_TOKENS = 6
@@ -291,3 +293,27 @@ def test_without_a_head_nothing_is_said_or_planned(folder: Path, caplog: pytest.
     assert (plan.mtp, skeleton.mtp) == (None, None)
     assert "prediction head" not in str(plan)
     assert not caplog.records
+
+
+def test_a_head_in_fp8(folder: Path, notes: list[Said]) -> None:
+    model, head = make_with_head("glm4-moe", folder)
+    pack, quantisation = PACKERS["compressed-fp8"]
+    where = "model.layers.3."
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        planes, head.tensors["projection"] = pack(tensors.pop(f"{where}eh_proj.weight"))
+        tensors.update({f"{where}eh_proj.{name}": plane for name, plane in planes.items()})
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            planes, values = pack(tensors.pop(f"{where}self_attn.{name}.weight"))
+            tensors.update({f"{where}self_attn.{name}.{plane}": tensor for plane, tensor in planes.items()})
+            getattr(head.layer.model.layers[0].self_attn, name).weight.data = values
+
+    change_tensors(folder, quantise)
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"quantization_config": quantisation}))
+    parts = assemble(EngineConfig(str(folder), device="cpu", memory_bytes=2**28, dtype="float32"), None)
+    try:
+        step_greedily(parts, [draw_prompt(length) for length in PROMPT_LENGTHS], NEW_TOKENS, parts.drafting)
+    finally:
+        parts.close()
+    assert_right(notes, model, head)
