@@ -2,8 +2,9 @@
 
     python -m benchmarks.random_checkpoint SHAPE OUT [--layers N] [--quantization nf4|int8|int4]
 
-SHAPE is Gemma-4-26B-A4B, Gemma-4-31B or Qwen3-VL-8B, by the names that their checkpoints have, or a config.json of any
-model that transformers knows. Towers for pictures and sound are left out, as LayerStream reads nothing of them.
+SHAPE is Gemma-4-26B-A4B, Gemma-4-31B, Qwen3-VL-8B, Qwen3.5-4B, Qwen3.6-27B or Qwen3.6-35B-A3B, by the names that their
+checkpoints have, or a config.json of any model that transformers knows. Towers for pictures and sound are left out, as
+LayerStream reads nothing of them.
 
 These shapes are not grown (:mod:`benchmarks.grow`), because none of them can be the reader's function. They norm every
 query and key by its own length: of ``Wx / rms(x)`` they keep the direction alone, and in the reader that length decides
@@ -36,6 +37,12 @@ DTYPE = torch.bfloat16
 STD = 0.02
 PART_ROWS = 4096
 
+_QWEN_3_5 = {
+    "vocab_size": 248320, "head_dim": 256, "linear_num_key_heads": 16,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
+    },
+}  # fmt: skip
 _GEMMA_4 = {"vocab_size": 262144, "head_dim": 256, "final_logit_softcapping": 30.0, "sliding_window": 1024}
 SHAPES: dict[str, dict[str, Any]] = {
     "Gemma-4-26B-A4B": {
@@ -54,6 +61,22 @@ SHAPES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
             "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
         },
+    },
+    "Qwen3.5-4B": {
+        "model_type": "qwen3_5_text",
+        **_QWEN_3_5, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_value_heads": 32, "tie_word_embeddings": True,
+    },
+    "Qwen3.6-27B": {
+        "model_type": "qwen3_5_text",
+        **_QWEN_3_5, "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 64,
+        "num_attention_heads": 24, "num_key_value_heads": 4, "linear_num_value_heads": 48,
+    },
+    "Qwen3.6-35B-A3B": {
+        "model_type": "qwen3_5_moe_text",
+        **_QWEN_3_5, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "linear_num_value_heads": 32, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
     },
     "Qwen3-VL-8B": {
         "model_type": "qwen3_vl",

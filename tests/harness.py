@@ -26,7 +26,7 @@ from layerstream.streaming.experts.bank import ExpertBank, ExpertLost
 from tests.models import VOCAB_SIZE
 
 NEW_TOKENS = 6
-SNAPSHOT_SLOTS = 14  # states of recurrent layers beside the two that the least budget has room for
+SNAPSHOT_SLOTS = 9  # states of recurrent layers beside the two that the least budget has room for
 STREAMING = {"layers", "cut", "device-host", "device-disk", "device-cut"}
 """Modes in which weights stream."""
 
@@ -48,22 +48,28 @@ def budget_for(folder: Path, mode: str, dtype: str = "float32") -> int:
     """A budget under which the model is resident with all it could wish for, just resident (``"tight"``), streams by
     layers, or is cut as fine as it gets."""
     facts = model_facts(build_skeleton(folder, dtype=dtype), 1024)
-    least = least_bytes(facts)
+    least = _least_bytes(facts)
     if mode == "resident":
         return on_host.comfortable_bytes(facts)
     if mode == "cut":
-        return least + 2048 + SNAPSHOT_SLOTS * facts.state_bytes
+        return _cut_bytes(facts, least)
     resident = _resident_bytes(facts)
     if mode == "tight":
         return resident + facts.embedding_bytes
     return min(least + facts.compute_bytes // 2, resident - 1)
 
 
-def least_bytes(facts: ModelFacts) -> int:
+def _least_bytes(facts: ModelFacts) -> int:
     """What streaming takes at the least."""
     with pytest.raises(BudgetTooSmall) as error:
         on_host._streaming_plan(facts, 1)
     return error.value.required_bytes
+
+
+def _cut_bytes(facts: ModelFacts, least: int) -> int:
+    """Little more than the *least*; slots for several sequences and snapshots, once guesses have their share."""
+    slots = SNAPSHOT_SLOTS * facts.state_bytes
+    return least + 2048 + (slots + int(on_host.DRAFT_SHARE * (least + slots)) if slots else 0)
 
 
 def _resident_bytes(facts: ModelFacts) -> int:
@@ -134,8 +140,11 @@ def device_config(folder: Path, mode: str, dtype: str = "float32", **options: An
     config = EngineConfig(str(folder), device="cuda", dtype=dtype, **options)
     if mode == "resident":
         return replace(config, memory_bytes=on_host.comfortable_bytes(facts), host_memory_bytes=2**30)
-    least = least_bytes(facts)
-    memory = least + 2048 if mode == "cut" else min(least + facts.compute_bytes // 3, _resident_bytes(facts) - 1)
+    least = _least_bytes(facts)
+    if mode == "cut":
+        memory = _cut_bytes(facts, least)
+    else:
+        memory = min(least + facts.compute_bytes // 3, _resident_bytes(facts) - 1)
     config = replace(config, memory_bytes=memory, host_memory_bytes=2**30)
     if mode == "host":
         return config

@@ -184,8 +184,11 @@ def test_answers_are_remembered_across_processes(folder: Path, tmp_path: Path) -
 class TestDraftModel:
     """A small model that guesses for a large one."""
 
-    def test_answers_are_the_large_models(self, folder: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
-        make_model("qwen3", tmp_path, seed=3)
+    @pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+    def test_answers_are_the_large_models(
+        self, family: str, folder: Path, tmp_path: Path, tokenizer_folder: Path
+    ) -> None:
+        make_model(family, tmp_path, seed=3)
         add_tokenizer(tmp_path, tokenizer_folder)
         prompts = [draw_prompt(150), draw_prompt(5), repetitive()]
         with LayerStream(folder, memory="256MiB", dtype="float32", speculation="off", progress=False) as engine:

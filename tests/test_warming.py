@@ -8,6 +8,9 @@ import pytest
 from layerstream import ConfigurationError, KVStoreConfig, LayerStream, SamplingParams, StorageFull
 from layerstream.text.prompt import QUESTION_PROMPT
 
+from tests.harness import add_tokenizer
+from tests.models import make_model
+
 CHUNK = 32
 DOCUMENTS = [f"The {name} of the house has {count} doors. " * 12 for count, name in enumerate(("hall", "attic"), 3)]
 PARAMS = SamplingParams(max_tokens=4, temperature=0.0)
@@ -89,6 +92,28 @@ def test_a_forecast_knows_the_bytes(store: KVStoreConfig) -> None:
         assert engine.forecast_warm(DOCUMENTS).stored_bytes == pytest.approx(forecast.missing_bytes, rel=0.2)
         again = engine.forecast_warm([document + "And more." for document in DOCUMENTS])
         assert again.seconds is not None
+
+
+def test_documents_of_a_model_with_recurrent_layers(
+    store: KVStoreConfig, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Their snapshots are foreseen; the end of each document is resumed at, by another engine."""
+    make_model("qwen3_next", tmp_path / "model")
+    add_tokenizer(tmp_path / "model", tokenizer_folder)
+    template = "{context}\n{question}"
+    with LayerStream(tmp_path / "model", kv_store=store, chunk_tokens=CHUNK, progress=False) as engine:
+        forecast = engine.forecast_warm(DOCUMENTS, prompt=template, chat_template=False)
+        engine.warm(DOCUMENTS, prompt=template, chat_template=False)
+        after = engine.forecast_warm(DOCUMENTS, prompt=template, chat_template=False)
+        assert after.missing_tokens == after.missing_bytes == 0
+        assert after.stored_bytes == pytest.approx(forecast.missing_bytes, rel=0.2)
+        assert engine.stats().kv.written_snapshots >= len(DOCUMENTS)
+    with LayerStream(tmp_path / "model", kv_store=store, chunk_tokens=CHUNK, progress=False) as engine:
+        for document in DOCUMENTS:
+            prompt = template.format(context=document, question="How many doors?")
+            whole = len(engine.encode(f"{document}\n")) // CHUNK * CHUNK
+            assert engine.generate([prompt], PARAMS)[0].usage.cached_tokens in (whole - CHUNK, whole)
+        assert engine.stats().kv.loaded_snapshots == len(DOCUMENTS)
 
 
 def test_more_than_the_store_may_hold(store: KVStoreConfig, tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ class LayerStream:
         self._home.check()
         scheduler, store = self._parts.scheduler, self._parts.store
         keys = scheduler.prefixes.keys_of(self.encode(prompt))
-        in_memory = scheduler.prefixes.count_known(keys)
+        in_memory = scheduler.count_cached(keys)
         stored = 0 if store is None else store.look_up(keys)
         return max(in_memory, stored) * self.plan.page_tokens
 

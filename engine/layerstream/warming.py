@@ -20,6 +20,7 @@ from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError, StorageFull
 from layerstream.kv.prefix import page_keys
 from layerstream.planner import Plan
+from layerstream.scheduling.states import snapshot_stride
 from layerstream.store.choice import recompute_seconds
 from layerstream.store.store import PrefixStore
 from layerstream.text.prompt import QUESTION_PROMPT, Prompt
@@ -142,7 +143,10 @@ class Prefixes:
 
 def forecast(engine: Engine, prefixes: Prefixes, store: PrefixStore) -> WarmForecast:
     """What computing the missing ones of *prefixes* takes."""
-    missing = prefixes.page_tokens * sum(len(keys) for _, keys in prefixes.missing(store))
+    new_pages = [len(keys) for _, keys in prefixes.missing(store)]
+    missing, facts = prefixes.page_tokens * sum(new_pages), engine.plan.facts
+    stride = snapshot_stride(facts.state_bytes, facts.kv_token_bytes, prefixes.page_tokens)
+    num_snapshots = sum(1 + count // stride for count in new_pages)
     per_token = engine.compute_seconds_per_token
     stored, bound = store.room()
     rates = store.rates()
@@ -150,7 +154,7 @@ def forecast(engine: Engine, prefixes: Prefixes, store: PrefixStore) -> WarmFore
         documents=prefixes.num_documents,
         prefix_tokens=prefixes.num_tokens,
         missing_tokens=missing,
-        missing_bytes=missing // prefixes.page_tokens * store.page_bytes(engine.plan.facts.kv_token_bytes),
+        missing_bytes=sum(new_pages) * store.page_bytes(facts.kv_token_bytes) + num_snapshots * store.snapshot_bytes,
         stored_bytes=stored,
         max_bytes=bound,
         seconds=None

@@ -144,7 +144,7 @@ def test_experts_come_as_they_are_routed_to(name: str, tmp_path: Path) -> None:
 
 def test_what_is_no_language_model_or_sees_nothing_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="recurrent state"):
-        find(transformers.MiniMaxConfig(**_SMALL, layer_types=["linear_attention", "full_attention"] * 2))
+        find(transformers.RecurrentGemmaConfig(**_SMALL, lru_width=64, block_types=["recurrent", "attention"]))
     with pytest.raises(UnsupportedModel, match="no language model"):
         find(transformers.ViTConfig())
     with pytest.raises(UnsupportedModel, match="sees 0 positions"):

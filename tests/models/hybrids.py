@@ -35,7 +35,7 @@ _GRANITE: Mapping[str, Any] = {
     "logits_scaling": 2.0,
     "residual_multiplier": 0.5,
     "embedding_multiplier": 3.0,
-    "shared_intermediate_size": 48,
+    "shared_intermediate_size": 192,
 }
 _LATENT_AROUND: Mapping[str, Any] = {
     **LATENT,
@@ -55,7 +55,7 @@ HYBRIDS = {
         "falcon_h1", **_MAMBA, mamba_d_ssm=128, key_multiplier=0.5, ssm_multipliers=[1.0, 0.5, 2.0, 1.0, 0.5],
     ),
     "falcon_h1-norm": text("falcon_h1", **_MAMBA, mamba_d_ssm=128, mamba_rms_norm=True),
-    "falcon_mamba": text("falcon_mamba", state_size=8, time_step_rank=4),
+    "falcon_mamba": text("falcon_mamba", num_hidden_layers=8, state_size=8, time_step_rank=4),
     "granitemoehybrid": text("granitemoehybrid", **_GRANITE, num_local_experts=0),
     "granitemoehybrid-moe": text("granitemoehybrid", **_GRANITE, **FEW_LOCAL, position_embedding_type="rope"),
     "jamba": text(
@@ -65,11 +65,11 @@ HYBRIDS = {
     "lfm2": text("lfm2", **_CONV, conv_bias=True),
     "lfm2_moe": text("lfm2_moe", **_CONV, **MOE, num_dense_layers=1),
     "lfm3": text("lfm3", num_hidden_layers=4, layer_types=["conv", FULL, "conv", LOCAL], sliding_window=WINDOW),
-    "mamba": text("mamba", state_size=8, time_step_rank=4),
-    "mamba2": text("mamba2", head_dim=32, state_size=8, num_heads=4, n_groups=2, chunk_size=64),
+    "mamba": text("mamba", num_hidden_layers=8, state_size=8, time_step_rank=4),
+    "mamba2": text("mamba2", num_hidden_layers=8, head_dim=32, state_size=8, num_heads=4, n_groups=2, chunk_size=64),
     "nemotron_h": text(
         "nemotron_h", num_hidden_layers=5, hybrid_override_pattern="M*-ME", mamba_num_heads=4, mamba_head_dim=32,
-        ssm_state_size=8, n_groups=2, chunk_size=64, n_routed_experts=6, num_experts_per_tok=2,
+        ssm_state_size=8, n_groups=2, chunk_size=64, n_routed_experts=12, num_experts_per_tok=2,
         moe_intermediate_size=48, moe_shared_expert_intermediate_size=48,
     ),
     "olmo_hybrid": text("olmo_hybrid", **{**_DELTA, "linear_num_key_heads": 4}),

@@ -19,7 +19,17 @@ from tests.models import make_model
 @pytest.mark.parametrize("mode", ["resident", "layers", "device-host"])
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gemma2", "gemma3n-text", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3", "qwen3_5_text", "falcon_h1"],
+    [
+        "llama",
+        "gemma2",
+        "gemma3n-text",
+        "qwen2-moe",
+        "qwen3-moe",
+        "gpt-oss",
+        "deepseek-v3",
+        "qwen3_5_text",
+        "falcon_h1",
+    ],
 )
 def test_alone_equals_among_others(family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     make_model(family, tmp_path)

@@ -24,7 +24,7 @@ from layerstream.setup.plan_model import model_facts
 from layerstream.setup.stepping import step_greedily
 from layerstream.store.config import KVStoreConfig
 
-from tests.harness import add_tokenizer, draw_prompt, least_bytes, shrink_units
+from tests.harness import _least_bytes, add_tokenizer, draw_prompt, shrink_units
 from tests.heads import HEADED, OWN, Head, change_tensors, make_sure_head, make_with_head
 from tests.models import FAMILIES
 from tests.pretend import pretend_cuda
@@ -104,12 +104,12 @@ def config_of(folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> Engin
     skeleton = with_mtp(build_skeleton(folder, dtype="float32", allow_untested=True), folder)
     facts = model_facts(skeleton, 1024)
     assert facts.mtp is not None
-    return replace(config, memory_bytes=least_bytes(facts) + facts.compute_bytes // 4 + for_head(facts.mtp))
+    return replace(config, memory_bytes=_least_bytes(facts) + facts.compute_bytes // 4 + for_head(facts.mtp))
 
 
 def for_head(facts: ModelFacts) -> int:
     """A budget that a head streams in."""
-    return least_bytes(facts) + facts.compute_bytes // 3
+    return _least_bytes(facts) + facts.compute_bytes // 3
 
 
 def drafter_of(parts: Assembly) -> MtpDrafter:

@@ -315,6 +315,29 @@ def test_beams_share_the_state_they_part_from() -> None:
     assert parent.tenancy.state != child.tenancy.state
 
 
+def test_the_newest_token_may_be_computed_again() -> None:
+    """As a draft model does, level by level; after several tokens were accepted, too."""
+    world = World(64, 6)
+    sequence = make(0, list(range(11)), max_tokens=20)
+    sequence.steps_back = True
+    world.scheduler.add(sequence)
+    for accepted in (0, 1, 3):
+        sequence.token_ids += [50] * accepted
+        for _ in range(3):
+            sweep = world.steward.schedule()
+            assert sweep is not None
+            assert world.run(sweep)
+            world.commit(sweep)
+            num_rows = sweep.num_tokens
+            world.scheduler.rewind(sequence, sequence.num_tokens - 1)
+            world.scheduler.check_integrity()
+        assert num_rows == 1 or not accepted, "a prompt's last chunk is not parted"
+        sweep = world.steward.schedule()
+        assert sweep is not None
+        assert world.run(sweep)
+        world.commit(sweep)
+
+
 def test_a_route_knows_where_each_token_goes_on() -> None:
     route = StateRoute(8, 3, ((16, 4), (21, 5)))
     assert [route.before(at) for at in (8, 12, 16, 20)] == [3, 4, 4, 5]

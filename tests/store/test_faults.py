@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from layerstream import KVStoreConfig, LayerStream, SamplingParams
-from layerstream.store import index as index_module
-from layerstream.store.index import LEASE_SECONDS, Index
+from layerstream.store import leases
+from layerstream.store.index import Index
+from layerstream.store.leases import LEASE_SECONDS
 from layerstream.store.tiers.folder import Bounds
 
 from tests.harness import draw_prompt
@@ -157,39 +158,39 @@ class TestLeases:
     def test_one_at_a_time(self, pair: tuple[Index, Index]) -> None:
         one, two = pair
         keys = chain(1, 2, 3)
-        assert one.claim(1, keys)
-        assert one.claim(1, keys), "again, by the same"
-        assert not two.claim(1, keys)
-        assert not two.claim(1, keys[1:])
-        assert two.claim(2, keys), "another namespace"
-        one.unclaim(1, keys)
-        assert two.claim(1, keys)
+        assert one.leases.claim(1, keys)
+        assert one.leases.claim(1, keys), "again, by the same"
+        assert not two.leases.claim(1, keys)
+        assert not two.leases.claim(1, keys[1:])
+        assert two.leases.claim(2, keys), "another namespace"
+        one.leases.unclaim(1, keys)
+        assert two.leases.claim(1, keys)
 
     def test_an_owner_that_does_not_renew_loses_it(
         self, pair: tuple[Index, Index], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, two = pair
-        one.claim(1, chain(1))
+        one.leases.claim(1, chain(1))
         now = time.time()
-        monkeypatch.setattr(index_module.time, "time", lambda: now + LEASE_SECONDS - 1)
-        one.renew()
-        monkeypatch.setattr(index_module.time, "time", lambda: now + LEASE_SECONDS + 5)
-        assert not two.claim(1, chain(1))
-        monkeypatch.setattr(index_module.time, "time", lambda: now + 2 * LEASE_SECONDS)
-        assert two.claim(1, chain(1))
+        monkeypatch.setattr(leases.time, "time", lambda: now + LEASE_SECONDS - 1)
+        one.leases.renew()
+        monkeypatch.setattr(leases.time, "time", lambda: now + LEASE_SECONDS + 5)
+        assert not two.leases.claim(1, chain(1))
+        monkeypatch.setattr(leases.time, "time", lambda: now + 2 * LEASE_SECONDS)
+        assert two.leases.claim(1, chain(1))
 
     def test_a_clock_that_jumps_back(self, pair: tuple[Index, Index], monkeypatch: pytest.MonkeyPatch) -> None:
         one, two = pair
-        one.claim(1, chain(1))
+        one.leases.claim(1, chain(1))
         now = time.time()
-        monkeypatch.setattr(index_module.time, "time", lambda: now - 10**6)
-        assert two.claim(1, chain(1)), "a lease from the far future runs no more"
+        monkeypatch.setattr(leases.time, "time", lambda: now - 10**6)
+        assert two.leases.claim(1, chain(1)), "a lease from the far future runs no more"
 
     def test_closing_gives_leases_back(self, pair: tuple[Index, Index]) -> None:
         one, two = pair
-        one.claim(1, chain(1))
+        one.leases.claim(1, chain(1))
         one.close()
-        assert two.claim(1, chain(1))
+        assert two.leases.claim(1, chain(1))
 
 
 def test_a_clock_that_jumps_back_evicts_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +198,6 @@ def test_a_clock_that_jumps_back_evicts_as_before(tmp_path: Path, monkeypatch: p
     tier = open_tier(tmp_path / "b", bounds=Bounds(2 * size + 64 * 1024, 0))
     now = time.time()
     for number in range(4):
-        monkeypatch.setattr(index_module.time, "time", lambda number=number: now - 10**6 * number)
+        monkeypatch.setattr(leases.time, "time", lambda number=number: now - 10**6 * number)
         tier.put(new_pages(chain(number)))
     assert [len(tier.contains(chain(number))) for number in range(4)] == [0, 0, 1, 1], "the oldest went, all the same"

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layerstream.kv.prefix import PublishedState, Stored, snapshot_key
 from layerstream.kv.shape import StatePart, StateShape
-from layerstream.store import index as index_module
+from layerstream.store import leases
 from layerstream.store.choice import Rates
-from layerstream.store.index import LEASE_SECONDS
+from layerstream.store.leases import LEASE_SECONDS
 from layerstream.store.loader import PagesLost
 from layerstream.store.segment import padded, read_info
 from layerstream.store.store import PrefixStore
@@ -61,7 +61,7 @@ def test_what_is_stored_is_found_up_to_the_last_snapshot_and_comes_back_bit_for_
         assert take(store, KEYS[:5], 5, 0) == Stored(0, 0, 5)
         assert take(store, KEYS[:4], 0, 0) == Stored(2, 0, 2)
         assert take(store, KEYS[:4], 4, 2) == Stored(0, 0, 0), "its states are in memory"
-        assert take(store, KEYS, 0, 5) == Stored(0, 0, 0)
+        assert take(store, KEYS, 5, 5) == Stored(0, 0, 0)
         assert take(store, chain("other"), 0, 0) == Stored(0, 0, 0)
         assert take(store, KEYS, 0) == Stored(7, 0), "as a model without recurrent layers asks"
 
@@ -211,8 +211,8 @@ def test_one_that_another_process_is_about_to_write_is_waited_for(
         assert take(store, KEYS[:5], 0, 0) == Stored(2, 0, 2)
         other.claim([chain("another")[0]])
         other.announce([snapshot_key(KEYS[4])])
-        now = index_module.time.time()
-        monkeypatch.setattr(index_module.time, "time", lambda: now + LEASE_SECONDS + 1)
+        now = leases.time.time()
+        monkeypatch.setattr(leases.time, "time", lambda: now + LEASE_SECONDS + 1)
         other.tick()
         assert take(store, KEYS[:5], 0, 0) == Stored(2, 0, 2), "nobody renews it"
     other.close()

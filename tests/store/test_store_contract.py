@@ -6,12 +6,16 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from layerstream.kv.prefix import SpillStore
+from layerstream.kv.prefix import SpillStore, snapshot_key
+from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.store.store import PrefixStore
 
 from tests.scheduling.test_spill import FakeStore
+from tests.scheduling.test_states import Slots
+from tests.scheduling.test_states import Store as StateStore
 from tests.store.memory_tier import MemoryTier, batch, open_store
 from tests.store.pages import chain
+from tests.store.snapshots import STATES
 
 KEYS = chain(*range(4))
 
@@ -117,3 +121,25 @@ def test_holding_what_is_not_there_is_harmless(subject: Subject) -> None:
     subject.store.unhold(2)
     subject.store.abandon(KEYS)
     subject.store.abandon([])
+
+
+@pytest.mark.parametrize("after", [(), (1,), (2, 5), (5, 6), tuple(range(1, 7))])
+def test_the_store_of_the_schedulers_tests_answers_as_the_real_one_where_there_are_recurrent_layers(
+    after: tuple[int, ...],
+) -> None:
+    keys = chain(*range(8))
+    snapshots = [snapshot_key(keys[count - 1]) for count in after]
+    fake = StateStore(Slots(0), random.Random(0))
+    fake._rng.random = lambda: 0.5  # type: ignore[method-assign]  # never slow
+    fake.pages, fake.snapshots = dict.fromkeys(keys[:6], ()), dict.fromkeys(snapshots, ())
+    tier = MemoryTier()
+    tier.keys = {*keys[:6], *snapshots}
+    store = open_store(tier, [RecurrentLayer(STATES[0], 1)])
+    for start in range(9):
+        for resumable in range(start + 1):
+            while (found := store.take(keys, start, resumable)) is None:
+                pass
+            expected = fake.take(keys, start, resumable)
+            assert expected is not None
+            assert (found.num_pages, found.snapshot) == (expected.num_pages, expected.snapshot)
+    store.close()

@@ -36,6 +36,7 @@ class Tenancy:
         reserve, slots: frames to come and transit slots of a sequence that does not fit the frames as a whole.
         state: the slot with the states of recurrent layers after ``num_computed`` tokens; ``None``: there are no such
             tokens or layers, or it is not known yet which one it will be.
+        previous: tokens and slot of the state one token back, where a sequence steps back.
         capacity: tokens that the pages had room for when the last sweep was scheduled.
         suspension: what was computed, while the sequence waits for memory that was taken from it.
         num_cached: tokens whose KV was there, or was another sequence's to compute, when it was admitted.
@@ -48,6 +49,7 @@ class Tenancy:
     reserve: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     state: int | None = None
+    previous: tuple[int, int] | None = None
     capacity: int = 0
     suspension: Suspension | None = None
     num_cached: int = 0

@@ -31,6 +31,7 @@ class RecurrentLayer:
         num_bytes = num_slots * shape.num_bytes
         memory = Arena(num_bytes).tensor[:num_bytes] if device is None else device.allocate(num_bytes)
         self._slots = memory.view(num_slots, -1)  # ``(slots, bytes)``; touched as slots fill
+        self._parts: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
     def state_shape(self) -> StateShape:
@@ -42,13 +43,16 @@ class RecurrentLayer:
         """As a page of one token."""
         return self._shape.page
 
-    def parts(self, slot: int) -> tuple[torch.Tensor, ...]:
-        """Views of what *slot* has, part by part, to read or to write."""
-        flat = self._slots[slot]
-        return tuple(
-            flat[start : start + part.num_bytes].view(getattr(torch, part.dtype)).view(part.shape)
-            for part, start in zip(self._shape.parts, self._shape.offsets, strict=False)
-        )
+    def parts(self, slot: int) -> dict[str, torch.Tensor]:
+        """Views of what *slot* has, by the name of the part, to read or to write."""
+        found = self._parts.get(slot)
+        if found is None:
+            flat = self._slots[slot]
+            found = self._parts[slot] = {
+                part.name: flat[start : start + part.num_bytes].view(getattr(torch, part.dtype)).view(part.shape)
+                for part, start in zip(self._shape.parts, self._shape.offsets, strict=False)
+            }
+        return found
 
     def reserve(self, shape: PageShape) -> None:
         """There is room for states of *shape*.

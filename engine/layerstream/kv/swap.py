@@ -45,6 +45,7 @@ class PageSwap:
         self._file: IO[bytes] | None = None
         self._free: list[int] = []
         self._num_slots = 0
+        self._page_size: int | None = None
         self._slots: dict[int, list[int]] = {}
         self.written_pages = 0
 
@@ -97,7 +98,9 @@ class PageSwap:
         return self._num_slots - 1
 
     def _page_bytes(self) -> int:
-        return sum(len(data) for data in self._pieces(0))
+        if self._page_size is None:
+            self._page_size = sum(len(data) for data in self._pieces(0))
+        return self._page_size
 
     def _pieces(self, page: int) -> list[memoryview]:
         """The bytes of *page*, layer by layer, keys before values; layers that keep nothing have none."""

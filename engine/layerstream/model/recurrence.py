@@ -139,28 +139,30 @@ class Recurrence:
         assert slot is not None, "a sequence with guesses has a state"
         with elementwise.steady():  # as in a mixer's forward
             for number, layer in enumerate(self._layers):
-                for part, state in zip(layer.state_shape.parts, layer.parts(slot), strict=True):
-                    calls = self._guesses[number, part.name, sequence].calls
+                for name, state in layer.parts(slot).items():
+                    calls = self._guesses[number, name, sequence].calls
                     for node in nodes:
                         calls[node].step(state, state)
 
     def _known(self, number: int, span: Span, call: Call) -> torch.Tensor:
         route = self._sweep.routes[span.sequence]
         before = route.before(span.start)
-        state = None if before is None else self._part(number, before, call.part.name)
-        left = self._part(number, route.after(span.stop), call.part.name)
+        layer, name = self._layers[number], call.part.name
+        state = None if before is None else layer.parts(before)[name]
+        left = layer.parts(route.after(span.stop))[name]
         is_prompt = span.start < span.sequence.num_prompt_tokens
         return call.chunk(state, left) if is_prompt else call.step(state, left)
 
     def _guess(self, number: int, span: Span, call: Call) -> torch.Tensor:
         sequence, node = span.sequence, span.node
         tree = self._sweep.drafts[sequence]
-        guesses = self._guesses.setdefault((number, call.part.name, sequence), _Guesses())
+        name = call.part.name
+        guesses = self._guesses.setdefault((number, name, sequence), _Guesses())
         parent = tree.parents[node]
         path = tree.paths[node]
         guesses.states = {other: state for other, state in guesses.states.items() if other in path}
         if parent == ROOT:
-            state = self._part(number, self._sweep.routes[sequence].target, call.part.name)
+            state = self._layers[number].parts(self._sweep.routes[sequence].target)[name]
         else:
             state = guesses.states[parent]
         left = torch.empty_like(state)
@@ -168,8 +170,3 @@ class Recurrence:
         guesses.states[node] = left
         guesses.calls[node] = call.kept()
         return output
-
-    def _part(self, number: int, slot: int, name: str) -> torch.Tensor:
-        layer = self._layers[number]
-        parts = zip(layer.state_shape.parts, layer.parts(slot), strict=True)
-        return next(tensor for part, tensor in parts if part.name == name)

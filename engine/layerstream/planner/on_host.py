@@ -21,6 +21,7 @@ from layerstream.planner.states import (
     least_state_bytes,
     resident_share_bytes,
     slots_within,
+    snapshot_bytes,
 )
 from layerstream.planner.units import PlannedUnit, UnitPlan, choose_residents, cut_units, largest_unit, slice_rows
 
@@ -78,7 +79,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
     spare = left - least_kv - least_state_bytes(facts)
     if spare < 0:
         return None
-    rows = _SampledRows.of(facts, budget_bytes, spare)
+    rows = _SampledRows.of(facts, budget_bytes, spare - snapshot_bytes(facts, spare))
     activations += rows.num_bytes
     left -= rows.num_bytes
     share = resident_share_bytes(left, _first_kv_bytes(facts, budget_bytes), _most_kv_bytes(facts))
@@ -174,7 +175,8 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least = floor + activations
     if least > budget_bytes:
         raise _too_small(facts, budget_bytes, least)
-    rows = _SampledRows.of(facts, budget_bytes, budget_bytes - least)
+    spare = budget_bytes - least
+    rows = _SampledRows.of(facts, budget_bytes, spare - snapshot_bytes(facts, spare))
     activations += rows.num_bytes
     least += rows.num_bytes
     slots = slots_within(facts, STATES_SHARE * budget_bytes, budget_bytes - least)

@@ -1,7 +1,8 @@
 """Slots for the states of recurrent layers, as far as a budget goes. Pure.
 
 A slot is room for the states of all recurrent layers of one sequence. A sequence that runs needs two: a sweep reads
-its state from one and writes the next one to the other. Slots that no sequence holds keep snapshots of prefixes.
+its state from one and writes the next one to the other. Slots that no sequence holds keep snapshots of prefixes. The
+first of those comes before guesses and all else that there is a choice about: without it no prefix is ever used again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ def least_state_bytes(facts: ModelFacts) -> int:
     return SLOTS_OF_SEQUENCE * facts.state_bytes
 
 
+def snapshot_bytes(facts: ModelFacts, spare_bytes: int) -> int:
+    """Of *spare_bytes*, beyond the least, what the first snapshot takes; 0 where it does not fit."""
+    return facts.state_bytes if facts.state_bytes <= spare_bytes else 0
+
+
 def slots_within(facts: ModelFacts, share_bytes: float, spare_bytes: int) -> int:
-    """As many as *share_bytes* hold, within the least's room and *spare_bytes* more; 0 where no layer keeps a state."""
+    """As many as *share_bytes* hold, one snapshot's at the least, within *spare_bytes* beyond those of one sequence; 0
+    where no layer keeps a state."""
     if not facts.state_bytes:
         return 0
-    room = min(int(share_bytes), least_state_bytes(facts) + max(0, spare_bytes))
+    least = least_state_bytes(facts)
+    room = min(max(int(share_bytes), least + facts.state_bytes), least + max(0, spare_bytes))
     return max(SLOTS_OF_SEQUENCE, min(MOST_SLOTS, room // facts.state_bytes))
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from contextlib import closing
 from dataclasses import replace
 
@@ -168,7 +169,7 @@ class Scheduler:
                 raise StorageFull("there is no memory for one more beam: ask for fewer, or give the engine more memory")
             self._suspend(victims[-1])
         self.pool.share(shared)
-        child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[])
+        child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[], previous=None)
         self.states.fork(child)
         self._running.insert(self._running.index(parent) + 1, child)
         self._waiting.enter(child)
@@ -211,7 +212,7 @@ class Scheduler:
     def rewind(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens of *sequence* from *num_tokens* on are computed once more."""
         if num_tokens < sequence.num_computed:
-            self.states.release(sequence)
+            self.states.rewind(sequence, num_tokens)
         sequence.tenancy.rewind(num_tokens)
 
     def lose(self, key: bytes) -> None:
@@ -252,6 +253,12 @@ class Scheduler:
         """Sequences that cannot go on, and why; they are still to be removed."""
         failed, self._failed = self._failed, []
         return failed
+
+    def count_cached(self, keys: Seq[bytes]) -> int:
+        """How many of the pages *keys*, from the first on, are there to begin after. Changes nothing: any thread may
+        ask."""
+        known = self.prefixes.count_known(keys)
+        return self.states.resumable(keys, known) if self.states.is_needed else known
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -395,7 +402,7 @@ class Scheduler:
             self._store.abandon(gone)
 
     def _num_cached(self, sequence: Sequence) -> int:
-        return self.prefixes.count_known(sequence.prefix_keys) * self.pool.page_tokens
+        return self.count_cached(sequence.prefix_keys) * self.pool.page_tokens
 
     def _admit_long(self, sequence: Sequence) -> bool:
         """Admit a sequence that does not fit the frames; False while it has to wait, and those behind it too."""

@@ -7,6 +7,7 @@ copy: the sequence goes on to another slot. Who holds a slot:
 | holder | from when | until |
 |---|---|---|
 | a running sequence (``tenancy.state``) | a sweep is committed, or it begins at a snapshot | the next commit |
+| one that steps back (``tenancy.previous``) | a sweep is committed, but for its newest token | it is in another sweep |
 | the sweep under way | it is composed | it is committed; or, if it had no effect, the next one is composed |
 | a snapshot | it was computed, or is to be loaded | a slot is wanted: least recently used first |
 | the store | a snapshot is published | it was written |
@@ -88,10 +89,10 @@ class States:
         """Whether all of *running* may have two slots at once."""
         if not self.is_needed:
             return True
-        groups = {sequence: sequence.group for sequence in running}
-        num_alone = sum(group is None for group in groups.values())
-        searching = sum(group.num_rows for group in set(groups.values()) if group is not None)
-        return 2 * (num_alone + searching) <= self.pool.num_pages
+        everyone = list(running)
+        alone = sum(4 if sequence.steps_back else 2 for sequence in everyone if sequence.group is None)
+        groups = {sequence.group for sequence in everyone if sequence.group is not None}
+        return alone + sum(2 * group.num_rows for group in groups) <= self.pool.num_pages
 
     # Where a sequence begins
 
@@ -145,9 +146,19 @@ class States:
 
     def release(self, sequence: TokenSequence) -> None:
         """*sequence* has no state any more."""
+        self._leave_previous(sequence)
         state, sequence.tenancy.state = sequence.tenancy.state, None
         if state is not None:
             self.pool.release([state])
+
+    def rewind(self, sequence: TokenSequence, num_tokens: int) -> None:
+        """*sequence* has the state after *num_tokens* again, if that was kept; else it has none any more."""
+        previous, sequence.tenancy.previous = sequence.tenancy.previous, None
+        self.release(sequence)
+        if previous is not None and previous[0] == num_tokens:
+            sequence.tenancy.state = previous[1]
+        elif previous is not None:
+            self.pool.release([previous[1]])
 
     def fork(self, child: TokenSequence) -> None:
         """*child*, a copy of a running sequence, has its state, too."""
@@ -181,6 +192,7 @@ class States:
             return True
         if not self.begin(sequence) and self._key_at(sequence, sequence.num_computed) not in self._passed:
             return False
+        self._leave_previous(sequence)
         target = self._acquire(0)
         if target is None:
             return False
@@ -199,6 +211,9 @@ class States:
         if source is None and start:
             source = self._passed[self._key_at(sequence, start) or b""]
         stops = self._snapshots_between(sequence, start, stop)
+        if sequence.steps_back and stop - 1 > max(start, sequence.num_prompt_tokens - 1):  # a chunk is not parted
+            before = self._acquire(self._num_running - len(self._routes) - 1)
+            stops += [] if before is None else [(stop - 1, before)]
         if stops and stops[-1][0] == stop:
             self.pool.release([target])
         else:
@@ -227,15 +242,16 @@ class States:
             found.is_loading = found.is_loading and snapshot_key(key) not in loaded
         published: list[PublishedState] = []
         for sequence, route in sweep.routes.items():
+            previous = self._state_before_newest(sequence, route)
             self.release(sequence)
-            sequence.tenancy.state = route.target
+            sequence.tenancy.state, sequence.tenancy.previous = route.target, previous
+            self.pool.share([route.target])
             last = route.start
             for stop, slot in route.stops:
                 key = self._key_at(sequence, stop)
                 if key is None or self._passed.get(key) != slot:
+                    self.pool.release([slot])
                     continue
-                if slot == route.target:
-                    self.pool.share([slot])
                 self._snapshots[key] = _Snapshot(slot)
                 self._expected.discard(key)
                 published.append(PublishedState(key, slot, stop - last))
@@ -251,7 +267,7 @@ class States:
     def reset(self, others: Iterable[TokenSequence]) -> None:
         """There are no sequences and no snapshots; *others* had some. What the store holds stays its own."""
         for sequence in others:
-            sequence.tenancy.state = None
+            sequence.tenancy.state = sequence.tenancy.previous = None
         self._snapshots.clear()
         self._expected.clear()
         self._routes, self._passed, self._targets = {}, {}, {}
@@ -260,10 +276,26 @@ class States:
 
     def check_integrity(self, running: Iterable[TokenSequence]) -> None:
         """Raise ``AssertionError`` unless all slots are accounted for."""
-        states = [sequence.tenancy.state for sequence in running if sequence.tenancy.state is not None]
+        tenancies = [sequence.tenancy for sequence in running]
+        states = [tenancy.state for tenancy in tenancies if tenancy.state is not None]
+        states += [tenancy.previous[1] for tenancy in tenancies if tenancy.previous is not None]
         stops = [slot for route in self._routes.values() for _, slot in route.stops]
         snapshots = [found.slot for found in self._snapshots.values()]
         self.pool.check_integrity([states, stops, snapshots, list(self._targets.values()), self._held_by_store])
+
+    def _leave_previous(self, sequence: TokenSequence) -> None:
+        previous, sequence.tenancy.previous = sequence.tenancy.previous, None
+        if previous is not None:
+            self.pool.release([previous[1]])
+
+    def _state_before_newest(self, sequence: TokenSequence, route: StateRoute) -> tuple[int, int] | None:
+        """Tokens and slot of it, held once more; ``None`` where *sequence* does not step back, or nothing was left."""
+        before = route.stops[-1][0] - 1
+        slot = route.source if before == route.start else dict(route.stops).get(before)
+        if not sequence.steps_back or slot is None:
+            return None
+        self.pool.share([slot])
+        return before, slot
 
     def _snapshots_between(self, sequence: TokenSequence, start: int, stop: int) -> list[tuple[int, int]]:
         """``(tokens, slot)`` of the snapshots that *sequence* leaves after *start*, up to *stop*, in order."""

@@ -30,7 +30,7 @@ from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS
 from layerstream.store.config import KVStoreConfig
 from layerstream.store.fingerprint import DigestMemory, WeightFiles
-from layerstream.store.index import new_owner
+from layerstream.store.leases import new_owner
 from layerstream.store.store import PrefixStore
 from layerstream.store.tiers.folder import Access, Bounds, StoreFolder, StoreUnavailable
 from layerstream.store.tiers.local import LocalTier
@@ -157,7 +157,7 @@ class _TierOpener:
             name = fingerprint.namespace(about, self._config.salt)
             bounds = Bounds(self._config.bound(folder.total_bytes()), self._config.min_free)
             if not folder.read_only:
-                folder.index.give_back_leases()  # of before a failure
+                folder.index.leases.give_back()  # of before a failure
             described = {"model": self._model, "fingerprint": about}
             tier = LocalTier(folder, name, described, bounds, self._reader, self._opened)
         except BaseException:

@@ -205,7 +205,7 @@ def make_runner(
     """What runs the model; with another's *embedding* and *head* where they are given."""
     plan, placement = ground.plan, ground.placement
     device_kv = None
-    if placement is not None:
+    if placement is not None and kv.states:
         rides = [part.facts.kv_rides for part in plan.by_device]
         device_kv = DeviceKV(
             placement,

@@ -26,10 +26,10 @@ from layerstream.errors import BudgetTooSmall, LayerStreamError, UnsupportedMode
 from layerstream.model.anatomy import dissect
 from layerstream.model.families import check_supported, is_tested
 from layerstream.model.skeleton import build_meta, load_config
-from layerstream.model.trace import LayerTrace, Trace, trace
+from layerstream.model.trace import LayerTrace, Recurrent, Trace, trace
 from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
-from layerstream.setup.plan_model import locate_model, plan_model
+from layerstream.setup.plan_model import locate_model, plan_facts, spend
 from layerstream.setup.shrunken import ORDINARY_IDS, ordinary_steps, shrink
 from layerstream.setup.shrunken_model import write_model
 from layerstream.setup.stepping import step_greedily
@@ -43,6 +43,7 @@ most (Gemma 4 attends without a scale) make a quarter."""
 PROMPT_LENGTHS = (5, 150, 37)
 """The short one first: it decodes beside chunks of the long one, in row blocks of its own."""
 NEW_TOKENS = 4
+MORE_SLOTS = 6  # than one sequence needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,8 @@ def _compared_layers(family: str, full: Trace, small: Trace) -> tuple[str, ...]:
 
 def _kind(layer: LayerTrace) -> str:
     """What it does, but for sizes."""
+    if not layer.path:
+        return "computes row by row" if layer.recurrent is None else _state(layer.recurrent)
     seen = "a window" if layer.window is not None else "a chunk" if layer.chunk is not None else "all positions"
     traits = [f"sees {seen}"]
     if layer.kept is None:
@@ -207,7 +210,14 @@ def _kind(layer: LayerTrace) -> str:
         traits.append("expands latents")
     if layer.counts:
         traits.append("counts positions")
+    if layer.recurrent is not None:
+        traits.append(_state(layer.recurrent))
     return ", ".join(traits)
+
+
+def _state(mixer: Recurrent) -> str:
+    kinds = {"conv": "a convolution", "recurrent": "a recurrence"}
+    return f"keeps the state of {' and '.join(kinds[part.name] for part in mixer.shape.parts)}"
 
 
 def _words(layer: LayerTrace) -> str:
@@ -283,9 +293,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _with_least_memory(config: EngineConfig) -> EngineConfig:
-    """So that the copy streams as finely as it can."""
+    """So that the copy streams as finely as it can, and several sequences have states and leave snapshots."""
+    facts = plan_facts(config)[0]
     try:
-        plan_model(dataclasses.replace(config, memory_bytes=1))
+        spend(dataclasses.replace(config, memory_bytes=1), facts)
     except BudgetTooSmall as error:
-        return dataclasses.replace(config, memory_bytes=error.required_bytes)
+        return dataclasses.replace(config, memory_bytes=error.required_bytes + MORE_SLOTS * facts.state_bytes)
     return config

@@ -18,6 +18,8 @@ from layerstream.model.quiet import no_progress_bars
 from layerstream.setup.shrunken import VOCAB_SIZE
 
 _SPREAD = 0.15
+_TIME_STEPS = ("dt_bias", "dt_proj.bias")
+_SLOW = -4.0  # before softplus: a state forgets a fiftieth of itself with a token
 
 
 def write_model(config: Any, folder: Path, *, trust_remote_code: bool = False, spread: float = _SPREAD) -> Any:
@@ -43,10 +45,12 @@ def write_model(config: Any, folder: Path, *, trust_remote_code: bool = False, s
 
 @torch.no_grad()
 def _fill(model: Any, spread: float) -> None:
-    """Norms are about one, all else about nothing."""
+    """Norms are about one, all else about nothing; steps of recurrences are slow, so that states last."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             offset = 1.0 if "norm" in name and tensor.dim() == 1 and "bias" not in name else 0.0
+            if name.endswith(_TIME_STEPS):
+                offset = _SLOW
             tensor.copy_(torch.randn(tensor.shape) * spread + offset)
 
 

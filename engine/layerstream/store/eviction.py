@@ -1,6 +1,7 @@
 """Which segments go when the store needs room. Pure.
 
-Leaf first: a segment that another one continues stays as long as that one does. Among leaves the one with the lowest
+Leaf first: a segment that another one continues stays as long as that one does; so a snapshot, which nothing continues,
+goes before its page. Among leaves the one with the lowest
 priority goes; a priority is the clock at the last use plus frequency · seconds / bytes (greedy-dual-size-frequency,
 Cherkasova 1998), where seconds is what computing the pages took. The clock is the highest priority evicted so far: a
 number in the index, not the time of day. Pinned segments and those in use stay.

@@ -9,7 +9,6 @@ Invariants, each kept by one transaction:
 * a page's row points to a segment that is whole: rows of pages appear in the transaction that ends the writing;
 * a page's parent is there too, or is the root (an empty key);
 * bytes are reserved before a segment is written, so all writers together keep to the bound;
-* a lease that its owner does not renew ends by itself; an owner whose process is gone has none;
 * a number that stood for a namespace or a segment never stands for another one.
 """
 
@@ -17,21 +16,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from layerstream.store.database import BUSY_SECONDS, Database, IndexReplaced
 from layerstream.store.eviction import Candidate
+from layerstream.store.leases import LEASE_SECONDS, Leases, is_alive, new_owner
 from layerstream.store.migrations import migrate
 from layerstream.store.segment import Key, SegmentInfo
 
-LEASE_SECONDS = 15.0
 _AT_ONCE = 500  # parameters of one statement
 
 
@@ -83,8 +79,7 @@ class Index(Database):
     ) -> None:
         super().__init__(path, read_only=read_only, busy_seconds=busy_seconds)
         self._read_only = read_only
-        self.owner = owner or new_owner()
-        self._writer = f"{self.owner}w"  # whose leases are not renewed
+        self.leases = Leases(self, owner or new_owner())
         if not read_only:
             try:
                 migrate(self.connection(), path)
@@ -97,7 +92,7 @@ class Index(Database):
         """Give leases back, close all connections. Never raises."""
         if not self._read_only:
             with contextlib.suppress(sqlite3.Error, OSError):
-                self.give_back_leases()
+                self.leases.give_back()
         super().close()
 
     # Namespaces
@@ -177,7 +172,7 @@ class Index(Database):
                 "INSERT OR IGNORE INTO segments "
                 "(id, namespace, name, num_bytes, num_pages, seconds, priority, created, last_used, writer) "
                 "VALUES (?, ?, ?, ?, 0, 0, 0, ?, ?, ?)",
-                (number, namespace, name, num_bytes, now, now, self.owner),
+                (number, namespace, name, num_bytes, now, now, self.leases.owner),
             )
             return number if cursor.rowcount else None
 
@@ -326,63 +321,6 @@ class Index(Database):
             connection.execute("DELETE FROM segments WHERE id = ?", (segment,))
             return True
 
-    # Leases
-
-    def claim(self, namespace: int, keys: Sequence[Key]) -> bool:
-        """Announce that this process computes *keys*. False, and no change, if another one computes the first."""
-        now = time.time()
-        with self.transaction() as connection:
-            row = connection.execute(
-                "SELECT owner, expires FROM leases WHERE namespace = ? AND key = ?", (namespace, keys[0])
-            ).fetchone()
-            if row and row[0] != self.owner and _is_current(row[1], now) and _is_alive(*row):
-                return False
-            connection.executemany(
-                "INSERT INTO leases (namespace, key, owner, expires) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET owner = excluded.owner, expires = excluded.expires "
-                "WHERE owner = excluded.owner OR expires < ? OR key = ?",
-                [(namespace, key, self.owner, now + LEASE_SECONDS, now, keys[0]) for key in keys],
-            )
-            return True
-
-    def announce(self, namespace: int, keys: Sequence[Key]) -> None:
-        """This process is about to write *keys*; unlike a claim that is not renewed."""
-        with self.transaction() as connection:
-            connection.executemany(
-                "INSERT OR IGNORE INTO leases (namespace, key, owner, expires) VALUES (?, ?, ?, ?)",
-                [(namespace, key, self._writer, time.time() + LEASE_SECONDS) for key in keys],
-            )
-
-    def is_announced(self, namespace: int, keys: Collection[Key]) -> bool:
-        """Whether another process is about to write one of *keys*."""
-        now = time.time()
-        leases = self.connection().execute(
-            "SELECT key, owner, expires FROM leases WHERE namespace = ? AND owner != ?", (namespace, self._writer)
-        )
-        return any(
-            key in keys and _is_current(expires, now) and _is_alive(who, expires) for key, who, expires in leases
-        )
-
-    def renew(self) -> None:
-        """This process is still at work on what it claimed."""
-        with self.transaction() as connection:
-            connection.execute(
-                "UPDATE leases SET expires = ? WHERE owner = ?", (time.time() + LEASE_SECONDS, self.owner)
-            )
-
-    def unclaim(self, namespace: int, keys: Sequence[Key]) -> None:
-        """This process does not compute, or write, *keys* any more."""
-        with self.transaction() as connection:
-            connection.executemany(
-                "DELETE FROM leases WHERE namespace = ? AND key = ? AND owner IN (?, ?)",
-                [(namespace, key, self.owner, self._writer) for key in keys],
-            )
-
-    def give_back_leases(self) -> None:
-        """This process computes nothing."""
-        with self.transaction() as connection:
-            connection.execute("DELETE FROM leases WHERE owner IN (?, ?)", (self.owner, self._writer))
-
     # Digests of files
 
     def digest(self, path: Path, stat: os.stat_result) -> str | None:
@@ -430,7 +368,7 @@ class Index(Database):
         """Forget reservations of processes that are gone."""
         rows = self.connection().execute("SELECT id, writer, created FROM segments WHERE writer IS NOT NULL").fetchall()
         for segment, writer, created in rows:
-            if not _is_alive(writer, created + LEASE_SECONDS):
+            if not is_alive(writer, created + LEASE_SECONDS):
                 self.cancel(segment)
 
     def _drop_empty(self, connection: sqlite3.Connection) -> list[str]:
@@ -439,11 +377,6 @@ class Index(Database):
             "AND NOT EXISTS (SELECT 1 FROM pages WHERE segment = segments.id) RETURNING name"
         ).fetchall()
         return [name for (name,) in rows]
-
-
-def new_owner() -> str:
-    """Somebody in this process whom leases can be given to."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_born(os.getpid())}:{os.urandom(4).hex()}"
 
 
 def _new_id(connection: sqlite3.Connection) -> int:
@@ -460,24 +393,3 @@ def _reprioritise(connection: sqlite3.Connection, segments: Sequence[int]) -> No
         "UPDATE segments SET priority = (SELECT value FROM clock) + frequency * seconds / num_bytes WHERE id = ?",
         [(segment,) for segment in segments],
     )
-
-
-def _is_current(expires: float, now: float) -> bool:
-    """Whether a lease runs; one from the far future is from before a jump of the clock."""
-    return now <= expires <= now + 2 * LEASE_SECONDS
-
-
-def _is_alive(owner: str, expires: float) -> bool:
-    """Whether *owner*'s process is there; of another host's (a shared volume), whether it was lately."""
-    host, pid, born, _ = owner.rsplit(":", 3)
-    if host != socket.gethostname():
-        return _is_current(expires, time.time())
-    return _born(int(pid)) == born
-
-
-def _born(pid: int) -> str:
-    """When process *pid* started, so that a number used again is not taken for its former bearer; empty if gone."""
-    try:
-        return f"{psutil.Process(pid).create_time():.2f}"
-    except psutil.Error:
-        return ""

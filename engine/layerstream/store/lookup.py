@@ -12,85 +12,9 @@ from dataclasses import dataclass
 
 from layerstream.kv.prefix import snapshot_key
 from layerstream.store.connection import Question, TierConnection
+from layerstream.store.offers import Found, Snapshot, Wanted
 from layerstream.store.segment import Key
-from layerstream.store.tiers.base import PageFacts, Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """*num_pages* and the snapshot after *boundary* pages (0: none) that can be loaded: *num_bytes*.
-
-    They save computing *num_computed* pages, which took *seconds*.
-    """
-
-    num_pages: int
-    num_computed: int
-    boundary: int
-    num_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is asked for: of ``keys``, the pages from *start* on. The others are in memory.
-
-    Attributes:
-        resumable: where there are recurrent layers: the number of pages whose states are in memory; snapshots after
-            more of them are asked for as well, and what is known of the pages from there on.
-        has_pages: False where pages have no bytes, and so are there without being stored.
-    """
-
-    keys: Sequence[Key]
-    start: int
-    resumable: int | None = None
-    has_pages: bool = True
-
-    @property
-    def first(self) -> int:
-        """The first page that facts are wanted of."""
-        return self.start if self.resumable is None else min(self.start, self.resumable)
-
-    def offer(self, found: Found) -> Offer | None:
-        """What of *found* may be loaded, instead of being computed again."""
-        if self.resumable is None:
-            pages = found.pages
-            return Offer(len(pages), len(pages), 0, *_sums(pages)) if pages else None
-        stop = self.stop(found.pages)
-        snapshots = [item for item in found.snapshots if item.boundary <= stop]
-        if not snapshots:
-            return None
-        last = snapshots[-1]
-        seconds = _sums(found.pages[self.resumable - self.first : last.boundary - self.first])[1]
-        num_bytes = _sums(found.pages[self.start - self.first : last.boundary - self.first])[0] + last.facts.num_bytes
-        if not self.has_pages:
-            seconds = sum(item.facts.seconds for item in snapshots)
-        num_pages = max(0, last.boundary - self.start)
-        return Offer(num_pages, last.boundary - self.resumable, last.boundary, num_bytes, seconds)
-
-    def stop(self, pages: Sequence[PageFacts]) -> int:
-        """How many pages are at hand, or can be, where *pages* from :attr:`first` on are stored."""
-        return max(self.start, self.first + len(pages)) if self.has_pages else len(self.keys)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """States that are stored: those after *boundary* pages."""
-
-    boundary: int
-    facts: PageFacts
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a tier has: pages in a row, and snapshots after one of them or after one in memory, in order."""
-
-    pages: Sequence[PageFacts] = ()
-    snapshots: Sequence[Snapshot] = ()
-
-    def without(self, is_lost: Callable[[Key], bool]) -> Found:
-        """Less what was lost since, and pages that follow on one that was."""
-        whole = next((at for at, facts in enumerate(self.pages) if is_lost(facts.key)), len(self.pages))
-        return Found(self.pages[:whole], [item for item in self.snapshots if not is_lost(item.facts.key)])
+from layerstream.store.tiers.base import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +102,3 @@ def _find_unclaimed(tier: Tier, wanted: Wanted) -> Found:
     boundaries = {snapshot_key(key): wanted.resumable + count for count, key in enumerate(between, start=1)}
     snapshots = tier.any_of(list(boundaries)) if boundaries else []
     return Found(pages, [Snapshot(boundaries[facts.key], facts) for facts in snapshots])
-
-
-def _sums(pages: Sequence[PageFacts]) -> tuple[int, float]:
-    """Bytes of *pages*, and what computing them took."""
-    return sum(facts.num_bytes for facts in pages), sum(facts.seconds for facts in pages)

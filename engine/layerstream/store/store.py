@@ -55,7 +55,8 @@ from layerstream.store.connection import STORE_ERRORS, OpenTier, Question, State
 from layerstream.store.counters import StoreCounters
 from layerstream.store.known import KnownKeys
 from layerstream.store.loader import PageLoader
-from layerstream.store.lookup import Found, Lookup, Wanted, count_resumable
+from layerstream.store.lookup import Lookup, count_resumable
+from layerstream.store.offers import Found, Wanted
 from layerstream.store.segment import Key
 from layerstream.store.source import PageSource, snapshot_source
 from layerstream.store.tiers.base import StoredRun, Tier
@@ -130,8 +131,9 @@ class PrefixStore:
         """What to do about the pages ``keys[start:]``: load the first of them, compute the rest.
 
         Args:
-            resumable: where there are recurrent layers: the number of pages whose states are in memory. The answer is
-                then the last snapshot beyond, and the pages up to it that are not in memory; or nothing.
+            resumable: where there are recurrent layers: after how many pages, at most *start*, their states are in
+                memory. The answer is then the last snapshot beyond, and the pages up to it that are not in memory; or
+                nothing.
 
         Returns:
             ``None`` if another process is computing the next one that is not there, or the tier has not answered yet:

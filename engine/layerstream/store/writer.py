@@ -60,11 +60,11 @@ class Writer:
 
     def publish(self, batch: Batch) -> None:
         """Write *batch*, after what was published before it."""
+        if isinstance(item := batch.published, PublishedState):
+            self._connection.post(lambda tier: tier.announce([snapshot_key(item.key)]))
         with self._changed:
             self._queue.batches.append(batch)
             self._changed.notify_all()
-        if isinstance(item := batch.published, PublishedState):
-            self._connection.post(lambda tier: tier.announce([snapshot_key(item.key)]))
         self.give_up_hopeless()
 
     def remember(self, answer: RememberedAnswer) -> None:

@@ -98,8 +98,8 @@ class DeltaRule:
         reached = by_head(self.decay).cumsum(1)
         keys, queries = self._products(query, key, reached)
         faded = fading(reached.clone())
-        written = (by_head(self.value) * rate).baddbmm_(_spread(key, faded * rate), state, alpha=-1)
-        written = torch.linalg.solve_triangular(keys.mul_(rate), written, upper=False, unitriangular=True)
+        written = by_head(self.value).mul_(rate).baddbmm_(_spread(key, faded * rate), state, alpha=-1)
+        torch.linalg.solve_triangular(keys.mul_(rate), written, upper=False, unitriangular=True, out=written)
         output = torch.bmm(_spread(query, faded), state).baddbmm_(queries, written)
         end = reached[:, -1:]
         torch.mul(state, fading(end.clone()).mT, out=left).baddbmm_(_spread(key, fading(end - reached)).mT, written)

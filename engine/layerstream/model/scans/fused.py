@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 from typing import Any
 
 import torch
 
-PACKAGE = "fla"
 WIDEST = 256  # of a key, in its kernels
 _KERNELS = {  # by whether a decay is a channel's, and whether rows are a chunk
     (False, True): ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
@@ -24,17 +22,21 @@ _KERNELS = {  # by whether a decay is a channel's, and whether rows are a chunk
 }
 
 
+@functools.cache
+def is_installed() -> bool:
+    """Whether there are such kernels at all."""
+    return importlib.util.find_spec("fla") is not None
+
+
 def version() -> str | None:
     """Of the package, if this process may call it."""
-    if importlib.util.find_spec(PACKAGE) is None or not torch.cuda.is_available():
-        return None
-    return importlib.metadata.version("fla-core")
+    return importlib.import_module("fla").__version__ if is_installed() and torch.cuda.is_available() else None
 
 
 def takes(key: torch.Tensor) -> bool:
     """Whether there are kernels for calls whose keys are *key* ``(..., width)``."""
     is_narrow = key.dtype in (torch.bfloat16, torch.float16) and key.shape[-1] <= WIDEST
-    return key.is_cuda and is_narrow and importlib.util.find_spec(PACKAGE) is not None
+    return key.is_cuda and is_narrow and is_installed()
 
 
 @functools.cache

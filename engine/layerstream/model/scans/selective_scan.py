@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from layerstream.kv.shape import StatePart
+from layerstream.model import elementwise
 from layerstream.model.scans.decays import fading
 from layerstream.model.scans.rows import copied, in_pieces, joined
 
@@ -93,7 +94,7 @@ class SelectiveScan:
         inputs, raw, b, c = (_by_row(tensor) for tensor in (self.inputs, self.raw, self.b, self.c))
         own = self.weights
         steps = raw if own.bias is None else raw + own.bias.float()
-        steps = F.softplus(steps) if own.softplus else steps
+        steps = elementwise.apply(F.softplus, steps) if own.softplus else steps
         written = steps * inputs
         read = []
         left.copy_(state)
@@ -104,7 +105,7 @@ class SelectiveScan:
         if own.d is not None:
             output = output + inputs * own.d.float()
         if self.gate is not None:
-            output = output * F.silu(_by_row(self.gate))
+            output = output * elementwise.apply(F.silu, _by_row(self.gate))
         return output.mT[None]
 
     def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:

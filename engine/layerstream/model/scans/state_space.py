@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from layerstream.kv.shape import StatePart
+from layerstream.model import elementwise
 from layerstream.model.scans.decays import between, fading
 from layerstream.model.scans.rows import by_head, copied, in_pieces, joined
 
@@ -48,7 +49,7 @@ class Heads:
         steps = torch.empty(raw.shape[1:], dtype=torch.float32, device=raw.device).copy_(raw[0])
         if self.bias is not None:
             steps += self.bias
-        return (F.softplus(steps) if self.softplus else steps).clamp_(*self.limits)
+        return (elementwise.apply(F.softplus, steps) if self.softplus else steps).clamp_(*self.limits)
 
 
 @dataclass(frozen=True, slots=True)

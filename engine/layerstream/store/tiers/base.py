@@ -2,7 +2,8 @@
 
 Pages are immutable and named by their content (a key says all tokens from position 0 on; the namespace says model,
 arithmetic and tenant), so a tier never updates, two writers of one key write the same bytes, and losing a page costs
-no more than computing it again. A tier that fails raises ``OSError`` or ``sqlite3.Error``, which
+no more than computing it again. Snapshots of recurrent layers are pages here, which continue the page that they were
+taken after. A tier that fails raises ``OSError`` or ``sqlite3.Error``, which
 :class:`~layerstream.store.connection.TierConnection` keeps from requests; a tier may be slow, but for ``open``.
 """
 

@@ -119,21 +119,21 @@ class LocalTier:
             return True
         self._index.check_namespace(self._number, self.namespace)
         self._has_claims = True
-        return self._index.claim(self._number, keys)
+        return self._index.leases.claim(self._number, keys)
 
     def announce(self, keys: Sequence[Key]) -> None:
         """Lease *keys* to this process for a moment."""
         if self._can_write:
-            self._index.announce(self._number, keys)
+            self._index.leases.announce(self._number, keys)
 
     def is_announced(self, keys: Collection[Key]) -> bool:
         """Whether one of *keys* is leased to another process."""
-        return self._can_write and self._index.is_announced(self._number, keys)
+        return self._can_write and self._index.leases.is_announced(self._number, keys)
 
     def unclaim(self, keys: Sequence[Key]) -> None:
         """End the leases of *keys*."""
         if self._can_write:
-            self._index.unclaim(self._number, keys)
+            self._index.leases.unclaim(self._number, keys)
 
     def remember(self, item: RememberedAnswer) -> bool:
         """Keep *item*, if its page is here."""
@@ -149,7 +149,7 @@ class LocalTier:
         if not self._can_write:
             return
         if self._has_claims:
-            self._index.renew()
+            self._index.leases.renew()
         if used:
             self._index.touch(used)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from layerstream.store.lookup import Found, Offer, Snapshot, Wanted
+from layerstream.store.offers import Found, Offer, Snapshot, Wanted
 from layerstream.store.tiers.base import PageFacts
 
 from tests.store.pages import chain
