@@ -60,7 +60,10 @@ def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
         BudgetTooSmall: names the minimum.
         ConfigurationError: host memory for an accelerator, and there is none.
     """
-    return plan_with_head(facts, partial(_spend, config), partial(_spend_on_head, config))
+    plan = plan_with_head(facts, partial(_spend, config), partial(_spend_on_head, config))
+    if facts.mtp is not None and plan.mtp is None:
+        logger.info("%s: no memory is left for its multi-token-prediction head, which does not draft", config.model)
+    return plan
 
 
 def _spend(config: EngineConfig, facts: ModelFacts, head: Plan | None) -> Plan:
