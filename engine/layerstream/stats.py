@@ -114,7 +114,8 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
     fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.weights.expert_bytes + plan.activation_bytes
     fixed += plan.state_bytes
     streamer = parts.weights.streamer
-    planned = fixed + used_kv + (parts.draft.plan.planned_bytes if parts.draft else 0)
+    beside = [parts.draft.plan if parts.draft else None, plan.mtp]
+    planned = fixed + used_kv + sum(other.planned_bytes for other in beside if other is not None)
     return EngineStats(
         sweeps=counters.sweeps,
         tokens_in=counters.tokens_in,

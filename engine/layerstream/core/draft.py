@@ -7,6 +7,7 @@ says can make a sweep bring more tokens, never other ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,3 +64,15 @@ class DraftTree:
     def child(self, node: int, token_id: int) -> int | None:
         """The child of *node* that guesses *token_id*."""
         return self._children.get((node, token_id))
+
+    def along(self, token_ids: Iterable[int]) -> list[int]:
+        """The nodes that guess *token_ids*, one after the other, as far as there are any."""
+        found: list[int] = []
+        node = ROOT
+        for token in token_ids:
+            child = self.child(node, token)
+            if child is None:
+                break
+            found.append(child)
+            node = child
+        return found

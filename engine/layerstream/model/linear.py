@@ -8,7 +8,7 @@ tile. The kernels leave padding out: they give a row the same bits whatever the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -174,6 +174,16 @@ class SlicedLinear:
     def install(self, module: torch.nn.Module) -> None:
         """Make *module* compute this way."""
         module.forward = self.run
+
+
+def lent(linear: SlicedLinear) -> SlicedLinear:
+    """*linear*, whose weights all stay, for another model: nobody is told when it multiplies by them."""
+    return SlicedLinear([LinearSlice(part.first, part.last, _kept(part)) for part in linear.slices])
+
+
+def _kept(part: LinearSlice) -> SliceWeights:
+    with part.weights() as weights:
+        return partial(nullcontext, weights)
 
 
 class JoinedLinears:

@@ -8,7 +8,7 @@ that what it does to logits (scaling, soft caps) is done by it, in one shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,11 +30,13 @@ from layerstream.model.anatomy import Anatomy
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
-from layerstream.model.linear import padded_blocks
+from layerstream.model.linear import SlicedLinear, padded_blocks
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.recurrence import Recurrence, mixing
 from layerstream.model.skeleton import Skeleton
 from layerstream.store.loader import PageLoader
+
+_NOTHING: Mapping[str, torch.Tensor] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ class SweepRunner:
         placement: the devices that compute; ``None``: the processor.
         device_kv: the KV on them.
         prefers_flash: attend there with the flash-attn package.
+        head: the output projection, where it is not among *weights*.
+
+    Attributes:
+        embedding: rows of the embedding.
+        keeps_hidden: whether the hidden states of a sweep are kept for :meth:`take_hidden`.
     """
 
     def __init__(
@@ -71,10 +78,14 @@ class SweepRunner:
         placement: Placement | None = None,
         device_kv: DeviceKV | None = None,
         prefers_flash: bool = False,
+        head: SlicedLinear | None = None,
     ) -> None:
+        self.embedding = embedding
+        self.keeps_hidden = False
+        self._hidden: torch.Tensor | None = None
         self._dtype = skeleton.dtype
         self._weights = weights
-        self._embedding = embedding
+        self._head = head or weights.head
         self._layer_embedding = layer_embedding
         self._states = states
         self._recurrent = recurrent
@@ -95,12 +106,15 @@ class SweepRunner:
         self._stubs = _Stubs(skeleton.anatomy)
         self._room = _LogitRoom()
 
-    def run(self, sweep: Sweep) -> torch.Tensor:
+    def run(self, sweep: Sweep, given: Mapping[str, torch.Tensor] = _NOTHING) -> torch.Tensor:
         """Logits ``(len(sweep.sampled_rows), vocabulary)`` of the sampled rows, valid until the next run; new KV rows
         are in the pages, those of guesses wait for :meth:`accept`.
 
         After an error the ring is empty and the sweep had no effect that a later one could see: rows in the pages past
         a sequence's ``num_computed`` are written again.
+
+        Args:
+            given: tensors in host memory that the decoder is given beside embeddings.
 
         Raises:
             PagesLost: a stored page is damaged or gone. ReadError, EngineClosed: weights could not be read.
@@ -122,7 +136,8 @@ class SweepRunner:
                     self._drafted = context.drafted
                     if streamer is not None:
                         streamer.begin(with_tail=bool(sweep.sampled))
-                    hidden = self._decode(**self._inputs(sweep)).last_hidden_state
+                    hidden = self._decode(**self._inputs(sweep, given)).last_hidden_state
+                    self._hidden = hidden[0].cpu() if self.keeps_hidden else None
                     logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
                     for part in (*computing, *bringing):
                         part.end()
@@ -131,6 +146,13 @@ class SweepRunner:
                 for part in (*bringing, *computing):
                     part.abort()
                 raise
+
+    def take_hidden(self) -> torch.Tensor:
+        """``(rows, hidden)`` in host memory: what came out of the final norm in the last sweep; once, where it is
+        kept."""
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None, "nobody asked for them, or they were taken"
+        return hidden
 
     def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
         """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages, and the states of
@@ -165,7 +187,7 @@ class SweepRunner:
         self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, context.spans, wait)
         return mixing(self._recurrence)
 
-    def _inputs(self, sweep: Sweep) -> dict[str, Any]:
+    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         token_ids: list[int] = []
         rows: list[int] = []
         positions = torch.zeros((1, sweep.num_rows), dtype=torch.long)
@@ -174,10 +196,11 @@ class SweepRunner:
             rows.extend(range(row, row + len(span)))
             positions[0, row : row + len(span)] = torch.arange(span.start, span.stop)
         inputs = {
-            "inputs_embeds": self._embed(self._embedding, token_ids, rows, sweep.num_rows),
+            "inputs_embeds": self._embed(self.embedding, token_ids, rows, sweep.num_rows),
             "position_ids": positions.to(self._torch_device),
             self._cache_name: self._cache,
             "use_cache": True,
+            **{name: tensor.to(self._torch_device) for name, tensor in given.items()},
         }
         if self._layer_embedding is not None:
             table = self._layer_embedding
@@ -188,7 +211,7 @@ class SweepRunner:
     def _embed(self, table: EmbeddingRows, token_ids: list[int], rows: list[int], num_rows: int) -> torch.Tensor:
         """``(1, num_rows, …)``: at *rows* what the model makes of *token_ids*, zeros elsewhere."""
         distinct, indices = table.gather(token_ids)
-        look_up = self._stubs.embed if table is self._embedding else self._stubs.embed_layers
+        look_up = self._stubs.embed if table is self.embedding else self._stubs.embed_layers
         embedded = look_up(distinct.to(self._torch_device), indices.to(self._torch_device))
         packed = embedded.new_zeros((1, num_rows, *embedded.shape[1:]))
         packed[0, rows] = embedded
@@ -198,7 +221,7 @@ class SweepRunner:
         """Logits ``(n, vocabulary)`` of final hidden states ``(n, hidden)``."""
         blocks = padded_blocks(len(hidden), self._head_rows)
         padded = F.pad(self._stubs.lead(hidden), (0, 0, 0, blocks[-1].stop - len(hidden)))
-        head = self._weights.head
+        head = self._head
         if self._placement is None:
             raw = self._room.take(len(hidden), head.num_rows, hidden.dtype)
         else:

@@ -52,6 +52,7 @@ class Skeleton:
         head: sizes of the output projection.
         model_bytes: bytes of all distinct weights on disk.
         tile_values: of a quantised matrix, decoded at a time.
+        mtp: the head that predicts several tokens, as a model of one layer; ``None``: there is none, or nobody asked.
     """
 
     anatomy: Anatomy
@@ -66,6 +67,7 @@ class Skeleton:
     head: WeightNode
     model_bytes: int
     tile_values: int = TILE_VALUES
+    mtp: Skeleton | None = None
 
     @property
     def model(self) -> Any:
@@ -169,20 +171,31 @@ def build_skeleton(
     traced = trace(anatomy)
     if not allow_untested:  # what cannot run was refused for that
         check_tested(config)
-    _adapt(anatomy, traced)
+    adapt(anatomy, traced)
     if file is not None:
         sources = resolve_gguf(model, file)
     else:
         assert checkpoint is not None
-        _turn_experts(model, checkpoint)
-        sources = resolve_parameters(model, checkpoint.tensors, checkpoint.packed)
-    dtypes = _compute_dtypes(model, sources, compute_dtype)
+        sources = resolve_stored(model, checkpoint)
+    return complete(anatomy, traced, sources, compute_dtype, _text_config(config, anatomy), tile_values)
+
+
+def complete(
+    anatomy: Anatomy,
+    traced: Trace,
+    sources: Mapping[str, Source],
+    dtype: torch.dtype,
+    config: Any,
+    tile_values: int,
+) -> Skeleton:
+    """The skeleton of a model that is built, traced and adapted, with its weights at *sources*."""
+    dtypes = _compute_dtypes(anatomy.model, sources, dtype)
     body, routed_body, routed, head = _weigh(anatomy, traced, sources, dtypes, tile_values)
     return Skeleton(
         anatomy=anatomy,
-        config=_text_config(config, anatomy),
+        config=config,
         trace=traced,
-        dtype=compute_dtype,
+        dtype=dtype,
         sources=sources,
         dtypes=dtypes,
         body=body,
@@ -270,7 +283,7 @@ def build_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         raise bypassing(config.model_type) from error  # it has a class for each implementation that it knows
 
 
-def _adapt(anatomy: Anatomy, traced: Trace) -> None:
+def adapt(anatomy: Anatomy, traced: Trace) -> None:
     """Have the modules of *anatomy* compute as this engine does."""
     for row in families_of(anatomy.model.config):
         if row.adapt is not None:
@@ -281,6 +294,12 @@ def _adapt(anatomy: Anatomy, traced: Trace) -> None:
     for module in anatomy.decoder.modules():
         if is_fused_experts(module):
             module.config._experts_implementation_internal = experts.IMPLEMENTATION
+
+
+def resolve_stored(model: Any, checkpoint: Checkpoint) -> dict[str, Source]:
+    """Where in *checkpoint* the weights of *model* lie; raises as :func:`resolve_parameters`."""
+    _turn_experts(model, checkpoint)
+    return resolve_parameters(model, checkpoint.tensors, checkpoint.packed)
 
 
 def _turn_experts(model: Any, checkpoint: Checkpoint) -> None:

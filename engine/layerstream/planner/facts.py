@@ -62,6 +62,7 @@ class ModelFacts:
         workspace_bytes: what the libraries that compute take.
         is_cut: single Linears stream, so that what they give is there for all rows of a sweep; else row blocks pass
             attention and MLP one by one.
+        mtp: of the multi-token-prediction head, a model of its own; ``None``: there is none, or it does not draft.
     """
 
     body: tuple[WeightNode, ...]
@@ -95,6 +96,7 @@ class ModelFacts:
     experts: tuple[ExpertsNode, ...] = ()
     expert_shares: tuple[float, ...] = ()
     wanted_context: int = 0
+    mtp: ModelFacts | None = None
     layer_state: tuple[int, ...] = ()
     layer_state_row: tuple[int, ...] = ()
 

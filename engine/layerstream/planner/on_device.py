@@ -42,7 +42,7 @@ def with_host_kv(facts: ModelFacts, host_bytes: int) -> ModelFacts:
     room = host_bytes - HOST_WORKSPACE_BYTES
     wanted = on_host.WANTED_KV_TOKENS * facts.kv_token_bytes
     kv_room = max(on_host.MIN_KV_TOKENS * facts.kv_token_bytes, min(room // 2, wanted), int(HOST_KV_SHARE * room))
-    return replace(facts, kv_tokens=kv_room // facts.kv_token_bytes)
+    return replace(facts, kv_tokens=min(facts.kv_tokens, kv_room // facts.kv_token_bytes))
 
 
 def comfortable_host_bytes(plan: Plan) -> int:

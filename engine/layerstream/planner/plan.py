@@ -59,6 +59,7 @@ class Plan:
         devices: then, the number of each part's device.
         layers: and, for each of the decoder's layers, its place among *parts*.
         free_bytes: what is free where it is for, if the budget is more than that.
+        mtp: of the multi-token-prediction head, where it drafts; ``budget_bytes`` is without what it takes.
     """
 
     budget_bytes: int
@@ -77,6 +78,7 @@ class Plan:
     devices: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     free_bytes: int | None = None
+    mtp: Plan | None = None
     num_slots: int = 0
 
     @property
@@ -215,7 +217,8 @@ class Plan:
                 yield from part._own_rows()
         else:
             note = _too_much(self.free_bytes) or "of the device" * (host is not None)
-            yield "memory" if host else "budget", self.budget_bytes, note
+            beside = 0 if self.mtp is None else self.mtp.planned_bytes
+            yield "memory" if host else "budget", self.budget_bytes + beside, note
             yield from self._own_rows()
         if host is not None:
             yield from self._host_rows(host)
@@ -247,6 +250,9 @@ class Plan:
             yield "states", self.state_bytes, f"{self.num_slots} slots of {each}, two for each answer"
         rows = f"{self.max_sweep_tokens} tokens, {self.max_sequences} answers, {self.max_draft_rows} guesses in a sweep"
         yield "activations", self.activation_bytes, rows
+        if self.mtp is not None:
+            streams = f", streams {format_size(self.mtp.streamed_bytes)} for a guess" if self.mtp.streams else ""
+            yield "prediction head", self.mtp.planned_bytes, f"with its KV, for guesses{streams}"
         yield "left over", self.budget_bytes - self.planned_bytes, ""
 
     def _host_rows(self, host: HostPlan) -> Iterator[tuple[str, int, str]]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import TypeAlias
 
 import torch
 
@@ -21,6 +22,8 @@ from layerstream.runtime.steward import Steward
 from layerstream.store.loader import PagesLost
 
 logger = logging.getLogger(__name__)
+
+OnCommit: TypeAlias = Callable[[Sweep, torch.Tensor], None]
 
 
 class SweepStep:
@@ -59,6 +62,12 @@ class SweepStep:
         self._computed = 0.0  # seconds that the last sweep took, waiting left out
         self._learn = learn
         self._block_seconds: float | None = None
+        self._on_commit: OnCommit | None = None
+
+    def tell(self, on_commit: OnCommit) -> None:
+        """Have *on_commit* told of each sweep that counts, with the final hidden states of its rows."""
+        self._on_commit = on_commit
+        self._runner.keeps_hidden = True
 
     def run(self, sweep: Sweep) -> torch.Tensor | None:
         """:meth:`compute`, and :meth:`commit` if it had an effect."""
@@ -118,6 +127,8 @@ class SweepStep:
                 self._store.publish_state(state, state.num_tokens * token_seconds)
         if self._statistics is not None and self._weights.experts is not None:
             self._statistics.save_sometimes(self._weights.experts.shares)
+        if self._on_commit is not None:
+            self._on_commit(sweep, self._runner.take_hidden())
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether *error* says that an accelerator will not compute again."""

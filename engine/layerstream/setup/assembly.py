@@ -24,12 +24,14 @@ from layerstream.runtime.draft_model import ModelDrafter
 from layerstream.runtime.loop import LoopCounters
 from layerstream.runtime.step import SweepStep
 from layerstream.runtime.steward import Steward
+from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.setup.closing import Closing
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.draft import check_same_tokens, draft_config
 from layerstream.setup.groundwork import Groundwork, what_computes
+from layerstream.setup.mtp import make_mtp
 from layerstream.setup.open_store import describe, weight_paths
 from layerstream.setup.pack import ensure_packed
 from layerstream.setup.parts import (
@@ -38,6 +40,7 @@ from layerstream.setup.parts import (
     load_weights,
     make_drafters,
     make_kv,
+    make_runner,
     make_step,
     make_steward,
 )
@@ -140,16 +143,20 @@ def _assemble(ground: Groundwork, draft: Assembly | None, listener: Listener | N
     kv = make_kv(ground, closing)  # before the weights: a store's folder that cannot be used is said at once
     weights = closing.keep(load_weights(ground, listener))
     steward = make_steward(ground, kv, weights.bank)
-    step = closing.keep(make_step(ground, kv, weights, steward, seen))
+    runner = make_runner(ground, kv, weights)
+    step = closing.keep(make_step(ground, runner, weights, steward, seen))
+    models: list[Drafter] = [] if draft is None else [ModelDrafter(draft.steward, draft.step)]
+    if (mtp := make_mtp(ground, runner, weights, closing)) is not None:
+        step.tell(mtp.saw)
+        models.append(mtp)
     begin_reading(ground, weights)
-    guessing = None if draft is None else ModelDrafter(draft.steward, draft.step)
     return Assembly(
         ground=ground,
         kv=kv,
         weights=weights,
         steward=steward,
         step=step,
-        drafting=TreeDrafting(make_drafters(ground, kv.store, guessing), steward.scheduler.budget),
+        drafting=TreeDrafting(make_drafters(ground, kv.store, models), steward.scheduler.budget),
         defaults=load_defaults(ground.folder, ground.skeleton.config, ground.tokenizer),
         draft=draft,
         closing=closing,

@@ -118,10 +118,11 @@ def _open_devices(config: EngineConfig, plan: Plan) -> Placement | None:
     devices = devices_of(config)
     numbers = plan.devices or (0,)
     opened = [(open_device(devices[at]), at, part) for at, part in zip(numbers, plan.by_device, strict=True)]
+    beside = config.reserved_bytes + (0 if plan.mtp is None else plan.mtp.planned_bytes)
     for device, number, part in opened:
         if device is None:
             return None
-        device.limit(part.budget_bytes + (config.reserved_bytes if number == 0 else 0))
+        device.limit(part.budget_bytes + (beside if number == 0 else 0))
     _check_host(config)
     layers = plan.layers or (0,) * plan.facts.num_layers
     return Placement(tuple(device for device, _, _ in opened if device is not None), layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.swap import PageSwap
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.expert_usage import ExpertUsage
+from layerstream.model.linear import SlicedLinear
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import Loaders, SweepRunner
 from layerstream.planner import Plan
@@ -108,10 +110,10 @@ def begin_reading(ground: Groundwork, weights: ModelWeights) -> None:
         weights.streamer.read_ahead()
 
 
-def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Steward:
-    """With a scheduler within the plan's limits."""
-    plan, reader = ground.plan, ground.reader
-    limits = SweepLimits(
+def sweep_limits(ground: Groundwork) -> SweepLimits:
+    """What shapes the sweeps of the plan."""
+    plan = ground.plan
+    return SweepLimits(
         max_tokens=plan.max_sweep_tokens,
         chunk_tokens=plan.page_tokens,
         decode_rows=plan.decode_rows,
@@ -120,6 +122,11 @@ def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> St
         max_draft_rows=plan.max_draft_rows,
         max_sequences=plan.max_sequences,
     )
+
+
+def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Steward:
+    """With a scheduler within the plan's limits."""
+    plan, reader, limits = ground.plan, ground.reader, sweep_limits(ground)
     num_transit = plan.num_transit if kv.store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
     load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
@@ -136,24 +143,25 @@ def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> St
     return Steward(scheduler, kv.swap, kv.state_swap, kv.store)
 
 
-def make_step(ground: Groundwork, kv: KVParts, weights: ModelWeights, steward: Steward, seen: Footprint) -> SweepStep:
-    """What computes the sweeps that *steward* has, with the embedding loaded."""
+def make_step(
+    ground: Groundwork, runner: SweepRunner, weights: ModelWeights, steward: Steward, seen: Footprint
+) -> SweepStep:
+    """What computes the sweeps that *steward* has, by *runner*."""
     plan, skeleton = ground.plan, ground.skeleton
     statistics = ExpertUsage(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
     learn = None if ground.devices else partial(correct, plan, str(skeleton.dtype).removeprefix("torch."))
-    runner = _make_runner(ground, kv, weights)
     return SweepStep(steward, runner, weights, ground.devices, statistics, seen, learn)
 
 
-def make_drafters(ground: Groundwork, store: PrefixStore | None, draft: Drafter | None) -> list[Drafter]:
-    """Those that guess from text alone, and *draft*, a model's."""
+def make_drafters(ground: Groundwork, store: PrefixStore | None, models: Sequence[Drafter]) -> list[Drafter]:
+    """Those that guess from text alone, and *models*, which compute."""
     config = ground.config
     if config.speculation == "off":
         return []
     drafters: list[Drafter] = [SuffixDrafter()]
     if store is not None and config.kv_store is not None and config.kv_store.answers:
         drafters.append(AnswerDrafter(store))
-    return drafters if draft is None else [*drafters, draft]
+    return [*drafters, *models]
 
 
 def _make_slots(ground: Groundwork) -> list[RecurrentLayer]:
@@ -187,7 +195,14 @@ def _make_store(ground: Groundwork, states: list[LayerState], recurrent: list[Re
     )
 
 
-def _make_runner(ground: Groundwork, kv: KVParts, weights: ModelWeights) -> SweepRunner:
+def make_runner(
+    ground: Groundwork,
+    kv: KVParts,
+    weights: ModelWeights,
+    embedding: EmbeddingRows | None = None,
+    head: SlicedLinear | None = None,
+) -> SweepRunner:
+    """What runs the model; with another's *embedding* and *head* where they are given."""
     plan, placement = ground.plan, ground.placement
     device_kv = None
     if placement is not None and kv.states:
@@ -204,7 +219,7 @@ def _make_runner(ground: Groundwork, kv: KVParts, weights: ModelWeights) -> Swee
     return SweepRunner(
         ground.skeleton,
         weights,
-        load_embedding(ground, weights),
+        embedding or load_embedding(ground, weights),
         load_layer_embedding(ground),
         kv.states,
         kv.recurrent,
@@ -213,6 +228,7 @@ def _make_runner(ground: Groundwork, kv: KVParts, weights: ModelWeights) -> Swee
         placement,
         device_kv,
         ground.prefers_flash,
+        head,
     )
 
 

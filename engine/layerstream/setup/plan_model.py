@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.families import usable_context
 from layerstream.model.kernels import fused_rows
 from layerstream.model.linear import DEVICE_TILE_VALUES, TILE_VALUES
+from layerstream.model.mtp import with_mtp
 from layerstream.model.skeleton import Skeleton, build_skeleton
 from layerstream.planner import ModelFacts, Plan, comfortable_bytes, make_plan
 from layerstream.planner import facts as assumed
+from layerstream.planner.beside import SHARE_OF_MEMORY, plan_with_head
 from layerstream.planner.on_device import make_device_plan
 from layerstream.planner.on_devices import make_devices_plan
 from layerstream.setup.config import EngineConfig
@@ -57,6 +60,20 @@ def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
         BudgetTooSmall: names the minimum.
         ConfigurationError: host memory for an accelerator, and there is none.
     """
+    plan = plan_with_head(facts, partial(_spend, config), partial(_spend_on_head, config))
+    if facts.mtp is not None and plan.mtp is None:
+        logger.info("%s: no memory is left for its multi-token-prediction head, which does not draft", config.model)
+    return plan
+
+
+def _spend(config: EngineConfig, facts: ModelFacts, head: Plan | None) -> Plan:
+    """The plan for a model of *facts*, beside that of its multi-token-prediction head."""
+    if head is not None:
+        config = dataclasses.replace(
+            config,
+            reserved_bytes=config.reserved_bytes + head.planned_bytes,
+            reserved_host_bytes=config.reserved_host_bytes + (0 if head.host is None else head.host.planned_bytes),
+        )
     if facts.is_on_device:
         return _device_plan(config, facts)
     if config.host_memory_bytes is not None:
@@ -64,6 +81,15 @@ def spend(config: EngineConfig, facts: ModelFacts) -> Plan:
             "host_memory is the memory behind an accelerator, and the CPU computes in 'memory': leave it at None"
         )
     return _with_free(make_plan(facts, _budget(config, facts)), config)
+
+
+def _spend_on_head(config: EngineConfig, facts: ModelFacts) -> Plan:
+    """The plan for a multi-token-prediction head within its share of the memory."""
+    available = config.memory_bytes or available_bytes(resolve_device(config.device))
+    share = int(SHARE_OF_MEMORY * available)
+    if not facts.is_on_device:
+        return make_plan(facts, share)
+    return make_device_plan(facts, share, int(SHARE_OF_MEMORY * (config.host_memory_bytes or available_memory_bytes())))
 
 
 def _with_free(plan: Plan, config: EngineConfig) -> Plan:
@@ -107,6 +133,8 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         allow_untested=config.allow_untested,
         tile_values=DEVICE_TILE_VALUES if is_on_device else TILE_VALUES,
     )
+    if config.speculation != "off" and config.device_map is None:  # where several compute, nobody has all it needs
+        skeleton = with_mtp(skeleton, folder, trust_remote_code=config.trust_remote_code)
     longest, wanted = usable_context(skeleton.config), config.max_context or 0
     context_length = min(longest, wanted or longest)
     if wanted > longest:
@@ -155,6 +183,9 @@ def model_facts(
     The first call on a machine for a quantised model measures those, for some seconds, and writes a file.
     """
     config, traced = skeleton.config, skeleton.trace
+    mtp = None
+    if skeleton.mtp is not None:
+        mtp = model_facts(skeleton.mtp, context_length, chunk_tokens, is_on_device=is_on_device)
     itemsize = skeleton.dtype.itemsize
     layer_kv = tuple(layer.values * itemsize for layer in traced.layers)
     embedding = skeleton.sources[skeleton.embedding_key]
@@ -201,6 +232,7 @@ def model_facts(
         can_spill=can_spill and not is_on_device,
         is_on_device=is_on_device,
         workspace_bytes=DEVICE_WORKSPACE_BYTES if is_on_device else 0,
+        mtp=mtp,
         layer_state=tuple(0 if shape is None else shape.num_bytes for shape in shapes),
         layer_state_row=tuple(0 if shape is None else _scan_row_bytes(shape, itemsize) for shape in shapes),
     )

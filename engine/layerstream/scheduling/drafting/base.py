@@ -47,7 +47,7 @@ class Drafter(Protocol):
     name: str
 
     def prepare(self, sequences: Seq[Sequence]) -> None:
-        """:meth:`begin` is going to be asked for each of *sequences*."""
+        """A sweep is going to be put together; :meth:`begin` is going to be asked for each of *sequences*."""
         ...
 
     def begin(self, sequence: Sequence) -> Any:

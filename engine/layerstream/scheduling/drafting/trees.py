@@ -73,9 +73,8 @@ class TreeDrafting:
     def propose(self, sequences: Seq[Sequence], num_decoded: int, num_prompt_tokens: int) -> dict[Sequence, DraftTree]:
         """Trees for some of *sequences*, beside *num_decoded* decode rows and *num_prompt_tokens* of prompts."""
         growing = [s for s in sequences if s.group is None and s.max_num_tokens - s.num_tokens > 1]
-        if growing:
-            for drafter in self._drafters:
-                drafter.prepare(growing)
+        for drafter in self._drafters:
+            drafter.prepare(growing)
         roots = [root for sequence in growing if (root := self._root(sequence)) is not None]
         if not roots:
             return {}
