@@ -154,7 +154,13 @@ class Intake:
 
     def _num_beam_pages(self, num_prompt_tokens: int, width: int, max_tokens: int) -> int:
         """Pages that a beam search may need. Beams run together or not at all."""
-        pool = self._parts.scheduler.pool
+        pool, states = self._parts.scheduler.pool, self._parts.scheduler.states
+        if states.is_needed and width > states.most_at_once:
+            raise ConfigurationError(
+                f"{width} beams need two states of the model's recurrent layers each, and there is memory for "
+                f"{states.pool.num_pages} states: ask for {states.most_at_once} beams at most, or give the engine more "
+                "memory"
+            )
         needed = pool.pages_for(num_prompt_tokens) + width * (pool.pages_for(max_tokens) + 1)
         if needed > pool.num_pages:
             raise ConfigurationError(

@@ -42,6 +42,22 @@ class ExpertStats:
 
 
 @dataclass(frozen=True, slots=True)
+class StateStats:
+    """Slots for the states of recurrent layers.
+
+    Attributes:
+        num_slots: each of *slot_bytes*, the states of all such layers of one sequence.
+        used_slots: of them, those that sequences, snapshots and what is being stored hold now.
+        snapshots: states after prefixes, in memory.
+    """
+
+    num_slots: int
+    slot_bytes: int
+    used_slots: int
+    snapshots: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started.
 
@@ -55,7 +71,7 @@ class EngineStats:
             tokenizer from the first ``response_format`` on), and a peak within a sweep may not be. Elsewhere than on
             Linux: all that is resident.
         planned_memory_bytes: what the plan says about the same: resident weights, ring, KV pages that were in use at a
-            time, activations.
+            time, slots for states, activations.
         wait_seconds: of ``sweep_seconds``, how long the compute waited for weights.
         bytes_per_sweep: weights that a sweep brings; ``bits_per_weight``: of what it passes, as it is stored.
         kv: what the prefix cache did.
@@ -64,6 +80,7 @@ class EngineStats:
         declined_drafts: sweeps whose guesses were not all worth the time, or the experts, that they would have taken.
         forced_tokens: tokens that a grammar left no choice about; they took no sweep.
         experts: what came as it was routed to; ``None``: nothing does.
+        states: slots for states of recurrent layers; ``None``: the model has no such layers.
     """
 
     sweeps: int
@@ -87,6 +104,7 @@ class EngineStats:
     drafters: Mapping[str, DrafterCounters]
     declined_drafts: int = 0
     experts: ExpertStats | None = None
+    states: StateStats | None = None
 
 
 def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
@@ -94,6 +112,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
     pool, plan = parts.scheduler.pool, parts.plan
     used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes + plan.transit_bytes
     fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.weights.expert_bytes + plan.activation_bytes
+    fixed += plan.state_bytes
     streamer = parts.weights.streamer
     planned = fixed + used_kv + (parts.draft.plan.planned_bytes if parts.draft else 0)
     return EngineStats(
@@ -118,7 +137,15 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         drafters={name: dataclasses.replace(counted) for name, counted in parts.drafting.counters.items()},
         declined_drafts=parts.drafting.num_declined,
         experts=_expert_stats(parts),
+        states=_state_stats(parts),
     )
+
+
+def _state_stats(parts: Assembly) -> StateStats | None:
+    states, plan = parts.scheduler.states, parts.plan
+    if not states.is_needed:
+        return None
+    return StateStats(plan.num_slots, plan.facts.state_bytes, states.pool.num_used, states.num_snapshots)
 
 
 def _measured(parts: Assembly) -> int:

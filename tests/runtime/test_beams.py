@@ -168,3 +168,15 @@ def test_beams_take_the_memory_of_others_and_searches_wait_for_each_other(
             assert [request.result(60).token_ids for request in requests] == expected
             engine._parts.scheduler.check_integrity()
         assert engine._parts.kv.swap.written_pages
+
+
+def test_beams_have_a_state_each(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_units(monkeypatch)
+    make_model("qwen3_5_text", tmp_path)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    with LayerStream(tmp_path, memory=budget_for(tmp_path, "cut"), dtype="float32", progress=False) as engine:
+        most = engine.plan.num_slots // 2
+        params = SamplingParams(max_tokens=3, beam_width=most, n=most, ignore_eos=True)
+        assert len(engine.generate([draw_prompt(9)], params)) == most
+        with pytest.raises(ConfigurationError, match=f"ask for {most} beams"):
+            engine.generate([draw_prompt(9)], SamplingParams(max_tokens=3, beam_width=most + 1))

@@ -88,7 +88,7 @@ def test_a_family_that_gives_other_answers_is_refused(
 @pytest.mark.parametrize(
     ("family", "changes", "mechanism"),
     [
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "recurrent state"),
+        ("recurrent_gemma", {"block_types": ["recurrent", "attention"]}, "recurrent state"),
         ("bloom", {"n_head": 4}, "bypasses"),
         ("deepseek_v32", {}, "sparse attention"),
     ],

@@ -35,6 +35,9 @@ def _adapt_llama4(model: Any) -> None:
     adapt(model)
 
 
+WITHOUT_ATTENTION = 2**17
+"""Tokens that a model without attention may be given: accounts are kept for as many."""
+
 _ORDINARY = """
     afmoe apertus arcee aria aria_text axk1 aya_vision bailing_hybrid bamba beam biogpt bitnet cohere cohere2
     cohere2_moe cohere2_vision cohere_compass cwm deepseek_v2 deepseek_v3 deepseek_vl diffllama dots1 ernie4_5
@@ -94,12 +97,13 @@ def check_supported(config: Any) -> None:
 
 
 def usable_context(config: Any) -> int:
-    """Tokens a sequence may have.
+    """Tokens a sequence may have; models without attention, whose configs say none, have no limit of their own.
 
     LongRoPE and dynamic NTK choose their frequencies by the longest position of a whole forward, so past the original
     length a neighbour would change another request's keys: those models run up to the original length.
     """
-    longest = getattr(config, "max_position_embeddings", None) or 2048
+    attends = getattr(config, "num_attention_heads", None) is not None
+    longest = getattr(config, "max_position_embeddings", None) or (2048 if attends else WITHOUT_ATTENTION)
     rope = getattr(config, "rope_parameters", None) or {}
     scalings = [rope] if "rope_type" in rope else [item for item in rope.values() if isinstance(item, dict)]
     for scaling in scalings:

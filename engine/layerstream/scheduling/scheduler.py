@@ -36,6 +36,7 @@ from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, PublishedState, SpillStore, Stored
+from layerstream.scheduling.beginnings import Beginnings
 from layerstream.scheduling.budget import ExpertLoad, SweepBudget
 from layerstream.scheduling.composing import NO_DRAFTING, Composer, Drafting
 from layerstream.scheduling.decisions import Decision, Forget, LetGo
@@ -82,6 +83,7 @@ class Scheduler:
         self._spill = Spill(pool, store, num_sweep_pages, self._decisions, self.states)
         self._failed: list[tuple[Sequence, Exception]] = []
         self.prefixes = PrefixTable(pool)
+        self._beginnings = Beginnings(self.prefixes, self.states, store, pool.page_tokens)
         self._frames = Frames(pool, self.prefixes, store, self._decisions, can_swap=can_swap)
         self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill, self.states)
         self._waiting = WaitingQueue()
@@ -181,7 +183,8 @@ class Scheduler:
         self._settle()
         self._grow()
         self._admit()
-        self._find_states()
+        for sequence in self._beginnings.find_states(self._running):
+            self._restart(sequence)
         self._waiting.tick()
         return self._composer.compose(self._running, drafting)
 
@@ -257,8 +260,7 @@ class Scheduler:
     def count_cached(self, keys: Seq[bytes]) -> int:
         """How many of the pages *keys*, from the first on, are there to begin after. Changes nothing: any thread may
         ask."""
-        known = self.prefixes.count_known(keys)
-        return self.states.resumable(keys, known) if self.states.is_needed else known
+        return self._beginnings.count_cached(keys)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -326,7 +328,7 @@ class Scheduler:
         tenancy.pages = shared + own
         is_first, stored = tenancy.suspension is None, Stored(0, 0)
         if is_first or not self._resume(sequence, len(shared)):
-            found = self._take(sequence, len(shared))
+            found = self._beginnings.find(sequence.prefix_keys, len(shared))
             if found is None:
                 return False
             stored, num_pages = found
@@ -352,18 +354,6 @@ class Scheduler:
         if slot is not None:
             self.states.pool.release([slot])
         return False
-
-    def _find_states(self) -> None:
-        """Whoever waits for states that nobody is going to leave begins where there are some."""
-        for sequence in list(self._running):
-            if self.states.begin(sequence) or self.states.is_coming(sequence, self._running):
-                continue
-            if sequence.is_long:
-                self._restart(sequence)
-                continue
-            keys, most = sequence.prefix_keys, sequence.num_computed // self.pool.page_tokens
-            sequence.tenancy.rewind(self.states.resumable(keys, most) * self.pool.page_tokens)
-            self.states.begin(sequence)
 
     def _grow(self) -> None:
         """Give every sequence the pages that its tokens need; where they run out, the last one admitted stops."""
@@ -445,27 +435,6 @@ class Scheduler:
             size = self.pool.page_tokens
             return self._spill.publish(sequence, start // size, sequence.num_computed // size)
         return self.prefixes.publish(sequence.prefix_keys, sequence)
-
-    def _take(self, sequence: Sequence, num_shared: int) -> tuple[Stored, int] | None:
-        """What the store has for *sequence* beyond the pages that it shares, and the pages that it need not compute."""
-        keys, states = sequence.prefix_keys, self.states
-        if not states.is_needed:
-            if self._store is None or num_shared == len(keys):
-                return Stored(0, 0), num_shared
-            stored = self._store.take(keys, num_shared)
-            return None if stored is None else (stored, num_shared + stored.num_pages)
-        if any(position == num_shared - 1 for position, _ in self.prefixes.owners(keys[:num_shared])):
-            states.expect(keys[num_shared - 1])  # whoever computes that page leaves them
-            return Stored(0, 0), num_shared
-        resumable = states.resumable(keys, num_shared)
-        stored = Stored(0, 0) if self._store is None else self._store.take(keys, num_shared, resumable)
-        if stored is None:
-            return None
-        if stored.snapshot and states.bring(keys[stored.snapshot - 1]):
-            return stored, stored.snapshot
-        if num_shared > resumable:
-            states.expect(keys[num_shared - 1])  # prompts part here
-        return Stored(0, stored.num_declined), resumable
 
 
 def _groups(sequences: Iterable[Sequence]) -> set[BeamGroup]:

@@ -82,6 +82,11 @@ class States:
         return self.pool.num_pages > 0
 
     @property
+    def most_at_once(self) -> int:
+        """Sequences that may run at once, where there are recurrent layers."""
+        return self.pool.num_pages // 2
+
+    @property
     def num_snapshots(self) -> int:
         """Snapshots in memory."""
         return len(self._snapshots)
