@@ -12,7 +12,8 @@ dropped from the page cache before:
 - *saved state*: what an application of llama.cpp may do for itself: the first process saved the context's sequence to a
   file, this one loads it and computes the question. LayerStream's store is that already.
 
-Opening a model is not counted; it has a column. Runners take turns.
+Opening a model is not counted; it has a column. Runners take turns. The best tokens of random weights lie a rounding
+of bf16 apart, so the runners' tokens need not be the same; below the table it is said whether one agrees with itself.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.model = options.model.resolve()
+    if options.environments is None and "llama.cpp, mmap" in options.only and not options.child:
+        parser.error("llama.cpp needs --environments; --only LayerStream does without it")
     if options.child:
         print("\n" + json.dumps(measure(options)), flush=True)
         return
@@ -88,7 +91,8 @@ def _round(runner: str, options: argparse.Namespace, scratch: Path, number: int)
     found = {}
     for part in PARTS[runner]:
         print(f"{runner}, {part} …", file=sys.stderr, flush=True)
-        bench.drop_file_cache(files)
+        for folder in (files, scratch):
+            bench.drop_file_cache(folder)
         found[part] = bench.run_child([*command, part, *after], options.cgroup)
     return found
 
