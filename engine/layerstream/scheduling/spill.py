@@ -103,7 +103,7 @@ class Spill:
                 f"a prompt of {sequence.num_prompt_tokens} tokens with an answer of {sequence.params.max_tokens} needs "
                 "more memory than there is for KV: give the engine more, or ask for less"
             )
-        is_begun = any(not other.is_prefilled and other.prefix_keys[:1] == keys[:1] for other in self._running)
+        is_begun = any(other.prefix_keys[:1] == keys[:1] and self._is_on_its_way(other) for other in self._running)
         if store.can_spill is None or is_begun:
             return False
         reserve = self._pool.acquire(self.num_frames(sequence))
@@ -133,6 +133,11 @@ class Spill:
         if stored.num_pages:
             self._decisions.append(Hold(sequence, tuple(keys[: stored.num_pages])))
         return True
+
+    def _is_on_its_way(self, sequence: Sequence) -> bool:
+        """Whether whole pages of its prompt are still to be computed, or to be stored."""
+        prompt = sequence.pages[: len(sequence.prefix_keys)]
+        return not sequence.is_prefilled or not all(map(self._pool.is_transit, prompt))
 
     def _take(self, store: SpillStore, keys: list[Key]) -> Stored | None:
         """The pages of *keys* that the store has; with recurrent layers, up to the last one whose states it has."""
