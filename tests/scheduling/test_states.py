@@ -82,7 +82,8 @@ class Store:
         assert resumable is not None
         places = range(start + there, resumable, -1)
         snapshot = next((count for count in places if snapshot_key(keys[count - 1]) in self.snapshots), 0)
-        return Stored(max(0, snapshot - start), there, snapshot) if snapshot else Stored(0, there)
+        known = start + there
+        return Stored(max(0, snapshot - start), there, snapshot, known) if snapshot else Stored(0, there, 0, known)
 
     def publish(self, published: Published, memory: Memory) -> None:
         for key, page in zip(published.keys, published.pages, strict=True):
@@ -263,6 +264,22 @@ def test_a_third_question_begins_where_the_second_parted() -> None:
     assert finish(world, make(0, [*document, *range(100, 124)])) == 56
     assert finish(world, make(1, [*document, *range(200, 224)])) == 56, "there is no snapshot there yet"
     assert finish(world, make(2, [*document, *range(300, 324)])) == 24
+
+
+def test_prompts_that_part_in_different_processes_leave_a_snapshot_there() -> None:
+    class Sure(random.Random):
+        def random(self) -> float:
+            return 0.99  # nothing is lost, nobody has to ask again
+
+    document, computed, stored = list(range(32)), [], None
+    for number in range(4):
+        world = World(64, 10, stride=100, rng=Sure())
+        assert world.store is not None
+        if stored is not None:
+            world.store.pages, world.store.snapshots = stored
+        computed.append(finish(world, make(number, [*document, *range(100 * number, 100 * number + 24)])))
+        stored = world.store.pages, world.store.snapshots
+    assert computed == [56, 56, 24, 24]
 
 
 def test_questions_that_come_at_once_compute_their_document_once() -> None:

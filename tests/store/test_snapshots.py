@@ -30,11 +30,16 @@ from tests.store.snapshots import NUM_SLOTS, STATES, Memory, load_pages, load_st
 KEYS = chain(*range(8))
 
 
-def take(store: PrefixStore, keys: Sequence[bytes], start: int, resumable: int | None = None) -> Stored:
+def asked(store: PrefixStore, keys: Sequence[bytes], start: int, resumable: int | None = None) -> Stored:
     """Ask until there is an answer."""
     while (answer := store.take(keys, start, resumable)) is None:
         time.sleep(0.001)
     return answer
+
+
+def take(store: PrefixStore, keys: Sequence[bytes], start: int, resumable: int | None = None) -> Stored:
+    """What is to be loaded, and what to be computed."""
+    return replace(asked(store, keys, start, resumable), num_known=0)
 
 
 def test_what_is_stored_is_found_up_to_the_last_snapshot_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -63,6 +68,9 @@ def test_what_is_stored_is_found_up_to_the_last_snapshot_and_comes_back_bit_for_
         assert take(store, KEYS[:4], 4, 2) == Stored(0, 0, 0), "its states are in memory"
         assert take(store, KEYS, 5, 5) == Stored(0, 0, 0)
         assert take(store, chain("other"), 0, 0) == Stored(0, 0, 0)
+        assert asked(store, KEYS, 0, 0).num_known == 7, "a snapshot may be worth having there"
+        assert asked(store, KEYS[:4], 4, 2).num_known == 4
+        assert asked(store, chain("other"), 0, 0).num_known == 0
         assert take(store, KEYS, 0) == Stored(7, 0), "as a model without recurrent layers asks"
 
 

@@ -46,12 +46,14 @@ Key = bytes
 class Stored:
     """What a store has of a prefix: pages to load now, and pages that it is faster to compute again.
 
-    ``snapshot``: of a model with recurrent layers, the number of pages at whose end it has their states; 0: nowhere.
+    Of a model with recurrent layers, ``snapshot`` is the number of pages at whose end it has their states, 0: nowhere;
+    ``num_known`` how many pages in a row some prompt has had before: they are in memory or stored.
     """
 
     num_pages: int
     num_declined: int
     snapshot: int = 0
+    num_known: int = 0
 
 
 @dataclass(frozen=True, slots=True)

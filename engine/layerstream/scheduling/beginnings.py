@@ -46,11 +46,11 @@ class Beginnings:
         stored = Stored(0, 0) if self._store is None else self._store.take(keys, num_shared, resumable)
         if stored is None:
             return None
-        if stored.snapshot and states.bring(keys[stored.snapshot - 1]):
-            return stored, stored.snapshot
-        if num_shared > resumable:
-            states.expect(keys[num_shared - 1])  # prompts part here
-        return Stored(0, stored.num_declined), resumable
+        is_brought = stored.snapshot > 0 and states.bring(keys[stored.snapshot - 1])
+        begin, known = stored.snapshot if is_brought else resumable, max(num_shared, stored.num_known)
+        if known > begin:
+            states.expect(keys[known - 1])  # prompts part here
+        return (stored, begin) if is_brought else (Stored(0, stored.num_declined), begin)
 
     def find_states(self, running: Seq[Sequence]) -> list[Sequence]:
         """Whoever waits for states that nobody is going to leave begins where there are some; long ones that have to be

@@ -144,7 +144,11 @@ class Spill:
         if not self._states.is_needed:
             return store.take(keys, 0)
         stored = store.take(keys, 0, 0)
-        if stored is not None and stored.snapshot and not self._states.bring(keys[stored.snapshot - 1]):
+        if stored is None:
+            return None
+        if stored.num_known > stored.snapshot:
+            self._states.expect(keys[stored.num_known - 1])  # prompts part here
+        if stored.snapshot and not self._states.bring(keys[stored.snapshot - 1]):
             return Stored(0, stored.num_declined)
         return stored
 

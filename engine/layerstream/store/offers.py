@@ -90,6 +90,11 @@ class Wanted:
             seconds=sum(facts.seconds for facts in (computed if self.has_pages else (s.facts for s in snapshots))),
         )
 
+    def known(self, pages: Sequence[PageFacts]) -> int:
+        """How many pages in a row some prompt has had, where there are recurrent layers: they are in memory, or stored
+        as *pages* from :attr:`first` on. Pages without bytes are not known to have been there."""
+        return self.start if self.resumable is None or not self.has_pages else self.stop(pages)
+
     def stop(self, pages: Sequence[PageFacts]) -> int:
         """How many pages are at hand, or can be, where *pages* from :attr:`first` on are stored."""
         return max(self.start, self.first + len(pages)) if self.has_pages else len(self.keys)

@@ -149,16 +149,16 @@ class PrefixStore:
         """Load what was *found*, or compute it again."""
         sound = found.without(self._known.is_lost)
         self._known.found(fact.key for fact in sound.pages)
-        offer = wanted.offer(sound)
+        offer, known = wanted.offer(sound), wanted.known(sound.pages)
         if offer is None:
-            return NOTHING
+            return Stored(0, 0, num_known=known)
         num_tokens, rates = offer.num_computed * self._pages.page_tokens, self.rates()
         loading, computing = load_seconds(offer.num_bytes, rates), recompute_seconds(num_tokens, offer.seconds, rates)
         if self._load == "never" or (self._load == "auto" and computing < loading):
             self.counters.declined_tokens += num_tokens
-            return Stored(0, offer.num_pages)
+            return Stored(0, offer.num_pages, num_known=known)
         self.counters.saved_seconds += max(0.0, computing - loading)
-        return Stored(offer.num_pages, 0, offer.boundary)
+        return Stored(offer.num_pages, 0, offer.boundary, known)
 
     def abandon(self, keys: Sequence[Key]) -> None:
         """*keys*, which were claimed, are not going to be computed."""
