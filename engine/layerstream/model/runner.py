@@ -100,7 +100,6 @@ class SweepRunner:
         self._recurrence: Recurrence | None = None
         self._layers = skeleton.trace.layers
         self._cache = PagedCache()
-        self._cache_name = skeleton.anatomy.cache_name
         self._decode = skeleton.decoder.forward
         self._cache_name = skeleton.anatomy.cache_name
         self._stubs = _Stubs(skeleton.anatomy)

@@ -56,7 +56,7 @@ class Steward:
         self._carry_out()
 
     def lose(self, key: bytes) -> None:
-        """Stored page *key* turned out damaged or gone: it is computed again."""
+        """The stored page or snapshot *key* turned out damaged or gone: it is computed again."""
         assert self.store is not None
         self.store.lose(key)
         self.scheduler.lose(key)

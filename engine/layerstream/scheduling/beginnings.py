@@ -3,7 +3,7 @@
 A sequence shares the pages that others have computed, or are going to. What a store has beyond them is loaded. A model
 with recurrent layers goes on from states, which are there at the end of some pages only
 (:mod:`layerstream.scheduling.states`): it begins at the last of these, and what it shares beyond is computed once more,
-into pages that hold the same bits.
+into pages that hold the same bits (exact ones, where a store's codec is not).
 """
 
 from __future__ import annotations

@@ -83,11 +83,15 @@ class Frames:
             sequence.tenancy.pages += self._pool.acquire(more, after=sequence.pages[-1]) or []
         return True
 
-    def suspend(self, sequence: Sequence) -> None:
-        """Free the frames of *sequence*, which stops running; what only it holds goes to disk."""
+    def suspend(self, sequence: Sequence, *, has_state: bool = True) -> None:
+        """Free the frames of *sequence*, which stops running; what only it holds goes to disk.
+
+        Args:
+            has_state: False: it waits for states of recurrent layers, without which its pages are of no use.
+        """
         num_shared = self._num_held_by_others(sequence)
         own = sequence.pages[num_shared : self._pool.pages_for(sequence.num_computed)]
-        is_kept = self._can_swap and bool(own) and not self._prefixes.loads(sequence.prefix_keys)
+        is_kept = self._can_swap and has_state and bool(own) and not self._prefixes.loads(sequence.prefix_keys)
         if is_kept:
             self._decisions.append(Suspend(sequence, tuple(own), sequence.tenancy.state))
         sequence.tenancy.suspension = Suspension(sequence.num_computed, num_shared, len(own), is_kept)

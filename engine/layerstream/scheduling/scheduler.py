@@ -352,7 +352,7 @@ class Scheduler:
             sequence.tenancy.state = slot
             return True
         if slot is not None:
-            self.states.pool.release([slot])
+            self.states.give_back(slot)
         return False
 
     def _grow(self) -> None:
@@ -381,7 +381,7 @@ class Scheduler:
 
     def _suspend(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._frames.suspend(sequence)
+        self._frames.suspend(sequence, has_state=not self.states.is_needed or sequence.tenancy.state is not None)
         self.states.release(sequence)
         self._abandon(sequence)
         self._waiting.add(sequence)

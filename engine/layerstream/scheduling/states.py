@@ -21,8 +21,9 @@ computed (the next one is likely to leave it there, too); at the end of a prompt
 that was warmed; and every ``stride`` pages (:func:`snapshot_stride`).
 
 Invariants: ``tenancy.state`` is the state after ``num_computed`` tokens, or ``None``: there are none, or it is not
-there yet (the sequence is in no sweep then); every running sequence may have a second slot for the next sweep, so
-``2 · running <= slots``; without recurrent layers there are no slots, and all this does nothing.
+there yet (the sequence is in no sweep then); every running sequence may have a second slot for the next sweep (one that
+steps back four in all, a search two for each beam), and those who run are no more than have; without recurrent layers
+there are no slots, and all this does nothing.
 """
 
 from __future__ import annotations
@@ -150,6 +151,10 @@ class States:
         """A slot for somebody who comes back with a state."""
         return self._acquire()
 
+    def give_back(self, slot: int) -> None:
+        """Nobody came back to *slot*."""
+        self.pool.release([slot])
+
     def release(self, sequence: TokenSequence) -> None:
         """*sequence* has no state any more."""
         self._leave_previous(sequence)
@@ -176,6 +181,7 @@ class States:
         lost = next((k for k, s in self._snapshots.items() if s.is_loading and snapshot_key(k) == key), None)
         if lost is not None:
             slot = self._snapshots.pop(lost).slot
+            self._expected.add(lost)  # whoever computes it anew leaves it for the others
             for sequence in running:
                 if sequence.tenancy.state == slot:
                     self.release(sequence)
@@ -217,7 +223,9 @@ class States:
             return
         source = sequence.tenancy.state
         if source is None and start:
-            source = self._passed[self._key_at(sequence, start) or b""]
+            key = self._key_at(sequence, start)
+            assert key is not None, "it began at the end of a page"
+            source = self._passed[key]
         stops = self._snapshots_between(sequence, start, stop)
         if sequence.steps_back and stop - 1 > max(start, sequence.num_prompt_tokens - 1):  # a chunk is not parted
             before = self._spare_slot(self._num_running - len(self._routes) - 1)
@@ -239,7 +247,7 @@ class States:
         return tuple(PageLoad(snapshot_key(key), found.slot) for key, found in loading if found.slot in sources)
 
     def commit(self, sweep: Sweep) -> list[PublishedState]:
-        """The states of *sweep* are in their slots.
+        """The states of *sweep*, the one that was composed last, are in their slots.
 
         Returns:
             What may be stored. With a store these slots are held until ``collect_slots`` or ``give_back_slots`` names
