@@ -296,7 +296,7 @@ def _note_attention(
     if layer < 0:
         raise _cannot_run(
             recorder.family,
-            f"layers share a module that attends ({recorder.paths[module]}), and this version tells them by theirs",
+            f"layers share a module that attends ({recorder.paths[module]}), and this version needs one for each",
         )
     if unknown := next((name for name in _CHANGING if others.get(name) is not None), None):
         raise UnsupportedModel(f"{recorder.family!r} attends with {unknown}, which this version does not apply")
