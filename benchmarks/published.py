@@ -31,6 +31,7 @@ _DEEPSEEK_V2: dict[str, Any] = {
     "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2,
     "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": None,
 }  # fmt: skip
+_GRANITE_LAYERS = ["full_attention" if at in {5, 15, 25, 35} else "linear_attention" for at in range(40)]
 _HUNYUAN: dict[str, Any] = {"head_dim": 128}
 _LFM2: dict[str, Any] = {"num_hidden_layers": 16, "full_attn_idxs": [2, 5, 8, 10, 12, 14]}
 _COMPASS: dict[str, Any] = {
@@ -43,6 +44,7 @@ _COMPASS: dict[str, Any] = {
 }
 
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
     "cohere_compass": {"text_config": _COMPASS},
     "cohere_compass_text": _COMPASS,
     "deepseek_v2": _DEEPSEEK_V2,
@@ -60,6 +62,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {**_GLM_VL, "head_dim": 128}},
     "glm_ocr": {"text_config": {**_QWEN_VL, "head_dim": 128}},
     "glmga": {"text_config": _GLM_VL},
+    "granitemoehybrid": {
+        "hidden_size": 2048, "num_hidden_layers": 40, "intermediate_size": 8192, "shared_intermediate_size": 8192,
+        "num_key_value_heads": 8, "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 64,
+        "mamba_d_state": 128, "position_embedding_type": "nope", "layer_types": _GRANITE_LAYERS,
+    },
     "hunyuan_v1_dense": _HUNYUAN,
     "hunyuan_v1_moe": _HUNYUAN,
     "hunyuan_vl": {

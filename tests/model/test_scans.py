@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -162,6 +162,14 @@ def room(call: Call) -> torch.Tensor:
     return torch.full(call.part.shape, float("nan"), dtype=getattr(torch, call.part.dtype))
 
 
+def tensors_of(item: Any) -> list[torch.Tensor]:
+    """All that a call, or a part of one, holds."""
+    if isinstance(item, torch.Tensor):
+        return [item]
+    parts = [getattr(item, part.name) for part in fields(item)] if is_dataclass(item) else []
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
 def run(call: Call, cuts: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The outputs of spans that end at *cuts*, and the last state."""
     outputs: list[torch.Tensor] = []
@@ -315,6 +323,15 @@ def test_what_is_kept_outlives_what_it_was_made_of(kind: Kind) -> None:
     args.mapped(lambda tensor: tensor.fill_(float("nan")))
     assert torch.equal(kept.step(state, again), output)
     assert torch.equal(again, left)
+
+
+@pytest.mark.parametrize("kind", WIDE.values(), ids=WIDE)
+def test_what_is_kept_takes_less_than_a_state(kind: Kind) -> None:
+    """Else states after guesses would be kept instead. What does not belong to rows is there once for all of them."""
+    call = kind(2, Random(7, torch.float32)).bound()
+    first, second = (call.cut(slice(at, at + 1)).kept() for at in range(2))
+    others = {tensor.data_ptr() for tensor in tensors_of(second)}
+    assert sum(tensor.nbytes for tensor in tensors_of(first) if tensor.data_ptr() not in others) < call.part.num_bytes
 
 
 @every_kind

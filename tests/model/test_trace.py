@@ -121,14 +121,20 @@ def test_the_class_that_saved_a_checkpoint_is_what_it_is_opened_as() -> None:
     assert own_class(transformers.ViTConfig()) is None
 
 
-_SPARSE = {"deepseek_v32", "glm_moe_dsa"}
-_BYPASSING = {"bloom", "codegen", "gpt_neo", "gptj", "mpt"}
+_SAYS = {
+    "minimax": r"cache of its own class \(MiniMaxCache\)",
+    "recurrent_gemma": "recurrent state by functions",
+    "rwkv": "neither keys and values nor states",
+    "zamba": r"layer 0 keeps more than one state of a kind \(recurrent\)",
+    "zamba2": r"layers share a module that attends \(.*shared_transformer.self_attn\)",
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "sparse attention"),
+    **dict.fromkeys(("bloom", "codegen", "gpt_neo", "gptj", "mpt"), "bypasses"),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_run_is_refused_with_the_mechanism(name: str) -> None:
-    says = "sparse attention" if name in _SPARSE else "bypasses" if name in _BYPASSING else "recurrent state"
-    with pytest.raises(UnsupportedModel, match=f"{name!r}.*{says}"):
+    with pytest.raises(UnsupportedModel, match=f"{name!r}.*{_SAYS[name]}.*use another family, or plain transformers"):
         trace(dissect(build_meta(REFUSED[name].config(), torch.float32, trust_remote_code=False)))
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from tests.models.sizes import LATENT, ROUTED, SmallModel, text, whole
+from tests.models.sizes import FEW_LOCAL, LATENT, ROUTED, SmallModel, text, whole
 
 _INDEX = {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}
+_SHARING = {"num_hidden_layers": 6, "layer_types": ["linear_attention", "linear_attention", "hybrid"] * 2}
 
 REFUSED = {
     # recurrent state by functions of its own
     "recurrent_gemma": text("recurrent_gemma", lru_width=64, block_types=["recurrent", "attention"]),
+    "rwkv": text("rwkv", attention_hidden_size=64),
+    # in caches of its own
+    "minimax": text("minimax", layer_types=["linear_attention", "full_attention", "linear_attention"], **FEW_LOCAL),
+    # several states of a kind in a layer; one for each of its heads
+    "zamba": text("zamba", **_SHARING, n_mamba_heads=2),
+    # layers share what attends. transformers' own step after a prompt also differs from its whole forward, by 1.4e-3 in
+    # log-probabilities: it forgets the limits of time steps that its chunks keep to
+    "zamba2": text("zamba2", **_SHARING, n_mamba_heads=4, mamba_d_state=8, use_mem_rope=True),
     # sparse attention
     "deepseek_v32": text("deepseek_v32", **LATENT, **ROUTED, **_INDEX),
     "glm_moe_dsa": text("glm_moe_dsa", **LATENT, **ROUTED, **_INDEX),

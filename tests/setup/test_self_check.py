@@ -20,6 +20,7 @@ from layerstream.setup.self_check import Comparison, SelfCheck, check_family, ch
 
 from benchmarks.published import full_config
 from tests.harness import add_tokenizer
+from tests.models.hybrids import HYBRIDS
 
 ON_THE_HOST = EngineConfig("", device="cpu")
 SHAPE = PageShape(2, 16, 2, 16, "float32")
@@ -65,6 +66,16 @@ def test_a_full_model_is_compared_in_all_that_it_does() -> None:
     ]
     assert all(run.row_blocks >= 2 for run in found.runs[::2])
     assert [run.loaded_tokens > 0 for run in found.runs] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["lfm3", "mamba2", "qwen3_5_text"])
+def test_states_are_compared_as_all_else_is(name: str) -> None:
+    """Of prompts that run at once, whose snapshots are stored and loaded."""
+    found = check_family(HYBRIDS[name].config(), ON_THE_HOST)
+    assert found.agrees, [run.found for run in found.runs]
+    assert any("keeps the state" in kind for kind in found.layers)
+    assert all(run.row_blocks >= 2 for run in found.runs[::2])
+    assert all(run.loaded_tokens >= 128 for run in found.runs[1::2])
 
 
 def test_windows_that_nobody_applies_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

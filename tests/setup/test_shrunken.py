@@ -13,6 +13,7 @@ from layerstream.setup.shrunken import CONTEXT, ORDINARY_IDS, REACHED, VOCAB_SIZ
 from layerstream.setup.shrunken_layers import MOST_LAYERS, Layers
 
 from benchmarks.published import full_config
+from tests.models.hybrids import HYBRIDS
 
 MOST_NUMBERS = 3_000_000
 TEXT = """
@@ -47,6 +48,20 @@ def test_what_is_left_of_a_family(family: str) -> None:
 def test_what_is_small_stays_as_it_is(family: str) -> None:
     small = shrink(full_config(family))
     assert shrink(small).to_dict() == small.to_dict()
+
+
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "granitemoehybrid", "mamba2"])
+def test_heads_of_mixers_fill_their_width(name: str) -> None:
+    """As their configs ask for, whether there were few heads or many."""
+    for config in (full_config(name), HYBRIDS[name].config()):
+        small = shrink(config)
+        assert shrink(small).to_dict() == small.to_dict()
+
+
+def test_a_group_of_experts_has_several() -> None:
+    small = shrink(full_config("bailing_hybrid"))
+    assert small.n_group > small.topk_group
+    assert small.num_local_experts > small.n_group
 
 
 def test_a_model_smaller_than_the_prompts_is_made_large_enough() -> None:

@@ -17,6 +17,7 @@ list of names:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -75,9 +76,9 @@ class _Recorder:
         """Note the state of *call*, and run it from nothing."""
         part, parts = call.part, self.states.setdefault(layer, {})
         if part.name in parts:
-            raise UnsupportedModel(
-                f"{self.family!r} keeps more than one state of a kind ({part.name}) in layer {layer}, which this "
-                "version does not keep"
+            raise _cannot_run(
+                self.family,
+                f"layer {layer} keeps more than one state of a kind ({part.name}), which this version does not do",
             )
         parts[part.name] = part
         left = torch.empty(part.shape, dtype=getattr(torch, part.dtype), device="meta")
@@ -128,13 +129,37 @@ def trace(anatomy: Anatomy) -> Trace:
         except UnsupportedModel:
             raise
         except Exception as error:
-            if recorder.cached.keys() - recorder.attended.keys():
-                raise bypassing(recorder.family) from error
-            raise UnsupportedModel(
-                f"{recorder.family!r} as its config says does not run on text alone here "
-                f"({type(error).__name__}: {error!s:.200}); correct its config.json, or use another model"
-            ) from error
+            raise _refusal(recorder, anatomy, error) from error
     return _conclude(recorder, anatomy)
+
+
+def _refusal(recorder: _Recorder, anatomy: Anatomy, error: Exception) -> UnsupportedModel:
+    """What the *error* of a run means."""
+    if own := _own_caches(anatomy.decoder):
+        return _cannot_run(
+            recorder.family, f"it keeps its state in a cache of its own class ({', '.join(own)}), not in the one given"
+        )
+    if isinstance(error, AttributeError) and isinstance(error.obj, _Cache):
+        return _cannot_run(
+            recorder.family, f"it asks its cache for {error.name!r}, which a cache of pages does not have"
+        )
+    if recorder.cached.keys() - recorder.attended.keys():
+        return bypassing(recorder.family)
+    return UnsupportedModel(
+        f"{recorder.family!r} as its config says does not run on text alone here "
+        f"({type(error).__name__}: {error!s:.200}); correct its config.json, or use another model"
+    )
+
+
+def _own_caches(decoder: torch.nn.Module) -> list[str]:
+    """Classes of caches that the forward of *decoder* names and that its family alone has."""
+    forward = inspect.unwrap(type(decoder).forward)
+    named = {name: forward.__globals__.get(name) for name in forward.__code__.co_names if name.endswith("Cache")}
+    return sorted(name for name, cls in named.items() if getattr(cls, "__module__", "") == forward.__module__)
+
+
+def _cannot_run(family: str, found: str) -> UnsupportedModel:
+    return UnsupportedModel(f"{family!r} cannot run: {found}; use another family, or plain transformers")
 
 
 def bypassing(family: str) -> UnsupportedModel:
@@ -146,10 +171,12 @@ def bypassing(family: str) -> UnsupportedModel:
 
 
 def _conclude(recorder: _Recorder, anatomy: Anatomy) -> Trace:
-    paths = _layer_paths(recorder, anatomy)
     kept = recorder.cached.keys() | recorder.attended.keys()
     if not kept and not recorder.states:
-        raise UnsupportedModel(f"{recorder.family!r} caches nothing that this version knows: {_UNKNOWN_STATE}")
+        raise _cannot_run(
+            recorder.family, "it caches neither keys and values nor states of scans that this version knows"
+        )
+    paths = _layer_paths(recorder, anatomy)
     if recorder.cached.keys() - recorder.attended.keys():
         raise bypassing(recorder.family)
     numbers = {layer: number for number, layer in enumerate(sorted(recorder.cached))}
@@ -186,9 +213,10 @@ def _layer(recorder: _Recorder, number: int, numbers: Mapping[int, int]) -> Laye
         shape = StateShape(tuple(recorder.states[number].values()))
         return replace(layer, recurrent=Recurrent(recorder.mixers[number], shape))
     if not layer.path and (kind := recorder.layer_types.get(number, "")) not in _BY_ROW:
-        raise UnsupportedModel(
-            f"{recorder.family!r} cannot run: its layer {number} ({kind or 'of no known kind'}) caches nothing and "
-            f"does not attend; {_UNKNOWN_STATE}, or bypasses transformers' attention interface"
+        raise _cannot_run(
+            recorder.family,
+            f"its layer {number} ({kind or 'of no known kind'}) caches nothing and does not attend: {_UNKNOWN_STATE}, "
+            "or bypasses transformers' attention interface",
         )
     return layer
 
@@ -234,12 +262,12 @@ class _Cache(PagedCache):
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
     ) -> torch.Tensor:
         if "recurrent" not in self._recorder.states.get(layer_idx, {}):
-            raise UnsupportedModel(f"{self._recorder.family!r} cannot run: {_UNKNOWN_STATE}")
+            raise _cannot_run(self._recorder.family, _UNKNOWN_STATE)
         return recurrent_states
 
     def _check_known(self, layer: int, state: int) -> None:
         if layer not in self._recorder.mixers or state:
-            raise UnsupportedModel(f"{self._recorder.family!r} cannot run: {_UNKNOWN_STATE}")
+            raise _cannot_run(self._recorder.family, _UNKNOWN_STATE)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if any(hasattr(module, "layer_idx") for module in self._recorder.running):
@@ -251,8 +279,8 @@ class _Cache(PagedCache):
             raise AttributeError(name)
         reason = next((reason for word, reason in _MECHANISMS.items() if word in name), None)
         if reason is None:
-            raise AttributeError(name)
-        raise UnsupportedModel(f"{self._recorder.family!r} cannot run: {reason}")
+            raise AttributeError(name, name=name, obj=self)
+        raise _cannot_run(self._recorder.family, reason)
 
 
 def _note_attention(
@@ -265,6 +293,11 @@ def _note_attention(
 ) -> tuple[torch.Tensor, None]:
     recorder = _RECORDER.get()
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if layer < 0:
+        raise _cannot_run(
+            recorder.family,
+            f"layers share a module that attends ({recorder.paths[module]}), and this version needs one for each",
+        )
     if unknown := next((name for name in _CHANGING if others.get(name) is not None), None):
         raise UnsupportedModel(f"{recorder.family!r} attends with {unknown}, which this version does not apply")
     own = recorder.cached.get(layer)

@@ -44,7 +44,7 @@ most (Gemma 4 attends without a scale) make a quarter."""
 PROMPT_LENGTHS = (5, 150, 37)
 """The short one first: it decodes beside chunks of the long one, in row blocks of its own."""
 NEW_TOKENS = 4
-MORE_SLOTS = 6  # than one sequence needs
+MEMORY_STEP = 16 << 10  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,12 +263,11 @@ def _run(
 
     parts = assemble(config, None)
     try:
-        if parts.store is not None:
-            parts.store.wait_until_open()
-        tokens, logits = step_greedily(parts, prompts, NEW_TOKENS, watch=watch)
-        loaded = 0 if parts.store is None else parts.store.counters.loaded_tokens
-        if parts.store is not None:
-            parts.store.flush()
+        assert parts.store is not None
+        parts.store.wait_until_open()
+        tokens, logits = step_greedily(parts, prompts, NEW_TOKENS, watch=watch, between=parts.store.flush)
+        loaded = parts.store.counters.loaded_tokens
+        parts.store.flush()
     finally:
         parts.close()
     found = [_distance(plain, *answer) for answer in zip(prompts, tokens, logits, strict=True)]
@@ -294,10 +293,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def _with_least_memory(config: EngineConfig) -> EngineConfig:
-    """So that the copy streams as finely as it can, and several sequences have states and leave snapshots."""
+    """The least that all prompts run at once with, so that the copy streams as finely as it can beside them."""
     facts = plan_facts(config)[0]
     try:
         spend(dataclasses.replace(config, memory_bytes=1), facts)
     except BudgetTooSmall as error:
-        return dataclasses.replace(config, memory_bytes=error.required_bytes + MORE_SLOTS * facts.state_bytes)
+        enough = dataclasses.replace(config, memory_bytes=error.required_bytes)
+        while (plan := spend(enough, facts)).streams and plan.max_sequences < len(PROMPT_LENGTHS):
+            enough = dataclasses.replace(enough, memory_bytes=plan.budget_bytes + MEMORY_STEP)
+        return enough
     return config

@@ -43,9 +43,9 @@ _MOST: tuple[tuple[str, int], ...] = (
     (r"vocab", VOCAB_SIZE),
     (r"(experts_per_tok(en)?|(?<!index)_top_?k|moe_k)$", 2),
     (r"^(moe_)?num_(local_)?experts$|routed_experts$", 8),
-    (r"shared_experts$|zero_expert_num$|^n_group$|^n_groups$", 2),
+    (r"shared_experts$|zero_expert_num$|^n_groups?$|^num_expert_group$", 2),
     (r"^topk_group$", 1),
-    (r"mamba_(n|num)_heads$|^num_heads$", 8),
+    (r"^num_heads$", 8),
     (r"^(mamba|linear)_.*(head_?dim|d_head)$|state_size$|d_state$", 16),
     (r"(^|_)heads?(_per_layer)?$", _HEADS),
     (r"window(_size|_len)?$|attention_chunk_size$|^local_attention$", 24),
@@ -59,6 +59,13 @@ _MOST: tuple[tuple[str, int], ...] = (
     (r"(size|dim|width|channel|feature)s?$|d_model$|n_embd$|d_ssm$", 64),
 )  # fmt: skip
 """The most of whatever has a name of this form; the first that fits holds."""
+_OF_MIXERS: tuple[tuple[str, int], ...] = (
+    (r"^(mamba_)?(n|num)_heads$", 8),
+    (r"^mamba_(d_head|head_?dim)$", 16),
+    (r"^mamba_d_ssm$", 128),
+)
+"""Of configs that say by how much a mixer is wider than hidden states, mostly twice: heads fill that width."""
+_WIDER = ("expand", "mamba_expand")
 _STANDARD = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "vocab_size", "num_experts", "num_local_experts", "num_experts_per_tok",
@@ -121,12 +128,14 @@ class _Sizes:
         heads: numbers of attention heads, by the names that they have.
         stretch: how many times its original context the model was made to reach; ``None``: it was not.
         is_limited: whether it must stay within the original context all the same.
+        is_wider: whether mixers have a width of their own.
     """
 
     head_unit: float
     heads: dict[str, int]
     stretch: float | None
     is_limited: bool
+    is_wider: bool
 
     @classmethod
     def of(cls, config: Any) -> _Sizes:
@@ -146,6 +155,7 @@ class _Sizes:
             heads={name: value for name in _names_of_heads(config) if isinstance(value := said(name), int)},
             stretch=max(1.0, longest / original) if original and longest else None,
             is_limited=any(rope.get("rope_type") in _LIMITED_ROPE for rope in ropes),
+            is_wider=any(said(name) for name in _WIDER),
         )
 
     def smaller(self, name: str, value: Any) -> Any:
@@ -164,6 +174,8 @@ class _Sizes:
             return VOCAB_SIZE
         if re.search(r"(key_value|kv)(_n)?_heads$", name):
             return self._kv_heads(name, value)
+        if self.is_wider and (exact := next((size for pattern, size in _OF_MIXERS if re.search(pattern, name)), None)):
+            return exact
         if _HEAD_SIZES.search(name) and not re.match("mamba|linear", name):
             return max(2, round(value / self.head_unit / 2) * 2)
         return min(value, next((most for pattern, most in _MOST if re.search(pattern, name)), value))

@@ -23,11 +23,13 @@ def step_greedily(
     num_tokens: int,
     drafting: Drafting | None = None,
     watch: Callable[[Sweep], None] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> tuple[list[list[int]], list[Any]]:
     """Answer *prompts* in shared sweeps, on this thread, with guesses of *drafting*; no text, no stop.
 
     Args:
         watch: told every sweep before it runs.
+        between: called before a sweep is composed.
 
     Returns:
         ``num_tokens`` token ids per prompt, and the logits ``(num_tokens, vocabulary)`` that each was chosen from.
@@ -38,6 +40,8 @@ def step_greedily(
     for sequence in sequences:
         parts.scheduler.add(sequence)
     while parts.scheduler.num_waiting or parts.scheduler.num_running:
+        if between is not None:
+            between()
         sweep = parts.steward.schedule(drafting) if drafting else parts.steward.schedule()
         for _, error in parts.scheduler.take_failed():
             raise error

@@ -26,7 +26,8 @@ from layerstream.model.scans.rows import copied, in_pieces, joined
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """*A* ``(channels, state width)``, *D* and the bias of steps ``(channels,)``, whether steps are a softplus."""
+    """*A* ``(channels, state width)``, *D* and the bias of steps ``(channels,)``, all copies, which calls cut from one
+    share; whether steps are a softplus."""
 
     a: torch.Tensor
     d: torch.Tensor | None
@@ -69,17 +70,9 @@ class SelectiveScan:
         )
 
     def kept(self) -> SelectiveScan:
-        """A copy."""
-        own = self.weights
-        return SelectiveScan(
-            self.inputs.clone(),
-            self.raw.clone(),
-            self.b.clone(),
-            self.c.clone(),
-            copied(self.gate),
-            Weights(own.a.clone(), copied(own.d), copied(own.bias), own.softplus),
-            self.with_state,
-        )
+        """A copy of what rows are given."""
+        inputs, raw, b, c = self.inputs.clone(), self.raw.clone(), self.b.clone(), self.c.clone()
+        return SelectiveScan(inputs, raw, b, c, copied(self.gate), self.weights, self.with_state)
 
     def chunk(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, channels, rows)`` in fp32."""
@@ -133,5 +126,5 @@ def selective_scan(
     **kwargs: Any,
 ) -> SelectiveScan:
     """A call of ``mamba_selective_scan``."""
-    weights = Weights(A.float(), D, delta_bias, delta_softplus)
+    weights = Weights(A.to(torch.float32, copy=True), copied(D), copied(delta_bias), delta_softplus)
     return SelectiveScan(hidden_states, dt, B, C, z, weights, return_last_state)
