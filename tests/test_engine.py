@@ -338,7 +338,7 @@ def test_bad_options(folder: Path, options: dict[str, object]) -> None:
     [
         ({"model_type": "falcon"}, "bypasses"),
         ({"model_type": "ctrl", "vocab_size": 320, "n_layer": 2}, "not among the tested"),
-        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "recurrent state"),
+        ({"model_type": "minimax", "num_hidden_layers": 2, "num_local_experts": 2}, "a cache of its own"),
     ],
 )
 def test_families_that_cannot_run_are_refused_with_the_reason(

@@ -23,6 +23,6 @@ def test_bad_is_what_somebody_would_be_given() -> None:
 
 
 def test_a_refused_type_says_why() -> None:
-    found = survey("lfm2")
+    found = survey("minimax")
     assert found.shipped.verdict == found.untested.verdict == found.check.verdict == "refused"
-    assert "recurrent" in found.untested.reason
+    assert "a cache of its own" in found.untested.reason

@@ -75,8 +75,9 @@ def test_equal_requests_get_equal_bits_in_every_place_of_a_block(tmp_path: Path,
         assert torch.equal(other, logits[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("qwen3_5_text", "float32")]
+)
 def test_suspended_and_resumed(
     family: str, dtype: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
