@@ -34,11 +34,6 @@ class RecurrentLayer:
         self._parts: dict[int, dict[str, torch.Tensor]] = {}
 
     @property
-    def state_shape(self) -> StateShape:
-        """What a slot has of this layer."""
-        return self._shape
-
-    @property
     def shape(self) -> PageShape:
         """As a page of one token."""
         return self._shape.page

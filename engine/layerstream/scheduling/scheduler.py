@@ -79,11 +79,11 @@ class Scheduler:
         self._store = store
         self._decisions: deque[Decision] = deque()
         self.states = States(num_slots, pool.page_tokens, stride, store)
-        num_sweep_pages = -(-limits.max_tokens // limits.chunk_tokens) + 1
-        self._spill = Spill(pool, store, num_sweep_pages, self._decisions, self.states)
-        self._failed: list[tuple[Sequence, Exception]] = []
         self.prefixes = PrefixTable(pool)
         self._beginnings = Beginnings(self.prefixes, self.states, store, pool.page_tokens)
+        num_sweep_pages = -(-limits.max_tokens // limits.chunk_tokens) + 1
+        self._spill = Spill(pool, store, num_sweep_pages, self._decisions, self._beginnings)
+        self._failed: list[tuple[Sequence, Exception]] = []
         self._frames = Frames(pool, self.prefixes, store, self._decisions, can_swap=can_swap)
         self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill, self.states)
         self._waiting = WaitingQueue()
@@ -408,6 +408,7 @@ class Scheduler:
         except StorageFull as error:
             self.fail(sequence, error)
             return True
+        self.states.begin(sequence)
         self._waiting.remove(sequence)
         self._running.append(sequence)
         return True

@@ -31,9 +31,9 @@ from layerstream.core.sweep import PageLoad
 from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import Key, Published, SpillStore, Stored
+from layerstream.kv.prefix import Key, Published, SpillStore
+from layerstream.scheduling.beginnings import Beginnings
 from layerstream.scheduling.decisions import Decision, Hold, LetGo
-from layerstream.scheduling.states import States
 
 
 class Spill:
@@ -45,13 +45,13 @@ class Spill:
         store: SpillStore | None,
         sweep_pages: int,
         decisions: deque[Decision],
-        states: States,
+        beginnings: Beginnings,
     ) -> None:
         self._pool = pool
         self._store = store
         self._sweep_pages = sweep_pages
         self._decisions = decisions
-        self._states = states
+        self._beginnings = beginnings
         self._slots: dict[Key, int] = {}
         self._running: list[Sequence] = []
 
@@ -111,10 +111,11 @@ class Spill:
             return False
         new = [key for key in keys if key not in self._slots]
         fresh = self._pool.acquire_transit(len(new))
-        stored = None if fresh is None else self._take(store, keys)
-        if fresh is None or stored is None:
+        found = None if fresh is None else self._beginnings.find(keys, 0)
+        if fresh is None or found is None:
             self._pool.release(reserve + (fresh or []))
             return False
+        stored, _ = found
         self._pool.share([self._slots[key] for key in keys if key in self._slots])
         self._slots.update(zip(new, fresh, strict=True))
         slots = [self._slots[key] for key in keys]
@@ -128,7 +129,6 @@ class Spill:
             num_loaded=num_loaded,
             num_declined=stored.num_declined * self._pool.page_tokens,
         )
-        self._states.begin(sequence)
         self._running.append(sequence)
         if stored.num_pages:
             self._decisions.append(Hold(sequence, tuple(keys[: stored.num_pages])))
@@ -138,19 +138,6 @@ class Spill:
         """Whether whole pages of its prompt are still to be computed, or to be stored."""
         prompt = sequence.pages[: len(sequence.prefix_keys)]
         return not sequence.is_prefilled or not all(map(self._pool.is_transit, prompt))
-
-    def _take(self, store: SpillStore, keys: list[Key]) -> Stored | None:
-        """The pages of *keys* that the store has; with recurrent layers, up to the last one whose states it has."""
-        if not self._states.is_needed:
-            return store.take(keys, 0)
-        stored = store.take(keys, 0, 0)
-        if stored is None:
-            return None
-        if stored.num_known > stored.snapshot:
-            self._states.expect(keys[stored.num_known - 1])  # prompts part here
-        if stored.snapshot and not self._states.bring(keys[stored.snapshot - 1]):
-            return Stored(0, stored.num_declined)
-        return stored
 
     def settle(self, sequence: Sequence) -> bool:
         """Move pages that the store has by now from their frames to their slots.
