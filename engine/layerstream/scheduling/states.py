@@ -37,6 +37,8 @@ from layerstream.core.sweep import PageLoad, StateRoute, Sweep
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import Key, PublishedState, SpillStore, snapshot_key
 
+SLOTS_EACH = 2  # of a sequence that runs: the state that was committed, and the next one
+SLOTS_STEPPING_BACK = 4  # of one that steps back: also the state before its newest token, of this sweep and of the last
 MOST_STRIDE_TOKENS = 4096
 MOST_EXPECTED = 4096
 
@@ -85,7 +87,7 @@ class States:
     @property
     def most_at_once(self) -> int:
         """Sequences that may run at once, where there are recurrent layers."""
-        return self.pool.num_pages // 2
+        return self.pool.num_pages // SLOTS_EACH
 
     @property
     def num_snapshots(self) -> int:
@@ -97,9 +99,13 @@ class States:
         if not self.is_needed:
             return True
         everyone = list(running)
-        alone = sum(4 if sequence.steps_back else 2 for sequence in everyone if sequence.group is None)
+        alone = sum(
+            SLOTS_STEPPING_BACK if sequence.steps_back else SLOTS_EACH
+            for sequence in everyone
+            if sequence.group is None
+        )
         groups = {sequence.group for sequence in everyone if sequence.group is not None}
-        return alone + sum(2 * group.num_rows for group in groups) <= self.pool.num_pages
+        return alone + sum(SLOTS_EACH * group.num_rows for group in groups) <= self.pool.num_pages
 
     # Where a sequence begins
 

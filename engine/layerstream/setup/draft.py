@@ -8,10 +8,10 @@ from typing import Any
 from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall, ConfigurationError
 from layerstream.planner import comfortable_bytes
+from layerstream.scheduling.states import SLOTS_STEPPING_BACK
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.plan_model import available_bytes, devices_of, plan_model
 
-SLOTS_OF_DRAFT = 4  # for states of recurrent layers: it steps back, one level of a tree after the other
 SHARE_OF_MEMORY = 0.4  # at most, for the draft model and its KV
 
 
@@ -40,7 +40,7 @@ def draft_config(config: EngineConfig) -> EngineConfig:
         plan = plan_model(dataclasses.replace(own, memory_bytes=share))[0]
     except BudgetTooSmall:
         plan = None
-    if plan is None or plan.streams or 0 < plan.num_slots < SLOTS_OF_DRAFT:
+    if plan is None or plan.streams or 0 < plan.num_slots < SLOTS_STEPPING_BACK:
         raise ConfigurationError(
             f"the draft model {config.draft_model} does not fit into {format_size(share)} ({SHARE_OF_MEMORY:.0%} of "
             "the memory) with its KV, and a draft model has to stay resident: take a smaller one, or give the engine "
