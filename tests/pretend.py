@@ -30,6 +30,8 @@ from layerstream.planner import on_device
 from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
 
+from tests import pretended_kernels
+
 
 class PretendMark:
     def __init__(self) -> None:
@@ -387,6 +389,7 @@ def pretend_cudas(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[
     monkeypatch.setattr(on_device, "HOST_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(assumed, "DEVICE_PROMPT_ROWS", 64)
     monkeypatch.setattr(assumed, "DEVICE_SWEEP_TOKENS", 96)
+    pretended_kernels.install(monkeypatch)
     yield devices
     for device in devices:
         device.close()

@@ -63,7 +63,7 @@ def test_the_kernels_that_are_used_agree_with_decoding(file: Path) -> None:
 
 
 def test_a_wrong_kernel_is_not_used(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(_: BnbInt8, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
+    def wrong(_: BnbInt8, planes: Planes, inputs: torch.Tensor, first: int = 0) -> torch.Tensor:
         return inputs.new_zeros((len(inputs), len(planes["weight"])))
 
     monkeypatch.setattr(BnbInt8, "product", wrong)

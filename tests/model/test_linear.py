@@ -34,7 +34,7 @@ def test_narrow_blocks_go_through_the_kernel_and_wide_ones_are_decoded(fused_row
     scales, calls = torch.rand(96) + 0.5, []
 
     class Recording(BnbInt8):
-        def product(self, planes: object, inputs: torch.Tensor) -> torch.Tensor:
+        def product(self, planes: object, inputs: torch.Tensor, first: int = 0) -> torch.Tensor:
             calls.append(len(inputs))
             return super().product(planes, inputs)  # type: ignore[arg-type]
 
@@ -70,7 +70,7 @@ def test_joined_linears_take_one_input_at_a_time() -> None:
 
 def test_expanded_latents_are_all_computed_even_if_they_are_as_many_as_the_rows_in_hand() -> None:
     class Doubling(BnbInt8):
-        def product(self, planes: object, inputs: torch.Tensor) -> torch.Tensor:
+        def product(self, planes: object, inputs: torch.Tensor, first: int = 0) -> torch.Tensor:
             return 2 * inputs
 
     matrix = PackedMatrix(Doubling(), {}, 0, 8, 8, torch.empty(0), fused_rows=16)

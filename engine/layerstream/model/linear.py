@@ -2,7 +2,8 @@
 
 A row block multiplies by quantised weights in one of two ways, by its number of rows alone: at most so many as the
 plan says go through a kernel that takes the weights as they are; more are worth decoding the weights for, tile by
-tile. The kernels leave padding out: they give a row the same bits whatever the others are.
+tile. On the processor the kernels leave padding out: they give a row the same bits whatever the others are. On an
+accelerator, where they do so for as many rows, they get whole row blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from layerstream.checkpoint.names import PackedSource
 from layerstream.model.context import Rows, current
 
 TILE_VALUES = 2**20  # decoded at a time: they stay in the processor's cache until they have been multiplied by
-DEVICE_TILE_VALUES = 2**23  # on an accelerator: enough to keep it busy
+DEVICE_TILE_VALUES = 2**25  # on an accelerator: most matrices at once
+DEVICE_DECODE_BYTES = 112 * 2**20  # there, of a tile in two bytes a value and what it is computed from
+WORK_BYTES = 12  # for a value, what a codec computes it from on the processor: codes as integers, values in fp32
 
 
 class Matrix(Protocol):
@@ -98,19 +101,24 @@ class PackedMatrix:
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         """By the codec's kernel."""
-        return self.codec.product(self.planes, inputs)[:, : self.last - self.first]
+        return self.codec.product(self.planes, inputs, self.first)[:, : self.last - self.first]
 
 
 def tile_rows(codec: Codec, rows: int, columns: int, tile_values: int = TILE_VALUES) -> int:
     """Of *rows* of a matrix, those that are decoded at a time."""
     step = codec.row_step
-    return min(rows, max(step, tile_values // columns // step * step)) if step else rows
+    most = min(tile_values, DEVICE_DECODE_BYTES // (2 + codec.work_bytes))
+    return min(rows, max(step, most // columns // step * step)) if step else rows
 
 
 def decode_bytes(source: PackedSource, dtype: torch.dtype, tile_values: int = TILE_VALUES) -> int:
-    """What decoding takes: a tile in *dtype*, and what a codec computes it from: codes as integers, values in fp32."""
+    """What decoding takes: a tile in *dtype*, and what a codec computes it from."""
     rows, columns = source.shape
-    return tile_rows(source.codec, rows, columns, tile_values) * columns * (dtype.itemsize + 12)
+    values = tile_rows(source.codec, rows, columns, tile_values) * columns
+    work = values * WORK_BYTES
+    if tile_values > TILE_VALUES:  # on an accelerator
+        work = min(work, max(values * source.codec.work_bytes, TILE_VALUES * WORK_BYTES))
+    return values * dtype.itemsize + work
 
 
 SliceWeights: TypeAlias = Callable[[], AbstractContextManager[tuple[Matrix, torch.Tensor | None]]]
@@ -138,6 +146,7 @@ class SlicedLinear:
     ) -> torch.Tensor:
         """``(n, in)`` to ``(n, out)``, computed one of *row_blocks* at a time; what is padding may be anything. Into
         *output* if it is given, which need not have rows for padding at the end."""
+        is_one_call = output is None and len(self.slices) == len(row_blocks) == 1
         if output is None:
             output = inputs.new_empty((inputs.shape[0], self.num_rows))
         for part in self.slices:
@@ -147,13 +156,17 @@ class SlicedLinear:
                     if rows.count > matrix.fused_rows:
                         decoded.append(slice(rows.start, rows.stop))
                         continue
-                    found = matrix.product(inputs[rows.start : rows.used])
+                    found = matrix.product(inputs[rows.start : rows.used if inputs.is_cpu else rows.stop])
                     found = found if bias is None else found + bias
-                    output[rows.start : rows.used, part.first : part.last] = found
+                    if is_one_call and len(found) == len(output):
+                        return found
+                    output[rows.start : rows.used, part.first : part.last] = found[: rows.used - rows.start]
                 if not decoded:
                     continue
                 arranged = matrix.arranged(inputs)
                 for start, stop, weight in matrix.tiles():
+                    if is_one_call and stop - start == self.num_rows:
+                        return F.linear(arranged, weight, bias)
                     columns = slice(part.first + start, part.first + stop)
                     tile_bias = None if bias is None else bias[start:stop]
                     for block in decoded:

@@ -38,6 +38,7 @@ class Matrices:
         self._device = device or torch.device("cpu")
         self._fused_rows = fused_rows
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
+        self._device_rows: dict[tuple[Codec, tuple[int, int], torch.dtype], int] = {}
         self._experts: dict[tuple[str, int, int, torch.dtype], torch.Tensor] = {}
 
     def passing(self, unit: PlannedUnit, tensors: Tensors) -> Weights:
@@ -48,7 +49,7 @@ class Matrices:
         planes = {name: tensors[plane.name] for name, plane in source.planes.items()}
         first, last = self.rows(unit)
         scratch = self._scratch_for(_weight(unit))
-        fused_rows = self._most_rows(source.codec.kernel, _weight(unit))
+        fused_rows = self._fused(source, planes, (first, last), _weight(unit))
         return PackedMatrix(source.codec, planes, first, last, source.shape[1], scratch, fused_rows), bias
 
     def staying(self, units: Sequence[PlannedUnit], load: Callable[[PlannedUnit], Tensors]) -> Weights:
@@ -186,6 +187,18 @@ class Matrices:
     def _most_rows(self, kernel: str, weight: str) -> int:
         """Of a row block that *kernel* multiplies; the kernels compute in bfloat16."""
         return self._fused_rows.get(kernel, 0) if self._skeleton.dtypes[weight] == torch.bfloat16 else 0
+
+    def _fused(
+        self, source: PackedSource, planes: Mapping[str, torch.Tensor], rows: tuple[int, int], weight: str
+    ) -> int:
+        """The most rows of a row block that *rows* of *source* are multiplied by as they are stored."""
+        if accelerator_of(self._device) is None:
+            return self._most_rows(source.codec.kernel, weight)
+        shape, dtype = (rows[1] - rows[0], source.shape[1]), self._skeleton.dtypes[weight]
+        kind = source.codec, shape, dtype
+        if kind not in self._device_rows:
+            self._device_rows[kind] = source.codec.device_rows(planes, rows[0], shape, dtype)
+        return self._device_rows[kind]
 
     def _bias(self, unit: PlannedUnit, tensors: Tensors) -> torch.Tensor | None:
         """Of the rows of *unit*; ``None`` if it has none."""

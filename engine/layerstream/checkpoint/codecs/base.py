@@ -31,6 +31,7 @@ class Codec(ABC):
         whole: planes that belong to all rows.
         row_step: rows are cut at multiples of it; 0: the matrix is never cut.
         kernel: which kernel multiplies by it without decoding; ``""``: none does.
+        work_bytes: on an accelerator, what decoding takes for a value beside the value.
         columns_first: whether it is decoded fastest into the transpose of a contiguous matrix.
         transposes: whether its matrices are the transposes of the model's.
         dtypes: for each plane what it may be stored as; those that are not in it: floats.
@@ -40,6 +41,7 @@ class Codec(ABC):
     whole: frozenset[str] = frozenset()
     row_step: int = 1
     kernel: str = ""
+    work_bytes: int = 12
     columns_first: bool = False
     transposes: bool = False
     dtypes: Mapping[str, frozenset[str]] = stored_as()
@@ -72,12 +74,19 @@ class Codec(ABC):
         """Of one of *count* matrices that stand one below the other, if all its planes are cut where they are."""
         return self if self.row_step and not self.whole else None
 
-    def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
-        """*inputs* ``(m, columns)`` in bfloat16 times the transpose of the matrix, undecoded: ``(m, rows)`` or wider.
+    def product(self, planes: Planes, inputs: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """*inputs* ``(m, columns)`` in bfloat16 times the transpose of the matrix, or of its rows from *first* on,
+        undecoded: ``(m, rows)`` or wider.
 
-        A row of the result does not depend on the others, bit for bit. Only where there is a ``kernel``.
+        A row of the result does not depend on the others, bit for bit; on an accelerator, as long as *m* is the same.
+        Only where there is a ``kernel``, or where :meth:`device_rows` says so.
         """
         raise NotImplementedError
+
+    def device_rows(self, planes: Planes, first: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """The most rows of inputs in *dtype* that :meth:`product` is good for where *planes* are, on an accelerator; 0:
+        it is not. The same for all matrices of *shape*. It waits for the device."""
+        return 0
 
     def affine_group(self, columns: int) -> int:
         """How many neighbours in a row share a scale, if values are linear in a code of 4 bits; else 0."""
@@ -111,6 +120,39 @@ def pair_table(values: tuple[float, ...], first_bits: int) -> torch.Tensor:
     table, codes = torch.tensor(values), torch.arange(256)
     both = [table[(codes >> bits) & 15] for bits in (first_bits, 4 - first_bits)]
     return torch.stack(both, dim=1).contiguous().view(torch.int64).view(-1)
+
+
+def in_dtype(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """*scales* so that one operator on them and codes rounds once, to values in *dtype*: in it, or in fp32."""
+    return scales if scales.dtype == dtype else scales.to(torch.float32)
+
+
+@cache
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`nibbles` multiplies bytes by, and what it adds to them."""
+    shifts = torch.tensor([16, 1], dtype=torch.uint8, device=device)
+    return shifts, torch.tensor([128], dtype=torch.uint8, device=device)
+
+
+def nibbles(
+    codes: torch.Tensor, dim: int, out: torch.Tensor | None = None, *, less_eight: bool = False
+) -> torch.Tensor:
+    """The lower and the upper half of each byte, side by side along a new dimension *dim*, by two operators: uint8 in
+    0…15, or, *less_eight*, int8 in -8…7.
+
+    The lower half is moved up, where the upper one is; then both are moved down.
+
+    Args:
+        out: where they are written to, of any strides.
+    """
+    shifts, middle = _constants(codes.device)
+    wide, factors = codes.unsqueeze(dim), shifts.view(2, *[1] * (codes.dim() - dim))
+    if out is None:
+        out = codes.new_empty((*codes.shape[:dim], 2, *codes.shape[dim:]))
+    if less_eight:
+        torch.addcmul(middle, wide, factors, out=out)
+        return out.view(torch.int8).bitwise_right_shift_(4)
+    return torch.mul(wide, factors, out=out).bitwise_right_shift_(4)
 
 
 def _part(plane: torch.Tensor, num_rows: int, start: int, stop: int) -> torch.Tensor:

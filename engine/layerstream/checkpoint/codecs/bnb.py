@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -19,6 +19,9 @@ from layerstream.checkpoint.codecs.base import Codec, Planes, pair_table, stored
 from layerstream.hardware.accelerators import can_run
 
 CACHED_VALUES = 2**18  # decoded at a time: what they are computed from stays in the processor's cache
+DEVICE_PARTS = 8  # that a matrix is decoded in on an accelerator without the kernel: it takes six bytes a value
+MOST_STEP = 64  # rows that matrices are cut at so that scales of scales are, too
+PROBED_ROWS = 256  # of a matrix that a kernel is tried with
 ALIGNMENT = 16  # bytes; torch's int8 kernel (2.13) ends the process where weights lie otherwise
 INT8_UNIT = 7.874015718698502e-3  # 1 / 127, as bitsandbytes has it
 
@@ -32,13 +35,18 @@ class Bnb4(Codec):
     blocksize: int = 64
     nested: tuple[int, float] | None = None
 
+    work_bytes = 1
     whole = frozenset({"quant_map", "nested_absmax", "nested_quant_map"})
     dtypes = stored_as(weight="U8", absmax="F32 F16 BF16 U8")
 
     @property
     def row_step(self) -> int:  # type: ignore[override]
-        """Rows whose values fill whole blocks, and whole bytes."""
-        return math.lcm(self.blocksize, self.columns) // self.columns
+        """Rows whose values fill whole blocks, and whole bytes; whole blocks of scales, too, if those are few."""
+        step = math.lcm(self.blocksize, self.columns) // self.columns
+        if self.nested is None:
+            return step
+        whole = math.lcm(self.blocksize * self.nested[0], self.columns) // self.columns
+        return whole if whole <= MOST_STEP else step
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Codes two to a byte, a scale per block, and tables."""
@@ -68,15 +76,48 @@ class Bnb4(Codec):
         else:
             self._look_up(codes, scales, planes["quant_map"], out)
 
+    def device_rows(self, planes: Planes, first: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """As bitsandbytes' product was tuned for the card."""
+        rows, columns = shape
+        if columns % self.blocksize or not can_run("bitsandbytes", planes["weight"].device):
+            return 0
+        step = self.row_step
+        some = min(rows, -(-PROBED_ROWS // step) * step)
+
+        def formula() -> torch.Tensor:
+            values = torch.empty((some, columns), dtype=dtype, device=planes["weight"].device)
+            self.decode(self.cut(planes, rows, 0, some), first, values)
+            return values
+
+        return bnb_kernel.most_rows(self._packed(planes, first, columns), dtype, formula)
+
+    def product(self, planes: Planes, inputs: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """By bitsandbytes' kernel, which takes nested scales as they are."""
+        return bnb_kernel.multiply(self._packed(planes, first, inputs.shape[1]), inputs)
+
+    def _packed(self, planes: Planes, first: int, columns: int) -> bnb_kernel.Packed:
+        """Rows from *first* on as the kernel takes them."""
+        codes = aligned(planes["weight"])
+        shape = 2 * codes.numel() // columns, columns
+        block = first * columns // self.blocksize
+        if self.nested is None or self.nested[0] != bnb_kernel.NESTED_BLOCK or block % bnb_kernel.NESTED_BLOCK:
+            return bnb_kernel.Packed(self.name, self.blocksize, shape, codes, self._scales(planes, block))
+        own = planes["nested_absmax"][block // bnb_kernel.NESTED_BLOCK :]
+        offset = _on_device(self.nested[1], codes.device)
+        nested = bnb_kernel.Nested(aligned(planes["absmax"]), planes["nested_quant_map"], offset)
+        return bnb_kernel.Packed(self.name, self.blocksize, shape, codes, own, nested)
+
     def _look_up(self, codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
         """Whole blocks to *out*, contiguous."""
         pairs, blocks = _pairs(table), out.view(-1, self.blocksize)
         step = max(1, CACHED_VALUES // self.blocksize)
+        if not codes.is_cpu:
+            step = max(step, -(-len(blocks) // DEVICE_PARTS))
         for start in range(0, len(blocks), step):
             part = slice(start, start + step)
             places = codes[start * self.blocksize // 2 : (start + step) * self.blocksize // 2].to(torch.int32)
             values = pairs.index_select(0, places).view(torch.float32).view(-1, self.blocksize)
-            blocks[part] = values.mul_(scales[part, None])
+            torch.mul(values, scales[part, None], out=blocks[part])
 
     def _scales(self, planes: Planes, first: int) -> torch.Tensor:
         """Scales in fp32, of which the first is number *first* of the matrix."""
@@ -84,9 +125,11 @@ class Bnb4(Codec):
         if self.nested is None:
             return absmax.to(torch.float32)
         size, offset = self.nested
-        numbers = torch.arange(first, first + len(absmax), device=absmax.device) // size
-        own = planes["nested_quant_map"][absmax.long()] * planes["nested_absmax"][numbers]
-        return own.add_(offset)
+        own, skipped = planes["nested_absmax"][first // size :], first % size
+        if not skipped and can_run("bitsandbytes", absmax.device):
+            return bnb_kernel.scales(absmax, own, planes["nested_quant_map"], size).add_(offset)
+        found = planes["nested_quant_map"].index_select(0, absmax.to(torch.int32))
+        return found.mul_(own.repeat_interleave(size)[skipped : skipped + len(absmax)]).add_(offset)
 
 
 @dataclass(frozen=True)
@@ -96,6 +139,7 @@ class BnbInt8(Codec):
     name: str = "int8"
 
     kernel = "int8"
+    work_bytes = 4
     dtypes = stored_as(weight="I8")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -104,10 +148,11 @@ class BnbInt8(Codec):
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once."""
-        scales = planes["SCB"].to(torch.float32)
-        torch.mul(planes["weight"].to(torch.float32).mul_(scales[:, None]), INT8_UNIT, out=out)
+        scales, weight = planes["SCB"].to(torch.float32), planes["weight"]
+        values = weight.to(torch.float32).mul_(scales[:, None]) if weight.is_cpu else weight * scales[:, None]
+        torch.mul(values, INT8_UNIT, out=out)
 
-    def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
+    def product(self, planes: Planes, inputs: torch.Tensor, first: int = 0) -> torch.Tensor:
         """By torch's kernel; scaled afterwards, because it takes scales in bfloat16 only."""
         weight = aligned(planes["weight"])
         sums = torch.ops.aten._weight_int8pack_mm(inputs, weight, weight.new_ones(len(weight), dtype=inputs.dtype))
@@ -119,9 +164,14 @@ def _pairs(table: torch.Tensor) -> torch.Tensor:
     that is queued."""
     if table.is_cpu:
         return pair_table(tuple(table.tolist()), 4)
-    codes = torch.arange(256, device=table.device)
-    both = torch.stack([table[codes >> 4], table[codes & 15]], dim=1)
-    return both.to(torch.float32).contiguous().view(torch.int64).view(-1)
+    upper, lower = table[:, None].expand(16, 16), table.expand(16, 16)
+    return torch.stack([upper, lower], dim=-1).to(torch.float32).view(-1).view(torch.int64)
+
+
+@cache
+def _on_device(value: float, device: torch.device) -> torch.Tensor:
+    """*value* as a scalar in fp32: it crosses once."""
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def aligned(weight: torch.Tensor) -> torch.Tensor:

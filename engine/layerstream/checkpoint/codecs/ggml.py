@@ -14,7 +14,7 @@ import gguf
 import torch
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
-from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
+from layerstream.checkpoint.codecs.base import Codec, Planes, nibbles, stored_as
 from layerstream.checkpoint.codecs.mxfp4 import VALUES
 
 _PLAIN = {
@@ -22,7 +22,7 @@ _PLAIN = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_BY_NUMPY = {gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.Q5_1}
+_FIVE_BITS = {gguf.GGMLQuantizationType.Q5_0, gguf.GGMLQuantizationType.Q5_1}
 _MXFP4 = gguf.GGMLQuantizationType.MXFP4
 _LINEAR = frozenset({gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q4_K})
 _NIBBLES = {  # where codes of four bits begin in a block, and how many bytes have the lower halves of neighbours
@@ -34,7 +34,7 @@ _NIBBLES = {  # where codes of four bits begin in a block, and how many bytes ha
 _NIBBLE_GROUP = 32
 _LOW = 0x0F0F0F0F0F0F0F0F  # the lower halves of eight bytes
 CACHED_VALUES = 2**20  # decoded at a time: what they are computed from stays in the processor's cache
-SUPPORTED = frozenset({*_PLAIN, *_BY_NUMPY, _MXFP4, *map(gguf.GGMLQuantizationType, GGML_BLOCK)})
+SUPPORTED = frozenset({*_PLAIN, *_FIVE_BITS, _MXFP4, *map(gguf.GGMLQuantizationType, GGML_BLOCK)})
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Ggml(Codec):
         return prod(self.swapped) if self.swapped else 1
 
     @property
+    def work_bytes(self) -> int:  # type: ignore[override]
+        """Codes, and little else, where values are linear in them."""
+        return 2 if self.kind in _LINEAR and not self.offset else super().work_bytes
+
+    @property
     def is_quantised(self) -> bool:
         """Whether it is blocks, and no plain numbers."""
         return self.kind not in _PLAIN
@@ -80,9 +85,10 @@ class Ggml(Codec):
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once."""
         stored = self.blocks(planes, out.shape[0])
-        step = max(1, CACHED_VALUES // out.shape[1])
-        for start in range(0, len(stored), step):
-            part = slice(start, start + step)
+        if not out.is_cpu and self.affine_group(out.shape[1]):
+            _at_once(stored, self.kind, out.view(len(out), -1, 2, _NIBBLES[self.kind][1]).transpose(1, 2))
+            return
+        for part in _parts(out):
             values = self._values(stored[part]).view(-1, out.shape[1])
             out[part] = values - self.offset if self.offset else values
 
@@ -92,9 +98,10 @@ class Ggml(Codec):
             self.decode(planes, first, out)
             return
         stored = self.blocks(planes, out.shape[0])
-        step = max(1, CACHED_VALUES // out.shape[1])
-        for start in range(0, len(stored), step):
-            part = slice(start, start + step)
+        if not out.is_cpu:
+            _at_once(stored, self.kind, out.view(len(out), 2, -1, _NIBBLES[self.kind][1]))
+            return
+        for part in _parts(out):
             _halves(stored[part], self.kind, out[part])
 
     def arranged(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -129,8 +136,8 @@ class Ggml(Codec):
             return _nibbles(blocks, self.kind)
         if self.kind == _MXFP4:
             return _mxfp4(blocks)
-        if self.kind in _BY_NUMPY:
-            return torch.from_numpy(gguf.quants.dequantize(stored.cpu().numpy(), self.kind)).to(stored.device)
+        if self.kind in _FIVE_BITS:
+            return _five_bits(blocks, self.kind)
         return dequantize(stored.reshape(-1), int(self.kind), torch.float32)
 
 
@@ -138,6 +145,52 @@ def block_values(kind: gguf.GGMLQuantizationType, num_bytes: int) -> int:
     """How many values *num_bytes* of whole blocks stand for."""
     values, size = gguf.GGML_QUANT_SIZES[kind]
     return num_bytes // size * values
+
+
+def _parts(out: torch.Tensor) -> list[slice]:
+    """The rows that are decoded at a time."""
+    step = max(1, CACHED_VALUES // out.shape[1]) if out.is_cpu else len(out)
+    return [slice(start, start + step) for start in range(0, len(out), step)]
+
+
+def _at_once(stored: torch.Tensor, kind: gguf.GGMLQuantizationType, out: torch.Tensor) -> None:
+    """Rows of blocks to *out* ``(rows, 2, pieces, width)``: the values of the lower halves of each piece of bytes, and
+    of the upper ones. By few operators, for an accelerator."""
+    rows, _, pieces, width = out.shape
+    start = _NIBBLES[kind][0]
+    blocks = stored.view(rows, -1, gguf.GGML_QUANT_SIZES[kind][1])
+    codes = nibbles(blocks[..., start:].unflatten(-1, (-1, width)), 1).view(out.shape)
+    if kind == gguf.GGMLQuantizationType.Q4_K:
+        scale, lowest = (part.reshape(rows, 2, pieces, 1) for part in _six_bits(blocks))
+    else:
+        both = blocks[..., :start].view(torch.float16).to(torch.float32)[:, None]
+        scale = both[..., :1]
+        lowest = -8 * scale if kind == gguf.GGMLQuantizationType.Q4_0 else both[..., 1:]
+    torch.addcmul(lowest, codes, scale, out=out)
+
+
+def _six_bits(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`_scales` for *blocks* ``(rows, blocks, bytes)`` of Q4_K: ``(rows, 2, blocks, 4)``, first those of lower
+    halves."""
+    first = blocks[..., 4:12].unflatten(-1, (2, 4))  # scales, minima: of four groups, with two bits of the other four
+    codes = blocks.new_empty((*first.shape[:-1], 2, 4))
+    torch.bitwise_and(first, 63, out=codes[..., 0, :])
+    torch.add(nibbles(blocks[..., 12:16], 2), first >> 6, alpha=16, out=codes[..., 1, :])
+    factors = blocks[..., :4].view(torch.float16).to(torch.float32)[..., None]
+    scale, minimum = (factors * codes.flatten(-2)).unflatten(-1, (4, 2)).permute(2, 0, 4, 1, 3)
+    return scale, -minimum
+
+
+def _five_bits(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """Values ``(blocks, 32)`` of Q5_0 and Q5_1, as ``gguf.quants`` has them: the fifth bits of all codes come first."""
+    both = blocks[:, : 2 if kind == gguf.GGMLQuantizationType.Q5_0 else 4].view(torch.float16).to(torch.float32)
+    bits, halves = blocks[:, -20:-16], nibbles(blocks[:, -16:], 1).view(-1, 32)
+    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    high = ((bits[:, :, None] >> places) & 1).view(-1, 32)
+    codes = torch.add(halves, high, alpha=16).to(torch.float32)
+    if kind == gguf.GGMLQuantizationType.Q5_0:
+        return codes.sub_(16).mul_(both)
+    return codes.mul_(both[:, :1]).add_(both[:, 1:])
 
 
 def _scales(blocks: torch.Tensor, kind: gguf.GGMLQuantizationType) -> tuple[torch.Tensor, torch.Tensor]:

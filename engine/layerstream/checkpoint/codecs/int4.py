@@ -17,16 +17,32 @@ from dataclasses import dataclass
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
+from layerstream.checkpoint.codecs.base import Codec, Planes, in_dtype, nibbles, stored_as
 
+_IN_ORDER = tuple(range(0, 32, 4))
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of the values 0, 1, 2, … of an int32
 
 
-def unpack(packed: torch.Tensor, dim: int, shifts: tuple[int, ...] = tuple(range(0, 32, 4))) -> torch.Tensor:
+def unpack(packed: torch.Tensor, dim: int, shifts: tuple[int, ...] = _IN_ORDER) -> torch.Tensor:
     """Eight codes for each int32, along *dim*: uint8 in 0…15."""
+    if not packed.is_cpu:
+        return _unpack_bytes(packed, dim % packed.dim(), shifts)
     by_shift = [(packed >> shift).bitwise_and_(15).to(torch.uint8) for shift in shifts]
     dim %= packed.dim()
     return torch.stack(by_shift, dim=dim + 1).flatten(dim, dim + 1)
+
+
+def _unpack_bytes(packed: torch.Tensor, dim: int, shifts: tuple[int, ...], *, less_eight: bool = False) -> torch.Tensor:
+    """As :func:`unpack`, by two operators, *less_eight* in int8: bytes one after the other, the lower halves first."""
+    found = packed.view(torch.uint8).unflatten(1, (-1, 4))
+    out = found.new_empty((*packed.shape[: dim + 1], 8, *packed.shape[dim + 1 :]))
+    by_code = out if dim == 1 else out.transpose(1, 2)
+    if shifts == _AWQ_SHIFTS:  # of a code's number in binary, abc: byte ca, half b
+        by_half = by_code.unflatten(2, (2, 2, 2))
+        nibbles(found.unflatten(2, (2, 2)).transpose(2, 3), 3, by_half)
+        return out.flatten(dim, dim + 1)
+    codes = nibbles(found, 3, by_code.unflatten(2, (4, 2)), less_eight=less_eight)
+    return out.view(codes.dtype).flatten(dim, dim + 1)
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,7 @@ class CompressedInt4(Codec):
     group: int
     is_symmetric: bool
     name: str = "int4"
+    work_bytes = 2
     dtypes = stored_as(weight="I32", zero="I32")
 
     @property
@@ -52,10 +69,23 @@ class CompressedInt4(Codec):
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """``(code - zero) * scale`` in fp32."""
         rows, columns = out.shape
+        if not out.is_cpu:
+            self._decode_at_once(planes, out)
+            return
         codes = unpack(planes["weight"], 1)[:, :columns].reshape(rows, -1, self.group).to(torch.float32)
         zero = unpack(planes["zero"], 0)[:rows, :, None].to(torch.float32) if "zero" in planes else 8.0
         scaled = codes.sub_(zero).mul_(planes["scale"].to(torch.float32)[:, :, None])
         out.copy_(scaled.view(rows, columns))
+
+    def _decode_at_once(self, planes: Planes, out: torch.Tensor) -> None:
+        """By few operators, for an accelerator."""
+        rows, columns = out.shape
+        codes = _unpack_bytes(planes["weight"], 1, _IN_ORDER, less_eight="zero" not in planes)[:, :columns]
+        grouped = codes.view(torch.int8).unflatten(1, (-1, self.group))
+        if "zero" in planes:
+            grouped = grouped - unpack(planes["zero"], 0)[:rows, :, None].view(torch.int8)
+        scale = in_dtype(planes["scale"], out.dtype)[:, :, None]
+        torch.mul(grouped, scale, out=out.unflatten(1, (-1, self.group)))
 
     def affine_group(self, columns: int) -> int:
         """All of it is."""
@@ -80,6 +110,11 @@ class Gptq(Codec):
     row_step = 0
     dtypes = stored_as(weight="I32", zero="I32", g_idx="I32 I64")
 
+    @property
+    def work_bytes(self) -> int:  # type: ignore[override]
+        """Columns that are not in order have scales and zero points each."""
+        return 2 if self.in_order else super().work_bytes
+
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Codes, scales, zero points, and the group of each column."""
         groups = -(-columns // self.group)
@@ -92,6 +127,10 @@ class Gptq(Codec):
 
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """``(code - zero) * scale`` in fp32, transposed."""
+        if self.in_order and not out.is_cpu and out.shape[1] % self.group == 0:
+            zero = unpack(planes["zero"], 1) + self.zero_shift
+            _decode_transposed(unpack(planes["weight"], 0), zero, planes["scale"], out)
+            return
         group = planes["g_idx"].long()
         zero = unpack(planes["zero"], 1).to(torch.float32).add_(self.zero_shift)
         codes = unpack(planes["weight"], 0).to(torch.float32)
@@ -115,6 +154,7 @@ class Awq(Codec):
     group: int
     name: str = "awq"
     row_step = 0
+    work_bytes = 2
     dtypes = stored_as(weight="I32", zero="I32")
 
     def expected(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -125,6 +165,10 @@ class Awq(Codec):
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """``(code - zero) * scale`` in fp32, transposed."""
         rows, columns = out.shape
+        if not out.is_cpu:
+            codes, zero = (unpack(planes[name], 1, _AWQ_SHIFTS) for name in ("weight", "zero"))
+            _decode_transposed(codes, zero, planes["scale"], out)
+            return
         codes = unpack(planes["weight"], 1, _AWQ_SHIFTS).to(torch.float32).view(-1, self.group, rows)
         zero = unpack(planes["zero"], 1, _AWQ_SHIFTS).to(torch.float32)
         codes = codes.sub_(zero[:, None]).mul_(planes["scale"].to(torch.float32)[:, None])
@@ -139,3 +183,14 @@ class Awq(Codec):
         zero = unpack(planes["zero"], 1, _AWQ_SHIFTS).to(torch.float32)
         scale = planes["scale"].to(torch.float32)
         return unpack(planes["weight"], 1, _AWQ_SHIFTS).T, scale.T, ((8.0 - zero) * scale).T
+
+
+def _decode_transposed(codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """Write ``(code - zero) * scale`` to *out* ``(rows, columns)``, by few operators, for an accelerator.
+
+    Args:
+        codes: ``(columns, rows)`` uint8.
+        zero, scale: ``(groups, rows)``; zero points in uint8.
+    """
+    grouped = codes.view(torch.int8).unflatten(0, (len(scale), -1)) - zero.view(torch.int8)[:, None]
+    torch.mul(grouped, in_dtype(scale, out.dtype)[:, None], out=out.T.unflatten(0, (len(scale), -1)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layerstream.checkpoint.codecs.base import Codec, Planes, stored_as
+from layerstream.checkpoint.codecs.base import Codec, Planes, in_dtype, nibbles, stored_as
 
 TILED_METHOD = "layerstream-int4"  # the quant_method of such a checkpoint
 TILE = 64
@@ -32,7 +32,9 @@ class TiledInt4(Codec):
     group: int
     name: str = "int4"
 
+    is_centred = True  # offsets are what code 8 stands for
     kernel = "int4"
+    work_bytes = 2
     columns_first = True
     row_step = TILE
     dtypes = stored_as(weight="U8")
@@ -45,6 +47,9 @@ class TiledInt4(Codec):
     def decode(self, planes: Planes, first: int, out: torch.Tensor) -> None:
         """In fp32, rounded once; fastest where *out* is the transpose of a contiguous matrix."""
         tiles, columns, _ = planes["weight"].shape
+        if not out.is_cpu:
+            self._decode_at_once(planes, out)
+            return
         step = max(1, CACHED_VALUES // (columns * TILE))
         for start in range(0, tiles, step):
             rows = slice(start * TILE, min((start + step) * TILE, len(out)))
@@ -65,6 +70,23 @@ class TiledInt4(Codec):
         else:
             out.copy_(values.transpose(1, 2).reshape(-1, columns)[: out.shape[0]])
 
+    def _decode_at_once(self, planes: Planes, out: torch.Tensor) -> None:
+        """By few operators, for an accelerator."""
+        codes, stored = planes["weight"], planes["scale"]
+        tiles, columns, half = codes.shape
+        rows = tiles * TILE
+        whole = out if len(out) == rows else out.new_empty((columns, rows)).T
+        values = whole.T.view(columns // self.group, self.group, tiles, 2, half).permute(2, 0, 1, 3, 4)
+        halves = nibbles(codes, 2, less_eight=self.is_centred).view(values.shape)
+        by_tile = stored if stored.dim() == 4 else stored.unflatten(1, (tiles, TILE)).transpose(0, 1)
+        parts = [part.unflatten(2, (1, 2, half)) for part in in_dtype(by_tile, out.dtype).unbind(-1)]
+        if len(parts) == 1:
+            torch.mul(halves, parts[0], out=values)
+        else:
+            torch.addcmul(parts[1], halves, parts[0], out=values)
+        if whole is not out:
+            out.copy_(whole[: len(out)])
+
     def lines(self, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step of codes is worth, and what code 0 stands for, in fp32, of scales as they are *stored*."""
         scale, offset = stored.to(torch.float32).unbind(-1)
@@ -74,7 +96,7 @@ class TiledInt4(Codec):
         """Of scales as they are *stored* those that the kernel takes, ``(tiles, groups, 64, 2)`` in bfloat16."""
         return stored
 
-    def product(self, planes: Planes, inputs: torch.Tensor) -> torch.Tensor:
+    def product(self, planes: Planes, inputs: torch.Tensor, first: int = 0) -> torch.Tensor:
         """By torch's kernel, with products and sums in fp32."""
         codes, scale = planes["weight"], planes["scale"]
         columns = codes.shape[1]

@@ -32,6 +32,11 @@ class TiledGgml(TiledInt4):
         scale = stored[..., 0].to(torch.float32)
         return scale, stored[..., 1].to(torch.float32) if self.has_lowest else -8 * scale
 
+    @property
+    def is_centred(self) -> bool:  # type: ignore[override]
+        """Of Q4_1 offsets are what code 0 stands for."""
+        return not self.has_lowest
+
     def pairs(self, stored: torch.Tensor) -> torch.Tensor:
         """Rounded."""
         pairs = torch.zeros((*stored.shape[:-1], 2), dtype=torch.bfloat16, device=stored.device)
