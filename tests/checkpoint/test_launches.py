@@ -20,7 +20,7 @@ from layerstream.checkpoint.codecs.tiled import TiledInt4
 from layerstream.checkpoint.codecs.tiled_ggml import TiledGgml
 from layerstream.model.linear import DEVICE_TILE_VALUES, LinearSlice, PackedMatrix, Rows, SlicedLinear, tile_rows
 
-from tests import pretended_kernels
+from tests import pretend_bits
 from tests.launches import Launches
 from tests.pretend import PretendCuda, pretend_cuda
 
@@ -76,7 +76,7 @@ def planes_of(codec: Codec) -> dict[str, torch.Tensor]:
         else:
             found[name] = torch.randint(0, 120, shape, generator=generator).to(torch.uint8)
     if isinstance(codec, Bnb4):
-        found["quant_map"] = pretended_kernels.table_of(codec.name)
+        found["quant_map"] = pretend_bits.table_of(codec.name)
     if type(codec) is TiledInt4:
         found["scale"] = found["scale"].to(torch.bfloat16)
     return found
@@ -105,7 +105,7 @@ def test_operators_for_a_matrix(kind: str, card: PretendCuda) -> None:
         linear.project(inputs, [Rows(0, num_rows, num_rows)])  # constants are made, kernels are tried
         with Launches() as launches:
             linear.project(inputs, [Rows(0, num_rows, num_rows)])
-        is_fused = kind in FUSED and num_rows <= pretended_kernels.FUSED_ROWS
+        is_fused = kind in FUSED and num_rows <= pretend_bits.FUSED_ROWS
         assert launches.total == (1 if is_fused else decoding + 1), launches.by_name
 
 

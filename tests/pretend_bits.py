@@ -11,7 +11,7 @@ from layerstream.checkpoint.codecs import bnb_kernel
 FUSED_ROWS = 32
 """The most rows that the stand-in for bitsandbytes' product takes."""
 
-_LIBRARY = torch.library.Library("pretended", "DEF")
+_LIBRARY = torch.library.Library("pretended_bits", "DEF")
 _LIBRARY.define("dequantize_4bit(Tensor codes, Tensor absmax, int blocksize, str name, Tensor(a!) out) -> ()")
 _LIBRARY.define("dequantize_blockwise(Tensor codes, Tensor absmax, Tensor table, int blocksize) -> Tensor")
 _LIBRARY.define(
@@ -23,19 +23,21 @@ _LIBRARY.define(
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have them be what a device finds."""
     monkeypatch.setattr(bnb_kernel, "_run", _run)
-    monkeypatch.setattr(bnb_kernel, "_run_scales", torch.ops.pretended.dequantize_blockwise)
+    monkeypatch.setattr(bnb_kernel, "_run_scales", torch.ops.pretended_bits.dequantize_blockwise)
     monkeypatch.setattr(bnb_kernel, "multiply", _multiply)
     monkeypatch.setattr(bnb_kernel, "tuned_rows", lambda *_: FUSED_ROWS)
 
 
 def _run(name: str, blocksize: int, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    torch.ops.pretended.dequantize_4bit(codes, scales, blocksize, name, out)
+    torch.ops.pretended_bits.dequantize_4bit(codes, scales, blocksize, name, out)
 
 
 def _multiply(matrix: bnb_kernel.Packed, inputs: torch.Tensor) -> torch.Tensor:
     nested = matrix.nested
     inner = (None, None, None) if nested is None else (nested.codes, nested.table, nested.offset)
-    return torch.ops.pretended.gemm_4bit(inputs, matrix.codes, matrix.absmax, matrix.blocksize, matrix.name, *inner)
+    return torch.ops.pretended_bits.gemm_4bit(
+        inputs, matrix.codes, matrix.absmax, matrix.blocksize, matrix.name, *inner
+    )
 
 
 @cache
