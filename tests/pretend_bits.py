@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from layerstream.checkpoint.codecs import bnb_kernel
+from layerstream.model import grouped_experts
 
 FUSED_ROWS = 32
 """The most rows that the stand-in for bitsandbytes' product takes."""
@@ -18,6 +19,7 @@ _LIBRARY.define(
     "gemm_4bit(Tensor inputs, Tensor codes, Tensor absmax, int blocksize, str name, Tensor? nested, Tensor? table,"
     " Tensor? offset) -> Tensor"
 )
+_LIBRARY.define("grouped_mm(Tensor inputs, Tensor weights, Tensor ends) -> Tensor")
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +28,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bnb_kernel, "_run_scales", torch.ops.pretended_bits.dequantize_blockwise)
     monkeypatch.setattr(bnb_kernel, "multiply", _multiply)
     monkeypatch.setattr(bnb_kernel, "tuned_rows", lambda *_: FUSED_ROWS)
+    monkeypatch.setattr(grouped_experts, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(grouped_experts, "multiply", torch.ops.pretended_bits.grouped_mm)
 
 
 def _run(name: str, blocksize: int, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
@@ -76,3 +80,15 @@ def _gemm(
     values = inputs.new_empty((2 * codes.numel() // inputs.shape[1], inputs.shape[1]))
     _dequantize(codes, absmax, blocksize, name, values)
     return torch.nn.functional.linear(inputs, values)
+
+
+@torch.library.impl(_LIBRARY, "grouped_mm", "CompositeExplicitAutograd")
+def _grouped(inputs: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Row by row, so that nothing depends on how many there are; what is nobody's is no number."""
+    found = inputs.new_full((len(inputs), weights.shape[2]), float("nan"))
+    begin = 0
+    for group, end in enumerate(ends.tolist()):
+        for row in range(begin, end):
+            found[row] = inputs[row] @ weights[group]
+        begin = end
+    return found

@@ -23,6 +23,7 @@ from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.state import PagedRows
 
 if TYPE_CHECKING:
+    from layerstream.model.grouped_experts import Routed
     from layerstream.model.routing import Routing
     from layerstream.model.traced import LayerTrace
 
@@ -55,6 +56,7 @@ class SweepContext:
             original.
         drafted: keys and values of the sweep's guesses, where the processor computes.
         routing: what the row blocks of the block in hand ask their experts, while that is being found out.
+        routed: what routers said on accelerators, to be checked when the sweep is over.
         pools: the KV on accelerators; ``None``: the processor computes.
         prefers_flash: on an accelerator, attend with the flash-attn package where it can.
     """
@@ -70,6 +72,7 @@ class SweepContext:
     crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     drafted: DraftedRows = field(init=False)
     routing: Routing | None = None
+    routed: list[Routed] = field(default_factory=list["Routed"])
 
     def __post_init__(self) -> None:
         self.drafted = DraftedRows(self.sweep.drafts)

@@ -6,7 +6,8 @@ padding are routed to nobody. A row's experts are added in the order of their nu
 first.
 
 Where experts come as they are routed to, what all row blocks of a sweep want is gathered first
-(:mod:`layerstream.model.routing`).
+(:mod:`layerstream.model.routing`). Where an accelerator has them all, they are computed at once
+(:mod:`layerstream.model.grouped_experts`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from layerstream.checkpoint.codecs.base import Codec, Planes
 from layerstream.checkpoint.names import PackedSource
 from layerstream.core.sweep import SweepFailed
 from layerstream.errors import InvalidRouting
-from layerstream.model import elementwise
+from layerstream.model import elementwise, grouped_experts
 from layerstream.model.context import current
 from layerstream.model.routing import Call
 from layerstream.streaming.experts.bank import ExpertLost, Wish
@@ -131,6 +132,10 @@ def compute_experts(
         top_k_index = top_k_index.clone()
         top_k_index[-num_padding:] = -1
     call = Call(hidden_states, top_k_index, top_k_weights, tuple(context.spans()))
+    if grouped_experts.is_there(module, call) and grouped_experts.can_compute(module, call, weight_names(module)):
+        total, routed = grouped_experts.compute(module, call, weight_names(module))
+        context.routed.append(routed)
+        return total
     answer = functools.partial(_answer, module)
     return answer([call])[0] if context.routing is None else context.routing.ask(call, answer)
 

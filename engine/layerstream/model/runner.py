@@ -26,6 +26,7 @@ from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
+from layerstream.model import grouped_experts
 from layerstream.model.anatomy import Anatomy
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
@@ -138,6 +139,7 @@ class SweepRunner:
                     hidden = self._decode(**self._inputs(sweep, given)).last_hidden_state
                     self._hidden = hidden[0].cpu() if self.keeps_hidden else None
                     logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
+                    grouped_experts.check(context.routed)
                     for part in (*computing, *bringing):
                         part.end()
                     return logits.cpu()
