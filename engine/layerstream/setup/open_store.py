@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from layerstream.checkpoint.codecs import bnb_kernel
 from layerstream.checkpoint.names import PackedSource
 from layerstream.errors import KVStoreUnusable
 from layerstream.hardware.machine import processor
@@ -234,11 +235,13 @@ def _arithmetic(skeleton: Skeleton, plan: Plan, computes: str) -> dict[str, Any]
     cut = [(unit.module, *unit.rows) for unit in plan.weights.body if unit.rows is not None]
     codecs = {source.codec.name for source in skeleton.sources.values() if isinstance(source, PackedSource)}
     staying = [(u.name, u.stays_decoded) for i, u in enumerate(plan.weights.units) if i in plan.weights.residents]
-    quantised = {
+    quantised: dict[str, Any] = {
         "codecs": sorted(codecs),
         "fused_rows": dict(sorted(plan.facts.fused_rows.items())),
         "staying": hashlib.sha256(repr(staying).encode()).hexdigest()[:16],
     }
+    if plan.facts.is_on_device and codecs & {"nf4", "fp4"}:  # whose product rounds as it likes
+        quantised["bitsandbytes"] = bnb_kernel.version()
     return {
         **(quantised if codecs else {}),
         "cuts": hashlib.sha256(repr(cut).encode()).hexdigest()[:16] if cut else "none",

@@ -13,6 +13,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, TypeAlias
 
 import torch
@@ -75,6 +76,14 @@ def import_bitsandbytes() -> Any:
         return importlib.import_module("bitsandbytes")
     finally:
         noisy.setLevel(level)
+
+
+def version() -> str:
+    """Of the package; ``"none"``: it is not installed."""
+    try:
+        return metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def decode(
