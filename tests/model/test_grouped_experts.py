@@ -73,11 +73,14 @@ def answer(
 
 
 @pytest.mark.parametrize("make", [qwen, gpt_oss])
-def test_they_give_what_they_give_one_by_one(make: Callable[[], torch.nn.Module], card: PretendCuda) -> None:
-    rows = asked(32)
-    found, context = answer(filled(make(), card.torch_device), rows, 32, card.torch_device)
+@pytest.mark.parametrize("num_rows", [32, 131, 200])
+def test_they_give_what_they_give_one_by_one(
+    num_rows: int, make: Callable[[], torch.nn.Module], card: PretendCuda
+) -> None:
+    rows = asked(num_rows)
+    found, context = answer(filled(make(), card.torch_device), rows, num_rows, card.torch_device)
     assert len(context.routed) == 1
-    expected, context = answer(filled(make(), torch.device("cpu")), rows, 32, torch.device("cpu"))
+    expected, context = answer(filled(make(), torch.device("cpu")), rows, num_rows, torch.device("cpu"))
     assert not context.routed
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
     grouped_experts.check(context.routed)

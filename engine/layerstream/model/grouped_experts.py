@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # bytes; of the kernel's rows and of where they begin
 TOLERANCE = 0.02  # of the largest value
+LEAST_PIECE, MOST_PIECE = 32, 128  # rows at once: each comes as often as it has experts, and nobody planned for that
 CAPABILITIES = (9, 10)  # of cards whose kernel runs all groups at once; torch asks the host about each on others
 
 _agrees: dict[tuple[Any, ...], bool] = {}
@@ -76,6 +77,19 @@ def can_compute(module: Any, call: Call, names: Sequence[str]) -> bool:
 
 def compute(module: Any, call: Call, names: Sequence[str]) -> tuple[torch.Tensor, Routed]:
     """What the experts give the rows of *call*, ``(rows, hidden)``, and what is to be checked with :func:`check`."""
+    size = _piece(len(call.hidden))
+    parts = zip(call.hidden.split(size), call.index.split(size), call.weights.split(size), strict=True)
+    totals = [_compute(module, Call(hidden, index, weights, ()), names) for hidden, index, weights in parts]
+    routed = Routed(*torch.aminmax(call.index), int(module.num_experts), type(module).__name__)
+    return totals[0] if len(totals) == 1 else torch.cat(totals), routed
+
+
+def _piece(num_rows: int) -> int:
+    """Of *num_rows* those that are computed at once, so that all pieces are of one size; all, if there is no such."""
+    return max((size for size in range(LEAST_PIECE, MOST_PIECE + 1) if num_rows % size == 0), default=num_rows)
+
+
+def _compute(module: Any, call: Call, names: Sequence[str]) -> torch.Tensor:
     num_rows, top_k = call.index.shape
     num_experts = int(module.num_experts)
     flat = call.index.reshape(-1)
@@ -96,8 +110,7 @@ def compute(module: Any, call: Call, names: Sequence[str]) -> tuple[torch.Tensor
         output = module.post_expert_norm(output)
     by_choice = torch.empty_like(output).index_copy_(0, order, output).view(num_rows, top_k, -1)
     by_choice.masked_fill_((call.index < 0)[..., None], 0)
-    total = (by_choice * call.weights[..., None]).sum(1).to(call.hidden.dtype)
-    return total, Routed(*torch.aminmax(flat), num_experts, type(module).__name__)
+    return (by_choice * call.weights[..., None]).sum(1).to(call.hidden.dtype)
 
 
 def check(routed: Sequence[Routed]) -> None:
@@ -131,7 +144,7 @@ def _multiplies(weight: Any, call: Call, *, is_transposed: bool) -> bool:
     strides = weight.shape[1] * weight.element_size(), weight.shape[2] * weight.element_size()
     if weight.data_ptr() % ALIGNMENT or any(stride % ALIGNMENT for stride in strides):
         return False
-    num_rows = call.index.numel()
+    num_rows = _piece(len(call.hidden)) * call.index.shape[1]
     kind = weight.device, weight.dtype, weight.shape, is_transposed, num_rows.bit_length()
     if kind not in _agrees:
         _agrees[kind] = _probe(weight if is_transposed else weight.transpose(1, 2), num_rows)
