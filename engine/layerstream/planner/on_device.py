@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall
+from layerstream.kv.device_rows import STAGED_ROWS
 from layerstream.planner import on_host
 from layerstream.planner.experts import HOST_ROWS
 from layerstream.planner.facts import ModelFacts
@@ -39,7 +40,8 @@ def with_host_kv(facts: ModelFacts, host_bytes: int) -> ModelFacts:
     """*facts* with as much KV as has room among *host_bytes*."""
     if not facts.kv_token_bytes:
         return facts
-    room = host_bytes - HOST_WORKSPACE_BYTES
+    staged = max(facts.streaming_rows, facts.resident_rows, STAGED_ROWS)
+    room = host_bytes - HOST_WORKSPACE_BYTES - staged * facts.kv_token_bytes
     wanted = on_host.WANTED_KV_TOKENS * facts.kv_token_bytes
     kv_room = max(on_host.MIN_KV_TOKENS * facts.kv_token_bytes, min(room // 2, wanted), int(HOST_KV_SHARE * room))
     return replace(facts, kv_tokens=min(facts.kv_tokens, kv_room // facts.kv_token_bytes))
