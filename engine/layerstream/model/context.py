@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,6 +52,7 @@ class SweepContext:
         masks: attention masks of this sweep, by what they depend on.
         crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
             original.
+        rotations: what heads are multiplied by at the sweep's positions (:mod:`layerstream.model.rotary`).
         drafted: keys and values of the sweep's guesses.
         routing: what the row blocks of the block in hand ask their experts, while that is being found out.
         prefers_flash: on an accelerator, attend with the flash-attn package where it can.
@@ -65,6 +66,7 @@ class SweepContext:
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
     crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rotations: dict[Any, Any] = field(default_factory=dict[Any, Any])
     drafted: DraftedRows = field(init=False)
     routing: Routing | None = None
 
