@@ -2,39 +2,38 @@
 
 transformers owns the forward: the decoder's own ``forward`` walks its layers, and the wrappers on its modules bring
 weights and cut row blocks. The head is taken apart from it, because only sampled rows go through and its slices pass
-once for all of them: the causal model's ``forward`` is then called per row with decoder and head short-circuited, so
-that what it does to logits (scaling, soft caps) is done by it, in one shape.
+once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch.nn import functional as F
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
-from layerstream.hardware.arena import Arena
 from layerstream.hardware.device import Placement
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
-from layerstream.model.anatomy import Anatomy
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
-from layerstream.model.linear import SlicedLinear, padded_blocks
+from layerstream.model.ends import ModelEnds
+from layerstream.model.head import Head
+from layerstream.model.linear import SlicedLinear
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.recurrence import Recurrence, mixing
 from layerstream.model.skeleton import Skeleton
 from layerstream.store.loader import PageLoader
+
+LookUp: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _NOTHING: Mapping[str, torch.Tensor] = {}
 
@@ -85,12 +84,10 @@ class SweepRunner:
         self._hidden: torch.Tensor | None = None
         self._dtype = skeleton.dtype
         self._weights = weights
-        self._head = head or weights.head
         self._layer_embedding = layer_embedding
         self._states = states
         self._recurrent = recurrent
         self._numbers = {layer: number for number, layer in enumerate(skeleton.trace.recurrent)}
-        self._head_rows = head_rows
         self._loaders = loaders
         self._placement = placement
         self._device_kv = device_kv
@@ -102,8 +99,8 @@ class SweepRunner:
         self._cache = PagedCache()
         self._decode = skeleton.decoder.forward
         self._cache_name = skeleton.anatomy.cache_name
-        self._stubs = _Stubs(skeleton.anatomy)
-        self._room = _LogitRoom()
+        self._ends = ModelEnds(skeleton.anatomy, skeleton.dtype)
+        self._head = Head(head or weights.head, self._ends, head_rows)
 
     def run(self, sweep: Sweep, given: Mapping[str, torch.Tensor] = _NOTHING) -> torch.Tensor:
         """Logits ``(len(sweep.sampled_rows), vocabulary)`` of the sampled rows, valid until the next run; new KV rows
@@ -135,12 +132,15 @@ class SweepRunner:
                     self._drafted = context.drafted
                     if streamer is not None:
                         streamer.begin(with_tail=bool(sweep.sampled))
-                    hidden = self._decode(**self._inputs(sweep, given)).last_hidden_state
-                    self._hidden = hidden[0].cpu() if self.keeps_hidden else None
-                    logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
+                    inputs, sampled = self._inputs(sweep, given)
+                    hidden = self._decode(**inputs).last_hidden_state[0]
+                    self._hidden = hidden.cpu() if self.keeps_hidden else None
+                    num_sampled = len(sweep.sampled_rows)
+                    sampled = sampled.to(hidden.device)
+                    logits = self._head.project(hidden[sampled], num_sampled) if num_sampled else hidden[:0]
                     for part in (*computing, *bringing):
                         part.end()
-                    return logits.cpu()
+                    return logits[:num_sampled].cpu()
             except BaseException:
                 for part in (*bringing, *computing):
                     part.abort()
@@ -186,135 +186,49 @@ class SweepRunner:
         self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, context.spans, wait)
         return mixing(self._recurrence)
 
-    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
+        """What the decoder is given, and which of its rows are sampled, on a device up to whole row blocks."""
         token_ids: list[int] = []
         rows: list[int] = []
-        positions = torch.zeros((1, sweep.num_rows), dtype=torch.long)
+        positions = [0] * sweep.num_rows
         for row, span in sweep.spans():
             token_ids.extend(sweep.token_ids(span))
             rows.extend(range(row, row + len(span)))
-            positions[0, row : row + len(span)] = torch.arange(span.start, span.stop)
+            positions[row : row + len(span)] = range(span.start, span.stop)
+        sampled = list(sweep.sampled_rows)
+        if self._placement is not None:
+            sampled += [0] * (self._head.padded(len(sampled)) - len(sampled))
+        found = self.embedding.gather(token_ids)
+        of_layers = None if self._layer_embedding is None else _known_rows(self._layer_embedding, token_ids)
+        numbers = [rows, positions, sampled, found[1], *(() if of_layers is None else of_layers[1:])]
+        there = self._crossed(numbers)
         inputs = {
-            "inputs_embeds": self._embed(self.embedding, token_ids, rows, sweep.num_rows),
-            "position_ids": positions.to(self._torch_device),
+            "inputs_embeds": self._packed(self._ends.embed, found[0], there[3], there[0], sweep.num_rows),
+            "position_ids": there[1][None],
             self._cache_name: self._cache,
             "use_cache": True,
             **{name: tensor.to(self._torch_device) for name, tensor in given.items()},
         }
-        if self._layer_embedding is not None:
-            table = self._layer_embedding
-            known = [token if token < table.num_rows else 0 for token in token_ids]
-            inputs["per_layer_inputs"] = self._embed(table, known, rows, sweep.num_rows)
-        return inputs
+        if of_layers is not None:
+            look_up = self._ends.embed_layers
+            inputs["per_layer_inputs"] = self._packed(look_up, of_layers[0], there[4], there[0], sweep.num_rows)
+        return inputs, there[2]
 
-    def _embed(self, table: EmbeddingRows, token_ids: list[int], rows: list[int], num_rows: int) -> torch.Tensor:
-        """``(1, num_rows, …)``: at *rows* what the model makes of *token_ids*, zeros elsewhere."""
-        distinct, indices = table.gather(token_ids)
-        look_up = self._stubs.embed if table is self.embedding else self._stubs.embed_layers
-        embedded = look_up(distinct.to(self._torch_device), indices.to(self._torch_device))
+    def _crossed(self, numbers: Seq[list[int]]) -> Seq[torch.Tensor]:
+        """Each of *numbers* where the first layer is computed; one copy takes them there."""
+        together = torch.tensor([number for part in numbers for number in part], dtype=torch.long)
+        return together.to(self._torch_device).split([len(part) for part in numbers])
+
+    def _packed(
+        self, look_up: LookUp, distinct: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, num_rows: int
+    ) -> torch.Tensor:
+        """``(1, num_rows, …)``: at *rows* what *look_up* finds among *distinct* ones, zeros elsewhere."""
+        embedded = look_up(distinct.to(self._torch_device), indices)
         packed = embedded.new_zeros((1, num_rows, *embedded.shape[1:]))
-        packed[0, rows] = embedded
+        packed[0].index_copy_(0, rows, embedded)
         return packed
 
-    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``(n, vocabulary)`` of final hidden states ``(n, hidden)``."""
-        blocks = padded_blocks(len(hidden), self._head_rows)
-        padded = F.pad(self._stubs.lead(hidden), (0, 0, 0, blocks[-1].stop - len(hidden)))
-        head = self._head
-        if self._placement is None:
-            raw = self._room.take(len(hidden), head.num_rows, hidden.dtype)
-        else:
-            raw = hidden.new_empty((len(hidden), head.num_rows))
-        head.project(padded, blocks, raw)
-        logits = raw
-        for row in range(len(hidden)):
-            finished = self._stubs.finish(hidden[row], raw[row])
-            if finished.dtype != logits.dtype:  # some models finish in fp32
-                logits = torch.empty_like(raw, dtype=finished.dtype)
-            logits[row] = finished[0]
-        return logits
 
-
-class _LogitRoom:
-    """Memory that the logits of one sweep after the other lie in: in the heap, what the next sweep cannot use would
-    stay beside them. It grows to the most rows that were wanted."""
-
-    def __init__(self) -> None:
-        self._arena: Arena | None = None
-
-    def take(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """``(num_rows, width)``, holding anything; it is the room of the last call again."""
-        num_bytes = num_rows * width * dtype.itemsize
-        if self._arena is None or self._arena.num_bytes < num_bytes:
-            self._arena = None  # before there is another
-            self._arena = Arena(num_bytes)
-        return self._arena.tensor[:num_bytes].view(dtype).view(num_rows, width)
-
-
-class _Output(MoeModelOutputWithPast):
-    """What a model below the head gives; ``None`` for what only some models give beside hidden states."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return
-
-
-class _Stubs:
-    """Short-circuits for the parts of the causal model that the runner does itself."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
-        self._hidden: torch.Tensor | None = None
-        self._logits: torch.Tensor | None = None
-        self._given = torch.empty(0)  # to the head
-        for part in (anatomy.trunk, anatomy.decoder):  # some call the one, some the other
-            part.forward = self._decoded
-        anatomy.head.forward = self._projected  # type: ignore[method-assign,assignment]
-        probe = torch.ones(anatomy.head.in_features)
-        self._leads = not torch.equal(self._lead(probe), probe)
-
-    def embed(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The embedding module's own forward over gathered *rows*: ``(n, hidden)``, scaled where the family does."""
-        with _bound(self._anatomy.embedding, rows):
-            return self._anatomy.embedding(indices)
-
-    def embed_layers(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The decoder's own look-up in gathered *rows* of its second table: ``(n, layers, width)``."""
-        assert self._anatomy.layer_embedding is not None
-        with _bound(self._anatomy.layer_embedding, rows):
-            return self._anatomy.decoder.get_per_layer_inputs(indices)
-
-    def lead(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``(n, hidden)``: what the causal model makes of final hidden states before its head: scales them, if that."""
-        return torch.stack([self._lead(row) for row in hidden]) if self._leads else hidden
-
-    def _lead(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.finish(hidden, hidden.new_zeros(()).expand(self._anatomy.head.out_features))
-        return self._given
-
-    def finish(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """``(1, vocabulary)``: what the causal model makes of one row's raw *logits*."""
-        self._hidden, self._logits = hidden[None, None], logits[None, None]
-        try:
-            return self._anatomy.causal(inputs_embeds=self._hidden, use_cache=False).logits[0]
-        finally:
-            self._hidden = self._logits = None
-
-    def _decoded(self, *_: Any, **__: Any) -> _Output:
-        return _Output(last_hidden_state=self._hidden)
-
-    def _projected(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        self._given = hidden.view(-1)
-        return self._logits
-
-
-@contextmanager
-def _bound(embedding: torch.nn.Embedding, rows: torch.Tensor) -> Iterator[None]:
-    """*embedding* has *rows* alone."""
-    meta = embedding._parameters["weight"]
-    embedding._parameters["weight"] = rows  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        embedding._parameters["weight"] = meta
+def _known_rows(table: EmbeddingRows, token_ids: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """As :meth:`EmbeddingRows.gather`; tokens that *table* has no row of have its first."""
+    return table.gather([token if token < table.num_rows else 0 for token in token_ids])
