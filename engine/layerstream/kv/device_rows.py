@@ -153,7 +153,10 @@ class SweepRows:
             here = tuple(query for query in some if not query.keys)
             if here:
                 found.append(Reading(here, is_alone and len(here) == rows.block.num_rows, is_alone))
-            gathered = (Reading(group, False, is_alone) for group in _groups(q for q in some if q.keys))
+            gathered = (
+                Reading(group, False, is_alone)
+                for group in _groups((q for q in some if q.keys), min(GATHERED_ROWS, self.spare))
+            )
             found.extend(gathered)
         return found
 
@@ -280,12 +283,12 @@ def _pieces(pages: Sequence[int], tokens: int, within: int, length: int) -> Iter
         within = 0
 
 
-def _groups(queries: Iterable[Query]) -> Iterator[tuple[Query, ...]]:
-    """*queries* whose keys are gathered, as many as may be at once."""
+def _groups(queries: Iterable[Query], most: int) -> Iterator[tuple[Query, ...]]:
+    """*queries* whose keys are gathered, those of at most *most* rows at once, or of one."""
     group: list[Query] = []
     num_rows = 0
     for query in queries:
-        if group and num_rows + query.length > GATHERED_ROWS:
+        if group and num_rows + query.length > most:
             yield tuple(group)
             group, num_rows = [], 0
         group.append(query)

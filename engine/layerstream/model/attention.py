@@ -11,6 +11,7 @@ over its sequence's keys with its own path in their place, so being verified in 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -84,17 +85,21 @@ def attend(
 def _attend_to_pool(
     context: SweepContext, pools: DeviceKV, number: int, query: torch.Tensor, formula: Formula
 ) -> torch.Tensor:
-    """``(rows, heads, width of values)`` of the rows in hand, over the KV of layer *number* on its device."""
+    """``(rows, heads, width of values)`` of the rows in hand, over the KV of layer *number* where that is: another
+    device may compute with what a layer before kept, and rows take less to cross than their keys."""
     pool = pools.layers[number].pool
+    device = pool[0].device
+    if formula.sinks is not None:
+        formula = dataclasses.replace(formula, sinks=formula.sinks.to(device))
     parts = []
     for row, block in context.active:
-        rows = query[0, :, row : row + block.num_rows].transpose(0, 1)
+        rows = query[0, :, row : row + block.num_rows].transpose(0, 1).to(device)
         found = None
         for wave in pools.waves(number, block):
             found = attend_rows(rows, pool, wave.calls[formula.sight], formula, found)
         assert found is not None, "a block attends"
         parts.append(found)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(query.device)
 
 
 def _attend_to_span(

@@ -1,8 +1,8 @@
 """Attention of single rows by batched products over padded blocks: for what no ragged kernel takes.
 
 That is a soft cap (Gemma 2), sinks in fp32 (gpt-oss), and devices without those kernels. Rows go in groups of
-:data:`GROUP`, keys in tiles of :data:`TILE`, padded, so that products have one shape whoever is in the group. Tiles are
-joined as FlashAttention joins its blocks (Dao et al., 2022, equation 3): a tile in which a row sees nothing changes no
+:data:`GROUP`, keys in tiles of a constant size, padded, so that products have one shape whoever is in the group. What
+they are gathered into has the size of half the pool at most. Tiles are joined as FlashAttention joins its blocks (Dao et al., 2022, equation 3): a tile in which a row sees nothing changes no
 bit of it.
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from layerstream.kv.readings import ReadingTensors
 
 GROUP = 16  # rows
-TILE = 512  # keys
+MOST_KEYS = 512  # of a tile
 
 
 def attend_padded(
@@ -31,12 +31,18 @@ def attend_padded(
     """``(n, heads, width of values)`` of queries ``(n, heads, width)``, which see all of their keys."""
     num_rows, kv_heads = len(queries), keys.shape[1]
     padded = F.pad(queries, (0, 0, 0, 0, 0, -num_rows % GROUP)).unflatten(1, (kv_heads, -1))
+    tile = tile_keys(len(keys))
     column = None if sinks is None else sinks.float().view(1, kv_heads, -1, 1)
     groups = [
-        _group(padded[start : start + GROUP], keys, values, _tiles(call, start), scale, softcap, column)
+        _group(padded[start : start + GROUP], keys, values, _tiles(call, start, tile), scale, softcap, column)
         for start in range(0, num_rows, GROUP)
     ]
     return (groups[0] if len(groups) == 1 else torch.cat(groups)).flatten(1, 2)[:num_rows]
+
+
+def tile_keys(pool_rows: int) -> int:
+    """Keys of a tile, a power of two; it follows from the size of the pool."""
+    return min(MOST_KEYS, 1 << max(0, (pool_rows // (2 * GROUP)).bit_length() - 1))
 
 
 def _group(
@@ -51,8 +57,8 @@ def _group(
     """Of queries ``(GROUP, KV heads, group, width)``: scores in the compute dtype, their softmax in fp32."""
     most = sums = found = None
     for rows, hidden in tiles:
-        some_keys = keys.index_select(0, rows).view(GROUP, TILE, *keys.shape[1:]).permute(0, 2, 3, 1)
-        some_values = values.index_select(0, rows).view(GROUP, TILE, *values.shape[1:]).transpose(1, 2)
+        some_keys = keys.index_select(0, rows).view(GROUP, -1, *keys.shape[1:]).permute(0, 2, 3, 1)
+        some_values = values.index_select(0, rows).view(GROUP, -1, *values.shape[1:]).transpose(1, 2)
         scores = torch.matmul(queries, some_keys).float() * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
@@ -76,22 +82,22 @@ def _group(
     return (found / sums).to(values.dtype)
 
 
-def _tiles(call: ReadingTensors, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For the group from row *start* on, tile by tile: the pool's rows ``(GROUP * TILE,)``, and which of them a row
-    does not see, ``(GROUP, 1, 1, TILE)``. They are made once for all layers that see alike."""
+def _tiles(call: ReadingTensors, start: int, tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For the group from row *start* on, tile by tile: the pool's rows ``(GROUP * tile,)``, and which of them a row
+    does not see, ``(GROUP, 1, 1, tile)``. They are made once for all layers that see alike."""
     known = call.tiles.get(start)
     if known is None:
-        known = call.tiles[start] = list(_make_tiles(call, start))
+        known = call.tiles[start] = list(_make_tiles(call, start, tile))
     return iter(known)
 
 
-def _make_tiles(call: ReadingTensors, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _make_tiles(call: ReadingTensors, start: int, tile: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     queries = call.reading.queries[start : start + GROUP]
     missing = GROUP - len(queries)
     begins = F.pad(call.key_begins[start : start + len(queries)], (0, missing))[:, None]
     lengths = F.pad(call.lengths[start : start + len(queries)], (0, missing), value=1)[:, None]
-    for first in range(0, max(query.length for query in queries), TILE):
-        columns = torch.arange(first, first + TILE, dtype=torch.int32, device=begins.device)[None]
+    for first in range(0, max(query.length for query in queries), tile):
+        columns = torch.arange(first, first + tile, dtype=torch.int32, device=begins.device)[None]
         rows = (begins + torch.minimum(columns, lengths - 1)).view(-1)
         if call.keys is not None:
             rows = call.keys.index_select(0, rows)
