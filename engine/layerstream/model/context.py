@@ -57,6 +57,7 @@ class SweepContext:
         drafted: keys and values of the sweep's guesses, where the processor computes.
         routing: what the row blocks of the block in hand ask their experts, while that is being found out.
         pools: the KV on accelerators; ``None``: the processor computes.
+        has_counted: whether anybody asked where padding begins.
         prefers_flash: on an accelerator, attend with the flash-attn package where it can.
     """
 
@@ -72,6 +73,7 @@ class SweepContext:
     rotations: dict[Any, Any] = field(default_factory=dict[Any, Any])
     drafted: DraftedRows = field(init=False)
     routing: Routing | None = None
+    has_counted: bool = False
 
     def __post_init__(self) -> None:
         self.drafted = DraftedRows(self.sweep.drafts)
@@ -107,7 +109,14 @@ class SweepContext:
 
     def rows_in_hand(self) -> list[Rows]:
         """The row blocks in hand."""
+        self.has_counted = True
         return [Rows(row, row + block.num_rows, row + block.num_used) for row, block in self.active]
+
+    @property
+    def num_padding(self) -> int:
+        """Of the row block in hand."""
+        self.has_counted = True
+        return self.active[0][1].num_padding
 
     def row_blocks(self) -> Iterator[slice]:
         """Go through the row blocks in hand; while one is yielded, it is the only active one."""

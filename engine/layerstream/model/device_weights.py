@@ -138,6 +138,18 @@ class DeviceWeights:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""
         self._watch.on_unit = on_unit
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """As of the whole model's."""
+        told = self._watch.on_unit
+        self._watch.on_unit = lambda num_bytes: None
+        try:
+            yield
+        finally:
+            self._watch.on_unit = told
+        for unit in (*self._body, *self._head):
+            told(unit.layout.weight_bytes)
+
     def _unit(self, index: int) -> _Unit:
         unit = self.plan.units[index]
         is_matrix = index >= len(self.plan.body) or self._is_sliced(unit)

@@ -29,10 +29,10 @@ class Head:
     def project(self, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Logits ``(num_rows, vocabulary)`` of as many of the final hidden states ``(n, hidden)``; on a device what
         follows them up to whole row blocks is there, too, and logits of it are returned."""
-        blocks = padded_blocks(num_rows, self._block_rows)
         if not hidden.is_cpu:
-            raw = self._linear.project(self._ends.lead(hidden), blocks)
+            raw = self._linear.project(self._ends.lead(hidden), padded_blocks(len(hidden), self._block_rows))
             return self._ends.finish(hidden, raw)
+        blocks = padded_blocks(num_rows, self._block_rows)
         padded = F.pad(self._ends.lead(hidden), (0, 0, 0, blocks[-1].stop - num_rows))
         raw = self._room.take(num_rows, self._linear.num_rows, hidden.dtype)
         return self._ends.finish(hidden, self._linear.project(padded, blocks, raw))

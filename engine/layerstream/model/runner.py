@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -26,6 +27,7 @@ from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.ends import ModelEnds
+from layerstream.model.graphs import Graphs, Inputs, Outputs
 from layerstream.model.head import Head
 from layerstream.model.linear import SlicedLinear
 from layerstream.model.model_weights import ModelWeights
@@ -35,6 +37,7 @@ from layerstream.store.loader import PageLoader
 
 LookUp: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+SAMPLED = "sampled"
 _NOTHING: Mapping[str, torch.Tensor] = {}
 
 
@@ -58,6 +61,7 @@ class SweepRunner:
         device_kv: the KV on them.
         prefers_flash: attend there with the flash-attn package.
         head: the output projection, where it is not among *weights*.
+        graphs: of decode sweeps; ``None``: they are launched operator by operator.
 
     Attributes:
         embedding: rows of the embedding.
@@ -78,6 +82,7 @@ class SweepRunner:
         device_kv: DeviceKV | None = None,
         prefers_flash: bool = False,
         head: SlicedLinear | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.embedding = embedding
         self.keeps_hidden = False
@@ -100,6 +105,7 @@ class SweepRunner:
         self._decode = skeleton.decoder.forward
         self._cache_name = skeleton.anatomy.cache_name
         self._ends = ModelEnds(skeleton.anatomy, skeleton.dtype)
+        self._graphs = graphs
         self._head = Head(head or weights.head, self._ends, head_rows)
 
     def run(self, sweep: Sweep, given: Mapping[str, torch.Tensor] = _NOTHING) -> torch.Tensor:
@@ -132,15 +138,11 @@ class SweepRunner:
                     self._drafted = context.drafted
                     if streamer is not None:
                         streamer.begin(with_tail=bool(sweep.sampled))
-                    inputs, sampled = self._inputs(sweep, given)
-                    hidden = self._decode(**inputs).last_hidden_state[0]
+                    hidden, logits = self._outputs(context, self._inputs(sweep, given))
                     self._hidden = hidden.cpu() if self.keeps_hidden else None
-                    num_sampled = len(sweep.sampled_rows)
-                    sampled = sampled.to(hidden.device)
-                    logits = self._head.project(hidden[sampled], num_sampled) if num_sampled else hidden[:0]
                     for part in (*computing, *bringing):
                         part.end()
-                    return logits[:num_sampled].cpu()
+                    return logits[: len(sweep.sampled_rows)].cpu()
             except BaseException:
                 for part in (*bringing, *computing):
                     part.abort()
@@ -189,8 +191,27 @@ class SweepRunner:
         self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, context.spans, wait)
         return mixing(self._recurrence)
 
-    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
-        """What the decoder is given, and which of its rows are sampled, on a device up to whole row blocks."""
+    def _outputs(self, context: SweepContext, inputs: Inputs) -> Outputs:
+        """Of a sweep, by a graph where there is one."""
+        compute = partial(self._compute, num_sampled=len(context.sweep.sampled_rows))
+        numbers = None
+        if self._graphs is not None and not self._weights.is_recorded:
+            numbers = self._graphs.takes(context)
+        if self._graphs is None or numbers is None:
+            return compute(inputs)
+        with self._weights.at_once():
+            return self._graphs.run(context, numbers, inputs, compute)
+
+    def _compute(self, inputs: Inputs, num_sampled: int) -> Outputs:
+        given = {name: tensor for name, tensor in inputs.items() if name != SAMPLED}
+        decoded = self._decode(**given, **{self._cache_name: self._cache, "use_cache": True})
+        hidden = decoded.last_hidden_state[0]
+        if not num_sampled:
+            return hidden, hidden[:0]
+        return hidden, self._head.project(hidden[inputs[SAMPLED].to(hidden.device)], num_sampled)
+
+    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> Inputs:
+        """What the decoder is given, and :data:`SAMPLED`: which of its rows are, on a device up to whole row blocks."""
         token_ids: list[int] = []
         rows: list[int] = []
         positions = [0] * sweep.num_rows
@@ -208,14 +229,13 @@ class SweepRunner:
         inputs = {
             "inputs_embeds": self._packed(self._ends.embed, found[0], there[3], there[0], sweep.num_rows),
             "position_ids": there[1][None],
-            self._cache_name: self._cache,
-            "use_cache": True,
+            SAMPLED: there[2],
             **{name: tensor.to(self._torch_device) for name, tensor in given.items()},
         }
         if of_layers is not None:
             look_up = self._ends.embed_layers
             inputs["per_layer_inputs"] = self._packed(look_up, of_layers[0], there[4], there[0], sweep.num_rows)
-        return inputs, there[2]
+        return inputs
 
     def _crossed(self, numbers: Seq[list[int]]) -> Seq[torch.Tensor]:
         """Each of *numbers* where the first layer is computed; one copy takes them there."""
