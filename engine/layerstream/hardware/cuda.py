@@ -15,6 +15,7 @@ from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.device import Accelerator, EventMark, Found
+from layerstream.hardware.waits import RefusingWaits
 
 _PORTABLE = 1  # cudaHostRegisterPortable
 _SIZE = 8192  # of the square matrix that is multiplied by: 128 MiB, larger than any cache
@@ -99,7 +100,7 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], Found]) -> tuple[Found, Callable[[], None]] | None:
         """As a CUDA graph. All graphs have one pool of memory, from torch's allocator: they run one after the other."""
-        with _refusing_waits():
+        with RefusingWaits(self.torch_device):
             run()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -113,17 +114,6 @@ class CudaDevice:
         if isinstance(error, torch.OutOfMemoryError):
             return False
         return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
-
-
-@contextlib.contextmanager
-def _refusing_waits() -> Iterator[None]:
-    """Within, whoever has the host wait for the device gets a ``RuntimeError``."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def _runtime() -> Any:

@@ -111,8 +111,8 @@ class _Block:
     def is_plain(self) -> bool:
         """As of all blocks."""
         (moves, by_sight), *others = self._waves
-        calls = [calls for calls in by_sight.values()]
-        return not moves and not others and all(len(some) == 1 and some[0].is_plain for some in calls)
+        is_one_call = all(len(calls) == 1 and calls[0].is_plain for calls in by_sight.values())
+        return not moves and not others and is_one_call
 
     def tensors(self) -> BlockTensors:
         waves = (

@@ -103,6 +103,11 @@ class Graphs:
         graph.replay()
         return graph.outputs
 
+    def forget(self, *, for_good: bool = False) -> None:
+        """Let go of all graphs; *for_good*: their memory is wanted by others."""
+        self._graphs.clear()
+        self._is_given_up = self._is_given_up or for_good
+
     def _fill(self, graph: _Graph, numbers: SweepNumbers, inputs: Inputs) -> None:
         """Put a sweep into the buffers of *graph*."""
         self._kv.reach_all(numbers, graph.numbers)
@@ -128,8 +133,7 @@ class Graphs:
             call.tiles for block in blocks for wave in block.waves for some in wave.calls.values() for call in some
         )
         if captured is None or tiled:  # how many tiles there are is up to the longest sequence
-            self._is_given_up = True
-            self._graphs.clear()
+            self.forget(for_good=True)
             return None
         outputs, replay = captured
         num_used = context.sweep.blocks[0].num_used if context.has_counted else None

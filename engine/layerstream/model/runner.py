@@ -18,7 +18,7 @@ import torch
 
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
-from layerstream.hardware.device import Placement
+from layerstream.hardware.device import Placement, is_out_of_memory
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.recurrent import RecurrentLayer
@@ -143,7 +143,9 @@ class SweepRunner:
                     for part in (*computing, *bringing):
                         part.end()
                     return logits[: len(sweep.sampled_rows)].cpu()
-            except BaseException:
+            except BaseException as error:
+                if self._graphs is not None:
+                    self._graphs.forget(for_good=is_out_of_memory(error))
                 for part in (*bringing, *computing):
                     part.abort()
                 raise
