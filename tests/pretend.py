@@ -183,6 +183,18 @@ class PretendCuda(PretendDevice):
 
     is_strict = False
 
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]] | None:
+        """*run* is called as the real one calls it; then what it did is done again, operator by operator, on the same
+        tensors and into the same, and no Python of the model runs."""
+        try:
+            _PRETENDING.capture = Tape()
+            run()
+            tape = _PRETENDING.capture = Tape()
+            found = run()
+        finally:
+            _PRETENDING.capture = None
+        return found, tape.replay
+
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         if getattr(_PRETENDING, "depth", 0):
@@ -289,6 +301,63 @@ _CROSSES = {"copy_"}  # between host and device, as torch allows it
 _READS = {"__repr__", "size", "dim", "stride", "numel", "is_contiguous", "storage_offset"}
 
 
+_WAITS = frozenset(
+    "copy_across item tolist numpy __bool__ __int__ __float__ __index__ __contains__ equal allclose is_nonzero nonzero "
+    "masked_select unique".split()
+)
+
+
+class Tape:
+    """What was done on pretended tensors: functions, what they were given, and what they made."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+
+    def note(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
+        """*func* gave *found*; views lie where they lay, and are not made again."""
+        given, gave = _tensors_in((args, kwargs)), _tensors_in(found)
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        made = [tensor for tensor in gave if tensor.untyped_storage()._cdata not in storages]
+        if made or not gave or _writes(func, kwargs):
+            self._done.append((func, args, kwargs, made))
+
+    def replay(self) -> None:
+        """Do it again."""
+        for func, args, kwargs, made in self._done:
+            with elementwise.steady():
+                found = func(*args, **kwargs)
+            for old, new in zip(made, _tensors_in(found) if made else (), strict=True):
+                assert old.shape == new.shape, f"{func} made another shape"
+                old.copy_(new)
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _unwrap(value, found)
+    return found
+
+
+def _writes(func: Any, kwargs: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    is_named_so = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return is_named_so or "out" in kwargs or bool(kwargs.get("inplace"))
+
+
+def _refuse_waits(name: str, args: Any) -> None:
+    """As a stream does that is captured."""
+    flags = [entry for entry in _flat(args[1:]) if isinstance(entry, torch.Tensor) and entry.dtype == torch.bool]
+    if name in _WAITS or (name == "__getitem__" and flags):
+        raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for entry in value:
+            yield from _flat(entry)
+    else:
+        yield value
+
+
 def _inner(tensor: Any) -> Any:
     return tensor.inner if isinstance(tensor, _OnDevice) else tensor
 
@@ -318,8 +387,13 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     is_crossing = name in _CROSSES
     if there and not is_crossing:
         _check_one_device(name, tensors, there)
+    capture = getattr(_PRETENDING, "capture", None)
+    if capture is not None and there:
+        _refuse_waits("copy_across" if is_crossing and len(there) < len(tensors) else name, args)
     with elementwise.steady() if there else contextlib.nullcontext():
         found = func(*args, **kwargs)
+    if capture is not None and (there or wanted):
+        capture.note(func, args, kwargs, found)
     device = wanted or (there[0].place if there else None)
     if device is None or (is_crossing and not isinstance(tensors[0], _OnDevice)):
         return found
@@ -371,6 +445,10 @@ def _move(name: str, tensor: torch.Tensor, args: Any, kwargs: Any) -> torch.Tens
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
     found = inner.to(*rest, **others) if rest or others else inner
+    if (capture := getattr(_PRETENDING, "capture", None)) is not None:
+        if device != tensor.device:
+            raise RuntimeError(f"a copy to {device}: operation not permitted when stream is capturing")
+        capture.note(torch.Tensor.to, (inner, *rest), others, found)
     if device == tensor.device:
         if found is inner:
             return tensor

@@ -67,6 +67,8 @@ class LayerStream:
             have the same bits whatever is where.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         attention: ``"auto"``, ``"sdpa"`` (torch's), or ``"flash_attn"`` (that package's, on an accelerator).
+        cuda_graphs: on a CUDA device that has room for the whole model, launch a decode sweep at once; which changes no
+            bit. ``False``: operator by operator.
         quantization: ``"nf4"``, ``"int8"`` or ``"int4"``: convert the model once, into the user's cache folder, and
             stream that: a quarter, a half, a quarter of the bytes. (What comes quantised needs nothing of the kind.)
         speculation: ``"auto"``: guesses at what comes next are verified in the sweeps, which changes no answer and
@@ -99,6 +101,7 @@ class LayerStream:
         host_compute: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
+        cuda_graphs: bool = True,
         quantization: str | None = None,
         kv_store: str | Path | KVStoreConfig | None = "auto",
         speculation: str = "auto",
@@ -122,6 +125,7 @@ class LayerStream:
             host_compute=host_compute,
             dtype=dtype,
             attention=attention,
+            cuda_graphs=cuda_graphs,
             quantization=quantization,
             kv_store=kv_store,
             speculation=speculation,

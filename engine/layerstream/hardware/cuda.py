@@ -6,7 +6,7 @@ Not tested on a card yet: what is above it runs on a pretended device in the tes
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ import torch
 from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.arena import Arena
-from layerstream.hardware.device import Accelerator, EventMark
+from layerstream.hardware.device import Accelerator, EventMark, Found
+from layerstream.hardware.waits import RefusingWaits
 
 _PORTABLE = 1  # cudaHostRegisterPortable
 _SIZE = 8192  # of the square matrix that is multiplied by: 128 MiB, larger than any cache
@@ -52,6 +53,7 @@ class CudaDevice:
         index = torch_device.index if torch_device.index is not None else torch.cuda.current_device()
         self.torch_device = torch.device("cuda", index)
         self.name = _name_of(self.torch_device)
+        self._pool: Any = None
         with self.use():
             self.compute = _Stream(self.torch_device, None)
             self.inward, self.outward = (
@@ -95,6 +97,17 @@ class CudaDevice:
     def free_unused(self) -> None:
         """The allocator's cache."""
         torch.cuda.empty_cache()
+
+    def capture(self, run: Callable[[], Found]) -> tuple[Found, Callable[[], None]] | None:
+        """As a CUDA graph. All graphs have one pool of memory, from torch's allocator: they run one after the other."""
+        with RefusingWaits(self.torch_device):
+            run()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others go on
+            found = run()
+        return found, graph.replay
 
     def is_lost(self, error: BaseException) -> bool:
         """Errors of the driver stay with the process; running out of memory is none."""

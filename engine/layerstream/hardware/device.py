@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from layerstream.hardware.arena import Arena
+
+Found = TypeVar("Found")
 
 
 class Mark(Protocol):
@@ -137,6 +139,19 @@ class Device(Protocol):
 
     def free_unused(self) -> None:
         """Give back what the allocator holds in reserve."""
+        ...
+
+    def capture(self, run: Callable[[], Found]) -> tuple[Found, Callable[[], None]] | None:
+        """Record what *run* queues to the compute lane. ``None``: this device cannot.
+
+        Returns:
+            What *run* returned, tensors that stay where they are, and what queues all of it again: then they hold what
+            comes of what is in the tensors that *run* found there. *run* is called twice, and what it computed is not
+            in what it returned until it is queued again.
+
+        Raises:
+            RuntimeError: *run* waits for the device, or memory ran out.
+        """
         ...
 
     def is_lost(self, error: BaseException) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.arena import Arena
-from layerstream.hardware.device import Accelerator, EventMark, is_out_of_memory
+from layerstream.hardware.device import Accelerator, EventMark, Found, is_out_of_memory
 
 
 class _Queue:
@@ -62,6 +63,10 @@ class MpsDevice:
     def free_unused(self) -> None:
         """The allocator's cache."""
         torch.mps.empty_cache()
+
+    def capture(self, run: Callable[[], Found]) -> tuple[Found, Callable[[], None]] | None:
+        """Metal records nothing."""
+        return None
 
     def is_lost(self, error: BaseException) -> bool:
         """Metal says so in words."""

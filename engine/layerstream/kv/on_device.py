@@ -28,7 +28,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -40,7 +40,7 @@ from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.hardware.device import Device, Mark, Placement
 from layerstream.kv.device_rows import pool_row, rows_of
 from layerstream.kv.pages import LAYERS_IN_HAND
-from layerstream.kv.readings import BlockTensors, WaveTensors, tensors_of
+from layerstream.kv.readings import BlockTensors, SweepNumbers, WaveTensors
 from layerstream.kv.shape import PageShape
 from layerstream.kv.staging import Staging
 from layerstream.kv.state import LayerState, PagedRows, merged, runs, shape_of
@@ -48,6 +48,7 @@ from layerstream.kv.state import LayerState, PagedRows, merged, runs, shape_of
 ALIGNMENT = 256  # bytes
 MERGED_BYTES = 2**18  # a copy of so many costs the link what another call costs the thread that queues it
 
+Written: TypeAlias = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 Wait: TypeAlias = Callable[[int], None]  # until the stored pages of this layer are on the host
 
 
@@ -121,6 +122,7 @@ class DeviceKV:
         self._sent: dict[int, Mark] = {}
         self._fresh: dict[int, dict[int, _Fresh]] = {}  # by layer and block
         self._reached = -1
+        self._is_at_once = False
 
     def begin(self, sweep: Sweep, wait: Wait | None) -> None:
         """Start a sweep; *wait* returns when the stored pages of a layer are on the host, if it has any.
@@ -156,6 +158,43 @@ class DeviceKV:
         if layer + 1 < len(self.layers):
             self._bring(layer + 1)
 
+    def plain_numbers(self) -> SweepNumbers | None:
+        """The numbers of the sweep, of one block that leaves side by side, where all that is done with them follows
+        from its shape, and all layers keep a place on one device; else ``None``."""
+        if len(self._rows.blocks) != 1 or 0 not in self._staged or any(home.rides for home in self._homes):
+            return None
+        if len(self._devices) != 1 or any(layer.host.shape is None for layer in self.layers):
+            return None
+        numbers = SweepNumbers(self._rows, self._sights)
+        return numbers if numbers.is_plain else None
+
+    def reach_all(self, numbers: SweepNumbers, room: torch.Tensor | None) -> tuple[BlockTensors, ...]:
+        """The compute comes to all layers at once, by *numbers*, which cross into *room*; what it makes leaves when it
+        is over.
+
+        Raises:
+            PagesLost: as in :meth:`begin`.
+        """
+        (device,) = self._devices
+        found = self._tensors[device.torch_device] = numbers.go(device.torch_device, room)
+        for layer in range(len(self.layers)):
+            if layer not in self._arrived:
+                self._bring(layer)
+            device.compute.after(self._arrived[layer])
+        self._reached, self._is_at_once = len(self.layers) - 1, True
+        return found
+
+    @property
+    def written(self) -> Written:
+        """Keys and values that the one block has written so far, by layer."""
+        return {layer: (fresh[0].keys, fresh[0].values) for layer, fresh in self._fresh.items()}
+
+    def wrote(self, written: Written) -> None:
+        """The one block has written *written*, without :meth:`write`."""
+        for layer, (keys, values) in written.items():
+            self.layers[layer].valid.update(self._rows.blocks[0].pages)
+            self._fresh[layer] = {0: _Fresh(self._staged[0], keys, values)}
+
     def write(
         self, layer: int, active: Iterable[tuple[int, RowBlock]], keys: torch.Tensor, values: torch.Tensor
     ) -> None:
@@ -183,8 +222,9 @@ class DeviceKV:
 
     def end(self) -> None:
         """The sweep is over, and all that it computed is on the host when this returns."""
-        if self._reached >= 0:
-            self._send(self._reached)
+        for layer in range(0 if self._is_at_once else self._reached, self._reached + 1):
+            if layer >= 0:
+                self._send(layer)
         self._settle()
         self._unstage()
 
@@ -233,7 +273,7 @@ class DeviceKV:
     def _block(self, layer: int, number: int) -> BlockTensors:
         device = self._homes[layer].device.torch_device
         if device not in self._tensors:
-            self._tensors[device] = tensors_of(self._rows, self._sights, device)
+            self._tensors[device] = SweepNumbers(self._rows, self._sights).go(device)
         return self._tensors[device][number]
 
     def _stage(self) -> None:
@@ -270,6 +310,7 @@ class DeviceKV:
             for lane in (device.inward, device.compute, device.outward):
                 lane.mark().wait()
         self._reached = -1
+        self._is_at_once = False
         self._wait = None
         self._fresh.clear()
         self._sent.clear()

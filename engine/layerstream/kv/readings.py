@@ -78,13 +78,29 @@ class BlockTensors:
     waves: tuple[WaveTensors, ...]
 
 
-def tensors_of(rows: SweepRows, sights: Iterable[Sight], device: torch.device) -> tuple[BlockTensors, ...]:
-    """What every block needs for layers that see as *sights* say."""
-    sights = tuple(dict.fromkeys(sights))
-    crossing = _Crossing()
-    made = [_Block(rows, number, sights, crossing) for number in range(len(rows.blocks))]
-    crossing.go(device)
-    return tuple(block.tensors() for block in made)
+class SweepNumbers:
+    """What every block of *rows* needs for layers that see as *sights* say, about to cross."""
+
+    def __init__(self, rows: SweepRows, sights: Iterable[Sight]) -> None:
+        sights = tuple(dict.fromkeys(sights))
+        self._crossing = _Crossing()
+        self._made = [_Block(rows, number, sights, self._crossing) for number in range(len(rows.blocks))]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether their shapes and what is called with them are those of the blocks: rows that stand alone, in one
+        call, and keys that lie where they lie."""
+        return all(block.is_plain for block in self._made)
+
+    def go(self, device: torch.device, room: torch.Tensor | None = None) -> tuple[BlockTensors, ...]:
+        """Copy them to *device*, into *room* if numbers of such blocks are there already."""
+        self._crossing.go(device, room)
+        return tuple(block.tensors() for block in self._made)
+
+    @property
+    def there(self) -> torch.Tensor:
+        """All of them, where they are now."""
+        return self._crossing.there
 
 
 class _Block:
@@ -100,6 +116,13 @@ class _Block:
             )
             for turn, wave in enumerate(block.waves)
         ]
+
+    @property
+    def is_plain(self) -> bool:
+        """As of all blocks."""
+        (moves, by_sight), *others = self._waves
+        is_one_call = all(len(calls) == 1 and calls[0].is_plain for calls in by_sight.values())
+        return not moves and not others and is_one_call
 
     def tensors(self) -> BlockTensors:
         waves = (
@@ -129,6 +152,11 @@ class _Call:
             begins = [*(query.begin for query in queries), queries[-1].begin + queries[-1].length]
         self._begins = crossing.add(begins, torch.int32)
         self._lengths = crossing.add([query.length for query in queries], torch.int32)
+
+    @property
+    def is_plain(self) -> bool:
+        """As of all blocks."""
+        return self._reading.is_whole and self._reading.is_alone and not self._reading.is_gathered
 
     def tensors(self) -> ReadingTensors:
         return ReadingTensors(
@@ -180,17 +208,22 @@ class _Crossing:
         self._num_bytes += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         return _Crossed(self, start, num_bytes, numbers.dtype)
 
-    def go(self, device: torch.device) -> None:
-        """Copy them all; what was added can be had from now on."""
+    def go(self, device: torch.device, room: torch.Tensor | None) -> None:
+        """Copy them all, into *room* if there is one; what was added can be had from now on."""
         packed = torch.zeros(self._num_bytes, dtype=torch.uint8)
         for start, numbers in self._parts:
             packed[start : start + numbers.numel() * numbers.itemsize].view(numbers.dtype).copy_(numbers)
-        self._there = packed.to(device)
+        self._there = packed.to(device) if room is None else room.copy_(packed)
+
+    @property
+    def there(self) -> torch.Tensor:
+        """What crossed."""
+        assert self._there is not None, "it has not crossed yet"
+        return self._there
 
     def part(self, start: int, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
         """A vector where it is now."""
-        assert self._there is not None, "it has not crossed yet"
-        return self._there[start : start + num_bytes].view(dtype)
+        return self.there[start : start + num_bytes].view(dtype)
 
 
 @dataclass(frozen=True, slots=True)

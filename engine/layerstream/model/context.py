@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,10 +54,12 @@ class SweepContext:
         masks: attention masks of this sweep, by what they depend on.
         crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
             original.
+        rotations: what heads are multiplied by at the sweep's positions (:mod:`layerstream.model.rotary`).
         drafted: keys and values of the sweep's guesses, where the processor computes.
         routing: what the row blocks of the block in hand ask their experts, while that is being found out.
         routed: what routers said on accelerators, to be checked when the sweep is over.
         pools: the KV on accelerators; ``None``: the processor computes.
+        has_counted: whether anybody asked where padding begins.
         prefers_flash: on an accelerator, attend with the flash-attn package where it can.
     """
 
@@ -70,9 +72,11 @@ class SweepContext:
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
     crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    rotations: dict[Any, Any] = field(default_factory=dict[Any, Any])
     drafted: DraftedRows = field(init=False)
     routing: Routing | None = None
     routed: list[Routed] = field(default_factory=list["Routed"])
+    has_counted: bool = False
 
     def __post_init__(self) -> None:
         self.drafted = DraftedRows(self.sweep.drafts)
@@ -108,7 +112,14 @@ class SweepContext:
 
     def rows_in_hand(self) -> list[Rows]:
         """The row blocks in hand."""
+        self.has_counted = True
         return [Rows(row, row + block.num_rows, row + block.num_used) for row, block in self.active]
+
+    @property
+    def num_padding(self) -> int:
+        """Of the row block in hand."""
+        self.has_counted = True
+        return self.active[0][1].num_padding
 
     def row_blocks(self) -> Iterator[slice]:
         """Go through the row blocks in hand; while one is yielded, it is the only active one."""

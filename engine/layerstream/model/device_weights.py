@@ -21,6 +21,8 @@ from layerstream.model import hooks
 from layerstream.model.block_experts import install_experts
 from layerstream.model.linear import JoinedLinears, LinearSlice, PlainMatrix, SlicedLinear
 from layerstream.model.matrices import Matrices, Weights, packed_parts
+from layerstream.model.norms import fuse as fuse_norm
+from layerstream.model.rotary import Rotaries
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.unit_weights import OnBytes, Passing, Resident, Staying, Watch
 from layerstream.planner import Plan
@@ -98,6 +100,7 @@ class DeviceWeights:
             if self.bank is not None:
                 self.bank.load_hottest(on_load)
             if device is not None:
+                self._fuse()
                 self._move_buffers(device.torch_device)
             self._install(groups)
             self.head = SlicedLinear([self._slice(unit) for unit in self._head]) if self._head else None
@@ -134,6 +137,18 @@ class DeviceWeights:
     def tell(self, on_unit: OnBytes) -> None:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""
         self._watch.on_unit = on_unit
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """As of the whole model's."""
+        told = self._watch.on_unit
+        self._watch.on_unit = lambda num_bytes: None
+        try:
+            yield
+        finally:
+            self._watch.on_unit = told
+        for unit in (*self._body, *self._head):
+            told(unit.layout.weight_bytes)
 
     def _unit(self, index: int) -> _Unit:
         unit = self.plan.units[index]
@@ -275,6 +290,14 @@ class DeviceWeights:
             inside = any(path == other or path.startswith(f"{other}.") for other in wrapped)
             if is_leaf and not inside and module not in tables and self._computes(path):
                 hooks.wrap(module)
+
+    def _fuse(self) -> None:
+        """What transformers computes of single values is launched at once."""
+        rotaries = Rotaries()
+        for path, module in self._skeleton.decoder.named_modules(prefix=self._skeleton.path_of(self._skeleton.decoder)):
+            if self._computes(path):
+                fuse_norm(module, self._skeleton.dtype)
+                rotaries.fuse(module)
 
     def _move_buffers(self, device: torch.device) -> None:
         """What is no weight and is real already (frequencies of rotary embeddings)."""

@@ -49,15 +49,15 @@ class EmbeddingRows:
         self._row_bytes = source.num_bytes // source.shape[0]
         self._arena = None if resident is not None else Arena(max_rows * self._row_bytes)
 
-    def gather(self, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The distinct rows among *token_ids* and each token's index among them: ``(distinct, hidden)``, ``(n,)``.
+    def gather(self, token_ids: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """The distinct rows among *token_ids*, ``(distinct, hidden)``, and each token's index among them.
 
         Raises:
             ReadError: a row could not be read.
         """
         distinct = sorted(set(token_ids))
         index_of = {token: index for index, token in enumerate(distinct)}
-        indices = torch.tensor([index_of[token] for token in token_ids])
+        indices = [index_of[token] for token in token_ids]
         if self._resident is not None:
             return self._resident[torch.tensor(distinct, device=self._resident.device)], indices
         stored = self._read(distinct)

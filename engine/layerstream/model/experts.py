@@ -128,7 +128,7 @@ def compute_experts(
         InvalidRouting: a row is routed to an expert that is not there.
     """
     context = current()
-    if context.is_single_block and (num_padding := context.active[0][1].num_padding):
+    if context.is_single_block and (num_padding := context.num_padding):
         top_k_index = top_k_index.clone()
         top_k_index[-num_padding:] = -1
     call = Call(hidden_states, top_k_index, top_k_weights, tuple(context.spans()))

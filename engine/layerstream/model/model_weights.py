@@ -7,7 +7,8 @@ what all layers are given alike (rotary embeddings) crosses once for a sweep and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class ModelWeights:
     Attributes:
         plan: all units.
         streamer: what brings weights for sweeps; ``None`` if all are resident.
+        is_recorded: whether a timeline is told of waits, copies and compute.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ModelWeights:
         placement: Placement | None = None,
     ) -> None:
         self.plan = plan.weights
+        self.is_recorded = False
         self._parts: list[DeviceWeights] = []
         try:
             if placement is None:
@@ -83,6 +86,14 @@ class ModelWeights:
         for part in self._parts:
             part.tell(on_unit)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, units are computed without being asked for one by one; who is told of them is told at the end."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.enter_context(part.at_once())
+            yield
+
     def resident_matrix(self, key: str) -> torch.Tensor | None:
         """The whole tensor *key* of the output projection, if it is resident in one piece."""
         return next((found for part in self._parts if (found := part.resident_matrix(key)) is not None), None)
@@ -95,6 +106,7 @@ class ModelWeights:
         """Have *timeline* told of waits, copies and compute; ``None``: no more."""
         for part in self._parts:
             part.record(timeline)
+        self.is_recorded = timeline is not None
 
     def close(self) -> None:
         """Let go of what streams; nothing is under way. Idempotent."""

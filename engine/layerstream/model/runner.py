@@ -2,41 +2,43 @@
 
 transformers owns the forward: the decoder's own ``forward`` walks its layers, and the wrappers on its modules bring
 weights and cut row blocks. The head is taken apart from it, because only sampled rows go through and its slices pass
-once for all of them: the causal model's ``forward`` is then called per row with decoder and head short-circuited, so
-that what it does to logits (scaling, soft caps) is done by it, in one shape.
+once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypeAlias
 
 import torch
-from torch.nn import functional as F
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
-from layerstream.hardware.arena import Arena
-from layerstream.hardware.device import Placement
+from layerstream.hardware.device import Placement, is_out_of_memory
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
 from layerstream.model import grouped_experts
-from layerstream.model.anatomy import Anatomy
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
-from layerstream.model.linear import SlicedLinear, padded_blocks
+from layerstream.model.ends import ModelEnds
+from layerstream.model.graphs import Graphs, Inputs, Outputs
+from layerstream.model.head import Head
+from layerstream.model.linear import SlicedLinear
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.recurrence import Recurrence, mixing
 from layerstream.model.skeleton import Skeleton
 from layerstream.store.loader import PageLoader
 
+LookUp: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+SAMPLED = "sampled"
 _NOTHING: Mapping[str, torch.Tensor] = {}
 
 
@@ -60,6 +62,7 @@ class SweepRunner:
         device_kv: the KV on them.
         prefers_flash: attend there with the flash-attn package.
         head: the output projection, where it is not among *weights*.
+        graphs: of decode sweeps; ``None``: they are launched operator by operator.
 
     Attributes:
         embedding: rows of the embedding.
@@ -80,18 +83,17 @@ class SweepRunner:
         device_kv: DeviceKV | None = None,
         prefers_flash: bool = False,
         head: SlicedLinear | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.embedding = embedding
         self.keeps_hidden = False
         self._hidden: torch.Tensor | None = None
         self._dtype = skeleton.dtype
         self._weights = weights
-        self._head = head or weights.head
         self._layer_embedding = layer_embedding
         self._states = states
         self._recurrent = recurrent
         self._numbers = {layer: number for number, layer in enumerate(skeleton.trace.recurrent)}
-        self._head_rows = head_rows
         self._loaders = loaders
         self._placement = placement
         self._device_kv = device_kv
@@ -103,8 +105,9 @@ class SweepRunner:
         self._cache = PagedCache()
         self._decode = skeleton.decoder.forward
         self._cache_name = skeleton.anatomy.cache_name
-        self._stubs = _Stubs(skeleton.anatomy)
-        self._room = _LogitRoom()
+        self._ends = ModelEnds(skeleton.anatomy, skeleton.dtype)
+        self._graphs = graphs
+        self._head = Head(head or weights.head, self._ends, head_rows)
 
     def run(self, sweep: Sweep, given: Mapping[str, torch.Tensor] = _NOTHING) -> torch.Tensor:
         """Logits ``(len(sweep.sampled_rows), vocabulary)`` of the sampled rows, valid until the next run; new KV rows
@@ -136,14 +139,15 @@ class SweepRunner:
                     self._drafted = context.drafted
                     if streamer is not None:
                         streamer.begin(with_tail=bool(sweep.sampled))
-                    hidden = self._decode(**self._inputs(sweep, given)).last_hidden_state
-                    self._hidden = hidden[0].cpu() if self.keeps_hidden else None
-                    logits = self._project(hidden[0, list(sweep.sampled_rows)]) if sweep.sampled else hidden[0, :0]
+                    hidden, logits = self._outputs(context, self._inputs(sweep, given))
+                    self._hidden = hidden.cpu() if self.keeps_hidden else None
                     grouped_experts.check(context.routed)
                     for part in (*computing, *bringing):
                         part.end()
-                    return logits.cpu()
-            except BaseException:
+                    return logits[: len(sweep.sampled_rows)].cpu()
+            except BaseException as error:
+                if self._graphs is not None:
+                    self._graphs.forget(for_good=is_out_of_memory(error))
                 for part in (*bringing, *computing):
                     part.abort()
                 raise
@@ -191,135 +195,67 @@ class SweepRunner:
         self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, context.spans, wait)
         return mixing(self._recurrence)
 
-    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _outputs(self, context: SweepContext, inputs: Inputs) -> Outputs:
+        """Of a sweep, by a graph where there is one."""
+        compute = partial(self._compute, num_sampled=len(context.sweep.sampled_rows))
+        numbers = None
+        if self._graphs is not None and not self._weights.is_recorded:
+            numbers = self._graphs.takes(context)
+        if self._graphs is None or numbers is None:
+            return compute(inputs)
+        with self._weights.at_once():
+            return self._graphs.run(context, numbers, inputs, compute)
+
+    def _compute(self, inputs: Inputs, num_sampled: int) -> Outputs:
+        given = {name: tensor for name, tensor in inputs.items() if name != SAMPLED}
+        decoded = self._decode(**given, **{self._cache_name: self._cache, "use_cache": True})
+        hidden = decoded.last_hidden_state[0]
+        if not num_sampled:
+            return hidden, hidden[:0]
+        return hidden, self._head.project(hidden[inputs[SAMPLED].to(hidden.device)], num_sampled)
+
+    def _inputs(self, sweep: Sweep, given: Mapping[str, torch.Tensor]) -> Inputs:
+        """What the decoder is given, and :data:`SAMPLED`: which of its rows are, on a device up to whole row blocks."""
         token_ids: list[int] = []
         rows: list[int] = []
-        positions = torch.zeros((1, sweep.num_rows), dtype=torch.long)
+        positions = [0] * sweep.num_rows
         for row, span in sweep.spans():
             token_ids.extend(sweep.token_ids(span))
             rows.extend(range(row, row + len(span)))
-            positions[0, row : row + len(span)] = torch.arange(span.start, span.stop)
+            positions[row : row + len(span)] = range(span.start, span.stop)
+        sampled = list(sweep.sampled_rows)
+        if self._placement is not None:
+            sampled += [0] * (self._head.padded(len(sampled)) - len(sampled))
+        found = self.embedding.gather(token_ids)
+        of_layers = None if self._layer_embedding is None else _known_rows(self._layer_embedding, token_ids)
+        numbers = [rows, positions, sampled, found[1], *(() if of_layers is None else of_layers[1:])]
+        there = self._crossed(numbers)
         inputs = {
-            "inputs_embeds": self._embed(self.embedding, token_ids, rows, sweep.num_rows),
-            "position_ids": positions.to(self._torch_device),
-            self._cache_name: self._cache,
-            "use_cache": True,
+            "inputs_embeds": self._packed(self._ends.embed, found[0], there[3], there[0], sweep.num_rows),
+            "position_ids": there[1][None],
+            SAMPLED: there[2],
             **{name: tensor.to(self._torch_device) for name, tensor in given.items()},
         }
-        if self._layer_embedding is not None:
-            table = self._layer_embedding
-            known = [token if token < table.num_rows else 0 for token in token_ids]
-            inputs["per_layer_inputs"] = self._embed(table, known, rows, sweep.num_rows)
+        if of_layers is not None:
+            look_up = self._ends.embed_layers
+            inputs["per_layer_inputs"] = self._packed(look_up, of_layers[0], there[4], there[0], sweep.num_rows)
         return inputs
 
-    def _embed(self, table: EmbeddingRows, token_ids: list[int], rows: list[int], num_rows: int) -> torch.Tensor:
-        """``(1, num_rows, …)``: at *rows* what the model makes of *token_ids*, zeros elsewhere."""
-        distinct, indices = table.gather(token_ids)
-        look_up = self._stubs.embed if table is self.embedding else self._stubs.embed_layers
-        embedded = look_up(distinct.to(self._torch_device), indices.to(self._torch_device))
+    def _crossed(self, numbers: Seq[list[int]]) -> Seq[torch.Tensor]:
+        """Each of *numbers* where the first layer is computed; one copy takes them there."""
+        together = torch.tensor([number for part in numbers for number in part], dtype=torch.long)
+        return together.to(self._torch_device).split([len(part) for part in numbers])
+
+    def _packed(
+        self, look_up: LookUp, distinct: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor, num_rows: int
+    ) -> torch.Tensor:
+        """``(1, num_rows, …)``: at *rows* what *look_up* finds among *distinct* ones, zeros elsewhere."""
+        embedded = look_up(distinct.to(self._torch_device), indices)
         packed = embedded.new_zeros((1, num_rows, *embedded.shape[1:]))
-        packed[0, rows] = embedded
+        packed[0].index_copy_(0, rows, embedded)
         return packed
 
-    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``(n, vocabulary)`` of final hidden states ``(n, hidden)``."""
-        blocks = padded_blocks(len(hidden), self._head_rows)
-        padded = F.pad(self._stubs.lead(hidden), (0, 0, 0, blocks[-1].stop - len(hidden)))
-        head = self._head
-        if self._placement is None:
-            raw = self._room.take(len(hidden), head.num_rows, hidden.dtype)
-        else:
-            raw = hidden.new_empty((len(hidden), head.num_rows))
-        head.project(padded, blocks, raw)
-        logits = raw
-        for row in range(len(hidden)):
-            finished = self._stubs.finish(hidden[row], raw[row])
-            if finished.dtype != logits.dtype:  # some models finish in fp32
-                logits = torch.empty_like(raw, dtype=finished.dtype)
-            logits[row] = finished[0]
-        return logits
 
-
-class _LogitRoom:
-    """Memory that the logits of one sweep after the other lie in: in the heap, what the next sweep cannot use would
-    stay beside them. It grows to the most rows that were wanted."""
-
-    def __init__(self) -> None:
-        self._arena: Arena | None = None
-
-    def take(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """``(num_rows, width)``, holding anything; it is the room of the last call again."""
-        num_bytes = num_rows * width * dtype.itemsize
-        if self._arena is None or self._arena.num_bytes < num_bytes:
-            self._arena = None  # before there is another
-            self._arena = Arena(num_bytes)
-        return self._arena.tensor[:num_bytes].view(dtype).view(num_rows, width)
-
-
-class _Output(MoeModelOutputWithPast):
-    """What a model below the head gives; ``None`` for what only some models give beside hidden states."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return
-
-
-class _Stubs:
-    """Short-circuits for the parts of the causal model that the runner does itself."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
-        self._hidden: torch.Tensor | None = None
-        self._logits: torch.Tensor | None = None
-        self._given = torch.empty(0)  # to the head
-        for part in (anatomy.trunk, anatomy.decoder):  # some call the one, some the other
-            part.forward = self._decoded
-        anatomy.head.forward = self._projected  # type: ignore[method-assign,assignment]
-        probe = torch.ones(anatomy.head.in_features)
-        self._leads = not torch.equal(self._lead(probe), probe)
-
-    def embed(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The embedding module's own forward over gathered *rows*: ``(n, hidden)``, scaled where the family does."""
-        with _bound(self._anatomy.embedding, rows):
-            return self._anatomy.embedding(indices)
-
-    def embed_layers(self, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The decoder's own look-up in gathered *rows* of its second table: ``(n, layers, width)``."""
-        assert self._anatomy.layer_embedding is not None
-        with _bound(self._anatomy.layer_embedding, rows):
-            return self._anatomy.decoder.get_per_layer_inputs(indices)
-
-    def lead(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``(n, hidden)``: what the causal model makes of final hidden states before its head: scales them, if that."""
-        return torch.stack([self._lead(row) for row in hidden]) if self._leads else hidden
-
-    def _lead(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.finish(hidden, hidden.new_zeros(()).expand(self._anatomy.head.out_features))
-        return self._given
-
-    def finish(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """``(1, vocabulary)``: what the causal model makes of one row's raw *logits*."""
-        self._hidden, self._logits = hidden[None, None], logits[None, None]
-        try:
-            return self._anatomy.causal(inputs_embeds=self._hidden, use_cache=False).logits[0]
-        finally:
-            self._hidden = self._logits = None
-
-    def _decoded(self, *_: Any, **__: Any) -> _Output:
-        return _Output(last_hidden_state=self._hidden)
-
-    def _projected(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        self._given = hidden.view(-1)
-        return self._logits
-
-
-@contextmanager
-def _bound(embedding: torch.nn.Embedding, rows: torch.Tensor) -> Iterator[None]:
-    """*embedding* has *rows* alone."""
-    meta = embedding._parameters["weight"]
-    embedding._parameters["weight"] = rows  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        embedding._parameters["weight"] = meta
+def _known_rows(table: EmbeddingRows, token_ids: list[int]) -> tuple[torch.Tensor, list[int]]:
+    """As :meth:`EmbeddingRows.gather`; tokens that *table* has no row of have its first."""
+    return table.gather([token if token < table.num_rows else 0 for token in token_ids])

@@ -43,6 +43,7 @@ class EngineConfig:
     host_compute: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
+    cuda_graphs: bool = True
     max_context: int | None = None
     chunk_tokens: int | None = None
     max_queued: int | None = None
@@ -73,7 +74,7 @@ class EngineConfig:
         for field in ("revision", "token", "draft_model"):
             if getattr(self, field) is not None:
                 arguments.text(field, getattr(self, field), may_be_empty=False)
-        for field in ("trust_remote_code", "allow_untested"):
+        for field in ("trust_remote_code", "allow_untested", "cuda_graphs"):
             arguments.flag(field, getattr(self, field))
         for field in ("max_context", "max_queued"):
             if getattr(self, field) is not None:

@@ -18,6 +18,7 @@ from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.swap import PageSwap
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.expert_usage import ExpertUsage
+from layerstream.model.graphs import Graphs
 from layerstream.model.linear import SlicedLinear
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import Loaders, SweepRunner
@@ -223,6 +224,9 @@ def make_runner(
             plan.staged_rows,
         )
         closing.keep(device_kv)
+    graphs = None
+    if device_kv is not None and _follows_from_shapes(ground, weights):
+        graphs = Graphs(ground.devices[0], device_kv)
     return SweepRunner(
         ground.skeleton,
         weights,
@@ -236,7 +240,16 @@ def make_runner(
         device_kv,
         ground.prefers_flash,
         head,
+        graphs,
     )
+
+
+def _follows_from_shapes(ground: Groundwork, weights: ModelWeights) -> bool:
+    """Whether what a sweep launches may be the same every time, and may be asked for at once: all is on one device, and
+    no layer runs for one sequence at a time."""
+    trace = ground.skeleton.trace
+    is_there = weights.streamer is None and len(ground.devices) == 1
+    return ground.config.cuda_graphs and is_there and not trace.is_alone and not trace.recurrent
 
 
 def _loaded_bytes(plan: Plan) -> int:

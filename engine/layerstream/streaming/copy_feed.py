@@ -42,6 +42,8 @@ class LaneWaits:
 
     def wait_for(self, mark: Mark) -> None:
         """Have compute that is queued from here on come after *mark*."""
+        if mark.is_reached():
+            return
         compute = self._device.compute
         before = compute.mark(timed=True)
         compute.after(mark)
