@@ -91,7 +91,7 @@ def test_suspended_and_resumed(
     make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
     config = replace(config_for(tmp_path, "layers", dtype), max_context=250)
-    prompts = [draw_prompt(length, seed) for seed in (1, 2) for length in (70, 40, 90, 50)]
+    prompts = [draw_prompt(length) for length in (70, 40, 90, 50)]
     parts = assemble(config, None)
     try:
         alone = [step_greedily(parts, [prompt], 70) for prompt in prompts]
