@@ -313,6 +313,32 @@ def test_bits_are_those_of_any_number_of_threads_steadied_or_not(kind: Kind, for
 
 
 @every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_several_sequences_step_at_once(kind: Kind, dtype: torch.dtype) -> None:
+    """Each from its own state, as it would alone; with the bits that it has in any place, whoever the others are."""
+    given = kind(8, Random(9, dtype))
+    call = given.bound()
+    states = torch.stack([run(kind(20 + row, Random(row, dtype)).bound(), [20 + row])[1] for row in range(8)])
+    left = torch.full_like(states, float("nan"))
+    output = call.steps(states, left)
+    outputs = output.split(1, given.rows_at)
+    for row in range(8):
+        after = room(call)
+        close(outputs[row], call.cut(slice(row, row + 1)).step(states[row], after))
+        close(left[row], after)
+    order = torch.tensor([5, 0, 0, 7, 2, 1, 0, 3])
+    others = states[order]
+    found = call.cut(order).steps(others, others)
+    assert torch.equal(others, left[order]), "in place"
+    assert torch.equal(found, output.index_select(given.rows_at, order))
+    whole = call.joined([found], [torch.tensor([6, 1])])
+    placed = (whole[0] if isinstance(whole, tuple) else whole).split(1, given.rows_at)
+    assert torch.equal(placed[6], outputs[5])
+    assert torch.equal(placed[1], outputs[0])
+    assert not any(placed[row].any() for row in (0, 2, 3, 4, 5, 7))
+
+
+@every_kind
 def test_what_is_kept_outlives_what_it_was_made_of(kind: Kind) -> None:
     args = kind(3, Random(7, torch.float32))
     call = args.bound()

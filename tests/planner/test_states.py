@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect
 
 import pytest
 from hypothesis import given
@@ -81,7 +82,7 @@ def test_more_memory_takes_more_slots_up_to_what_the_sequences_use() -> None:
 
 def test_what_fits_with_two_states_is_resident() -> None:
     model = hybrid(8 * MIB)
-    fits = next(size for size in range(200, 2000) if not make_plan(model, size * MIB).streams)
+    fits = bisect(range(2000), False, lo=200, key=lambda size: not make_plan(model, size * MIB).streams)
     tight = make_plan(model, fits * MIB)
     assert tight.num_slots >= 2
     assert tight.kv_bytes > 0

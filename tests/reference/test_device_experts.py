@@ -18,6 +18,7 @@ from layerstream.setup.stepping import step_greedily
 from layerstream.streaming.experts.device_bank import DeviceBank
 from layerstream.streaming.experts.paths import ExpertPaths
 
+from tests.crossing import by_turns
 from tests.harness import add_tokenizer, assert_equals, draw_prompt, lose_an_expert, run_greedily
 from tests.models import make_model
 from tests.pretend import PretendCuda
@@ -62,7 +63,6 @@ def prepare(family: str, folder: Path, tokenizer_folder: Path, **sizes):
     return reference
 
 
-@pytest.mark.parametrize("host_compute", ["auto", "off"])
 @pytest.mark.parametrize(
     "slots",
     [
@@ -71,7 +71,7 @@ def prepare(family: str, folder: Path, tokenizer_folder: Path, **sizes):
         pytest.param((9, 200), id="all behind it", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "host_compute"), by_turns(FAMILIES, ("auto", "off")))
 def test_equals_plain_transformers(
     family: str, slots: tuple[int, int], host_compute: str, tmp_path: Path, tokenizer_folder: Path, pretended_cuda
 ) -> None:

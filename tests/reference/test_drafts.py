@@ -10,6 +10,7 @@ import torch
 from layerstream.setup.assembly import assemble
 from layerstream.setup.stepping import step_greedily
 
+from tests.crossing import crossed
 from tests.guesser import Guesser
 from tests.harness import add_tokenizer, config_for, draw_prompt
 from tests.models import make_model
@@ -18,10 +19,13 @@ NUM_TOKENS = 14
 PROMPT_LENGTHS = (45, 3, 70)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["resident", "layers"])
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral-window", "gemma2", "llama4-text", "qwen3-moe", "gpt-oss", "deepseek-v3"]
+    ("family", "mode", "dtype"),
+    crossed(
+        ["llama", "mistral-window", "gemma2", "llama4-text", "qwen3-moe", "gpt-oss", "deepseek-v3"],
+        ["resident", "layers"],
+        ["float32", "bfloat16"],
+    ),
 )
 def test_bits_with_and_without(family: str, mode: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     _compare(family, mode, dtype, tmp_path, tokenizer_folder, num_trials=3)

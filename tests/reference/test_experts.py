@@ -24,6 +24,7 @@ from layerstream.setup.stepping import step_greedily
 from layerstream.streaming.experts.bank import ExpertBank
 from safetensors.torch import load_file, save_file
 
+from tests.crossing import by_turns
 from tests.harness import add_tokenizer, assert_equals, draw_prompt, lose_an_expert, run_greedily
 from tests.models import make_model
 
@@ -62,8 +63,7 @@ def config_with_slots(folder: Path, num_slots: int, **options) -> EngineConfig:
     return config
 
 
-@pytest.mark.parametrize("slots", ["one", "half", "most"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "slots"), by_turns(FAMILIES, ("one",), ("half", "most")))
 def test_equals_plain_transformers(family: str, slots: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     reference = make_model(family, tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)
@@ -90,8 +90,9 @@ def test_experts_that_lie_fused_in_the_files(tmp_path: Path, tokenizer_folder: P
     assert_equals(run_greedily(config_with_slots(tmp_path, 5), prompts), reference, prompts, TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss", "deepseek-v3"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), by_turns(["qwen3-moe", "gpt-oss", "deepseek-v3"], ("float32", "bfloat16"))
+)
 def test_bits_depend_on_nobody(family: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """Not on neighbours, not on which experts are in memory, not on which of them come first."""
     make_model(family, tmp_path)

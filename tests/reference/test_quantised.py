@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from tests.crossing import by_turns
 from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 from tests.quantised import PACKERS, write_bitsandbytes, write_quantised
@@ -40,6 +41,9 @@ BITSANDBYTES: dict[str, dict[str, Any]] = {
 }
 
 
+MODES = (("cut",), ("resident", "tight", "layers"), ("device-resident", "device-disk"))
+
+
 def _compare(folder: Path, reference: Any, mode: str, tokenizer_folder: Path) -> None:
     add_tokenizer(folder, tokenizer_folder)
     prompts = [draw_prompt(length) for length in (70, 5)]
@@ -48,8 +52,7 @@ def _compare(folder: Path, reference: Any, mode: str, tokenizer_folder: Path) ->
     assert_equals(run, reference, prompts, TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut", "device-resident", "device-disk"])
-@pytest.mark.parametrize("kind", PACKERS)
+@pytest.mark.parametrize(("kind", "mode"), by_turns(PACKERS, *MODES))
 def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     reference = make_model("llama", tmp_path)
     pack, quantisation = PACKERS[kind]
@@ -57,8 +60,7 @@ def test_equals_the_decoded_weights(kind: str, mode: str, tmp_path: Path, tokeni
     _compare(tmp_path, reference, mode, tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut", "device-resident", "device-disk"])
-@pytest.mark.parametrize("kind", BITSANDBYTES)
+@pytest.mark.parametrize(("kind", "mode"), by_turns(BITSANDBYTES, *MODES))
 def test_equals_transformers_with_bitsandbytes(kind: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """Its weights are those that transformers loads; its kernel for the CPU then rounds its inputs to bfloat16."""
     reference = make_model("llama", tmp_path / "plain", sizes=WHOLE_BLOCKS)
@@ -78,7 +80,7 @@ def test_equals_transformers_with_bitsandbytes(kind: str, mode: str, tmp_path: P
     _compare(tmp_path / "packed", reference, mode, tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["resident", "tight", "layers", "cut", "device-resident", "device-disk"])
+@pytest.mark.parametrize("mode", ["layers", "cut", "device-disk"])
 def test_int8_is_computed_weight_only(mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     """LLM.int8 picks outliers over all rows of a batch, so that a neighbour would change the bits."""
     reference = make_model("llama", tmp_path / "plain")
@@ -103,8 +105,9 @@ def test_families_with_quantised_linears(tmp_path: Path, tokenizer_folder: Path)
         _compare(folder, reference, "layers", tokenizer_folder)
 
 
-@pytest.mark.parametrize("mode", ["tight", "layers", "cut", "device-host"])
-@pytest.mark.parametrize("family", ["deepseek-v3", "llama4-text"])
+@pytest.mark.parametrize(
+    ("family", "mode"), by_turns(["deepseek-v3", "llama4-text"], ("tight", "layers"), ("cut", "device-host"))
+)
 def test_families_that_take_one_sequence_per_row_block(
     family: str, mode: str, tmp_path: Path, tokenizer_folder: Path
 ) -> None:

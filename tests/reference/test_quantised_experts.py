@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from benchmarks.accuracy import decoded
+from tests.crossing import crossed
 from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model
 from tests.quantised import PACKERS, Packer
@@ -93,9 +94,9 @@ def _one_by_one(family: str, pack_matrix: Packer, quantisation: dict[str, Any], 
     ).eval()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["fp8", "compressed-int4"])
-@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "kind", "mode"), crossed(["qwen3-moe", "mixtral"], ["fp8", "compressed-int4"], MODES)
+)
 def test_experts_one_by_one(family: str, kind: str, mode: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     reference = _one_by_one(family, *PACKERS[kind], tmp_path)
     _compare(tmp_path / "packed", reference, mode, tokenizer_folder)

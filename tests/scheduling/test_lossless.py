@@ -16,6 +16,8 @@ from layerstream.core.sequence import Sequence
 from layerstream.scheduling.sampler import processed_distribution, sample
 from layerstream.scheduling.verify import verify
 
+from tests.crossing import by_turns
+
 VOCAB = 5
 LENGTH = 3
 DRAWS = 6000
@@ -111,15 +113,17 @@ def draw_answer(params: SamplingParams, seed: int, rng: random.Random, *, gramma
     return sequence.output_ids
 
 
-@pytest.mark.parametrize("grammar", [False, True])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.7, "top_p": 0.8},
-        {"top_k": 3, "min_p": 0.05},
-        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
-    ],
+    ("options", "grammar"),
+    by_turns(
+        [
+            {},
+            {"temperature": 0.7, "top_p": 0.8},
+            {"top_k": 3, "min_p": 0.05},
+            {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
+        ],
+        [False, True],
+    ),
 )
 def test_total_variation(options: dict[str, float], grammar: bool) -> None:
     params = SamplingParams(**{"temperature": 1.0, "max_tokens": LENGTH, **options})  # type: ignore[arg-type]

@@ -50,6 +50,12 @@ class RowBlock:
         """Whether it computes a prompt; otherwise generated and guessed tokens."""
         return self.spans[0].start < self.spans[0].sequence.num_prompt_tokens
 
+    def spans_from(self, row: int) -> Iterator[tuple[int, Span]]:
+        """Its spans with the row that each starts at, the block starting at *row*."""
+        for span in self.spans:
+            yield row, span
+            row += len(span)
+
     @property
     def num_used(self) -> int:
         """Rows at the beginning that belong to somebody."""

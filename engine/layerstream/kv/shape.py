@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from math import prod
 
 STATE_ALIGNMENT = 64  # bytes: a line of the cache
+BATCH_BYTES = 16 * 2**20
+"""States that a device steps at once, padding included: a step passes them about eight times, which is to take no
+longer than to launch it."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 
 
@@ -68,3 +71,10 @@ class StateShape:
     def page(self) -> PageShape:
         """As a page of one token, in bytes: what stores and swap files keep of it."""
         return PageShape(1, self.num_bytes, 1, 0, "uint8")
+
+
+def rows_at_once(state_bytes: int, block_rows: int) -> int:
+    """Of a decode block of *block_rows*, each with *state_bytes* in a layer, how many a device steps at once: a power
+    of two. It depends on the model and the block alone, as bits do on it."""
+    most = max(1, min(block_rows, BATCH_BYTES // max(1, state_bytes)))
+    return 1 << (most.bit_length() - 1)

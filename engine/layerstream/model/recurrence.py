@@ -9,7 +9,7 @@ norms, gates) is computed in the shape of the row block, as in any module.
 Which rows are computed by which form depends on their position alone: a prompt's rows as chunks, generated and guessed
 ones step by step. A guess goes on from the state after its parent, which nobody else sees; what it was given is kept,
 so that the state after accepted guesses is made without weights (:meth:`Recurrence.accept`), by the very steps that
-verified them.
+verified them. On a device all decode rows of a block do so at once (:mod:`layerstream.model.state_batches`).
 
 Invariants: the state that a sequence came with is not written to; within a layer spans are computed in the order of
 their rows, so whoever goes on from a state of this sweep finds it there; guesses come after their sequence's known
@@ -30,10 +30,11 @@ import torch
 
 from layerstream.core.draft import ROOT
 from layerstream.core.sequence import Sequence as TokenSequence
-from layerstream.core.sweep import Span, Sweep
+from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.model import elementwise
 from layerstream.model.scans import SCANS, Call
+from layerstream.model.state_batches import StateBatches
 
 
 class Mixing(Protocol):
@@ -101,7 +102,7 @@ class Recurrence:
 
     Args:
         layers: their slots; *numbers*: which of them the decoder's layers have.
-        spans: those in hand, each with the row that it starts at.
+        blocks: the row blocks in hand, each with the row that it starts at.
         wait: returns when the stored states of one of *layers* are in their slots; ``None``: none are to be brought.
     """
 
@@ -110,15 +111,16 @@ class Recurrence:
         sweep: Sweep,
         layers: Sequence[RecurrentLayer],
         numbers: dict[int, int],
-        spans: Callable[[], Iterable[tuple[int, Span]]],
+        blocks: Callable[[], Iterable[tuple[int, RowBlock]]],
         wait: Callable[[int], None] | None = None,
     ) -> None:
         self._sweep = sweep
         self._layers = layers
         self._numbers = numbers
-        self._spans = spans
+        self._blocks = blocks
         self._wait = wait
         self._guesses: dict[tuple[int, str, TokenSequence], _Guesses] = {}
+        self._batches = StateBatches(sweep)
 
     def mix(self, layer: int, call: Call) -> Any:
         """As every :class:`Mixing`."""
@@ -126,12 +128,18 @@ class Recurrence:
         if self._wait is not None:
             self._wait(number)
         outputs: list[torch.Tensor] = []
-        rows: list[slice] = []
-        for row, span in self._spans():
-            at = slice(row, row + len(span))
-            run = self._guess if span.is_drafted else self._known
-            outputs.append(run(number, span, call.cut(at)))
-            rows.append(at)
+        rows: list[slice | torch.Tensor] = []
+        for start, block in self._blocks():
+            if self._layers[number].device is not None and not block.is_prompt:
+                for output, places in self._batches.run(self._layers[number], number, start, block, call):
+                    outputs.append(output)
+                    rows.append(places)
+                continue
+            for row, span in block.spans_from(start):
+                at = slice(row, row + len(span))
+                run = self._guess if span.is_drafted else self._known
+                outputs.append(run(number, span, call.cut(at)))
+                rows.append(at)
         return call.joined(outputs, rows)
 
     def accept(self, sequence: TokenSequence, nodes: Sequence[int]) -> None:
@@ -140,6 +148,9 @@ class Recurrence:
         assert slot is not None, "a sequence with guesses has a state"
         with elementwise.steady():  # as in a mixer's forward
             for number, layer in enumerate(self._layers):
+                if layer.device is not None:
+                    self._batches.accept(layer, number, sequence, nodes)
+                    continue
                 for name, state in layer.parts(slot).items():
                     calls = self._guesses[number, name, sequence].calls
                     for node in nodes:

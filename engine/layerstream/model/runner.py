@@ -192,7 +192,7 @@ class SweepRunner:
         if not self._recurrent:
             return nullcontext()
         wait = None if loader is None else loader.wait
-        self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, context.spans, wait)
+        self._recurrence = Recurrence(context.sweep, self._recurrent, self._numbers, lambda: context.active, wait)
         return mixing(self._recurrence)
 
     def _outputs(self, context: SweepContext, inputs: Inputs) -> Outputs:

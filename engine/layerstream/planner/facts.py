@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from layerstream.kv.pages import LAYERS_IN_HAND
+from layerstream.kv.shape import rows_at_once
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident; on an accelerator, always
@@ -21,6 +22,7 @@ MAX_SWEEP_TOKENS = 512
 DEVICE_SWEEP_TOKENS = 4096  # an accelerator computes as many while a layer crosses the link
 RECURRENT_CHUNK_TOKENS = 64  # transformers' scans pad chunks to as many, so smaller ones would compute padding
 STATES_IN_HAND = 4  # copies of one layer's state: guesses and replays go on from the committed one
+STEPPED_COPIES = 3  # of the states that a device steps at once: before, after, and of what they are multiplied by
 FP32_BYTES = 4
 SCAN_COPIES = 4  # in fp32 of what scans are given, while they compute: repeated for heads, cut into chunks, multiplied
 
@@ -173,8 +175,13 @@ class ModelFacts:
 
     @property
     def state_scratch_bytes(self) -> int:
-        """Copies of one layer's state while it is computed with."""
-        return STATES_IN_HAND * max(self.layer_state, default=0)
+        """Copies of one layer's state while it is computed with; on a device those of many rows at once, and the slot
+        of nobody."""
+        state = max(self.layer_state, default=0)
+        if not self.is_on_device or not state:
+            return STATES_IN_HAND * state
+        at_once = rows_at_once(state, max(self.streaming_rows, self.resident_rows))
+        return (STATES_IN_HAND + STEPPED_COPIES * at_once) * state + self.state_bytes
 
     @property
     def scanned_row_bytes(self) -> int:

@@ -44,8 +44,8 @@ class Call(Protocol):
         """Rows that it has."""
         ...
 
-    def cut(self, rows: slice) -> Call:
-        """Of *rows* alone; views."""
+    def cut(self, rows: slice | torch.Tensor) -> Call:
+        """Of *rows* alone: views of a slice, copies of those that a tensor names."""
         ...
 
     def kept(self) -> Call:
@@ -65,9 +65,14 @@ class Call(Protocol):
         """The same for one row that is generated or guessed. Its bits are those of any other such row."""
         ...
 
-    def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
-        """What the function returns for all its rows: *outputs* at *rows*, zeros elsewhere (padding). Where it returns
-        a state, too, that is an empty tensor."""
+    def steps(self, states: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """The same for several such rows at once, each of a sequence of its own: *states* ``(rows, *part.shape)`` and
+        as many *left*. A row's bits are its own among as many others, whoever they are."""
+        ...
+
+    def joined(self, outputs: list[torch.Tensor], rows: list[slice | torch.Tensor]) -> Any:
+        """What the function returns for all its rows: *outputs* at *rows*, zeros elsewhere (padding). An output may
+        have more rows than places: those are nobody's. Where it returns a state, too, that is an empty tensor."""
         ...
 
 

@@ -42,7 +42,7 @@ class Convolution:
         """Columns."""
         return self.columns.shape[2]
 
-    def cut(self, rows: slice) -> Convolution:
+    def cut(self, rows: slice | torch.Tensor) -> Convolution:
         """Of *rows*."""
         return Convolution(self.columns[:, :, rows], self.taps, self.bias, self.activation)
 
@@ -65,7 +65,17 @@ class Convolution:
         """``(1, channels, 1)``."""
         return self.chunk(state, left)
 
-    def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> torch.Tensor:
+    def steps(self, states: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, rows)``."""
+        read = torch.cat((states.permute(2, 0, 1), self.columns.mT))
+        values = read.float()
+        found = values[0] * self.taps[0]
+        for tap in range(1, len(self.taps)):
+            found.addcmul_(values[tap], self.taps[tap])
+        left.copy_(read[1:].permute(1, 2, 0))
+        return self._finished(found).to(read.dtype).mT[None]
+
+    def joined(self, outputs: list[torch.Tensor], rows: list[slice | torch.Tensor]) -> torch.Tensor:
         """``(1, channels, rows)``."""
         return joined([output.mT for output in outputs], rows, self.columns.mT).mT
 
@@ -75,6 +85,10 @@ class Convolution:
         found = values[:count] * self.taps[0]
         for tap in range(1, len(self.taps)):
             found.addcmul_(values[tap : tap + count], self.taps[tap])
+        return self._finished(found)
+
+    def _finished(self, found: torch.Tensor) -> torch.Tensor:
+        """Sums of taps ``(rows, channels)`` with what comes after them."""
         if self.bias is not None:
             found += self.bias
         return found if self.activation is None else elementwise.apply(self.activation, found)

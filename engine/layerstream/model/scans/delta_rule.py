@@ -29,7 +29,7 @@ import torch
 from layerstream.kv.shape import StatePart
 from layerstream.model.scans import fused
 from layerstream.model.scans.decays import between, faded_products, fading
-from layerstream.model.scans.rows import by_head, in_pieces, joined
+from layerstream.model.scans.rows import by_head, by_row, in_pieces, joined
 
 EPSILON = 1e-6  # of the norm of queries and keys
 
@@ -56,7 +56,7 @@ class DeltaRule:
         """Of the batch's one sequence."""
         return self.key.shape[1]
 
-    def cut(self, rows: slice) -> DeltaRule:
+    def cut(self, rows: slice | torch.Tensor) -> DeltaRule:
         """Of *rows*."""
         query, key, value = self.query[:, rows], self.key[:, rows], self.value[:, rows]
         return DeltaRule(query, key, value, self.decay[:, rows], self.rate[:, rows], self.normed)
@@ -76,18 +76,26 @@ class DeltaRule:
         """``(1, 1, heads, value width)``."""
         if fused.takes(self.key):
             return self._fused(state, left, is_chunk=False)
-        state = torch.zeros_like(left) if state is None else state
-        query, key = self._reading()
-        heads, width = left.shape[0], left.shape[1]
-        decay = by_head(self.decay).exp_().mT
-        reading = torch.cat((key, query), 1)[:, None].expand(-1, heads // len(key), -1, -1).reshape(heads, 2, width)
-        known, output = torch.bmm(reading * decay.mT, state).split(1, 1)
-        written = (by_head(self.value) - known).mul_(by_head(self.rate[..., None]))
-        torch.mul(state, decay, out=left).baddbmm_(reading[:, :1].mT, written)
-        output = torch.addcmul(output, (reading[:, :1] * reading[:, 1:]).sum(-1, keepdim=True), written)
-        return output.to(self.value.dtype).transpose(0, 1)[None]
+        return self.steps((torch.zeros_like(left) if state is None else state)[None], left[None])
 
-    def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
+    def steps(self, states: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, rows, heads, value width)``."""
+        if fused.takes(self.key):
+            return self._fused_steps(states, left)
+        query, key = self._normed(by_row(self.query), by_row(self.key))
+        states, left = states.flatten(0, 1), left.flatten(0, 1)
+        total, width = left.shape[0], left.shape[1]
+        decay = by_row(self.decay).exp_().mT
+        reading = torch.cat((key, query), 1)[:, None].expand(-1, total // len(key), -1, -1).reshape(total, 2, width)
+        known, output = torch.bmm(reading * decay.mT, states).split(1, 1)
+        written = (by_row(self.value) - known).mul_(by_row(self.rate[..., None]))
+        torch.mul(states, decay, out=left).baddbmm_(reading[:, :1].mT, written)
+        output = torch.addcmul(output, (reading[:, :1] * reading[:, 1:]).sum(-1, keepdim=True), written)
+        return output.to(self.value.dtype).view(self.value.shape)
+
+    def joined(
+        self, outputs: list[torch.Tensor], rows: list[slice | torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``(1, rows, heads, value width)``, and no state."""
         return joined(outputs, rows, self.value), self.value.new_empty(0)
 
@@ -104,6 +112,25 @@ class DeltaRule:
         end = reached[:, -1:]
         torch.mul(state, fading(end.clone()).mT, out=left).baddbmm_(_spread(key, fading(end - reached)).mT, written)
         return output.to(self.value.dtype).transpose(0, 1)[None]
+
+    def _fused_steps(self, states: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, rows, heads, value width)``, by a kernel that takes every row for a sequence of a batch."""
+        by_channel = self.decay.shape[3] > 1
+        query, key, value, decay, rate = (
+            tensor.transpose(0, 1) for tensor in (self.query, self.key, self.value, self.decay, self.rate)
+        )
+        output, after = fused.kernel(by_channel, is_chunk=False)(
+            query,
+            key,
+            value,
+            g=decay if by_channel else decay[..., 0],
+            beta=rate,
+            initial_state=states,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=self.normed,
+        )
+        left.copy_(after)
+        return output.transpose(0, 1)
 
     def _fused(self, state: torch.Tensor | None, left: torch.Tensor, is_chunk: bool) -> torch.Tensor:
         """``(1, rows, heads, value width)``, by a kernel."""
@@ -136,7 +163,10 @@ class DeltaRule:
 
     def _reading(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries, scaled, and keys ``(key heads, rows, key width)``."""
-        query, key = by_head(self.query), by_head(self.key)
+        return self._normed(by_head(self.query), by_head(self.key))
+
+    def _normed(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries, scaled, and keys, of one form ``(..., key width)`` in fp32."""
         if self.normed:
             query, key = (x * (x * x).sum(-1, keepdim=True).add_(EPSILON).rsqrt_() for x in (query, key))
         return query * query.shape[-1] ** -0.5, key

@@ -17,7 +17,7 @@ class Pieces(Protocol):
         """Rows that it has."""
         ...
 
-    def cut(self, rows: slice) -> Pieces:
+    def cut(self, rows: slice | torch.Tensor) -> Pieces:
         """Of *rows* alone."""
         ...
 
@@ -47,13 +47,23 @@ def by_head(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty((heads, rows, width), dtype=torch.float32, device=tensor.device).copy_(tensor[0].transpose(0, 1))
 
 
-def joined(outputs: list[torch.Tensor], rows: list[slice], like: torch.Tensor) -> torch.Tensor:
-    """*outputs* ``(1, rows, ...)`` at *rows* of as many as *like* ``(1, all rows, ...)`` has; zeros elsewhere."""
-    if len(outputs) == 1 and outputs[0].shape[1] == like.shape[1]:
-        return outputs[0]
+def by_row(tensor: torch.Tensor) -> torch.Tensor:
+    """``(1, rows, heads, width)`` as ``(rows * heads, 1, width)`` in fp32, a copy."""
+    _, rows, heads, width = tensor.shape
+    return torch.empty((rows * heads, 1, width), dtype=torch.float32, device=tensor.device).copy_(
+        tensor.reshape(-1, 1, width)
+    )
+
+
+def joined(outputs: list[torch.Tensor], rows: list[slice | torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """*outputs* ``(1, rows, ...)``, as far as they have places, at *rows* of as many as *like* ``(1, all rows, ...)``
+    has; zeros elsewhere."""
+    if len(outputs) == 1 and outputs[0].shape[1] == like.shape[1] and isinstance(rows[0], slice):
+        return outputs[0]  # what is past the rows with places is padding in either
     whole = torch.zeros_like(like, memory_format=torch.contiguous_format)
     for output, at in zip(outputs, rows, strict=True):
-        whole[:, at] = output
+        count = at.stop - at.start if isinstance(at, slice) else len(at)
+        whole[:, at] = output[:, :count]
     return whole
 
 

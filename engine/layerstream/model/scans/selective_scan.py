@@ -57,7 +57,7 @@ class SelectiveScan:
         """Of the batch's one sequence."""
         return self.inputs.shape[2]
 
-    def cut(self, rows: slice) -> SelectiveScan:
+    def cut(self, rows: slice | torch.Tensor) -> SelectiveScan:
         """Of *rows*."""
         return SelectiveScan(
             self.inputs[..., rows],
@@ -82,26 +82,42 @@ class SelectiveScan:
         """``(1, channels, 1)`` in fp32."""
         return in_pieces(self, state, left, 2)
 
+    def steps(self, states: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, rows)`` in fp32."""
+        inputs, b, c = (_by_row(tensor) for tensor in (self.inputs, self.b, self.c))
+        steps = self._steps()
+        written = steps * inputs
+        torch.mul(states, fading(self.weights.a * steps[..., None]), out=left)
+        left.addcmul_(written[..., None], b[:, None])
+        return self._finished((left * c[:, None]).sum(-1), inputs)
+
     def piece(self, state: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         """``(1, channels, rows)`` in fp32."""
-        inputs, raw, b, c = (_by_row(tensor) for tensor in (self.inputs, self.raw, self.b, self.c))
-        own = self.weights
-        steps = raw if own.bias is None else raw + own.bias.float()
-        steps = elementwise.apply(F.softplus, steps) if own.softplus else steps
+        inputs, b, c = (_by_row(tensor) for tensor in (self.inputs, self.b, self.c))
+        steps = self._steps()
         written = steps * inputs
         read = []
         left.copy_(state)
         for row in range(self.num_rows):
-            left.mul_(fading(own.a * steps[row, :, None])).addcmul_(written[row, :, None], b[row])
+            left.mul_(fading(self.weights.a * steps[row, :, None])).addcmul_(written[row, :, None], b[row])
             read.append((left * c[row]).sum(1))
-        output = torch.stack(read)
-        if own.d is not None:
-            output = output + inputs * own.d.float()
-        if self.gate is not None:
-            output = output * elementwise.apply(F.silu, _by_row(self.gate))
-        return output.mT[None]
+        return self._finished(torch.stack(read), inputs)
 
-    def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
+    def _steps(self) -> torch.Tensor:
+        """``(rows, channels)`` in fp32."""
+        raw, own = _by_row(self.raw), self.weights
+        steps = raw if own.bias is None else raw + own.bias.float()
+        return elementwise.apply(F.softplus, steps) if own.softplus else steps
+
+    def _finished(self, read: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """``(1, channels, rows)``: what was *read* of states ``(rows, channels)``, with what comes after that."""
+        if self.weights.d is not None:
+            read = read + inputs * self.weights.d.float()
+        if self.gate is not None:
+            read = read * elementwise.apply(F.silu, _by_row(self.gate))
+        return read.mT[None]
+
+    def joined(self, outputs: list[torch.Tensor], rows: list[slice | torch.Tensor]) -> Any:
         """``(1, channels, rows)``, and no state if one was asked for."""
         found = joined([output.mT for output in outputs], rows, self.inputs.mT.float()).mT
         return (found, found.new_empty(0)) if self.with_state else found

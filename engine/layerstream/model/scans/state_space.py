@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from layerstream.kv.shape import StatePart
 from layerstream.model import elementwise
 from layerstream.model.scans.decays import between, fading
-from layerstream.model.scans.rows import by_head, copied, in_pieces, joined
+from layerstream.model.scans.rows import by_head, by_row, copied, in_pieces, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class StateSpace:
         """Of the batch's one sequence."""
         return self.inputs.shape[1]
 
-    def cut(self, rows: slice) -> StateSpace:
+    def cut(self, rows: slice | torch.Tensor) -> StateSpace:
         """Of *rows*."""
         inputs, raw, b, c = self.inputs[:, rows], self.raw[:, rows], self.b[:, rows], self.c[:, rows]
         return StateSpace(inputs, raw, b, c, self.heads, self.with_state)
@@ -90,20 +90,24 @@ class StateSpace:
 
     def step(self, state: torch.Tensor | None, left: torch.Tensor) -> torch.Tensor:
         """``(1, 1, heads, head width)`` in fp32."""
-        state = torch.zeros_like(left) if state is None else state
-        inputs, b, c = self.inputs[0, 0].float(), by_head(self.b), by_head(self.c)
-        steps = self.heads.steps(self.raw)[0]
-        decay = (steps * self.heads.a).exp_()[:, None]
-        weighed = inputs * steps[:, None]
-        heads, width = inputs.shape
-        read = torch.bmm(state, c.expand(-1, heads // len(c), -1).reshape(heads, -1, 1)).view(heads, width)
-        output = torch.addcmul(self._residual(inputs), read, decay)
-        output.view(len(b), -1).addcmul_(weighed.view(len(b), -1), (b * c).sum(-1))
-        torch.mul(state, decay[..., None], out=left)
-        _by_group(left, len(b)).baddbmm_(weighed.view(len(b), -1, 1), b)
-        return output[None, None]
+        return self.steps((torch.zeros_like(left) if state is None else state)[None], left[None])
 
-    def joined(self, outputs: list[torch.Tensor], rows: list[slice]) -> Any:
+    def steps(self, states: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """``(1, rows, heads, head width)`` in fp32."""
+        inputs, b, c = self.inputs[0].float(), by_row(self.b), by_row(self.c)
+        states, left = states.flatten(0, 1), left.flatten(0, 1)
+        steps = self.heads.steps(self.raw)
+        decay = (steps * self.heads.a).exp_()[..., None]
+        weighed = inputs * steps[..., None]
+        groups, total = len(b), len(left)
+        read = torch.bmm(states, c.expand(-1, total // groups, -1).reshape(total, -1, 1)).view(inputs.shape)
+        output = torch.addcmul(self._residual(inputs), read, decay)
+        output.view(groups, -1).addcmul_(weighed.view(groups, -1), (b * c).sum(-1))
+        torch.mul(states, decay.view(total, 1, 1), out=left)
+        _by_group(left, groups).baddbmm_(weighed.view(groups, -1, 1), b)
+        return output[None]
+
+    def joined(self, outputs: list[torch.Tensor], rows: list[slice | torch.Tensor]) -> Any:
         """``(1, rows, heads, head width)``, and no state if one was asked for."""
         found = joined(outputs, rows, self.inputs.float())
         return (found, found.new_empty(0)) if self.with_state else found
