@@ -20,6 +20,7 @@ from tests.models import make_model, make_tokenizer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["LAYERSTREAM_KV_STORE"] = "off"  # tests that want a store say where
 os.environ["LAYERSTREAM_KERNELS"] = str(Path(tempfile.mkdtemp()) / "kernels.json")
+os.environ["LAYERSTREAM_DEVICE_ROWS"] = str(Path(tempfile.mkdtemp()) / "device_rows.json")
 os.environ["LAYERSTREAM_EXPERTS"] = tempfile.mkdtemp()
 os.environ["LAYERSTREAM_RATES"] = str(Path(tempfile.mkdtemp()) / "machine.json")
 torch.set_num_threads(2)

@@ -24,13 +24,13 @@ from layerstream.errors import ConfigurationError
 from layerstream.hardware.accelerators import ACCELERATORS
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.device import Accelerator
-from layerstream.model import elementwise
+from layerstream.model import elementwise, ragged_kernels
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_device
 from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
 
-from tests import counting
+from tests import counting, pretend_kernels
 
 
 class PretendMark:
@@ -201,7 +201,7 @@ class Pretended(Accelerator):
 
     name = "cuda"
     has_numbers = True
-    packages = frozenset({"flash_attn", "bitsandbytes"})
+    packages = frozenset({"flash_attn", "bitsandbytes", "flash", "efficient"})
 
     def __init__(self, devices: list[PretendCuda]) -> None:
         self._devices = devices
@@ -400,10 +400,14 @@ def pretend_cudas(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[
     as if they were large."""
     devices = [PretendCuda(index, pause=0.0005, seed=index) for index in range(count)]
     monkeypatch.setitem(ACCELERATORS, "cuda", Pretended(devices))
+    monkeypatch.setattr(ragged_kernels, "_agrees", {})
+    for name in ragged_kernels.KERNELS:
+        monkeypatch.setitem(ragged_kernels.KERNELS, name, getattr(pretend_kernels, name))
     monkeypatch.setattr(sizing, "DEVICE_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(on_device, "HOST_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(assumed, "DEVICE_PROMPT_ROWS", 64)
     monkeypatch.setattr(assumed, "DEVICE_SWEEP_TOKENS", 96)
+    monkeypatch.setattr(assumed, "DEVICE_ROWS", 32)
     yield devices
     for device in devices:
         device.close()

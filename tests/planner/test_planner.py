@@ -11,7 +11,7 @@ from layerstream import LayerStream
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner import ModelFacts, Plan, make_plan, on_host
 from layerstream.planner import facts as assumed
-from layerstream.planner.plan import RESIDENT_ROWS
+from layerstream.planner.facts import RESIDENT_ROWS
 from layerstream.planner.units import PlannedUnit, WeightNode
 
 MIB = 2**20

@@ -17,6 +17,8 @@ from layerstream.hardware.arena import Arena
 from layerstream.hardware.device import Accelerator, EventMark
 
 _PORTABLE = 1  # cudaHostRegisterPortable
+_SIZE = 8192  # of the square matrix that is multiplied by: 128 MiB, larger than any cache
+_REPEATS = 5
 
 
 class _Stream:
@@ -112,7 +114,7 @@ class Cuda(Accelerator):
     name = "cuda"
     has_numbers = True
     is_automatic = True
-    packages = frozenset({"flash_attn", "bitsandbytes"})
+    packages = frozenset({"flash_attn", "bitsandbytes", "flash", "efficient"})
 
     def num_devices(self) -> int:
         """None without a driver, or in a torch without CUDA."""
@@ -154,6 +156,19 @@ class Cuda(Accelerator):
     def model_of(self, device: torch.device) -> str:
         """The card."""
         return torch.cuda.get_device_name(device)
+
+    def product_seconds(self, device: torch.device, num_rows: int) -> float | None:
+        """In fp16, the best of some."""
+        matrix, rows = (torch.zeros((n, _SIZE), dtype=torch.float16, device=device) for n in (_SIZE, num_rows))
+        best = float("inf")
+        for _ in range(_REPEATS):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            torch.mm(rows, matrix)
+            ended.record()
+            ended.synchronize()
+            best = min(best, began.elapsed_time(ended) / 1e3)
+        return best
 
     def beside_bytes(self, device: torch.device) -> int:
         """Of all processes, where several have something there."""

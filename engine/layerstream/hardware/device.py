@@ -151,7 +151,7 @@ class Accelerator(ABC):
         name: torch's for the kind.
         has_numbers: whether there may be several, called ``name:0`` and so on.
         is_automatic: whether ``device="auto"`` chooses one.
-        packages: those whose kernels are made for them.
+        packages: those whose kernels are made for them; also torch's own kernels for ragged attention.
     """
 
     name: str
@@ -190,6 +190,10 @@ class Accelerator(ABC):
     def model_of(self, device: torch.device) -> str:
         """What the rates of *device* depend on."""
         return self.name_of(device)
+
+    def product_seconds(self, device: torch.device, num_rows: int) -> float | None:
+        """What a product of *num_rows* rows with a large matrix takes; ``None``: that cannot be measured."""
+        return None
 
     def beside_bytes(self, device: torch.device) -> int:
         """What this process has on *device* beside torch's allocator: its context and libraries."""

@@ -10,14 +10,19 @@ A sweep, layer by layer (``inward``, ``compute`` and ``outward`` are lanes of th
 |---|---|
 | ``begin`` | pages of layer 0 that the sweep reads: inward |
 | ``reach(i)`` | new rows of layer i - 1: outward; compute waits for layer i's pages; pages of layer i + 1: inward |
-| ``end`` | new rows of the last layer: outward; the host waits for all of it |
+| ``write`` | a block's rows to where :mod:`layerstream.kv.device_rows` says: one scatter each of keys and values |
+| ``end`` | new rows of the last layer: outward; the host waits for all of it, and puts rows into its pages |
+
+Rows of prompts leave page by page. Those of decode blocks, guesses among them, leave side by side, as they were
+computed (:mod:`layerstream.kv.staging`): what that takes does not depend on how many sequences there are.
 
 Invariants:
 
 * pages of layer i come in after compute and outward copies of the layer that had their place before;
 * rows go out after the compute that made them, and the host reads none before ``end`` returned;
+* what leaves as it was computed is let go of by the host when the compute lane is past its copy;
 * a page on the device is used without being copied only if it was copied or computed there since the host's last
-  change of it;
+  change of it; what an accepted guess left in place there was computed there;
 * layers are reached in order, one sweep at a time, on one thread.
 """
 
@@ -29,11 +34,19 @@ from typing import TypeAlias
 
 import torch
 
-from layerstream.core.sweep import Span, Sweep
+from layerstream.core.sequence import Sequence as TokenSequence
+from layerstream.core.sight import Sight
+from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.hardware.device import Device, Mark, Placement
+from layerstream.kv.device_rows import pool_row, rows_of
 from layerstream.kv.pages import LAYERS_IN_HAND
+from layerstream.kv.readings import BlockTensors, WaveTensors, tensors_of
 from layerstream.kv.shape import PageShape
-from layerstream.kv.state import LayerState, PagedRows, runs
+from layerstream.kv.staging import Staging
+from layerstream.kv.state import LayerState, PagedRows, merged, runs, shape_of
+
+ALIGNMENT = 256  # bytes
+MERGED_BYTES = 2**18  # a copy of so many costs the link what another call costs the thread that queues it
 
 Wait: TypeAlias = Callable[[int], None]  # until the stored pages of this layer are on the host
 
@@ -47,14 +60,25 @@ class _Home:
     rides: bool
 
 
+@dataclass(slots=True)
+class _Fresh:
+    """Rows of a block as they were computed: ``(rows, heads, width)``, for the staged rows from ``first`` on."""
+
+    first: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class DeviceKV:
     """The pages of *states* on the devices that compute them.
 
     Args:
-        layers: those that cache; *states*: their KV in host memory, pinned.
+        layers: those that cache; *states*: their KV in host memory, pinned; *shapes*: what they keep of a token.
+        sights: of all layers that attend, what they let a row see.
         num_pages: how many pages there are.
         rides: for each device, keep the layers in hand only.
         lasting: positions in *layers* of those that later ones attend to as well; they do not take turns.
+        staged_rows: that have room to leave side by side.
     """
 
     def __init__(
@@ -62,13 +86,19 @@ class DeviceKV:
         placement: Placement,
         layers: Sequence[int],
         states: Sequence[LayerState],
+        shapes: Sequence[PageShape],
+        sights: Sequence[Sight],
         num_pages: int,
         page_tokens: int,
         rides: Sequence[bool],
         lasting: Collection[int] = (),
+        staged_rows: int = 0,
     ) -> None:
         self._devices = placement.devices
+        self._sights = tuple(sights)
+        self._num_pages = num_pages
         self._page_tokens = page_tokens
+        self._lasting = lasting
         self._homes: list[_Home] = []
         places = [placement.layers[layer] for layer in layers]
         for number, at in enumerate(places):
@@ -78,11 +108,18 @@ class DeviceKV:
             self._homes.append(_Home(placement.devices[at], place, takes_turns))
         self._memory: dict[tuple[int, int], torch.Tensor] = {}
         self.layers = [DeviceLayer(self, layer, state, num_pages, page_tokens) for layer, state in enumerate(states)]
+        self._staging = Staging(staged_rows, shapes, placement.first)
         self._free: dict[tuple[int, int], Mark] = {}  # by place: nothing queued before touches it
         self._wait: Wait | None = None
+        self._rows = rows_of(Sweep((), ()), page_tokens, num_pages)
+        self._numbers: dict[int, int] = {}  # of blocks, by identity
+        self._staged: dict[int, int] = {}  # blocks that leave side by side, and their first place there
+        self._direct: list[tuple[int, int]] | None = []
+        self._tensors: dict[torch.device, tuple[BlockTensors, ...]] = {}
         self._pages: list[int] = []
-        self._spans: list[Span] = []
         self._arrived: dict[int, Mark] = {}
+        self._sent: dict[int, Mark] = {}
+        self._fresh: dict[int, dict[int, _Fresh]] = {}  # by layer and block
         self._reached = -1
 
     def begin(self, sweep: Sweep, wait: Wait | None) -> None:
@@ -92,8 +129,10 @@ class DeviceKV:
             PagesLost: *wait* did.
         """
         self._wait = wait
-        self._spans = [span for _, span in sweep.known_spans()]
-        self._pages = sorted(_past_pages(self._spans, self._page_tokens))
+        self._rows = rows_of(sweep, self._page_tokens, self._num_pages)
+        self._numbers = {id(block): number for number, block in enumerate(sweep.blocks)}
+        self._stage()
+        self._pages = sorted(_past_pages([span for _, span in sweep.known_spans()], self._page_tokens))
         self._arrived.clear()
         self._reached = -1
         self._bring(0)
@@ -108,6 +147,7 @@ class DeviceKV:
             return
         if self._reached >= 0:
             self._send(self._reached)
+            self._let_go(self._reached - 1)
         for skipped in range(self._reached + 1, layer + 1):  # layers that keep nothing of their own
             if skipped not in self._arrived:
                 self._bring(skipped)
@@ -116,17 +156,66 @@ class DeviceKV:
         if layer + 1 < len(self.layers):
             self._bring(layer + 1)
 
+    def write(
+        self, layer: int, active: Iterable[tuple[int, RowBlock]], keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Write ``(heads, rows, width)`` *keys* and *values* of the *active* blocks, each with its first row there."""
+        there = self.layers[layer]
+        there.reserve(shape_of(keys, values))
+        for start, block in active:
+            number = self._numbers[id(block)]
+            own = slice(start, start + block.num_rows)
+            rows = keys[:, own].transpose(0, 1), values[:, own].transpose(0, 1)
+            there.scatter(self._block(layer, number).targets, *rows)
+            there.valid.update(self._rows.blocks[number].pages)
+            if number in self._staged:
+                self._fresh.setdefault(layer, {})[number] = _Fresh(self._staged[number], *rows)
+
+    def waves(self, layer: int, block: RowBlock) -> Iterable[WaveTensors]:
+        """The waves in which *block* attends to *layer*, each with its guesses in place when it is given."""
+        for wave in self._block(layer, self._numbers[id(block)]).waves:
+            for move in wave.moves:
+                fresh = self._fresh[layer][move.block]
+                rows = (part.index_select(0, move.rows) for part in (fresh.keys, fresh.values))
+                self.layers[layer].scatter(move.targets, *rows)
+            yield wave
+
     def end(self) -> None:
         """The sweep is over, and all that it computed is on the host when this returns."""
         if self._reached >= 0:
             self._send(self._reached)
         self._settle()
+        self._unstage()
+
+    def accept(self, sequence: TokenSequence, nodes: Sequence[int]) -> None:
+        """The guesses *nodes* of the last sweep, a path, were right: put them into the pages of *sequence*."""
+        start, tokens = sequence.num_computed, self._page_tokens
+        places = {
+            span.node: self._staged[rows.number] + at
+            for rows in self._rows.blocks
+            for at, span in rows.spans()
+            if span.sequence is sequence and span.is_drafted
+        }
+        staged = torch.tensor([places[node] for node in nodes])
+        targets = torch.tensor([pool_row(sequence, start + at, tokens) for at in range(len(nodes))])
+        is_there = self._rows.placed[sequence][: len(nodes)] == tuple(nodes)
+        pages = sequence.pages[start // tokens : (start + len(nodes) - 1) // tokens + 1]
+        for layer, there in enumerate(self.layers):
+            if there.host.shape is None:
+                continue
+            there.host.scatter(targets, *(part.index_select(0, staged) for part in self._staging.rows(layer)))
+            if not is_there:
+                there.valid.difference_update(pages)
 
     def abort(self) -> None:
         """The sweep died: what it wrote is past what anybody reads, and nothing is under way any more."""
         self._settle()
         for layer in self.layers:
             layer.valid.clear()
+
+    def close(self) -> None:
+        """Unpin what was pinned here; nothing is under way. Idempotent."""
+        self._staging.close()
 
     def place(self, layer: int, num_bytes: int) -> torch.Tensor:
         """Memory for *num_bytes* of *layer*, shared with the layers that take turns with it."""
@@ -140,12 +229,57 @@ class DeviceKV:
             home.device.inward.after(home.device.compute.mark())  # what was computed there before it was freed
         return memory
 
+    def _block(self, layer: int, number: int) -> BlockTensors:
+        device = self._homes[layer].device.torch_device
+        if device not in self._tensors:
+            self._tensors[device] = tensors_of(self._rows, self._sights, device)
+        return self._tensors[device][number]
+
+    def _stage(self) -> None:
+        """Give places to blocks whose rows leave side by side: those with guesses, and others as long as there are."""
+        self._tensors.clear()
+        self._staged.clear()
+        self._direct = None
+        staged = [rows for rows in self._rows.blocks if rows.is_staged]
+        used = 0
+        for rows in sorted(staged, key=lambda rows: not rows.has_guesses):
+            size = rows.block.num_rows
+            if rows.has_guesses or used + size <= self._staging.num_rows:
+                self._staged[rows.number] = used
+                used += size
+        self._staging.reserve(used)
+
+    def _unstage(self) -> None:
+        """Put the known rows that arrived side by side into the host's pages."""
+        places = [
+            (self._staged[rows.number] + at, target)
+            for rows in self._rows.blocks
+            if rows.number in self._staged
+            for at, target in rows.known()
+        ]
+        if not places:
+            return
+        staged, targets = torch.tensor(places).unbind(1)
+        for layer, there in enumerate(self.layers):
+            if there.host.shape is not None:
+                there.host.scatter(targets, *(part.index_select(0, staged) for part in self._staging.rows(layer)))
+
     def _settle(self) -> None:
         for device in self._devices:
             for lane in (device.inward, device.compute, device.outward):
                 lane.mark().wait()
         self._reached = -1
         self._wait = None
+        self._fresh.clear()
+        self._sent.clear()
+
+    def _let_go(self, layer: int) -> None:
+        """Of what *layer* made, when it has left."""
+        sent = self._sent.pop(layer, None)
+        if sent is None or layer in self._lasting:
+            return
+        self._homes[layer].device.compute.after(sent)
+        self._fresh.pop(layer, None)
 
     def _bring(self, layer: int) -> None:
         """Queue the pages of *layer* that the sweep reads and the device does not have."""
@@ -158,10 +292,10 @@ class DeviceKV:
         if home.rides:
             target.valid.clear()
         state = target.host
-        if state.shape is not None and self._pages:
+        if state.shape is not None:
             target.reserve(state.shape)
             missing = [page for page in self._pages if page not in target.valid]
-            for first, count in runs(missing, -1):
+            for first, count in merged(runs(missing, -1), MERGED_BYTES // state.page_bytes):
                 for there, here in zip(target.rows(first, count), state.rows(first, count), strict=True):
                     inward.copy(there, here)
             target.valid.update(missing)
@@ -172,17 +306,29 @@ class DeviceKV:
         source, home = self.layers[layer], self._homes[layer]
         state, outward = source.host, home.device.outward
         outward.after(home.device.compute.mark())
+        for fresh in self._fresh.get(layer, {}).values():
+            rows = slice(fresh.first, fresh.first + len(fresh.keys))
+            for here, there in zip(self._staging.rows(layer), (fresh.keys, fresh.values), strict=True):
+                outward.copy(here[rows], there)
         if state.shape is not None:
-            for span in self._spans:
-                for page, rows, _ in source.pieces(span):
-                    for there, here in zip(source.rows(page, 1), state.rows(page, 1), strict=True):
-                        outward.copy(here[rows], there[rows])
-                    source.valid.add(page)
-        self._free[home.place] = outward.mark()
+            for first, count in self._direct_runs():
+                there, here = source.row_range(first, count), state.row_range(first, count)
+                for new, kept in zip(there, here, strict=True):
+                    outward.copy(kept, new)
+        self._free[home.place] = self._sent[layer] = outward.mark()
+
+    def _direct_runs(self) -> list[tuple[int, int]]:
+        """Rows of blocks that leave page by page, as they lie in a pool: first and count, neighbours joined."""
+        if self._direct is None:
+            targets = sorted(
+                target for rows in self._rows.blocks if rows.number not in self._staged for _, target in rows.known()
+            )
+            self._direct = list(runs(targets, -1))
+        return self._direct
 
 
 class DeviceLayer(PagedRows):
-    """Keys and values of one layer on the device.
+    """Keys and values of one layer on the device; one row more than its pages have belongs to nobody.
 
     Attributes:
         host: the same in host memory.
@@ -196,34 +342,47 @@ class DeviceLayer(PagedRows):
         host.on_change = self.valid.discard
         self._owner = owner
         self._layer = layer
-        self._num_rows = num_pages * page_tokens
+        self._num_rows = num_pages * page_tokens + 1
         self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def pool(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``(rows, heads, width)``."""
+        assert self._tensors is not None, "nothing was written yet"
+        return self._tensors
 
     def reserve(self, shape: PageShape) -> None:
         """Make room here and on the host."""
+        if self._has_room:
+            return
         self.host.reserve(shape)
         key_bytes, value_bytes = self._num_rows * shape.key_bytes, self._num_rows * shape.value_bytes
-        memory = self._owner.place(self._layer, key_bytes + value_bytes)
+        start = -(-key_bytes // ALIGNMENT) * ALIGNMENT
+        memory = self._owner.place(self._layer, start + value_bytes)
         dtype = getattr(torch, shape.dtype)
-        keys, values = memory[:key_bytes], memory[key_bytes : key_bytes + value_bytes]
+        keys, values = memory[:key_bytes], memory[start : start + value_bytes]
         self._tensors = (
             keys.view(dtype).view(self._num_rows, shape.key_heads, shape.key_width),
             values.view(dtype).view(self._num_rows, shape.value_heads, shape.value_width),
         )
         self._has_room = True
 
+    def scatter(self, targets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write rows ``(n, heads, width)`` to the pool's rows *targets*."""
+        for pool, rows in zip(self.pool, (keys, values), strict=True):
+            pool.index_copy_(0, targets, rows)
+
     def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of *count* neighbouring pages."""
-        rows, (keys, values) = self._locate(first, count)
-        return keys[rows], values[rows]
+        return self.row_range(first * self._page_tokens, count * self._page_tokens)
 
-    def pieces(self, span: Span) -> Iterable[tuple[int, slice, slice]]:
-        """The pages of *span*'s tokens, and their rows in each."""
-        return self._pieces(span.sequence.pages, span.start, span.stop)
+    def row_range(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """*count* neighbouring rows."""
+        keys, values = self.pool
+        return keys[first : first + count], values[first : first + count]
 
     def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
-        assert self._tensors is not None, "no page was written yet"
-        return slice(first * self._page_tokens, (first + count) * self._page_tokens), self._tensors
+        return slice(first * self._page_tokens, (first + count) * self._page_tokens), self.pool
 
 
 def _past_pages(spans: Iterable[Span], page_tokens: int) -> set[int]:

@@ -171,6 +171,12 @@ class LayerState(PagedRows):
         self._values: torch.Tensor | None = None
 
     @property
+    def page_bytes(self) -> int:
+        """Of one page, keys and values; 0 before anything was written."""
+        shape = self.shape
+        return 0 if shape is None else self._page_tokens * (shape.key_bytes + shape.value_bytes)
+
+    @property
     def shape(self) -> PageShape | None:
         """What one token takes; ``None`` before anything was written."""
         if self._keys is None or self._values is None:
@@ -213,6 +219,17 @@ class LayerState(PagedRows):
         rows, (keys, values) = self._locate(first, count)
         return keys[rows], values[rows]
 
+    def row_range(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """*count* rows of frames from row *first* on, as views."""
+        assert self._keys is not None and self._values is not None, "no page was written yet"
+        return self._keys[first : first + count], self._values[first : first + count]
+
+    def scatter(self, targets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write rows ``(n, heads, width)`` to rows *targets* of frames; nobody is told."""
+        assert self._keys is not None and self._values is not None, "no page was written yet"
+        self._keys.index_copy_(0, targets, keys)
+        self._values.index_copy_(0, targets, values)
+
     def copy_page(self, source: int, target: int) -> None:
         """Make *target* a copy of *source*."""
         for found, copied in zip(self.page(source), self.page(target), strict=True):
@@ -244,5 +261,19 @@ def runs(ids: Iterable[int], border: int) -> Iterator[tuple[int, int]]:
         if count:
             yield first, count
         first, count = page, 1
+    if count:
+        yield first, count
+
+
+def merged(neighbours: Iterable[tuple[int, int]], gap: int) -> Iterator[tuple[int, int]]:
+    """*neighbours*, as :func:`runs` gives them, joined where at most *gap* others lie between two of them."""
+    first, count = -1, 0
+    for start, more in neighbours:
+        if count and start - (first + count) <= gap:
+            count = start + more - first
+            continue
+        if count:
+            yield first, count
+        first, count = start, more
     if count:
         yield first, count

@@ -11,6 +11,7 @@ over its sequence's keys with its own path in their place, so being verified in 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,9 +21,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from layerstream.core.sequence import Sequence
+from layerstream.core.sight import Sight
 from layerstream.core.sweep import Span
+from layerstream.kv.on_device import DeviceKV
 from layerstream.model.context import SweepContext, current
-from layerstream.model.device_attention import Sight, attend_on_device
+from layerstream.model.device_attention import Formula, Seen, attend_on_device, attend_rows
 
 IMPLEMENTATION = "layerstream"
 SCORES_AT_ONCE = 2**20  # 4 MiB
@@ -63,53 +66,75 @@ def attend(
     """
     context = current()
     layer = context.layers[module.layer_idx]  # type: ignore[index]
-    window, chunk = layer.window, layer.chunk
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    formula = Formula(scale, softcap, s_aux, layer.sight, context.prefers_flash)
+    if context.pools is not None and not layer.expands:
+        return _attend_to_pool(context, context.pools, layer.state, query, formula)[None], None
+    past = None if layer.expands else _Past(context, layer.state, layer.sight)
     out = query.new_zeros((query.shape[2], query.shape[1], value.shape[3]))
-    past = None if layer.expands else _Past(context, layer.state, query.device, window, chunk)
     for row, span in context.spans():
-        rows = slice(row, row + len(span))
-        first = _first_visible(span.start, window, chunk)
+        rows, first = slice(row, row + len(span)), layer.sight.first(span.start)
         if past is None:
             keys, values = key[0, :, first : span.stop], value[0, :, first : span.stop]
         else:
             keys, values = past.read(span, first)
-        if not query.is_cpu:
-            sees = Sight(span.start, span.stop, first, window, chunk)
-            out[rows] = attend_on_device(
-                query[0, :, rows], keys, values, sees, scale, softcap, s_aux, prefers_flash=context.prefers_flash
-            )
-            continue
-        mask = _mask(context, span, first, window, chunk, query.shape[1] // keys.shape[0])
-        grouped = query[0, :, rows].reshape(keys.shape[0], -1, query.shape[3])  # (kv heads, group · T, width)
-        if softcap is None and s_aux is None and not _prefers_products(query, len(span)):
-            result = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask, scale=scale)[0]
-        else:
-            first_masked = span.start - first if window is None and chunk is None else 0
-            result = _attend_by_head(grouped, keys, values, mask, first_masked, scale, softcap, s_aux)
-        out[rows] = result.reshape(query.shape[1], len(span), -1).transpose(0, 1)
+        out[rows] = _attend_to_span(context, span, query[0, :, rows], keys, values, formula)
     return out[None], None
+
+
+def _attend_to_pool(
+    context: SweepContext, pools: DeviceKV, number: int, query: torch.Tensor, formula: Formula
+) -> torch.Tensor:
+    """``(rows, heads, width of values)`` of the rows in hand, over the KV of layer *number* where that is: another
+    device may compute with what a layer before kept, and rows take less to cross than their keys."""
+    pool = pools.layers[number].pool
+    device = pool[0].device
+    if formula.sinks is not None:
+        formula = dataclasses.replace(formula, sinks=formula.sinks.to(device))
+    parts = []
+    for row, block in context.active:
+        rows = query[0, :, row : row + block.num_rows].transpose(0, 1).to(device)
+        found = None
+        for wave in pools.waves(number, block):
+            found = attend_rows(rows, pool, wave.calls[formula.sight], formula, found)
+        assert found is not None, "a block attends"
+        parts.append(found)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(query.device)
+
+
+def _attend_to_span(
+    context: SweepContext, span: Span, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, formula: Formula
+) -> torch.Tensor:
+    """``(T, heads, width of values)`` of query ``(heads, T, width)``, over the keys that end with the span."""
+    sight, first = formula.sight, formula.sight.first(span.start)
+    if not query.is_cpu:
+        seen = Seen(span.start, span.stop, first, sight.window, sight.chunk)
+        return attend_on_device(query, keys, values, seen, formula)
+    mask = _mask(context, span, first, sight, query.shape[0] // keys.shape[0])
+    grouped = query.reshape(keys.shape[0], -1, query.shape[2])  # (kv heads, group · T, width)
+    if formula.softcap is None and formula.sinks is None and not _prefers_products(query, len(span)):
+        found = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask, scale=formula.scale)[0]
+    else:
+        first_masked = span.start - first if sight == Sight() else 0
+        found = _attend_by_head(
+            grouped, keys, values, mask, first_masked, formula.scale, formula.softcap, formula.sinks
+        )
+    return found.reshape(query.shape[0], len(span), -1).transpose(0, 1)
 
 
 class _Past:
     """Keys and values of the sequences in hand, each gathered once for all of its rows."""
 
-    def __init__(
-        self, context: SweepContext, number: int, device: torch.device, window: int | None, chunk: int | None
-    ) -> None:
+    def __init__(self, context: SweepContext, number: int, sight: Sight) -> None:
         self._context = context
         self._number = number
         bounds: dict[Sequence, tuple[int, int]] = {}
         for _, span in context.spans():
             first, stop = bounds.get(span.sequence, (span.start, span.stop))
-            visible = _first_visible(span.start, window, chunk)
-            bounds[span.sequence] = min(first, visible), max(stop, span.stop)
+            bounds[span.sequence] = min(first, sight.first(span.start)), max(stop, span.stop)
         state = context.states[number]
         self._first = {sequence: first for sequence, (first, _) in bounds.items()}
-        self._gathered = {
-            sequence: [part.to(device) for part in state.read(sequence.pages, *bound)]
-            for sequence, bound in bounds.items()
-        }
+        self._gathered = {sequence: state.read(sequence.pages, *bound) for sequence, bound in bounds.items()}
         self._placed: dict[Sequence, tuple[int, ...]] = {}
 
     def read(self, span: Span, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,31 +148,20 @@ class _Past:
         return keys[:, first - start : span.stop - start], values[:, first - start : span.stop - start]
 
 
-def _first_visible(position: int, window: int | None, chunk: int | None) -> int:
-    """First position that the token at *position* may see."""
-    first = 0
-    if window is not None:
-        first = max(first, position - window + 1)
-    if chunk is not None:
-        first = max(first, position // chunk * chunk)
-    return first
-
-
 def _mask(
     context: SweepContext,
     span: Span,
     first: int,
-    window: int | None,
-    chunk: int | None,
+    sight: Sight,
     groups: int,
 ) -> torch.Tensor | None:
     """``(groups · T, visible)`` booleans, or ``None`` where a single row sees all that was read."""
     if len(span) == 1:
         return None
-    key = (span.start, span.stop, first, window, chunk, groups)
+    key = (span.start, span.stop, first, sight.window, sight.chunk, groups)
     mask = context.masks.get(key)
     if mask is None:
-        mask = Sight(span.start, span.stop, first, window, chunk).mask(torch.device("cpu"))
+        mask = Seen(span.start, span.stop, first, sight.window, sight.chunk).mask(torch.device("cpu"))
         mask = context.masks[key] = mask.repeat(groups, 1)
     return mask
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from layerstream.errors import UnsupportedModel
-from layerstream.model.context import current
+from layerstream.kv.state import PagedRows
+from layerstream.model.context import SweepContext, current
 
 
 class PagedCache:
@@ -28,17 +29,17 @@ class PagedCache:
         context = current()
         layer = context.layers[layer_idx]
         state = context.state(layer.state)
-        for row, span in context.spans():
-            if span.is_drafted:
-                context.drafted.put(layer.state, span, key_states[0, :, row], value_states[0, :, row])
-                continue
-            rows = slice(row, row + len(span))
-            state.append(span.sequence.pages, span.start, key_states[0, :, rows], value_states[0, :, rows])
+        if context.pools is not None:
+            context.pools.write(layer.state, context.active, key_states[0], value_states[0])
+        else:
+            _write(context, layer.state, state, key_states[0], value_states[0])
         if not layer.expands:
             return key_states, value_states
         span = self._only_span("expands cached latents")
+        if context.pools is not None:  # what the guess hangs on is in place then
+            list(context.pools.waves(layer.state, context.active[0][1]))
         keys, values = state.read(span.sequence.pages, 0, span.stop)
-        if span.is_drafted:
+        if span.is_drafted and context.pools is None:
             context.drafted.place(layer.state, span, keys, values, 0, ())
         return keys[None], values[None]
 
@@ -83,3 +84,13 @@ class PagedCache:
                 "does not fit the ring as a whole; give it a larger memory budget"
             )
         return spans[0]
+
+
+def _write(context: SweepContext, number: int, state: PagedRows, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Append ``(heads, rows, width)`` of the rows in hand to their pages, guesses beside them."""
+    for row, span in context.spans():
+        if span.is_drafted:
+            context.drafted.put(number, span, keys[:, row], values[:, row])
+            continue
+        rows = slice(row, row + len(span))
+        state.append(span.sequence.pages, span.start, keys[:, rows], values[:, rows])

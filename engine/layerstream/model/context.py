@@ -19,6 +19,7 @@ import torch
 
 from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.kv.drafted import DraftedRows
+from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.state import PagedRows
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ class SweepContext:
         masks: attention masks of this sweep, by what they depend on.
         crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
             original.
-        drafted: keys and values of the sweep's guesses.
+        drafted: keys and values of the sweep's guesses, where the processor computes.
         routing: what the row blocks of the block in hand ask their experts, while that is being found out.
+        pools: the KV on accelerators; ``None``: the processor computes.
         prefers_flash: on an accelerator, attend with the flash-attn package where it can.
     """
 
@@ -61,6 +63,7 @@ class SweepContext:
     layers: Seq[LayerTrace]
     states: Seq[PagedRows]
     reach: Callable[[int], None] | None = None
+    pools: DeviceKV | None = None
     prefers_flash: bool = False
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)

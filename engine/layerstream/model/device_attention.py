@@ -1,13 +1,19 @@
-"""Attention of one span on an accelerator: fused kernels, and matrix products where those lack an argument.
+"""Attention on an accelerator: all rows of a block in one call of a kernel.
 
-| what attends | kernel |
+| what attends | how |
 |---|---|
-| flash-attn is installed and wanted; fp16 or bf16, no sinks, no attention chunks across the span | flash-attn |
-| a soft cap (Gemma 2), sinks (gpt-oss), or shapes that no fused kernel takes | products, some rows at a time |
-| everything else | torch's SDPA, never its back end that writes all scores out |
+| rows whose kernel is there: :mod:`layerstream.model.ragged_kernels` | one call, keys where they lie |
+| rows that see all of their keys, with a soft cap, or where that is not so | batched products over padded blocks |
+| spans of several rows, likewise | span by span: flash-attn where it is installed, SDPA, products some rows at a time |
+| layers that expand what they cached | as those spans, of one sequence |
+
+Rows that stand alone see all of their keys; so their heads that share keys are the rows of a query. With sinks the
+kernel attends without them, and what it found shrinks by their share: a sum of exponentiated scores *s* with a sink *b*
+more makes of it ``sigmoid(log s - b)``.
 
 Nothing here has the size of prompt times prompt: a span is one chunk of a prompt, or one token, and products are cut
-to :data:`SCORES_AT_ONCE`. A span's kernels are called with its own shape alone, so neighbours change no bit.
+to :data:`SCORES_AT_ONCE`. Calls have the rows of a block, whoever they are, or the shape of their own span: neighbours
+change no bit.
 """
 
 from __future__ import annotations
@@ -21,8 +27,13 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layerstream.core.sight import Sight
 from layerstream.errors import MissingExtra
 from layerstream.hardware.accelerators import can_run
+from layerstream.kv.device_rows import Query
+from layerstream.kv.readings import ReadingTensors
+from layerstream.model.padded_attention import attend_padded
+from layerstream.model.ragged_kernels import Kernel, Ragged, choose
 
 SCORES_AT_ONCE = 2**23  # 32 MiB in fp32
 FLASH_WIDTH = 256  # of a head, at most
@@ -30,7 +41,131 @@ _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class Formula:
+    """What a layer makes of scores: ``softmax(cap(scale * scores), with sinks)``.
+
+    Attributes:
+        sight: what it lets a row see.
+        prefers_flash: by flash-attn, where it can.
+    """
+
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    sight: Sight
+    prefers_flash: bool = False
+
+
+def attend_rows(
+    queries: torch.Tensor,
+    pool: tuple[torch.Tensor, torch.Tensor],
+    calls: tuple[ReadingTensors, ...],
+    formula: Formula,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of one block.
+
+    Args:
+        queries: ``(rows, heads, width)``.
+        pool: keys and values ``(pool rows, KV heads, width)``.
+        calls: who attends.
+        out: what an earlier wave of the block gave; zeros elsewhere.
+
+    Returns:
+        ``(rows, heads, width of values)``.
+    """
+    for call in calls:
+        some = queries if call.rows is None else _chosen(queries, call.rows)
+        found = _attend(some, pool, call, formula)
+        if call.rows is None:
+            return found
+        if out is None:
+            out = queries.new_zeros((*queries.shape[:2], found.shape[2]))
+        if isinstance(call.rows, slice):
+            out[call.rows] = found
+        else:
+            out.index_copy_(0, call.rows, found)
+    assert out is not None, "a block has rows"
+    return out
+
+
+def _chosen(tensor: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def _attend(
+    queries: torch.Tensor, pool: tuple[torch.Tensor, torch.Tensor], call: ReadingTensors, formula: Formula
+) -> torch.Tensor:
+    """The rows of one call, ``(rows, heads, width of values)``."""
+    kernel = choose(queries, *pool, needs_sums=formula.sinks is not None) if formula.softcap is None else None
+    if kernel is None and call.reading.is_alone:
+        return attend_padded(queries, *pool, call, formula.scale, formula.softcap, formula.sinks)
+    keys, values = pool if call.keys is None else (part.index_select(0, call.keys) for part in pool)
+    if kernel is None:
+        return _span_by_span(queries, keys, values, call, formula)
+    return _ragged(kernel, queries, keys, values, call, formula)
+
+
+def _ragged(
+    kernel: Kernel,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    call: ReadingTensors,
+    formula: Formula,
+) -> torch.Tensor:
+    heads, kv_heads, is_alone = queries.shape[1], keys.shape[1], call.reading.is_alone
+    group = heads // kv_heads if is_alone else 1
+    if group > 1:  # (rows, KV heads, group, width): a group's heads are the rows of its query
+        queries = queries.unflatten(1, (kv_heads, group)).transpose(1, 2).flatten(0, 1)
+    ragged = Ragged(
+        call.query_ends if group == 1 else call.query_ends * group,
+        call.key_begins,
+        call.lengths,
+        call.most_rows * group,
+        len(keys),
+        has_mask=not is_alone,
+        window=formula.sight.window,
+    )
+    found, sums = kernel(queries, keys, values, ragged, formula.scale)
+    if group > 1:
+        found = found.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
+    if formula.sinks is None:
+        return found
+    assert sums is not None, "a kernel was chosen that gives them"
+    if group > 1:
+        sums = sums.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
+    return (found * torch.sigmoid(sums - formula.sinks)[..., None]).to(found.dtype)
+
+
+def _span_by_span(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: ReadingTensors, formula: Formula
+) -> torch.Tensor:
+    """Each query by kernels that take one."""
+    parts, row, key = [], 0, 0
+    for query in call.reading.queries:
+        first = key if query.keys else query.begin
+        seen = slice(first, first + query.length)
+        parts.append(
+            attend_on_device(
+                queries[row : row + query.count].transpose(0, 1),
+                keys[seen].transpose(0, 1),
+                values[seen].transpose(0, 1),
+                _seen(query, formula.sight),
+                formula,
+            )
+        )
+        row, key = row + query.count, key + query.length
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _seen(query: Query, sight: Sight) -> Seen:
+    """Of a query, counted from its first key: it lies in one chunk."""
+    return Seen(query.length - query.count, query.length, 0, sight.window, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
     """What rows ``[start, stop)`` of a sequence see of its positions ``[first, stop)``."""
 
     start: int
@@ -65,15 +200,12 @@ def attend_on_device(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    sees: Sight,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    *,
-    prefers_flash: bool = False,
+    sees: Seen,
+    formula: Formula,
 ) -> torch.Tensor:
     """``(T, heads, width of values)`` for query ``(heads, T, width)``, keys and values ``(kv heads, L, width)``."""
-    if prefers_flash and sinks is None and sees.is_causal and _suits_flash(query, values):
+    scale, softcap, sinks = formula.scale, formula.softcap, formula.sinks
+    if formula.prefers_flash and sinks is None and sees.is_causal and _suits_flash(query, values):
         return _flash(query, keys, values, sees, scale, softcap)
     shape = query.dtype, query.shape[-1], values.shape[-1]
     if softcap is None and sinks is None and shape not in _NOT_FUSED:
@@ -101,7 +233,7 @@ def resolve_attention(name: str, device: torch.device) -> bool:
 _NOT_FUSED: set[tuple[torch.dtype, int, int]] = set()
 
 
-def _fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: Sight, scale: float) -> torch.Tensor:
+def _fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: Seen, scale: float) -> torch.Tensor:
     """By SDPA. KV heads stand where batches do, query heads that share one where heads do: nothing is copied."""
     kv_heads, num_rows = keys.shape[0], query.shape[1]
     if sees.is_everything:  # the heads of a group are its rows
@@ -120,7 +252,7 @@ def _products(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    sees: Sight,
+    sees: Seen,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -151,7 +283,7 @@ def _flash(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    sees: Sight,
+    sees: Seen,
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:

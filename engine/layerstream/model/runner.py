@@ -157,7 +157,10 @@ class SweepRunner:
         """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages, and the states of
         *sequence* are those after them."""
         with self._computing():
-            self._drafted.accept(self._states, sequence, nodes, sequence.num_computed)
+            if self._device_kv is not None:
+                self._device_kv.accept(sequence, nodes)
+            else:
+                self._drafted.accept(self._states, sequence, nodes, sequence.num_computed)
             if self._recurrence is not None:
                 self._recurrence.accept(sequence, nodes)
 
@@ -176,7 +179,7 @@ class SweepRunner:
     def _context(self, sweep: Sweep, loader: PageLoader | None) -> SweepContext:
         if self._device_kv is not None:
             kv = self._device_kv
-            return SweepContext(sweep, self._layers, kv.layers, kv.reach, self._prefers_flash)
+            return SweepContext(sweep, self._layers, kv.layers, kv.reach, kv, self._prefers_flash)
         return SweepContext(sweep, self._layers, self._states, None if loader is None else loader.wait)
 
     def _mixing(self, context: SweepContext, loader: PageLoader | None) -> AbstractContextManager[None]:

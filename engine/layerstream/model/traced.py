@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from layerstream.core.sight import Sight
 from layerstream.kv.shape import PageShape, StateShape
 
 
@@ -44,6 +45,11 @@ class LayerTrace:
     def is_alone(self) -> bool:
         """Whether it runs for one sequence at a time."""
         return self.expands or self.counts
+
+    @property
+    def sight(self) -> Sight:
+        """What a row sees."""
+        return Sight(self.window, self.chunk)
 
     @property
     def values(self) -> int:

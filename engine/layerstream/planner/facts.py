@@ -10,6 +10,8 @@ from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident; on an accelerator, always
 STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more
+RESIDENT_ROWS = 8  # decode rows per row block where all stay: eight take a tenth longer than one; guesses fill them
+DEVICE_ROWS = 128  # on an accelerator: it launches once for a block, and products of so many rows take little longer
 STREAMING_ROWS = 32  # decode rows per row block, and of the head, where weights stream: compute is idle anyway
 FAST_STREAMING_ROWS = 64  # where the processor multiplies in the compute dtype: 64 rows take half longer than 32
 DECODING_STREAMING_ROWS = 16  # where weights are decoded as they pass: then it is the compute that is waited for
@@ -50,6 +52,7 @@ class ModelFacts:
         chunk_tokens: prompt tokens that attend together; a page holds as many.
         streaming_chunk_tokens: as many where weights stream.
         streaming_rows: decode rows per row block where weights stream.
+        resident_rows: as many where they stay.
         prompt_rows: rows per row block of prompts where weights stream.
         sweep_tokens: known tokens in a sweep at most.
         fused_rows: for each kernel that multiplies by quantised weights as they are, the most rows that it does it for.
@@ -77,6 +80,7 @@ class ModelFacts:
     chunk_tokens: int = CHUNK_TOKENS
     streaming_chunk_tokens: int = STREAMING_CHUNK_TOKENS
     streaming_rows: int = STREAMING_ROWS
+    resident_rows: int = RESIDENT_ROWS
     prompt_rows: int = PROMPT_ROWS
     sweep_tokens: int = MAX_SWEEP_TOKENS
     fused_rows: Mapping[str, int] = field(default_factory=dict[str, int])

@@ -62,7 +62,8 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
     kv_bytes = plan.num_pages * plan.page_tokens * plan.facts.kv_token_bytes
     streamed = _streamed(plan)
     devices = [_streamed(part) for part in plan.by_device]
-    workspace_bytes = HOST_WORKSPACE_BYTES + max(0, plan.logit_bytes - HOST_LOGIT_BYTES) + _host_compute_bytes(plan)
+    workspace_bytes = HOST_WORKSPACE_BYTES + max(0, plan.logit_bytes - HOST_LOGIT_BYTES)
+    workspace_bytes += plan.staged_rows * plan.facts.kv_token_bytes + _host_compute_bytes(plan)
     room = host_bytes - workspace_bytes - kv_bytes
     least_ring = sum(max((unit.ring_bytes for _, unit in units), default=0) for units in devices)
     passing = _passing_slots(plan, room, room - least_ring)

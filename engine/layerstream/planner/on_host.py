@@ -341,7 +341,7 @@ def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:
     recurrent layer are there before and after its scans, which take a chunk at a time, in fp32, and copies of a state.
     """
     block_rows = max(facts.chunk_tokens, facts.prompt_rows)
-    rows = sweep_tokens + block_rows + facts.streaming_rows
+    rows = sweep_tokens + block_rows + max(facts.streaming_rows, facts.resident_rows)
     width = facts.hidden_copies * facts.hidden_size
     packed = 3 * rows * width * facts.itemsize + rows * facts.layer_row_bytes
     block = block_rows * (4 * facts.intermediate_size + 8 * width) * facts.itemsize

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from layerstream.core.sizes import format_size
+from layerstream.kv.device_rows import staged_rows
 from layerstream.planner.experts import hit_rate, read_bytes
 from layerstream.planner.facts import STREAMING_ROWS, ModelFacts
 from layerstream.planner.units import UnitPlan
-
-RESIDENT_ROWS = 8  # eight rows take a tenth longer than one; guesses fill them
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,13 @@ class Plan:
     @property
     def decode_rows(self) -> int:
         """Rows per row block of decoding sequences; no more than a kernel for quantised weights is fast for."""
-        return min([self.facts.streaming_rows if self.streams else RESIDENT_ROWS, *self.facts.fused_rows.values()])
+        facts = self.facts
+        return min([facts.streaming_rows if self.streams else facts.resident_rows, *facts.fused_rows.values()])
+
+    @property
+    def staged_rows(self) -> int:
+        """Decode rows whose KV may be on its way from a device to the host, side by side."""
+        return staged_rows(self.decode_rows, self.max_sequences + self.max_draft_rows)
 
     @property
     def head_rows(self) -> int:

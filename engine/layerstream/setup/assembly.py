@@ -143,7 +143,7 @@ def _assemble(ground: Groundwork, draft: Assembly | None, listener: Listener | N
     kv = make_kv(ground, closing)  # before the weights: a store's folder that cannot be used is said at once
     weights = closing.keep(load_weights(ground, listener))
     steward = make_steward(ground, kv, weights.bank)
-    runner = make_runner(ground, kv, weights)
+    runner = make_runner(ground, kv, weights, closing)
     step = closing.keep(make_step(ground, runner, weights, steward, seen))
     models: list[Drafter] = [] if draft is None else [ModelDrafter(draft.steward, draft.step)]
     if (mtp := make_mtp(ground, runner, weights, closing)) is not None:

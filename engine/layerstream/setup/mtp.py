@@ -35,7 +35,7 @@ def make_mtp(ground: Groundwork, runner: SweepRunner, weights: ModelWeights, clo
     kv = make_kv(own, closing)
     own_weights = closing.keep(load_weights(own, None))
     projection = None if plan.facts.head.total_bytes else lent(weights.head)
-    own_runner = make_runner(own, kv, own_weights, runner.embedding, projection)
+    own_runner = make_runner(own, kv, own_weights, closing, runner.embedding, projection)
     own_runner.keeps_hidden = True
     if own_weights.streamer is not None:
         own_weights.streamer.read_ahead()

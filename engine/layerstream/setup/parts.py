@@ -199,6 +199,7 @@ def make_runner(
     ground: Groundwork,
     kv: KVParts,
     weights: ModelWeights,
+    closing: Closing,
     embedding: EmbeddingRows | None = None,
     head: SlicedLinear | None = None,
 ) -> SweepRunner:
@@ -207,15 +208,21 @@ def make_runner(
     device_kv = None
     if placement is not None and kv.states:
         rides = [part.facts.kv_rides for part in plan.by_device]
+        traced = ground.skeleton.trace
+        kept = [traced.layers[layer].kept for layer in traced.keepers]
         device_kv = DeviceKV(
             placement,
-            ground.skeleton.trace.keepers,
+            traced.keepers,
             kv.states,
+            [shape for shape in kept if shape is not None],
+            [layer.sight for layer in traced.layers if layer.state >= 0 and not layer.expands],
             plan.num_pages,
             plan.page_tokens,
             rides,
-            ground.skeleton.trace.lasting,
+            traced.lasting,
+            plan.staged_rows,
         )
+        closing.keep(device_kv)
     return SweepRunner(
         ground.skeleton,
         weights,

@@ -33,6 +33,7 @@ from layerstream.planner.beside import SHARE_OF_MEMORY, plan_with_head
 from layerstream.planner.on_device import make_device_plan
 from layerstream.planner.on_devices import make_devices_plan
 from layerstream.setup.config import EngineConfig
+from layerstream.setup.device_rows import device_rows
 from layerstream.setup.open_store import weight_paths
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         config.chunk_tokens,
         can_spill=config.kv_store is not None,
         is_on_device=is_on_device,
+        device_rows=device_rows(devices_of(config)[0]) if is_on_device else None,
     )
     facts = dataclasses.replace(facts, wanted_context=wanted if wanted > longest else 0)
     if config.device_map is not None:  # experts come with their blocks there
@@ -177,6 +179,7 @@ def model_facts(
     *,
     can_spill: bool = False,
     is_on_device: bool = False,
+    device_rows: int | None = None,
 ) -> ModelFacts:
     """What a plan depends on: sizes from the skeleton, and on the processor which of its kernels are fast here.
 
@@ -185,14 +188,19 @@ def model_facts(
     config, traced = skeleton.config, skeleton.trace
     mtp = None
     if skeleton.mtp is not None:
-        mtp = model_facts(skeleton.mtp, context_length, chunk_tokens, is_on_device=is_on_device)
+        mtp = model_facts(
+            skeleton.mtp, context_length, chunk_tokens, is_on_device=is_on_device, device_rows=device_rows
+        )
     itemsize = skeleton.dtype.itemsize
     layer_kv = tuple(layer.values * itemsize for layer in traced.layers)
     embedding = skeleton.sources[skeleton.embedding_key]
     embedding_bytes = prod(embedding.shape) * itemsize
     widest = max((module.out_features for module in _linears(skeleton)), default=4 * config.hidden_size)
     fused = {} if is_on_device else fused_rows(skeleton.kernels)
-    if is_on_device:
+    resident_rows = assumed.RESIDENT_ROWS
+    if is_on_device and not traced.is_alone:
+        streaming_rows, resident_rows = assumed.DEVICE_ROWS, device_rows or assumed.DEVICE_ROWS
+    elif is_on_device:
         streaming_rows = assumed.STREAMING_ROWS
     elif skeleton.decodes(fused):
         streaming_rows = assumed.DECODING_STREAMING_ROWS
@@ -221,6 +229,7 @@ def model_facts(
         chunk_tokens=chunk_tokens or assumed.CHUNK_TOKENS,
         streaming_chunk_tokens=chunk_tokens or streaming_chunk_tokens,
         streaming_rows=streaming_rows,
+        resident_rows=resident_rows,
         prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
