@@ -12,7 +12,7 @@ from layerstream.setup.plan_model import plan_model
 
 from tests.harness import NEW_TOKENS, STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
 from tests.models import make_model
-from tests.pretend import PretendCuda
+from tests.pretend import PretendCuda, Pretended
 
 PROMPT_LENGTHS = (150, 5, 67)
 TOLERANCE = 1e-4
@@ -41,6 +41,21 @@ def test_wherever_the_weights_are(
     assert pretended_cuda.peak_bytes() <= config.memory_bytes
     assert not pretended_cuda.pinned, "host memory was left pinned"
     assert pretended_cuda.ceiling == config.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("mistral-window", "device-host"), ("gpt-oss", "device-resident"), ("llama4-text", "device-host")],
+)
+def test_a_device_without_kernels_for_many_queries(
+    family: str, mode: str, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single rows attend by padded products, others span by span."""
+    monkeypatch.setattr(Pretended, "packages", frozenset())
+    reference = make_model(family, tmp_path)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
+    assert_equals(run_greedily(config_for(tmp_path, mode), prompts), reference, prompts, TOLERANCE)
 
 
 @pytest.mark.parametrize("wide", [pytest.param(1, id="narrow", marks=pytest.mark.slow), pytest.param(8, id="wide")])

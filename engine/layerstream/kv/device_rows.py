@@ -143,7 +143,7 @@ class SweepRows:
         """The calls that block *number* attends by in one of its waves."""
         rows = self.blocks[number]
         queries = [query for row, span in rows.waves[wave].spans for query in self._queries(row, span, sight)]
-        if len(rows.waves) == 1 and all(query.count == 1 for query in queries):
+        if len(rows.waves) == 1 and all(query.count == 1 and not query.keys for query in queries):
             padding = range(rows.block.num_used, rows.block.num_rows)
             queries += [Query(row, 1, self.spare, 1) for row in padding]
         alone = [query for query in queries if query.count == 1]

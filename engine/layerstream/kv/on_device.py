@@ -169,7 +169,8 @@ class DeviceKV:
             there.scatter(self._block(layer, number).targets, *rows)
             there.valid.update(self._rows.blocks[number].pages)
             if number in self._staged:
-                self._fresh.setdefault(layer, {})[number] = _Fresh(self._staged[number], *rows)
+                fresh = _Fresh(self._staged[number], *(part.contiguous() for part in rows))
+                self._fresh.setdefault(layer, {})[number] = fresh
 
     def waves(self, layer: int, block: RowBlock) -> Iterable[WaveTensors]:
         """The waves in which *block* attends to *layer*, each with its guesses in place when it is given."""

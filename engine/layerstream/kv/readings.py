@@ -31,6 +31,7 @@ class ReadingTensors:
         keys: pool rows of keys to be gathered, int64; ``None``: they are where they are.
         most_rows: of a query.
         tiles: what :mod:`layerstream.model.padded_attention` makes of them, by the row that it begins with.
+        repeated: ends of queries of which each has so many times the rows.
     """
 
     reading: Reading
@@ -41,6 +42,15 @@ class ReadingTensors:
     keys: torch.Tensor | None
     most_rows: int
     tiles: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    repeated: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def ends(self, times: int) -> torch.Tensor:
+        """``(n + 1,)`` int32: where queries end that have *times* as many rows."""
+        if times == 1:
+            return self.query_ends
+        if times not in self.repeated:
+            self.repeated[times] = self.query_ends * times
+        return self.repeated[times]
 
 
 @dataclass(frozen=True, slots=True)

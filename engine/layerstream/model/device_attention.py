@@ -35,6 +35,7 @@ from layerstream.kv.readings import ReadingTensors
 from layerstream.model.padded_attention import attend_padded
 from layerstream.model.ragged_kernels import Kernel, Ragged, choose
 
+VERSION = 2  # of the formulas that devices compute by: stored KV is another's where it differs
 SCORES_AT_ONCE = 2**23  # 32 MiB in fp32
 FLASH_WIDTH = 256  # of a head, at most
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -119,7 +120,7 @@ def _ragged(
     if group > 1:  # (rows, KV heads, group, width): a group's heads are the rows of its query
         queries = queries.unflatten(1, (kv_heads, group)).transpose(1, 2).flatten(0, 1)
     ragged = Ragged(
-        call.query_ends if group == 1 else call.query_ends * group,
+        call.ends(group),
         call.key_begins,
         call.lengths,
         call.most_rows * group,

@@ -2,8 +2,8 @@
 
 That is a soft cap (Gemma 2), sinks in fp32 (gpt-oss), and devices without those kernels. Rows go in groups of
 :data:`GROUP`, keys in tiles of a constant size, padded, so that products have one shape whoever is in the group. What
-they are gathered into has the size of half the pool at most. Tiles are joined as FlashAttention joins its blocks (Dao et al., 2022, equation 3): a tile in which a row sees nothing changes no
-bit of it.
+they are gathered into has the size of half the pool at most. Tiles are joined as FlashAttention joins its blocks (Dao
+et al., 2022, equation 3): a tile in which a row sees nothing changes no bit of it.
 """
 
 from __future__ import annotations

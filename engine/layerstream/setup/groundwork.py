@@ -15,7 +15,7 @@ from layerstream.hardware.accelerators import device_name, open_device
 from layerstream.hardware.device import Device, Placement, names_of_layers
 from layerstream.hardware.machine import available_memory_bytes, network_file_system
 from layerstream.hardware.reader import ASSUMED_READ_RATE, DirectReader
-from layerstream.model.device_attention import resolve_attention
+from layerstream.model.device_attention import VERSION, resolve_attention
 from layerstream.model.skeleton import Skeleton
 from layerstream.planner import Plan
 from layerstream.planner.rates import SLOW_DISK
@@ -139,7 +139,7 @@ def _check_host(config: EngineConfig) -> None:
 
 
 def _computes(device: str, plan: Plan, prefers_flash: bool) -> str:
-    parts = [device]
+    parts = [device] if plan.host is None else [device, f"formulas {VERSION}"]
     if prefers_flash:
         parts.append("flash-attn")
     if plan.weights.expert_slots and plan.facts.host_fused_rows is not None:
