@@ -117,7 +117,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ) as engine:
         ready = time.perf_counter() - started
         print(engine.plan, file=sys.stderr)
-        watch.bank = engine._parts.weights.bank
+        watch.bank = engine._parts.weights.banks[0]
         assert watch.bank is not None
         _ask(engine, asked[:1], 2)
         runs = []

@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with LayerStream(
         options.model, device="cpu", memory=options.memory, kv_store=None, speculation="off", progress=watch
     ) as engine:
-        watch.bank = bank = engine._parts.weights.bank
+        watch.bank = bank = engine._parts.weights.banks[0]
         assert isinstance(bank, ForeseeingBank)
         layers = engine._parts.weights._parts[0]._skeleton.decoder.layers
         assert engine.plan.weights.num_streamed == 0, "routers come and go: give it more memory"

@@ -156,7 +156,8 @@ def device_config(folder: Path, mode: str, dtype: str = "float32", **options: An
     assert plan.host is not None
     largest = max(unit.ring_bytes for unit in plan.weights.units)
     staying = plan.host.resident_bytes + plan.host.expert_bytes
-    return replace(config, host_memory_bytes=plan.host.kv_bytes + 2 * largest + staying // 3)
+    least = plan.host.workspace_bytes + plan.host.kv_bytes
+    return replace(config, host_memory_bytes=least + 2 * largest + staying // 3)
 
 
 def devices_config(
@@ -178,7 +179,8 @@ def devices_config(
         return config
     assert plan.host is not None
     largest = max(unit.ring_bytes for unit in plan.weights.units)
-    return replace(config, host_memory_bytes=plan.host.kv_bytes + 2 * count * largest + plan.host.resident_bytes // 3)
+    least = plan.host.workspace_bytes + plan.host.kv_bytes
+    return replace(config, host_memory_bytes=least + 2 * count * largest + plan.host.resident_bytes // 3)
 
 
 def _least_each(config: EngineConfig, facts: ModelFacts, count: int) -> int:

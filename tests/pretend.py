@@ -30,7 +30,7 @@ from layerstream.planner import on_device
 from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
 
-from tests import pretend_bits, pretend_kernels
+from tests import counting, pretend_bits, pretend_kernels
 
 
 class PretendMark:
@@ -390,14 +390,27 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     capture = getattr(_PRETENDING, "capture", None)
     if capture is not None and there:
         _refuse_waits("copy_across" if is_crossing and len(there) < len(tensors) else name, args)
-    with elementwise.steady() if there else contextlib.nullcontext():
+    device = wanted or (there[0].place if there else None)
+    with _kernels(func, name, is_crossing and not all(isinstance(t, _OnDevice) for t in tensors), device is not None):
         found = func(*args, **kwargs)
     if capture is not None and (there or wanted):
         capture.note(func, args, kwargs, found)
-    device = wanted or (there[0].place if there else None)
     if device is None or (is_crossing and not isinstance(tensors[0], _OnDevice)):
         return found
     return _wrap(found, device, {id(tensor.inner): tensor for tensor in there})
+
+
+@contextlib.contextmanager
+def _kernels(func: Any, name: str, is_crossing: bool, is_there: bool) -> Iterator[None]:
+    """*func* is called within, as a device computes it, and is counted as what a device is asked for."""
+    if not is_there:
+        yield
+        return
+    if is_crossing:
+        counting.crossed()
+    is_one = is_crossing or func in elementwise._STEADIED
+    with elementwise.steady(), counting.one_launch(None if is_crossing else name) if is_one else counting.on_device():
+        yield
 
 
 def _unwrap(value: Any, tensors: list[torch.Tensor]) -> Any:
@@ -444,7 +457,8 @@ def _move(name: str, tensor: torch.Tensor, args: Any, kwargs: Any) -> torch.Tens
     inner = _inner(tensor)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
-    found = inner.to(*rest, **others) if rest or others else inner
+    with counting.on_device() if isinstance(tensor, _OnDevice) else contextlib.nullcontext():
+        found = inner.to(*rest, **others) if rest or others else inner
     if (capture := getattr(_PRETENDING, "capture", None)) is not None:
         if device != tensor.device:
             raise RuntimeError(f"a copy to {device}: operation not permitted when stream is capturing")
@@ -453,6 +467,7 @@ def _move(name: str, tensor: torch.Tensor, args: Any, kwargs: Any) -> torch.Tens
         if found is inner:
             return tensor
         return _OnDevice(found, device) if isinstance(tensor, _OnDevice) else found
+    counting.crossed()
     found = found.clone() if found is inner else found
     return _OnDevice(found, device) if device.type == "cuda" else found
 

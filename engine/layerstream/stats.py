@@ -12,6 +12,7 @@ from layerstream.setup.assembly import Assembly
 from layerstream.store.counters import KVStats
 from layerstream.store.store import PrefixStore
 from layerstream.streaming.experts.bank import ExpertBank
+from layerstream.streaming.experts.device_bank import AnyBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,16 +157,22 @@ def _measured(parts: Assembly) -> int:
 
 
 def _expert_stats(parts: Assembly) -> ExpertStats | None:
-    bank = parts.weights.bank
-    if bank is None:
+    """Of all banks together: one for each device."""
+    found = [_bank_stats(bank) for bank in parts.weights.banks]
+    if not found:
         return None
-    cache, count = bank.cache, parts.plan.facts.num_experts
+    values = zip(*(dataclasses.astuple(each) for each in found), strict=True)
+    return ExpertStats(*map(sum, values))
+
+
+def _bank_stats(bank: AnyBank) -> ExpertStats:
+    cache = bank.cache
     if isinstance(bank, ExpertBank):
-        return ExpertStats(count, cache.num_slots, cache.hits, cache.misses, bank.streamed_bytes)
+        return ExpertStats(cache.num_experts, cache.num_slots, cache.hits, cache.misses, bank.streamed_bytes)
     behind = bank.host.cache
     return ExpertStats(
-        num_experts=count,
-        num_slots=min(count, cache.num_slots + behind.num_slots),
+        num_experts=cache.num_experts,
+        num_slots=min(cache.num_experts, cache.num_slots + behind.num_slots),
         hits=cache.hits + behind.hits,
         misses=behind.misses,
         streamed_bytes=bank.host.streamed_bytes,

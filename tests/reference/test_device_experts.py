@@ -81,7 +81,7 @@ def test_equals_plain_transformers(
     parts = assemble(config, None)
     try:
         tokens, logits = step_greedily(parts, prompts, 6)
-        bank = parts.weights.bank
+        bank = parts.weights.banks[0]
         assert isinstance(bank, DeviceBank)
         bank.check_integrity()
         if host_compute == "off" or slots[0] == 1:
@@ -165,8 +165,7 @@ def test_the_second_process_has_the_hot_ones_on_the_device(
         parts = assemble(config, None)
         try:
             step_greedily(parts, [[7, 8, 9]], 8)
-            bank = parts.weights.bank
-            assert bank is not None
+            bank = parts.weights.banks[0]
             hits.append(bank.cache.hits / (bank.cache.hits + bank.cache.misses))
         finally:
             parts.close()

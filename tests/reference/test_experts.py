@@ -118,8 +118,7 @@ def test_a_sweep_reads_an_expert_once(tmp_path: Path, tokenizer_folder: Path) ->
     add_tokenizer(tmp_path, tokenizer_folder)
     parts = assemble(config_with_slots(tmp_path, 1), None)
     try:
-        cache = parts.weights.experts
-        assert cache is not None
+        cache = parts.weights.banks[0].cache
         step_greedily(parts, [draw_prompt(90), draw_prompt(70)], 1)
         asked = cache.hits + cache.misses
         assert parts.step.num_sweeps >= 2
@@ -151,9 +150,8 @@ def test_the_second_process_starts_warm(
     for _ in range(2):
         parts = assemble(config, None)
         try:
-            cache = parts.weights.experts
-            assert cache is not None
-            step_greedily(parts, [[7, 8, 9]], 8)
+            cache = parts.weights.banks[0].cache
+                step_greedily(parts, [[7, 8, 9]], 8)
             hits.append(cache.hits / (cache.hits + cache.misses))
         finally:
             parts.close()

@@ -9,9 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from layerstream.setup.assembly import assemble
 from layerstream.setup.plan_model import plan_model
+from layerstream.setup.stepping import step_greedily
 
-from tests.harness import STREAMING, add_tokenizer, assert_equals, devices_config, draw_prompt, run_greedily
+from tests.harness import (
+    NEW_TOKENS,
+    STREAMING,
+    Run,
+    add_tokenizer,
+    assert_equals,
+    devices_config,
+    draw_prompt,
+    run_greedily,
+)
 from tests.models import FAMILIES, make_model
 from tests.pretend import PretendCuda, pretend_cudas
 
@@ -71,6 +82,36 @@ def test_equals_plain_transformers(
         device = pretended_cuda[number]
         assert 0 < device.most_bytes <= part.budget_bytes == device.ceiling
     assert not any(device.pinned for device in pretended_cuda), "host memory was left pinned"
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced"])
+def test_experts_come_as_they_are_routed_to(
+    device_map: str, tmp_path: Path, tokenizer_folder: Path, pretended_cuda: list[PretendCuda]
+) -> None:
+    """Each device has slots for the experts of its own layers, and host memory behind them."""
+    reference = make_model("qwen3-moe", tmp_path, sizes=SIZES)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    prompts = [draw_prompt(length) for length in PROMPT_LENGTHS]
+    config = devices_config(tmp_path, "cut", device_map, 2)
+    parts = assemble(config, None)
+    try:
+        plan, banks = parts.plan, parts.weights.banks
+        assert [part.weights.expert_slots > 0 for part in plan.parts] == [True, True]
+        assert sum(bank.cache.num_experts for bank in banks) == plan.facts.num_experts
+        assert sum(part.weights.host_expert_slots for part in plan.parts) <= plan.weights.host_expert_slots
+        run = Run(*step_greedily(parts, prompts, NEW_TOKENS), plan.streams)
+        for bank in banks:
+            bank.check_integrity()
+            assert bank.cache.hits + bank.cache.misses > 0
+        shares = parts.weights.expert_shares()
+        assert len(shares) == plan.facts.num_experts
+        assert sum(share > 0 for share in shares) == sum((bank.cache.shares() > 0).sum() for bank in banks)
+    finally:
+        parts.close()
+    assert_equals(run, reference, prompts, TOLERANCE)
+    for number, part in zip(plan.devices, plan.parts, strict=True):
+        assert pretended_cuda[number].most_bytes <= part.budget_bytes
+    assert not any(device.pinned for device in pretended_cuda)
 
 
 def test_devices_of_different_sizes(tmp_path: Path, tokenizer_folder: Path, pretended_cuda: list[PretendCuda]) -> None:

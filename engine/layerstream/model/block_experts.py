@@ -64,16 +64,18 @@ def install_experts(
     shares: Sequence[float] = (),
     device: Device | None = None,
     host_fused_rows: Mapping[str, int] | None = None,
+    computes: Callable[[str], bool] = lambda path: True,
 ) -> AnyBank:
     """A bank for the experts of *plan*, and the blocks that get them from it.
 
     Args:
+        computes: whether the block of a path gets them from it.
         shares: how much each of them was used lately, as :meth:`ExpertCache.shares` says it.
         device: what computes; ``None``: the processor.
         host_fused_rows: beside a device, the processor may compute experts, with kernels for so many rows; ``None``: it
             may not.
     """
-    nodes = skeleton.routed
+    nodes = [node for node in skeleton.routed if computes(node.name)]
     starts = list(accumulate((node.num_experts for node in nodes), initial=0))
 
     @lru_cache(maxsize=KNOWN_LAYOUTS)

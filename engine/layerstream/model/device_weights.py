@@ -93,7 +93,14 @@ class DeviceWeights:
             self._stream([unit for unit in units if not unit.stays], reader, on_load)
             if self.plan.expert_slots:
                 self.bank = install_experts(
-                    skeleton, self.plan, self._matrices, reader, facts.expert_shares, device, facts.host_fused_rows
+                    skeleton,
+                    self.plan,
+                    self._matrices,
+                    reader,
+                    facts.expert_shares,
+                    device,
+                    facts.host_fused_rows,
+                    computes,
                 )
             groups = self._find_joined()
             self._load(groups, reader, on_load)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from layerstream.model.linear import SlicedLinear
 from layerstream.model.skeleton import Skeleton
 from layerstream.model.unit_weights import OnBytes
 from layerstream.planner import Plan
-from layerstream.streaming.experts.cache import ExpertCache
 from layerstream.streaming.experts.device_bank import AnyBank
 from layerstream.streaming.streamer import Source, Streams
 
@@ -50,19 +50,23 @@ class ModelWeights:
         self.plan = plan.weights
         self.is_recorded = False
         self._parts: list[DeviceWeights] = []
+        owners: dict[str, DeviceWeights] = {}
         try:
             if placement is None:
                 self._parts.append(DeviceWeights(skeleton, plan, reader, on_load))
+                self._routed = [(self._parts[0], node.num_experts) for node in skeleton.routed]
             else:
                 for place, (device, part) in enumerate(zip(placement.devices, plan.by_device, strict=True)):
                     computes = _computes(skeleton, placement, place)
                     with device.use():
                         self._parts.append(DeviceWeights(skeleton, part, reader, on_load, device, computes))
+                    owners |= {node.name: self._parts[-1] for node in skeleton.routed if computes(node.name)}
         except BaseException:
             self.close()
             raise
         if placement is not None and len(placement.devices) > 1:
             _install_crossings(skeleton, placement)
+        self._routed = [(owners.get(node.name, self._parts[0]), node.num_experts) for node in skeleton.routed]
         bringing = [source for part in self._parts for source in (part.streamer, part.bank) if source is not None]
         self.streamer: Source | None = Streams(bringing) if len(bringing) > 1 else next(iter(bringing), None)
 
@@ -72,14 +76,14 @@ class ModelWeights:
         return next(part.head for part in self._parts if part.head is not None)
 
     @property
-    def bank(self) -> AnyBank | None:
-        """What brings experts as they are routed to; ``None``: there are none."""
-        return next((part.bank for part in self._parts if part.bank is not None), None)
+    def banks(self) -> list[AnyBank]:
+        """What brings experts as they are routed to: one for each device; none, where they come with their blocks."""
+        return [part.bank for part in self._parts if part.bank is not None]
 
-    @property
-    def experts(self) -> ExpertCache | None:
-        """What is known of their use."""
-        return None if self.bank is None else self.bank.cache
+    def expert_shares(self) -> list[float]:
+        """How much each expert of the model was used lately, but for a factor; 0.0 of one that comes with its block."""
+        shares = {id(part): iter(part.bank.cache.shares()) for part in self._parts if part.bank is not None}
+        return [next(shares.get(id(part), repeat(0.0))) for part, count in self._routed for _ in range(count)]
 
     def tell(self, on_unit: OnBytes) -> None:
         """Have *on_unit* told the weight bytes of each unit that was computed; it may raise to abandon the sweep."""

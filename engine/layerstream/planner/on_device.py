@@ -95,7 +95,7 @@ def with_host(plan: Plan, host_bytes: int) -> Plan:
         plan,
         weights=weights,
         host=HostPlan(host_bytes, resident_bytes, ring_bytes, kv_bytes, workspace_bytes, slots * weights.slot_bytes),
-        parts=_parts_with_host(plan.parts, {unit.name for _, unit in chosen}, rings),
+        parts=_parts_with_host(plan.parts, {unit.name for _, unit in chosen}, rings, slots),
     )
 
 
@@ -110,12 +110,13 @@ def _host_compute_bytes(plan: Plan) -> int:
 
 
 def _passing_slots(plan: Plan, room: int, most: int) -> int:
-    """Experts that there is *room* for while they pass, before anything else stays, in *most* bytes: one at the
-    least."""
+    """Experts that there is *room* for while they pass, before anything else stays, in *most* bytes: one for each
+    device at the least."""
     if not plan.weights.expert_slots:
         return 0
     most = min(most, on_host.EXPERTS_BYTES, int(on_host.EXPERTS_SHARE * room))
-    return min(plan.facts.num_experts, max(1, most // plan.weights.slot_bytes))
+    least = sum(part.weights.expert_slots > 0 for part in plan.by_device)
+    return min(plan.facts.num_experts, max(least, most // plan.weights.slot_bytes))
 
 
 def _host_slots(plan: Plan, passing: int, room: int) -> int:
@@ -126,14 +127,29 @@ def _host_slots(plan: Plan, passing: int, room: int) -> int:
     return min(others + passing, plan.facts.num_experts, room // plan.weights.slot_bytes)
 
 
-def _parts_with_host(parts: Sequence[Plan], staying: set[str], rings: Sequence[int]) -> tuple[Plan, ...]:
-    """The plans of several devices, of whose units those named *staying* stay on the host."""
+def _parts_with_host(parts: Sequence[Plan], staying: set[str], rings: Sequence[int], slots: int) -> tuple[Plan, ...]:
+    """The plans of several devices, of whose units those named *staying* stay on the host, and behind which there are
+    *slots* for experts."""
     found: list[Plan] = []
-    for part, ring_bytes in zip(parts, rings, strict=False):
+    for part, ring_bytes, count in zip(parts, rings, _shared(slots, parts), strict=False):
         residents = frozenset(index for index, unit in _streamed(part) if unit.name in staying)
-        weights = replace(part.weights, host_residents=residents, host_ring_bytes=ring_bytes)
+        weights = replace(part.weights, host_residents=residents, host_ring_bytes=ring_bytes, host_expert_slots=count)
         found.append(replace(part, weights=weights))
     return tuple(found)
+
+
+def _shared(slots: int, parts: Sequence[Plan]) -> list[int]:
+    """*slots* of host memory for experts, shared out among *parts*: one for each that has experts, and the others in
+    proportion to those that its device has no slot for."""
+    banks = [part.weights.expert_slots > 0 for part in parts]
+    missing = [
+        part.facts.num_experts - part.weights.expert_slots if has else 0 for part, has in zip(parts, banks, strict=True)
+    ]
+    more, total = slots - sum(banks), max(1, sum(missing))
+    return [
+        min(part.facts.num_experts, 1 + more * share // total) if has else 0
+        for part, has, share in zip(parts, banks, missing, strict=True)
+    ]
 
 
 def _streamed(plan: Plan) -> list[tuple[int, PlannedUnit]]:

@@ -1,6 +1,7 @@
 """Plans for several accelerators: one for each, of its own layers, that agree on what a sweep carries. Pure.
 
-Every device has a ring, residents and KV of its own, within its own ceiling; host memory is behind all of them. What
+Every device has a ring, residents, KV, and slots for the experts of its own layers, within its own ceiling; host memory
+is behind all of them. What
 shapes a sweep (tokens, guesses, pages) is what the tightest of them has room for.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from layerstream.errors import BudgetTooSmall
 from layerstream.planner.facts import ModelFacts
@@ -16,7 +18,7 @@ from layerstream.planner.on_device import with_host, with_host_kv
 from layerstream.planner.on_host import make_plan
 from layerstream.planner.placement import in_order, in_ranges, in_turns
 from layerstream.planner.plan import Plan
-from layerstream.planner.units import PlannedUnit, UnitPlan, WeightNode
+from layerstream.planner.units import ExpertsNode, PlannedUnit, UnitPlan, WeightNode
 
 TRIES = 4  # at taking turns: what stays depends on who has which layer, and the other way round
 
@@ -34,25 +36,17 @@ def make_devices_plan(facts: ModelFacts, device_map: str, memories: Sequence[int
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """*facts* with the nodes of the body by the layer that they go with; chunks are the same where weights stream and
-    where they do not."""
+    """*facts* with the nodes of the body by the layer that they go with, as a whole and without experts that come as
+    they are routed to; chunks are the same where weights stream and where they do not."""
 
     facts: ModelFacts
     nodes: tuple[tuple[WeightNode, ...], ...]
+    routed: tuple[tuple[WeightNode, ...], ...]
 
     @classmethod
     def of(cls, facts: ModelFacts) -> _Layers:
-        layers: list[list[WeightNode]] = []
-        before: list[WeightNode] = []
-        for node in facts.body:
-            if node.layer is not None:
-                layers.append([node])
-            else:
-                (layers[-1] if layers else before).append(node)
-        if not layers:
-            layers.append([])
-        layers[0][:0] = before
-        return cls(replace(facts, chunk_tokens=facts.streaming_chunk_tokens), tuple(map(tuple, layers)))
+        facts = replace(facts, chunk_tokens=facts.streaming_chunk_tokens)
+        return cls(facts, _by_layer(facts.body), _by_layer(facts.routed_body))
 
     @property
     def sizes(self) -> list[int]:
@@ -65,8 +59,9 @@ class _Layers:
         """Facts of the model that has those alone."""
         has_head = len(self.nodes) - 1 in chosen
         return replace(
-            self.facts,
+            self.with_experts(chosen),
             body=tuple(node for layer in chosen for node in self.nodes[layer]),
+            routed_body=tuple(node for layer in chosen for node in self.routed[layer]) if self.facts.experts else (),
             head=self.facts.head if has_head else WeightNode(""),
             vocab_size=self.facts.vocab_size if has_head else 0,
             embedding_bytes=0,  # rows come from disk, to the first device
@@ -74,6 +69,34 @@ class _Layers:
             layer_state=_some(self.facts.layer_state, chosen),
             layer_state_row=_some(self.facts.layer_state_row, chosen),
         )
+
+    def with_experts(self, chosen: Sequence[int]) -> ModelFacts:
+        """Facts in which the experts of the layers *chosen* alone come as they are routed to."""
+        names = tuple(node.name for layer in chosen for node in self.nodes[layer])
+        shares = iter(self.facts.expert_shares)
+        experts: list[ExpertsNode] = []
+        known: list[float] = []
+        for node in self.facts.experts:
+            used = list(islice(shares, node.num_experts))
+            if _is_below(node.name, names):
+                experts.append(node)
+                known += used
+        return replace(self.facts, experts=tuple(experts), expert_shares=tuple(known))
+
+
+def _by_layer(body: Sequence[WeightNode]) -> tuple[tuple[WeightNode, ...], ...]:
+    """*body* cut before each layer but the first."""
+    layers: list[list[WeightNode]] = []
+    before: list[WeightNode] = []
+    for node in body:
+        if node.layer is not None:
+            layers.append([node])
+        else:
+            (layers[-1] if layers else before).append(node)
+    if not layers:
+        layers.append([])
+    layers[0][:0] = before
+    return tuple(map(tuple, layers))
 
 
 def _some(sizes: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
@@ -128,9 +151,10 @@ def _joined(model: _Layers, places: Sequence[int], memories: Sequence[int]) -> P
         )
         for part in parts
     ]
+    routed = [layer for layer, place in enumerate(places) if parts[devices.index(place)].weights.expert_slots]
     return Plan(
         budget_bytes=sum(part.budget_bytes for part in parts),
-        facts=replace(model.facts, chunk_tokens=parts[0].page_tokens, embedding_bytes=0),
+        facts=replace(model.with_experts(routed), chunk_tokens=parts[0].page_tokens, embedding_bytes=0),
         weights=_joined_weights(model, [devices.index(place) for place in places], parts),
         embedding_resident=False,
         num_pages=parts[0].num_pages,
@@ -153,15 +177,22 @@ def _joined_weights(model: _Layers, places: Sequence[int], parts: Sequence[Plan]
     passed = [0 for _ in parts]
     for nodes, place in zip(model.nodes, places, strict=True):
         weights, names = parts[place].weights, tuple(node.name for node in nodes)
-        while passed[place] < len(weights.body) and _is_in(weights.body[passed[place]], names):
+        while passed[place] < len(weights.body) and _is_below(weights.body[passed[place]].module, names):
             if passed[place] in weights.residents:
                 residents.add(len(body))
             body.append(weights.body[passed[place]])
             passed[place] += 1
     last = parts[places[-1]].weights
     residents |= {len(body) + at for at in range(len(last.head)) if len(last.body) + at in last.residents}
-    return UnitPlan(tuple(body), last.head, frozenset(residents), sum(part.weights.ring_bytes for part in parts))
+    return UnitPlan(
+        tuple(body),
+        last.head,
+        frozenset(residents),
+        sum(part.weights.ring_bytes for part in parts),
+        expert_slots=sum(part.weights.expert_slots for part in parts),
+        slot_bytes=max(part.weights.slot_bytes for part in parts),
+    )
 
 
-def _is_in(unit: PlannedUnit, names: Sequence[str]) -> bool:
-    return any(unit.module == name or unit.module.startswith(f"{name}.") for name in names)
+def _is_below(path: str, names: Sequence[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)

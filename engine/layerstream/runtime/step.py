@@ -125,8 +125,8 @@ class SweepStep:
                 self._store.publish(published, num_tokens * token_seconds)
             for state in states:
                 self._store.publish_state(state, state.num_tokens * token_seconds)
-        if self._statistics is not None and self._weights.experts is not None:
-            self._statistics.save_sometimes(self._weights.experts.shares)
+        if self._statistics is not None:
+            self._statistics.save_sometimes(self._weights.expert_shares)
         if self._on_commit is not None:
             self._on_commit(sweep, self._runner.take_hidden())
 
@@ -136,8 +136,8 @@ class SweepStep:
 
     def close(self) -> None:
         """Remember which experts were used, and how fast the processor was. Idempotent."""
-        if self._statistics is not None and self._weights.experts is not None and self.num_sweeps:
-            self._statistics.save(self._weights.experts.shares())
+        if self._statistics is not None and self.num_sweeps:
+            self._statistics.save(self._weights.expert_shares())
         seconds, self._block_seconds = self._block_seconds, None
         if self._learn is not None and seconds is not None:
             self._learn(seconds)

@@ -142,7 +142,7 @@ def _assemble(ground: Groundwork, draft: Assembly | None, listener: Listener | N
     seen = Footprint() if draft is None else draft.step.footprint  # before any of the budget is taken
     kv = make_kv(ground, closing)  # before the weights: a store's folder that cannot be used is said at once
     weights = closing.keep(load_weights(ground, listener))
-    steward = make_steward(ground, kv, weights.bank)
+    steward = make_steward(ground, kv, weights.banks)
     runner = make_runner(ground, kv, weights, closing)
     step = closing.keep(make_step(ground, runner, weights, steward, seen))
     models: list[Drafter] = [] if draft is None else [ModelDrafter(draft.steward, draft.step)]

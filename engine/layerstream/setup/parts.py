@@ -125,12 +125,12 @@ def sweep_limits(ground: Groundwork) -> SweepLimits:
     )
 
 
-def make_steward(ground: Groundwork, kv: KVParts, experts: AnyBank | None) -> Steward:
+def make_steward(ground: Groundwork, kv: KVParts, experts: Sequence[AnyBank]) -> Steward:
     """With a scheduler within the plan's limits."""
     plan, reader, limits = ground.plan, ground.reader, sweep_limits(ground)
     num_transit = plan.num_transit if kv.store is not None else 0
     pool = PagePool(plan.num_pages, plan.page_tokens, num_transit)
-    load = None if experts is None else _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader)
+    load = _ExpertLoad(experts, plan.facts.mean_expert_bytes, reader) if experts else None
     scheduler = Scheduler(
         limits,
         pool,
@@ -149,7 +149,7 @@ def make_step(
 ) -> SweepStep:
     """What computes the sweeps that *steward* has, by *runner*."""
     plan, skeleton = ground.plan, ground.skeleton
-    statistics = ExpertUsage(weight_paths(skeleton), plan.facts.experts) if weights.experts else None
+    statistics = ExpertUsage(weight_paths(skeleton), skeleton.routed) if weights.banks else None
     learn = None if ground.devices else partial(correct, plan, str(skeleton.dtype).removeprefix("torch."))
     return SweepStep(steward, runner, weights, ground.devices, statistics, seen, learn)
 
@@ -259,20 +259,21 @@ def _loaded_bytes(plan: Plan) -> int:
 
 
 class _ExpertLoad:
-    """What the bank expects of rows, at the rates of disk and link."""
+    """What the banks expect of rows, at the rates of disk and links; one waits for its experts after the other."""
 
-    def __init__(self, bank: AnyBank, expert_bytes: float, reader: DirectReader) -> None:
-        self._bank = bank
+    def __init__(self, banks: Sequence[AnyBank], expert_bytes: float, reader: DirectReader) -> None:
+        self._banks = banks
         self._expert_bytes = expert_bytes
         self._reader = reader
 
     def wanted(self, num_rows: int) -> float:
-        return self._bank.expected(num_rows)[0]
+        return sum(bank.expected(num_rows)[0] for bank in self._banks)
 
     def read_seconds(self, num_rows: int) -> float:
         rate = self._reader.rate() or ASSUMED_READ_RATE
-        _, crossing, reading = self._bank.expected(num_rows)
-        return max(reading * self._expert_bytes / rate, crossing * self._bank.crossing_seconds)
+        expected = [bank.expected(num_rows) for bank in self._banks]
+        crossing = sum(count * bank.crossing_seconds for bank, (_, count, _) in zip(self._banks, expected, strict=True))
+        return max(sum(count for _, _, count in expected) * self._expert_bytes / rate, crossing)
 
 
 class _LoadCounter:

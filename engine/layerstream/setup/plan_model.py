@@ -149,8 +149,6 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         device_rows=device_rows(devices_of(config)[0]) if is_on_device else None,
     )
     facts = dataclasses.replace(facts, wanted_context=wanted if wanted > longest else 0)
-    if config.device_map is not None:  # experts come with their blocks there
-        facts = dataclasses.replace(facts, experts=())
     if facts.experts and is_on_device and config.host_compute == "auto":
         facts = dataclasses.replace(facts, host_fused_rows=fused_rows(skeleton.kernels))
     if facts.experts:

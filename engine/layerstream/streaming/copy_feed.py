@@ -4,9 +4,12 @@
                                 ├──inward lane──▶ device ring ──compute lane──▶
     host residents ─────────────┘
 
-A thread of its own, the copier, takes units in the order in which they are wanted, waits for those that come from disk,
-and queues their copies. Invariants:
+Units are copied in the order in which they are wanted. The copy of what stays in host memory is queued by the consumer,
+when it lets go of the place that it goes to: no thread is woken for it. From the first unit that comes from disk on, a
+thread of its own, the copier, does it: it waits for the disk. Both threads share one interpreter lock, so the copier is
+woken only when it has nothing to do, and the consumer only when it waits. Invariants:
 
+* copies are queued by the copier as long as it has any to queue, else by the consumer, with the lock held;
 * a copy into a place of the device ring comes after all compute that was queued before that place was released, and
   after no other, so that it goes on beside the compute that was queued since;
 * compute on a unit comes after its copy: ``take`` makes the compute lane wait, never the host;
@@ -79,6 +82,7 @@ class CopyFeed(Feed):
             self._ring_memory = device.allocate(self._ring.capacity)
             self._released = device.compute.mark()  # all compute on places that are free comes before it
         self._jobs: deque[tuple[int, Slot, Mark]] = deque()
+        self._has_jobs = threading.Condition(self._lock)  # the copier waits for it
         self._copied: dict[int, Mark] = {}
         self._retiring: deque[tuple[Mark, int]] = deque()
         self._is_closed = False
@@ -98,7 +102,8 @@ class CopyFeed(Feed):
         """They are wanted from the host as well."""
         units = list(units)
         self._source.want(units)
-        super().want(units)
+        with self._device.use():  # whoever reads ahead of the first sweep does not
+            super().want(units)
 
     def take(self, unit: int) -> torch.Tensor:
         """Once its copy is queued: compute that is queued from here on finds it there."""
@@ -134,7 +139,7 @@ class CopyFeed(Feed):
             self._empty()
         with self._changed:
             self._is_closed = True
-            self._changed.notify_all()
+            self._has_jobs.notify()
         self._copier.join()
         self._source.close()
 
@@ -160,43 +165,49 @@ class CopyFeed(Feed):
         return self._ring_memory[offset : offset + num_bytes]
 
     def _fill(self, unit: int, slot: Slot) -> None:
-        slot.pending = 1
         self._copied.pop(unit, None)
+        if self._source.stays(unit) and not self._jobs:
+            slot.error = self._try_copy(unit, slot, self._released)
+            return
+        slot.pending = 1
         self._jobs.append((unit, slot, self._released))
-        self._changed.notify_all()
+        if len(self._jobs) == 1:
+            self._has_jobs.notify()
 
     def _work(self) -> None:
         with self._device.use():
             while (job := self._next()) is not None:
                 unit, slot, free = job
-                error: Exception | None = None
-                try:
-                    if slot.error is None:
-                        self._copy(unit, slot, free)
-                except Exception as reason:  # noqa: BLE001  # whoever waits for the unit must hear of it
-                    error = reason
+                error = self._try_copy(unit, slot, free) if slot.error is None else None
                 with self._changed:
                     self._jobs.popleft()
-                self._finish(slot, error)
+                    self._finish(slot, error)
 
     def _next(self) -> tuple[int, Slot, Mark] | None:
         """The unit to copy next; while there is none, copies that are over are let go of."""
         while True:
-            with self._changed:
+            with self._has_jobs:
                 while not self._jobs and not self._retiring and not self._is_closed:
-                    self._changed.wait()
+                    self._has_jobs.wait()
                 if self._jobs:
                     return self._jobs[0]
                 if not self._retiring:
                     return None
             self._retire_one()
 
+    def _try_copy(self, unit: int, slot: Slot, free: Mark) -> Exception | None:
+        """As :meth:`_copy`; what went wrong, for whoever waits for the unit."""
+        try:
+            self._copy(unit, slot, free)
+        except Exception as reason:  # noqa: BLE001  # whoever waits for the unit must hear of it
+            return reason
+        return None
+
     def _copy(self, unit: int, slot: Slot, free: Mark) -> None:
         """Queue the copy of *unit* to *slot*, which compute up to *free* may still look at."""
         source, inward = self._source, self._device.inward
-        while self._retiring and (
-            self._retiring[0][0].is_reached() or not source.is_there(unit) or self._is_retiring(unit)
-        ):
+        is_from_disk = not source.stays(unit)
+        while is_from_disk and self._retiring and self._must_retire(unit):
             self._retire_one()
         memory = source.take(unit)
         inward.after(free)
@@ -206,14 +217,18 @@ class CopyFeed(Feed):
         mark = inward.mark(timed=is_timed)
         if self.timeline is not None and started is not None:
             self.timeline.add_marks("copy", self.layouts[unit].name, started, mark, len(memory))
-        with self._changed:
-            self._copied[unit] = mark
-            if not source.stays(unit):
-                self._retiring.append((mark, unit))
+        self._copied[unit] = mark
+        if is_from_disk:
+            self._retiring.append((mark, unit))
 
-    def _is_retiring(self, unit: int) -> bool:
-        """Whether *unit* is in the host ring from the sweep before: that place is about to be released."""
-        return any(other == unit for _, other in self._retiring)
+    def _must_retire(self, unit: int) -> bool:
+        """Whether the oldest copy from the host ring is over, or *unit* cannot come before it is: there is no place for
+        it yet, or it is in the host ring from the sweep before and that place is about to be released."""
+        return (
+            self._retiring[0][0].is_reached()
+            or not self._source.is_there(unit)
+            or any(other == unit for _, other in self._retiring)
+        )
 
     def _retire_one(self) -> None:
         """Wait for the oldest copy from the host ring, and let its place there be used again."""

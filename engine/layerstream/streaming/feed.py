@@ -55,7 +55,8 @@ class Feed(ABC):
         self._waited = 0.0
         self.timeline: Timeline | None = None
         self._ring = RingAllocator(ring_bytes)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # the consumer waits for it
         self._slots: dict[int, Slot] = {}
         self._queue: deque[int] = deque()
         self._interrupt: Exception | None = None

@@ -51,6 +51,11 @@ class ExpertCache:
         self._chosen = chosen
         self._expected: dict[tuple[int, bool], tuple[float, float]] = {}  # by what was asked, for the sweep to come
 
+    @property
+    def num_experts(self) -> int:
+        """Of all layers together."""
+        return len(self._uses)
+
     def begin_sweep(self) -> None:
         """Uses from here on count a little more than those so far."""
         self._expected.clear()
