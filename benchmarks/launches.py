@@ -101,6 +101,7 @@ def pretended(patches: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     with pretend_cuda(patches) as device:
         patches.setattr(assumed, "DEVICE_SWEEP_TOKENS", 4 * MOST)
         patches.setattr(assumed, "DEVICE_PROMPT_ROWS", 2 * MOST)
+        patches.setattr(assumed, "DEVICE_ROWS", MOST)
         yield device
 
 

@@ -137,8 +137,8 @@ def test_every_argument_is_checked_at_the_call_and_nobody_else_suffers(
 @pytest.mark.parametrize(
     "name",
     ["model", "device", "device_map", "memory", "host_memory", "host_compute", "dtype", "attention", "quantization",
-     "cuda_graphs", "speculation", "draft_model", "max_context", "chunk_tokens", "max_queued", "trust_remote_code", "revision",
-     "token", "allow_untested", "progress", "kv_store"],
+     "cuda_graphs", "speculation", "draft_model", "max_context", "chunk_tokens", "max_queued", "trust_remote_code",
+     "revision", "token", "allow_untested", "progress", "kv_store"],
 )  # fmt: skip
 def test_every_option_of_the_engine(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from layerstream import engine as module

@@ -151,7 +151,7 @@ def test_the_second_process_starts_warm(
         parts = assemble(config, None)
         try:
             cache = parts.weights.banks[0].cache
-                step_greedily(parts, [[7, 8, 9]], 8)
+            step_greedily(parts, [[7, 8, 9]], 8)
             hits.append(cache.hits / (cache.hits + cache.misses))
         finally:
             parts.close()
