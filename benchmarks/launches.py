@@ -47,7 +47,7 @@ MATRICES = {"dense": 7, "mixture": 4}
 
 FORMATS = ("bf16", "nf4", "int4")
 PLACES = ("resident", "host")
-FEWER, MORE = 2, 3  # layers
+FEWER, MORE = 4, 5  # layers, too many to stay where memory is at its least
 LAYER_BYTES = 2**20  # more than a layer has: a unit is a layer
 MOST = 128  # sequences
 STEPS = 5  # tokens of each sequence

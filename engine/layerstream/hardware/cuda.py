@@ -127,6 +127,7 @@ class Cuda(Accelerator):
     name = "cuda"
     has_numbers = True
     is_automatic = True
+    can_measure = True
     packages = frozenset({"flash_attn", "bitsandbytes", "flash", "efficient"})
 
     def num_devices(self) -> int:
@@ -170,7 +171,7 @@ class Cuda(Accelerator):
         """The card."""
         return torch.cuda.get_device_name(device)
 
-    def product_seconds(self, device: torch.device, num_rows: int) -> float | None:
+    def product_seconds(self, device: torch.device, num_rows: int) -> float:
         """In fp16, the best of some."""
         matrix, rows = (torch.zeros((n, _SIZE), dtype=torch.float16, device=device) for n in (_SIZE, num_rows))
         best = float("inf")

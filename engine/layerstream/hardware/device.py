@@ -166,12 +166,14 @@ class Accelerator(ABC):
         name: torch's for the kind.
         has_numbers: whether there may be several, called ``name:0`` and so on.
         is_automatic: whether ``device="auto"`` chooses one.
+        can_measure: whether it tells what products take.
         packages: those whose kernels are made for them; also torch's own kernels for ragged attention.
     """
 
     name: str
     has_numbers: bool = False
     is_automatic: bool = False
+    can_measure: bool = False
     packages: frozenset[str] = frozenset()
 
     @abstractmethod
@@ -206,9 +208,9 @@ class Accelerator(ABC):
         """What the rates of *device* depend on."""
         return self.name_of(device)
 
-    def product_seconds(self, device: torch.device, num_rows: int) -> float | None:
-        """What a product of *num_rows* rows with a large matrix takes; ``None``: that cannot be measured."""
-        return None
+    def product_seconds(self, device: torch.device, num_rows: int) -> float:
+        """What a product of *num_rows* rows with a large matrix takes, where it ``can_measure``."""
+        raise NotImplementedError
 
     def beside_bytes(self, device: torch.device) -> int:
         """What this process has on *device* beside torch's allocator: its context and libraries."""

@@ -24,17 +24,23 @@ TOLERANCE = 1.2  # times as long as few rows take
 def device_rows(device: torch.device) -> int:
     """Rows of a block on *device*: it is remembered, because bits depend on it, and with them what the store keeps.
 
-    Where the device is not there, as many as a large card has.
+    Where the device is not there, or cannot be measured, as many as a large card has.
     """
     kind = accelerator_of(device)
-    if kind is None or not is_there(device):
+    if kind is None or not kind.can_measure or not is_there(device):
         return assumed.DEVICE_ROWS
 
     def complete(known: dict[str, Any]) -> None:
         if known.get(name) not in (assumed.STREAMING_ROWS, assumed.DEVICE_ROWS):
             few, many = (kind.product_seconds(device, rows) for rows in (assumed.STREAMING_ROWS, assumed.DEVICE_ROWS))
-            is_slow = few is not None and many is not None and many > TOLERANCE * few
-            known[name] = assumed.STREAMING_ROWS if is_slow else assumed.DEVICE_ROWS
+            known[name] = assumed.DEVICE_ROWS if many <= TOLERANCE * few else assumed.STREAMING_ROWS
+            logger.info(
+                "%d decode rows take %.3f ms, %d take %.3f ms",
+                assumed.STREAMING_ROWS,
+                1e3 * few,
+                assumed.DEVICE_ROWS,
+                1e3 * many,
+            )
 
     name = machine_name(device)
     file = Remembered.named(VARIABLE, "device_rows.json", lock_seconds=-1)  # others wait rather than measure at once
