@@ -333,7 +333,7 @@ class Tape:
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    _unwrap(value, found)
+    _unwrap(tuple(value) if isinstance(value, tuple) else value, found)  # sorted values and indices are a named one
     return found
 
 

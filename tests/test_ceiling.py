@@ -13,7 +13,7 @@ from layerstream.api.events import Event, SweepStarted
 from layerstream.errors import BudgetTooSmall
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.footprint import Footprint
-from layerstream.model.runner import _LogitRoom
+from layerstream.model.head import _LogitRoom
 from layerstream.planner import make_plan, on_device, on_host
 from layerstream.planner.on_device import make_device_plan
 from torch import bfloat16, float32

@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_VARIABLE = "LAYERSTREAM_MODEL"
 ENGINE_OPTIONS = frozenset(
-    {"allow_control_tokens", "allow_untested", "attention", "chunk_tokens", "device", "device_map", "draft_model",
-     "dtype", "host_compute", "host_memory", "kv_store", "max_context", "max_queued", "memory", "progress",
-     "quantization", "revision", "speculation", "token", "trust_remote_code"}
+    {"allow_control_tokens", "allow_untested", "attention", "chunk_tokens", "cuda_graphs", "device", "device_map",
+     "draft_model", "dtype", "host_compute", "host_memory", "kv_store", "max_context", "max_queued", "memory",
+     "progress", "quantization", "revision", "speculation", "token", "trust_remote_code"}
 )  # fmt: skip
 """What :class:`~layerstream.LayerStream` takes beside the model."""
 _lock = threading.Lock()

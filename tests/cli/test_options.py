@@ -134,3 +134,8 @@ def test_sweeps_of_one_token_have_no_guesses(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--draft-model", "demo"])
     assert result.exit_code == 2
     assert "bench rag" in result.stderr
+
+
+def test_what_is_on_unless_told_otherwise() -> None:
+    assert EngineOptions().arguments() == {}
+    assert EngineOptions(cuda_graphs=False).arguments() == {"cuda_graphs": False}

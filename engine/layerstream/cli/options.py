@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from layerstream.engine import LayerStream
     from layerstream.setup.config import EngineConfig
 
+ON_UNLESS_TOLD = frozenset({"cuda_graphs"})
 ESCAPES = {"\\n": "\n", "\\t": "\t"}
 
 Model: TypeAlias = Annotated[
@@ -59,6 +60,10 @@ class EngineOptions:
     device_map: Annotated[str | None, _engine("Layers on several CUDA devices: auto, balanced, sequential.")] = None
     dtype: Annotated[str | None, _engine("What to compute in: auto, bfloat16, float16, float32.")] = None
     attention: Annotated[str | None, _engine("auto, sdpa, flash_attn.")] = None
+    cuda_graphs: Annotated[
+        bool | None,
+        _engine("Decode sweeps as CUDA graphs, where all is on one card; on.", "--cuda-graphs/--no-cuda-graphs"),
+    ] = None
     quantization: Annotated[str | None, _engine(f"Convert the model, once, and stream that: {', '.join(FORMATS)}.")] = (
         None
     )
@@ -83,7 +88,11 @@ class EngineOptions:
         Raises:
             ConfigurationError: a store, and none.
         """
-        given = {name: value for name, value in _values(self) if value is not None and value is not False}
+        given = {
+            name: value
+            for name, value in _values(self)
+            if value is not None and (value is not False or name in ON_UNLESS_TOLD)
+        }
         if given.pop("no_kv_store", False):
             if "kv_store" in given:
                 raise ConfigurationError("--kv-store and --no-kv-store exclude each other: leave out one of the two")
