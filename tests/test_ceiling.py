@@ -52,7 +52,8 @@ def test_logits_that_come_to_the_host_have_room_there() -> None:
     assert plan.host is not None
     assert plan.logit_bytes > on_device.HOST_LOGIT_BYTES
     rest = on_device.HOST_WORKSPACE_BYTES - on_device.HOST_LOGIT_BYTES
-    assert plan.host.workspace_bytes == rest + plan.logit_bytes
+    staged = plan.staged_rows * model.kv_token_bytes
+    assert plan.host.workspace_bytes == rest + plan.logit_bytes + staged
     assert plan.host.planned_bytes <= plan.host.budget_bytes
 
 

@@ -198,8 +198,8 @@ def model_facts(
     resident_rows = assumed.RESIDENT_ROWS
     if is_on_device and not traced.is_alone:
         streaming_rows, resident_rows = assumed.DEVICE_ROWS, device_rows or assumed.DEVICE_ROWS
-    elif is_on_device:
-        streaming_rows = assumed.STREAMING_ROWS
+    elif is_on_device:  # a block has one row in use
+        streaming_rows = resident_rows
     elif skeleton.decodes(fused):
         streaming_rows = assumed.DECODING_STREAMING_ROWS
     else:
