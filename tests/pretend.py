@@ -88,6 +88,7 @@ class LateLane:
         self._queue.put(None)
         self._thread.join()
 
+    @torch.inference_mode()  # as the thread that queued it
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             try:
@@ -153,9 +154,11 @@ class PretendDevice:
         return "device lost" in str(error)
 
     def close(self) -> None:
-        for lane in (self.inward, self.outward, self.compute):
-            if isinstance(lane, LateLane):
-                lane.close()
+        lanes = [lane for lane in (self.inward, self.outward, self.compute) if isinstance(lane, LateLane)]
+        for lane in lanes:
+            lane.close()
+        errors = [lane.error for lane in lanes if lane.error is not None]
+        assert not errors, f"what a lane was to do it could not: {errors}"
 
 
 class PretendCuda(PretendDevice):
