@@ -335,9 +335,7 @@ class Tape:
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _unwrap(value, found)
-    return found
+    return [entry for entry in _flat(value) if isinstance(entry, torch.Tensor)]
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
@@ -354,8 +352,8 @@ def _refuse_waits(name: str, args: Any) -> None:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list):
-        for entry in value:
+    if isinstance(value, tuple | list | dict):  # named ones, too, as of a sort
+        for entry in value.values() if isinstance(value, dict) else value:
             yield from _flat(entry)
     else:
         yield value
