@@ -88,6 +88,7 @@ class LateLane:
         self._queue.put(None)
         self._thread.join()
 
+    @torch.inference_mode()  # as the thread that queued it
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             try:
@@ -153,9 +154,11 @@ class PretendDevice:
         return "device lost" in str(error)
 
     def close(self) -> None:
-        for lane in (self.inward, self.outward, self.compute):
-            if isinstance(lane, LateLane):
-                lane.close()
+        lanes = [lane for lane in (self.inward, self.outward, self.compute) if isinstance(lane, LateLane)]
+        for lane in lanes:
+            lane.close()
+        errors = [lane.error for lane in lanes if lane.error is not None]
+        assert not errors, f"what a lane was to do it could not: {errors}"
 
 
 class PretendCuda(PretendDevice):
@@ -332,9 +335,7 @@ class Tape:
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _unwrap(tuple(value) if isinstance(value, tuple) else value, found)  # sorted values and indices are a named one
-    return found
+    return [entry for entry in _flat(value) if isinstance(entry, torch.Tensor)]
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
@@ -351,8 +352,8 @@ def _refuse_waits(name: str, args: Any) -> None:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list):
-        for entry in value:
+    if isinstance(value, tuple | list | dict):  # named ones, too, as of a sort
+        for entry in value.values() if isinstance(value, dict) else value:
             yield from _flat(entry)
     else:
         yield value

@@ -14,6 +14,7 @@ from layerstream.hardware.arena import Arena
 from layerstream.hardware.reader import DirectReader
 from layerstream.planner import facts as assumed
 from layerstream.setup import groundwork
+from layerstream.setup.draft import draft_config
 
 from tests.harness import add_tokenizer, device_config, devices_config, draw_prompt, shrink_units
 from tests.models import make_model
@@ -189,6 +190,12 @@ def test_a_draft_model_shares_the_ceiling(folder: Path, tmp_path: Path, device: 
     assert found.metrics.sweeps < expected.metrics.sweeps
     assert device.most_bytes <= memory
     assert not device.pinned
+
+
+def test_a_draft_model_has_graphs_where_they_are_wanted(folder: Path, device: PretendCuda) -> None:
+    config = replace(device_config(folder, "resident"), memory_bytes=2**30, draft_model=str(folder))
+    for is_wanted in (True, False):
+        assert draft_config(replace(config, cuda_graphs=is_wanted)).cuda_graphs == is_wanted
 
 
 @pytest.mark.parametrize("mode", ["host", "disk"])

@@ -58,6 +58,24 @@ def test_graphs_change_no_bit(family: str, dtype: str, tmp_path: Path, tokenizer
         without.close()
 
 
+def test_experts_are_in_a_graph_for_each_number_of_rows(tmp_path: Path, tokenizer_folder: Path) -> None:
+    make_model("mixtral", tmp_path)
+    add_tokenizer(tmp_path, tokenizer_folder)
+    with_graphs, without = make_parts(tmp_path, "float32"), make_parts(tmp_path, "float32", cuda_graphs=False)
+    try:
+        for count in (2, 3, 2):
+            tokens, logits = run(with_graphs, count)
+            expected_tokens, expected = run(without, count)
+            assert tokens == expected_tokens
+            assert all(map(torch.equal, logits, expected))
+        graphs = graphs_of(with_graphs)
+        assert graphs is not None
+        assert graphs.num_replays == 3 * (NEW_TOKENS - 1) - 1 - 2  # but for the first sweep, and one for each graph
+    finally:
+        with_graphs.close()
+        without.close()
+
+
 def test_no_python_of_the_model_runs_in_a_replay(tmp_path: Path, tokenizer_folder: Path) -> None:
     make_model("llama", tmp_path)
     add_tokenizer(tmp_path, tokenizer_folder)

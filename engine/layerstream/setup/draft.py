@@ -26,6 +26,7 @@ def draft_config(config: EngineConfig) -> EngineConfig:
         config.draft_model,
         device=config.device if config.device_map is None else "cuda:0",
         attention=config.attention,
+        cuda_graphs=config.cuda_graphs,
         dtype=config.dtype,
         max_context=config.max_context,
         trust_remote_code=config.trust_remote_code,
