@@ -11,6 +11,7 @@ from layerstream.model.graphs import Graphs
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.stepping import step_greedily
 
+from benchmarks import launches
 from tests.harness import add_tokenizer, device_config, draw_prompt
 from tests.models import make_model
 from tests.pretend import PretendCuda, pretend_cuda
@@ -152,3 +153,17 @@ def test_where_memory_runs_out_there_are_no_graphs(
     finally:
         parts.close()
         plain.close()
+
+
+def test_quantised_matrices_have_one_graph_for_all_numbers(tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = next(iter(launches.write("dense", "nf4", tmp_path).values()))
+    add_tokenizer(folder, tokenizer_folder)
+    parts = make_parts(folder, "bfloat16")
+    try:
+        for count in (1, 3):
+            step_greedily(parts, [draw_prompt(5, at) for at in range(count)], 4)
+        graphs = graphs_of(parts)
+        assert graphs is not None
+        assert [graph.num_used for some in graphs._graphs.values() for graph in some] == [None]
+    finally:
+        parts.close()
