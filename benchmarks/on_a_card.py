@@ -46,6 +46,7 @@ class Stage:
 
 STAGES = (
     Stage("link", 20),
+    Stage("kernels", 30),
     Stage("tests", 60),
     Stage("bf16", 60, "dense"),
     Stage("nf4", 60, "dense-nf4"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import json
 import random
 import statistics
@@ -26,6 +25,9 @@ import torch
 from layerstream import LayerStream, SamplingParams
 from layerstream.hardware.accelerators import device_name, open_device
 from layerstream.measuring import rates
+from layerstream.model import grouped_experts
+from layerstream.model.ragged_kernels import choose
+from layerstream.setup.device_rows import device_rows
 from transformers import AutoTokenizer
 
 from benchmarks.card import peers
@@ -37,6 +39,8 @@ RESIDENT = "40GiB"
 QUESTIONS = 8
 FACTS = 4  # in a context
 PROMPT = 16  # tokens of what decodes
+GRAPHS: tuple[dict[str, Any], ...] = ({}, {"cuda_graphs": False})
+HEADS = ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 64), (torch.float32, 128))
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,22 @@ def link(bench: Bench) -> None:
     bench.say("link", bytes_per_second=bench.link())
 
 
+def kernels(bench: Bench) -> None:
+    """Which kernels the card was found to have."""
+    device = open_device(DEVICE)
+    assert device is not None, "a processor has none of them"
+    bench.say("decode rows where all stays", rows=device_rows(DEVICE))
+    with device.use(), torch.inference_mode():
+        for dtype, width in HEADS:
+            queries, pool = (torch.zeros((8, heads, width), dtype=dtype).to(device.torch_device) for heads in (32, 8))
+            for needs_sums in (False, True):
+                kernel = choose(queries, pool, pool, needs_sums=needs_sums)
+                name = "none" if kernel is None else kernel.__name__
+                sinks = ", with sinks" if needs_sums else ""
+                bench.say(f"attention, {dtype}, heads of {width}{sinks}", kernel=name)
+        bench.say("grouped products", has=grouped_experts.has_kernel(device.torch_device, torch.bfloat16))
+
+
 def tests(bench: Bench) -> None:
     """Those for a real card; on a pretended one there are none."""
     if bench.setting.is_pretended:
@@ -155,7 +175,7 @@ def _crossing(bench: Bench, name: str) -> None:
 
 def resident(bench: Bench) -> None:
     """Everything on the device, with graphs and without, where there are any."""
-    for options in _graph_options():
+    for options in GRAPHS:
         with bench.engine("dense", _resident_memory(bench), **options) as engine:
             assert not engine.plan.streams, "something streams"
             for count in bench.setting.sequences:
@@ -167,11 +187,6 @@ def resident(bench: Bench) -> None:
 
 def _resident_memory(bench: Bench) -> str:
     return "1GiB" if bench.setting.is_pretended else RESIDENT
-
-
-def _graph_options() -> list[dict[str, Any]]:
-    has_graphs = "cuda_graphs" in inspect.signature(LayerStream.__init__).parameters
-    return [{}, {"cuda_graphs": False}] if has_graphs else [{}]
 
 
 def experts(bench: Bench) -> None:
@@ -208,18 +223,23 @@ def large(bench: Bench) -> None:
 def bits(bench: Bench) -> None:
     """The same answers have the same bits: again, among neighbours, and without graphs."""
     prompts = [draw(20 + 7 * index, index) for index in range(QUESTIONS)]
-    seen: list[tuple[str, list[Any]]] = []
-    for options in _graph_options():
-        with bench.engine("dense", **options) as engine:
-            name = "without graphs" if options else "alone"
-            seen.append((name, [scores for prompt in prompts for scores in _scores(engine, [prompt])]))
-            if not options:
-                seen.append(("again", [scores for prompt in prompts for scores in _scores(engine, [prompt])]))
-                seen.append(("among neighbours", _scores(engine, prompts)))
-    first = seen[0][1]
-    for name, found in seen[1:]:
-        bench.say(f"{name} as alone", equal=f"{sum(a == b for a, b in zip(first, found, strict=True))} of {len(first)}")
-    assert all(found == first for _, found in seen), "bits differ"
+    places = {"from the host": (None, GRAPHS[:1]), "resident": (_resident_memory(bench), GRAPHS)}
+    differ = []
+    for place, (memory, variants) in places.items():
+        seen: list[tuple[str, list[Any]]] = []
+        for options in variants:
+            with bench.engine("dense", memory, **options) as engine:
+                name = ", without graphs" if options else ""
+                for time_ in ("alone", "again"):
+                    scores = [scores for prompt in prompts for scores in _scores(engine, [prompt])]
+                    seen.append((f"{place}, {time_}{name}", scores))
+                seen.append((f"{place}, among neighbours{name}", _scores(engine, prompts)))
+        first = seen[0][1]
+        for name, found in seen[1:]:
+            equal = sum(a == b for a, b in zip(first, found, strict=True))
+            bench.say(name, equal=f"{equal} of {len(first)}")
+            differ += [name] if equal < len(first) else []
+    assert not differ, f"bits differ: {differ}"
 
 
 def _scores(engine: LayerStream, prompts: list[list[int]]) -> list[Any]:
@@ -251,7 +271,7 @@ def peers_offload(bench: Bench) -> None:
     peers.offload(bench.model("dense"), bench.setting, bench.say)
 
 
-_ALL = (link, tests, bf16, nf4, resident, experts, large, bits, trace, peers_resident, peers_offload)
+_ALL = (link, kernels, tests, bf16, nf4, resident, experts, large, bits, trace, peers_resident, peers_offload)
 STAGES: dict[str, Callable[[Bench], None]] = {stage.__name__: stage for stage in _ALL}
 
 

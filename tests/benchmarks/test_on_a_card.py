@@ -37,7 +37,7 @@ def bench(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield stages.Bench("", TINY, work, tmp_path)
 
 
-QUICK = {"link", "bf16", "peers_resident"}
+QUICK = {"link", "kernels", "bf16", "peers_resident"}
 
 
 @pytest.mark.parametrize(
