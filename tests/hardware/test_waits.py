@@ -18,6 +18,7 @@ Work = Callable[[torch.Tensor], object]
         lambda rows: torch.equal(rows, rows),
         lambda rows: rows.copy_(torch.ones(4)),
         lambda rows: torch.ones(4).to(THERE) if rows.dim() else None,
+        lambda rows: torch.tensor(1.0).to(rows.device),
     ],
 )
 def test_what_the_host_waits_for_is_refused(work: Work) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layerstream.core.sight import Sight
@@ -96,7 +98,7 @@ def test_the_kernel_for_a_dtype() -> None:
 
 
 @pytest.mark.usefixtures("on_the_processor")
-@pytest.mark.parametrize("fault", ["wrong", "neighbours", "absent"])
+@pytest.mark.parametrize("fault", ["wrong", "sums", "far", "neighbours", "absent"])
 def test_a_kernel_that_is_not_what_it_should_be_is_not_used(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(queries, keys, values, ragged, scale):
         if fault == "absent":
@@ -104,10 +106,27 @@ def test_a_kernel_that_is_not_what_it_should_be_is_not_used(fault: str, monkeypa
         found, sums = pretend_kernels.flash(queries, keys, values, ragged, scale)
         if fault == "wrong" and ragged.window is not None:
             found = found * 1.1
+        if fault == "far" and ragged.window is not None:  # a window that is only looked at among the first keys
+            whole, _ = pretend_kernels.flash(queries, keys, values, replace(ragged, window=None), scale)
+            found = torch.where(ragged.lengths.max() > 128, whole, found)
+        if fault == "sums":
+            sums = sums / 0.7
         return found + (1e-3 * (len(ragged.lengths) - 1) if fault == "neighbours" else 0.0), sums
 
     monkeypatch.setitem(KERNELS, "flash", kernel)
     assert choose(*tensors(torch.bfloat16), needs_sums=True) is None
+
+
+@pytest.mark.usefixtures("on_the_processor")
+def test_a_kernel_that_had_no_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*_):
+        raise torch.OutOfMemoryError("pretended")
+
+    with monkeypatch.context() as full:
+        full.setitem(KERNELS, "flash", kernel)
+        with pytest.raises(torch.OutOfMemoryError):
+            choose(*tensors(torch.bfloat16), needs_sums=True)
+    assert choose(*tensors(torch.bfloat16), needs_sums=True) is pretend_kernels.flash
 
 
 def test_no_kernel_on_a_device_that_has_none() -> None:

@@ -54,6 +54,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.name = _name_of(self.torch_device)
         self._pool: Any = None
+        self._captured: torch.cuda.Stream | None = None
         with self.use():
             self.compute = _Stream(self.torch_device, None)
             self.inward, self.outward = (
@@ -99,13 +100,18 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
     def capture(self, run: Callable[[], Found]) -> tuple[Found, Callable[[], None]] | None:
-        """As a CUDA graph. All graphs have one pool of memory, from torch's allocator: they run one after the other."""
+        """As a CUDA graph. All graphs have one pool of memory, from torch's allocator: they run one after the other.
+        They are captured on a stream of their own, because torch's belongs to the device that was captured first."""
         with RefusingWaits(self.torch_device):
             run()
-        if self._pool is None:
+        if self._pool is None or self._captured is None:
             self._pool = torch.cuda.graph_pool_handle()
+            self._captured = torch.cuda.Stream(self.torch_device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others go on
+        capturing = torch.cuda.graph(  # other threads go on
+            graph, pool=self._pool, stream=self._captured, capture_error_mode="thread_local"
+        )
+        with torch.cuda.stream(torch.cuda.current_stream(self.torch_device)), capturing:  # torch's fails to come back
             found = run()
         return found, graph.replay
 
@@ -172,16 +178,19 @@ class Cuda(Accelerator):
         return torch.cuda.get_device_name(device)
 
     def product_seconds(self, device: torch.device, num_rows: int) -> float:
-        """In fp16, the best of some."""
-        matrix, rows = (torch.zeros((n, _SIZE), dtype=torch.float16, device=device) for n in (_SIZE, num_rows))
+        """In fp16, the best of some; what that takes is given back."""
         best = float("inf")
-        for _ in range(_REPEATS):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            torch.mm(rows, matrix)
-            ended.record()
-            ended.synchronize()
-            best = min(best, began.elapsed_time(ended) / 1e3)
+        with torch.cuda.device(device):  # events are of the current one
+            matrix, rows = (torch.zeros((n, _SIZE), dtype=torch.float16, device=device) for n in (_SIZE, num_rows))
+            for _ in range(_REPEATS):
+                began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                began.record()
+                torch.mm(rows, matrix)
+                ended.record()
+                ended.synchronize()
+                best = min(best, began.elapsed_time(ended) / 1e3)
+            del matrix, rows
+            torch.cuda.empty_cache()
         return best
 
     def beside_bytes(self, device: torch.device) -> int:

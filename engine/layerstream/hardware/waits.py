@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NUMBERS = frozenset({"bool", "int", "float", "number"})
+_COPIES = frozenset({"aten::to", "aten::_to_copy", "aten::copy_"})
 _TAKES_INDICES = frozenset({"aten::index", "aten::index_put_", "aten::index_put"})  # which may be masks
 
 
@@ -24,11 +25,11 @@ class RefusingWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, given = func._schema.name, list(_tensors((args, kwargs)))
-        if self._is_there(given) and (_decides(func, name, given) or _crosses(given)):
+        if self._is_there(given) and (_decides(func, name, given) or _crosses(name, given)):
             raise RuntimeError(f"{name} has the host wait for the device")
         found = func(*args, **kwargs)
         concerned = [*given, *_tensors(found)]
-        if self._is_there(concerned) and _crosses(concerned):
+        if self._is_there(concerned) and _crosses(name, concerned):
             raise RuntimeError(f"{name} has the host wait for the device")
         return found
 
@@ -43,9 +44,9 @@ def _decides(func: Any, name: str, given: list[torch.Tensor]) -> bool:
     return gives_numbers or bool(_DECIDES & set(func.tags))
 
 
-def _crosses(tensors: list[torch.Tensor]) -> bool:
-    """Whether some are here and some there; single numbers go with a launch."""
-    return len({tensor.device.type for tensor in tensors if tensor.dim()}) > 1
+def _crosses(name: str, tensors: list[torch.Tensor]) -> bool:
+    """Whether some are here and some there; single numbers go with a launch, unless it is them that are copied."""
+    return len({tensor.device.type for tensor in tensors if tensor.dim() or name in _COPIES}) > 1
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

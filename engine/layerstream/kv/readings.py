@@ -209,11 +209,15 @@ class _Crossing:
         return _Crossed(self, start, num_bytes, numbers.dtype)
 
     def go(self, device: torch.device, room: torch.Tensor | None) -> None:
-        """Copy them all, into *room* if there is one; what was added can be had from now on."""
+        """Copy them all, into *room* if there is one; what was added can be had from now on. Nobody waits for what is
+        computed there: memory that is not pinned is read before a copy of it is queued."""
         packed = torch.zeros(self._num_bytes, dtype=torch.uint8)
         for start, numbers in self._parts:
             packed[start : start + numbers.numel() * numbers.itemsize].view(numbers.dtype).copy_(numbers)
-        self._there = packed.to(device) if room is None else room.copy_(packed)
+        if room is None:
+            self._there = packed.to(device, non_blocking=True)
+        else:
+            self._there = room.copy_(packed, non_blocking=True)
 
     @property
     def there(self) -> torch.Tensor:

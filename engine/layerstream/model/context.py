@@ -115,6 +115,10 @@ class SweepContext:
         self.has_counted = True
         return [Rows(row, row + block.num_rows, row + block.num_used) for row, block in self.active]
 
+    def whole_rows(self) -> list[Rows]:
+        """The row blocks in hand, for who does not care where padding begins: all of it is computed."""
+        return [Rows(row, row + block.num_rows, row + block.num_rows) for row, block in self.active]
+
     @property
     def num_padding(self) -> int:
         """Of the row block in hand."""

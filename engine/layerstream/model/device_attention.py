@@ -104,7 +104,7 @@ def _attend(
     keys, values = pool if call.keys is None else (part.index_select(0, call.keys) for part in pool)
     if kernel is None:
         return _span_by_span(queries, keys, values, call, formula)
-    return _ragged(kernel, queries, keys, values, call, formula)
+    return _ragged(kernel, queries, keys, values, call, formula, most_keys=len(pool[0]))
 
 
 def _ragged(
@@ -114,7 +114,9 @@ def _ragged(
     values: torch.Tensor,
     call: ReadingTensors,
     formula: Formula,
+    most_keys: int,
 ) -> torch.Tensor:
+    """*most_keys* of any query: not those that were gathered, which are neighbours', too."""
     heads, kv_heads, is_alone = queries.shape[1], keys.shape[1], call.reading.is_alone
     group = heads // kv_heads if is_alone else 1
     if group > 1:  # (rows, KV heads, group, width): a group's heads are the rows of its query
@@ -124,7 +126,7 @@ def _ragged(
         call.key_begins,
         call.lengths,
         call.most_rows * group,
-        len(keys),
+        most_keys,
         has_mask=not is_alone,
         window=formula.sight.window,
     )

@@ -15,6 +15,7 @@ without.
 | buffer | owner | written by |
 |---|---|---|
 | inputs, numbers of KV rows | the graph | the host, before a replay |
+| what was made of those numbers | the graph | nobody: it follows from shapes |
 | logits, hidden states, new keys and values | the graph, in the pool of all graphs | the replay, read until the next |
 | weights, KV pools | others, for the engine's life | others |
 """
@@ -46,12 +47,19 @@ _Kind: TypeAlias = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A captured sweep. ``num_used``: rows that it is for; ``None``: any number. ``routed``: what its routers say."""
+    """A captured sweep.
+
+    Attributes:
+        num_used: rows that it is for; ``None``: any number.
+        routed: what its routers say.
+        blocks: *numbers* as kernels look them up, and what was made of them outside of the graph's memory.
+    """
 
     num_used: int | None
     routed: tuple[Routed, ...]
     inputs: Inputs
     numbers: torch.Tensor
+    blocks: tuple[BlockTensors, ...]
     outputs: Outputs
     written: Written
     replay: Callable[[], None]
@@ -145,4 +153,5 @@ class Graphs:
             return None
         outputs, replay = captured
         num_used = context.sweep.blocks[0].num_used if context.has_counted else None
-        return _Graph(num_used, tuple(context.routed), inputs, numbers.there, outputs, self._kv.written, replay)
+        routed = tuple(context.routed)
+        return _Graph(num_used, routed, inputs, numbers.there, blocks, outputs, self._kv.written, replay)

@@ -166,6 +166,8 @@ def _probe(weights: torch.Tensor, num_rows: int) -> bool:
                 [0] * (num_experts - 1) + [num_rows],
             )
         )
+    except torch.OutOfMemoryError:  # another time there may be enough
+        raise
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         logger.info("grouped products are not used on %s: %s", weights.device, error)
         return False

@@ -181,7 +181,12 @@ class SlicedLinear:
         # Rows of the sweep are (1, rows, in) or (rows, in). What else comes is latents, (1, 1, past + new, in), to be
         # expanded: at times as many as there are rows, and yet all of one sequence and none of them padding.
         is_sweep = inputs.dim() <= 3 and flat.shape[0] == context.num_rows
-        blocks = context.rows_in_hand() if is_sweep else [Rows(0, flat.shape[0], flat.shape[0])]
+        if not is_sweep:
+            blocks = [Rows(0, flat.shape[0], flat.shape[0])]
+        elif inputs.is_cpu:
+            blocks = context.rows_in_hand()
+        else:  # a kernel has one shape there, whoever is in the block
+            blocks = context.whole_rows()
         return self.project(flat, blocks).view(*inputs.shape[:-1], -1)
 
     def install(self, module: torch.nn.Module) -> None:

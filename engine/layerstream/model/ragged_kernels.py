@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -118,6 +119,8 @@ def efficient(
 
 KERNELS: dict[str, Kernel] = {"flash": flash, "efficient": efficient}
 _HALF = frozenset({torch.float16, torch.bfloat16})
+_POOL, _COUNTS, _BEGINS, _LENGTHS = 384, (3, 1, 70), (200, 11, 137), (20, 310, 230)  # of a probe
+_SCALE = 0.1  # of its scores
 _agrees: dict[tuple[str, torch.device, torch.dtype, int, int, int, int], bool] = {}
 
 
@@ -140,44 +143,60 @@ def choose(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, n
 def _try(
     kernel: Kernel, name: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, wide: int, out: int
 ) -> bool:
-    """Whether *kernel* runs, gives what the formula gives, and gives a query the same bits beside others."""
+    """Whether *kernel* runs, gives what the formula gives, and gives a query the same bits beside others. Rows and keys
+    are more than a kernel has in hand at once, so that it skips some where there is a window.
+
+    Raises:
+        torch.OutOfMemoryError: another time there may be enough.
+    """
     source = torch.Generator().manual_seed(0)
-    counts, begins, lengths = (3, 1, 40), (90, 11, 37), (20, 64, 49)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=source).to(dtype).to(device)
-
-    queries, keys, values = random(sum(counts), heads, wide), random(128, kv_heads, wide), random(128, kv_heads, out)
-
-    def call(which: range, window: int | None, *, has_mask: bool) -> torch.Tensor:
-        ends = [0]
-        for index in which:
-            ends.append(ends[-1] + counts[index])
-        numbers = ends, [*(begins[index] for index in which), 128], [lengths[index] for index in which]
-        query_ends, key_begins, key_counts = (torch.tensor(some, dtype=torch.int32).to(device) for some in numbers)
-        ragged = Ragged(query_ends, key_begins, key_counts, max(counts), 128, has_mask=has_mask, window=window)
-        first = sum(counts[: which.start])
-        return kernel(queries[first : first + ends[-1]], keys, values, ragged, 0.1)[0].cpu()
-
+    shapes = (sum(_COUNTS), heads, wide), (_POOL, kv_heads, wide), (_POOL, kv_heads, out)
+    tensors = [torch.randn(shape, generator=source).to(dtype) for shape in shapes]
     try:
         for has_mask, window in ((False, None), (True, None), (True, 8)):
-            found = call(range(3), window, has_mask=has_mask)
-            pieces = [call(range(index, index + 1), window, has_mask=has_mask) for index in range(3)]
-            expected = torch.cat(
-                [
-                    formula(query.cpu(), keys.cpu()[at : at + n], values.cpu()[at : at + n], 0.1, window, has_mask)
-                    for query, at, n in zip(queries.split(counts), begins, lengths, strict=True)
-                ]
-            )
-            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-            if not torch.equal(torch.cat(pieces), found):
-                raise ValueError("a query has other bits beside others")
-            if not torch.allclose(found.float(), expected, atol=tolerance, rtol=tolerance):
-                raise ValueError("it gives other numbers than the formula")
+            problem = _problem(kernel, tensors, device, window, has_mask=has_mask)
+            if problem:
+                raise ValueError(problem)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         logger.info("attention by %s is not used on %s in %s: %s", name, device, dtype, error)
         return False
     return True
+
+
+def _problem(
+    kernel: Kernel, tensors: list[torch.Tensor], device: torch.device, window: int | None, *, has_mask: bool
+) -> str:
+    """What is wrong with what *kernel* makes on *device* of queries, keys and values; nothing: ``""``."""
+    queries, keys, values = (tensor.to(device) for tensor in tensors)
+
+    def call(which: range) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ends = list(accumulate((_COUNTS[index] for index in which), initial=0))
+        numbers = ends, [*(_BEGINS[index] for index in which), _POOL], [_LENGTHS[index] for index in which]
+        query_ends, key_begins, lengths = (torch.tensor(some, dtype=torch.int32).to(device) for some in numbers)
+        ragged = Ragged(query_ends, key_begins, lengths, max(_COUNTS), _POOL, has_mask=has_mask, window=window)
+        first = sum(_COUNTS[: which.start])
+        found, sums = kernel(queries[first : first + ends[-1]], keys, values, ragged, _SCALE)
+        return found.cpu(), None if sums is None else sums.cpu()
+
+    found, sums = call(range(len(_COUNTS)))
+    alone = torch.cat([call(range(index, index + 1))[0] for index in range(len(_COUNTS))])
+    if not torch.equal(alone, found):
+        return "a query has other bits beside others"
+    queries, keys, values = tensors
+    places = list(zip(queries.split(_COUNTS), _BEGINS, _LENGTHS, strict=True))
+    expected = [
+        formula(query, keys[at : at + n], values[at : at + n], _SCALE, window, has_mask) for query, at, n in places
+    ]
+    scores = [_scores(query, keys[at : at + n], _SCALE, window, has_mask) for query, at, n in places]
+    expected_sums = torch.cat([torch.logsumexp(some, dim=-1).T for some in scores])
+    tolerance = 1e-4 if queries.dtype == torch.float32 else 2e-2
+    if not torch.allclose(found.float(), torch.cat(expected), atol=tolerance, rtol=tolerance):
+        return "it gives other numbers than the formula"
+    if sums is not None and not torch.allclose(sums, expected_sums, atol=tolerance, rtol=tolerance):
+        return "it gives other sums than the formula"
+    return ""
 
 
 def formula(
@@ -190,12 +209,17 @@ def formula(
 ) -> torch.Tensor:
     """One query ``(rows, heads, width)`` over its keys ``(n, KV heads, width)``: ``(rows, heads, width of values)`` in
     fp32."""
-    group = queries.shape[1] // keys.shape[1]
-    wide, deep = (part.float().repeat_interleave(group, dim=1) for part in (keys, values))
+    weights = torch.softmax(_scores(queries, keys, scale, window, has_mask), dim=-1)
+    return torch.einsum("hrn,nhw->rhw", weights, values.float().repeat_interleave(queries.shape[1] // keys.shape[1], 1))
+
+
+def _scores(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, window: int | None, has_mask: bool
+) -> torch.Tensor:
+    """``(heads, rows, n)``."""
+    wide = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     scores = torch.einsum("rhw,nhw->hrn", queries.float(), wide) * scale
-    if has_mask:
-        scores.masked_fill_(hidden(len(queries), len(keys), window), float("-inf"))
-    return torch.einsum("hrn,nhw->rhw", torch.softmax(scores, dim=-1), deep)
+    return scores.masked_fill_(hidden(len(queries), len(keys), window), float("-inf")) if has_mask else scores
 
 
 def hidden(num_rows: int, num_keys: int, window: int | None) -> torch.Tensor:

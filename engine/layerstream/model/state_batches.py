@@ -145,7 +145,7 @@ class StateBatches:
                 for step in steps_of(block, self._sweep, at_once)
             ]
             planned.append((block, steps, put([row for row, span in block.spans_from(0) if span.is_drafted])))
-        there = torch.tensor(numbers, dtype=torch.long).to(device)
+        there = torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
         tensors = [there[start : start + count] for start, count in cuts]
         return {
             id(block): _Block(

@@ -166,6 +166,8 @@ def _measure_rows(matrix: Packed, dtype: torch.dtype, formula: Callable[[], torc
             if values is None or rows > tuned or not _multiplies(matrix, values, rows):
                 break
             best = rows
+    except torch.OutOfMemoryError:  # another time there may be enough
+        raise
     except Exception as error:  # noqa: BLE001  # whatever is wrong with the package, there is the formula
         logger.info("bitsandbytes' product with %s cannot run on %s (%s)", matrix.name, device, error)
         return 0
@@ -190,6 +192,8 @@ def _gives(name: str, blocksize: int, codes: torch.Tensor, scales: torch.Tensor,
     found = torch.empty_like(expected)
     try:
         _run(name, blocksize, codes[: count * blocksize // 2], scales[:count], found)
+    except torch.OutOfMemoryError:  # another time there may be enough
+        raise
     except Exception as error:  # noqa: BLE001  # whatever is wrong with the package, there is the formula
         logger.info("bitsandbytes' kernel for %s cannot run on %s (%s)", name, expected.device, error)
         return False
@@ -203,6 +207,8 @@ def _gives_scales(codes: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor
     """Whether the kernel for nested scales runs and gives the formula's bits."""
     try:
         return _are_same(_run_scales(codes, absmax, table, blocksize), _scales(codes, absmax, table, blocksize))
+    except torch.OutOfMemoryError:  # another time there may be enough
+        raise
     except Exception as error:  # noqa: BLE001  # whatever is wrong with the package, there is the formula
         logger.info("bitsandbytes' kernel for nested scales cannot run on %s (%s)", codes.device, error)
         return False
