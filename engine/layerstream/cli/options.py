@@ -88,7 +88,7 @@ class EngineOptions:
         Raises:
             ConfigurationError: a store, and none.
         """
-        given = {
+        given: dict[str, Any] = {
             name: value
             for name, value in _values(self)
             if value is not None and (value is not False or name in ON_UNLESS_TOLD)

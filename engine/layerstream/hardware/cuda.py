@@ -1,6 +1,7 @@
 """NVIDIA devices: streams are lanes, events are marks.
 
-Not tested on a card yet: what is above it runs on a pretended device in the tests. Under ROCm torch has the same calls.
+An early version ran on a card once; since then, what is above it has run on the pretended device of the tests only.
+Under ROCm torch has the same calls.
 """
 
 from __future__ import annotations
