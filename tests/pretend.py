@@ -31,6 +31,7 @@ from layerstream.setup import plan_model as sizing
 from torch.overrides import TorchFunctionMode
 
 from tests import counting, pretend_bits, pretend_kernels
+from tests.tape import Tape, refuse_waits
 
 
 class PretendMark:
@@ -304,61 +305,6 @@ _CROSSES = {"copy_"}  # between host and device, as torch allows it
 _READS = {"__repr__", "size", "dim", "stride", "numel", "is_contiguous", "storage_offset"}
 
 
-_WAITS = frozenset(
-    "copy_across item tolist numpy __bool__ __int__ __float__ __index__ __contains__ equal allclose is_nonzero nonzero "
-    "masked_select unique".split()
-)
-
-
-class Tape:
-    """What was done on pretended tensors: functions, what they were given, and what they made."""
-
-    def __init__(self) -> None:
-        self._done: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
-
-    def note(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
-        """*func* gave *found*; views lie where they lay, and are not made again."""
-        given, gave = _tensors_in((args, kwargs)), _tensors_in(found)
-        storages = {tensor.untyped_storage()._cdata for tensor in given}
-        made = [tensor for tensor in gave if tensor.untyped_storage()._cdata not in storages]
-        if made or not gave or _writes(func, kwargs):
-            self._done.append((func, args, kwargs, made))
-
-    def replay(self) -> None:
-        """Do it again."""
-        for func, args, kwargs, made in self._done:
-            with elementwise.steady():
-                found = func(*args, **kwargs)
-            for old, new in zip(made, _tensors_in(found) if made else (), strict=True):
-                assert old.shape == new.shape, f"{func} made another shape"
-                old.copy_(new)
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    return [entry for entry in _flat(value) if isinstance(entry, torch.Tensor)]
-
-
-def _writes(func: Any, kwargs: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    is_named_so = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    return is_named_so or "out" in kwargs or bool(kwargs.get("inplace"))
-
-
-def _refuse_waits(name: str, args: Any) -> None:
-    """As a stream does that is captured."""
-    flags = [entry for entry in _flat(args[1:]) if isinstance(entry, torch.Tensor) and entry.dtype == torch.bool]
-    if name in _WAITS or (name == "__getitem__" and flags):
-        raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list | dict):  # named ones, too, as of a sort
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _flat(entry)
-    else:
-        yield value
-
-
 def _inner(tensor: Any) -> Any:
     return tensor.inner if isinstance(tensor, _OnDevice) else tensor
 
@@ -390,7 +336,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         _check_one_device(name, tensors, there)
     capture = getattr(_PRETENDING, "capture", None)
     if capture is not None and there:
-        _refuse_waits("copy_across" if is_crossing and len(there) < len(tensors) else name, args)
+        refuse_waits("copy_across" if is_crossing and len(there) < len(tensors) else name, args)
     device = wanted or (there[0].place if there else None)
     with _kernels(func, name, is_crossing and not all(isinstance(t, _OnDevice) for t in tensors), device is not None):
         found = func(*args, **kwargs)

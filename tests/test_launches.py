@@ -17,7 +17,7 @@ LAUNCHES = 24
 MATRIX_LAUNCHES = 3
 """A quantised matrix takes at most so many more."""
 
-NUMBERS = (1, 8, 32, 128)
+NUMBERS = (1, 8, 128)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -38,14 +39,14 @@ from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sight import Sight
 from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.hardware.device import Device, Mark, Placement
+from layerstream.kv.device_layer import DeviceLayer
 from layerstream.kv.device_rows import pool_row, rows_of
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.readings import BlockTensors, SweepNumbers, WaveTensors
 from layerstream.kv.shape import PageShape
 from layerstream.kv.staging import Staging
-from layerstream.kv.state import LayerState, PagedRows, merged, runs, shape_of
+from layerstream.kv.state import LayerState, merged, runs, shape_of
 
-ALIGNMENT = 256  # bytes
 MERGED_BYTES = 2**18  # a copy of so many costs the link what another call costs the thread that queues it
 
 Written: TypeAlias = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
@@ -108,7 +109,9 @@ class DeviceKV:
             place = at, before % LAYERS_IN_HAND if takes_turns else LAYERS_IN_HAND + before
             self._homes.append(_Home(placement.devices[at], place, takes_turns))
         self._memory: dict[tuple[int, int], torch.Tensor] = {}
-        self.layers = [DeviceLayer(self, layer, state, num_pages, page_tokens) for layer, state in enumerate(states)]
+        self.layers = [
+            DeviceLayer(partial(self.place, layer), state, num_pages, page_tokens) for layer, state in enumerate(states)
+        ]
         self._staging = Staging(staged_rows, shapes, placement.first)
         self._free: dict[tuple[int, int], Mark] = {}  # by place: nothing queued before touches it
         self._wait: Wait | None = None
@@ -367,64 +370,6 @@ class DeviceKV:
             )
             self._direct = list(runs(targets, -1))
         return self._direct
-
-
-class DeviceLayer(PagedRows):
-    """Keys and values of one layer on the device; one row more than its pages have belongs to nobody.
-
-    Attributes:
-        host: the same in host memory.
-        valid: pages that are the same there and here.
-    """
-
-    def __init__(self, owner: DeviceKV, layer: int, host: LayerState, num_pages: int, page_tokens: int) -> None:
-        super().__init__(page_tokens, num_pages)
-        self.host = host
-        self.valid: set[int] = set()
-        host.on_change = self.valid.discard
-        self._owner = owner
-        self._layer = layer
-        self._num_rows = num_pages * page_tokens + 1
-        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def pool(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``(rows, heads, width)``."""
-        assert self._tensors is not None, "nothing was written yet"
-        return self._tensors
-
-    def reserve(self, shape: PageShape) -> None:
-        """Make room here and on the host."""
-        if self._has_room:
-            return
-        self.host.reserve(shape)
-        key_bytes, value_bytes = self._num_rows * shape.key_bytes, self._num_rows * shape.value_bytes
-        start = -(-key_bytes // ALIGNMENT) * ALIGNMENT
-        memory = self._owner.place(self._layer, start + value_bytes)
-        dtype = getattr(torch, shape.dtype)
-        keys, values = memory[:key_bytes], memory[start : start + value_bytes]
-        self._tensors = (
-            keys.view(dtype).view(self._num_rows, shape.key_heads, shape.key_width),
-            values.view(dtype).view(self._num_rows, shape.value_heads, shape.value_width),
-        )
-        self._has_room = True
-
-    def scatter(self, targets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write rows ``(n, heads, width)`` to the pool's rows *targets*."""
-        for pool, rows in zip(self.pool, (keys, values), strict=True):
-            pool.index_copy_(0, targets, rows)
-
-    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of *count* neighbouring pages."""
-        return self.row_range(first * self._page_tokens, count * self._page_tokens)
-
-    def row_range(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """*count* neighbouring rows."""
-        keys, values = self.pool
-        return keys[first : first + count], values[first : first + count]
-
-    def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
-        return slice(first * self._page_tokens, (first + count) * self._page_tokens), self.pool
 
 
 def _past_pages(spans: Iterable[Span], page_tokens: int) -> set[int]:
