@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from layerstream.hardware.nested import tensors_in
 from layerstream.model import elementwise
 
 _WAITS = frozenset(
@@ -22,7 +22,7 @@ class Tape:
 
     def note(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
         """*func* gave *found*; views lie where they lay, and are not made again."""
-        given, gave = _tensors_in((args, kwargs)), _tensors_in(found)
+        given, gave = list(tensors_in((args, kwargs))), list(tensors_in(found))
         storages = {tensor.untyped_storage()._cdata for tensor in given}
         made = [tensor for tensor in gave if tensor.untyped_storage()._cdata not in storages]
         if made or not gave or _writes(func, kwargs):
@@ -33,13 +33,9 @@ class Tape:
         for func, args, kwargs, made in self._done:
             with elementwise.steady():
                 found = func(*args, **kwargs)
-            for old, new in zip(made, _tensors_in(found) if made else (), strict=True):
+            for old, new in zip(made, tensors_in(found) if made else (), strict=True):
                 assert old.shape == new.shape, f"{func} made another shape"
                 old.copy_(new)
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    return [entry for entry in _flat(value) if isinstance(entry, torch.Tensor)]
 
 
 def _writes(func: Any, kwargs: Any) -> bool:
@@ -50,14 +46,6 @@ def _writes(func: Any, kwargs: Any) -> bool:
 
 def refuse_waits(name: str, args: Any) -> None:
     """As a stream does that is captured."""
-    flags = [entry for entry in _flat(args[1:]) if isinstance(entry, torch.Tensor) and entry.dtype == torch.bool]
+    flags = [tensor for tensor in tensors_in(args[1:]) if tensor.dtype == torch.bool]
     if name in _WAITS or (name == "__getitem__" and flags):
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list | dict):  # named ones, too, as of a sort
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _flat(entry)
-    else:
-        yield value

@@ -86,7 +86,7 @@ def test_every_row_sees_its_own_past_and_nothing_else(seed: int) -> None:
                 attended: list[int] = []
                 for turn, wave in enumerate(own.waves):
                     for other, row, target in wave.moves:
-                        span = next(span for at, span in rows.blocks[other].spans() if at == row)
+                        span = next(span for at, span in sweep.blocks[other].spans_from(0) if at == row)
                         pool[target] = (span.sequence.sequence_id, span.start, span.node)
                     for reading in rows.readings(number, turn, sight):
                         attended += check_reading(reading, sweep, block, sight, pool, rows.spare)

@@ -1,6 +1,6 @@
 """Graphs of decode sweeps, on a device that plays back what was done on its tensors and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ def run(parts: Assembly, count: int, between: Callable[[], None] | None = None) 
     return step_greedily(parts, [draw_prompt(5 + 3 * at, at) for at in range(count)], NEW_TOKENS, between=between)
 
 
+def check_alike(parts: Assembly, plain: Assembly, counts: Sequence[int]) -> None:
+    """For each of *counts* sequences, one after the other, both give the same tokens and, bit for bit, logits."""
+    for count in counts:
+        (tokens, logits), (expected_tokens, expected) = run(parts, count), run(plain, count)
+        assert tokens == expected_tokens
+        assert all(map(torch.equal, logits, expected))
+
+
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("qwen3", "bfloat16")])
 def test_graphs_change_no_bit(family: str, dtype: str, tmp_path: Path, tokenizer_folder: Path) -> None:
     make_model(family, tmp_path)
@@ -45,11 +53,7 @@ def test_graphs_change_no_bit(family: str, dtype: str, tmp_path: Path, tokenizer
     with_graphs, without = make_parts(tmp_path, dtype), make_parts(tmp_path, dtype, cuda_graphs=False)
     try:
         assert graphs_of(without) is None
-        for count in (1, 4, 2):  # one graph has them all
-            tokens, logits = run(with_graphs, count)
-            expected_tokens, expected = run(without, count)
-            assert tokens == expected_tokens
-            assert all(map(torch.equal, logits, expected))
+        check_alike(with_graphs, without, (1, 4, 2))  # one graph has them all
         graphs = graphs_of(with_graphs)
         assert graphs is not None
         assert graphs.num_replays >= 3 * (NEW_TOKENS - 1) - 3
@@ -67,11 +71,7 @@ def test_experts_are_in_a_graph_for_each_number_of_rows(tmp_path: Path, tokenize
     add_tokenizer(tmp_path, tokenizer_folder)
     with_graphs, without = make_parts(tmp_path, "float32"), make_parts(tmp_path, "float32", cuda_graphs=False)
     try:
-        for count in (2, 3, 2):
-            tokens, logits = run(with_graphs, count)
-            expected_tokens, expected = run(without, count)
-            assert tokens == expected_tokens
-            assert all(map(torch.equal, logits, expected))
+        check_alike(with_graphs, without, (2, 3, 2))
         graphs = graphs_of(with_graphs)
         assert graphs is not None
         assert graphs.num_replays == 3 * (NEW_TOKENS - 1) - 1 - 2  # but for the first sweep, and one for each graph
@@ -105,10 +105,7 @@ def test_who_asks_how_many_rows_there_are_has_a_graph_for_each_number(tmp_path: 
     _scale_by_used_rows(parts)
     _scale_by_used_rows(plain)
     try:
-        for count in (1, 3, 1, 3):
-            (tokens, logits), (expected_tokens, expected) = run(parts, count), run(plain, count)
-            assert tokens == expected_tokens
-            assert all(map(torch.equal, logits, expected))
+        check_alike(parts, plain, (1, 3, 1, 3))
         graphs = graphs_of(parts)
         assert graphs is not None
         assert sorted(g.num_used or 0 for [*some] in graphs._graphs.values() for g in some) == [

@@ -191,10 +191,7 @@ class Sweep:
         """Every span with the packed row that it starts at."""
         row = 0
         for block in self.blocks:
-            at = row
-            for span in block.spans:
-                yield at, span
-                at += len(span)
+            yield from block.spans_from(row)
             row += block.num_rows
 
     def known_spans(self) -> Iterator[tuple[int, Span]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from layerstream.hardware.nested import tensors_in
 
 _DECIDES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _NUMBERS = frozenset({"bool", "int", "float", "number"})
@@ -24,11 +25,11 @@ class RefusingWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, given = func._schema.name, list(_tensors((args, kwargs)))
+        name, given = func._schema.name, list(tensors_in((args, kwargs)))
         if self._is_there(given) and (_decides(func, name, given) or _crosses(name, given)):
             raise RuntimeError(f"{name} has the host wait for the device")
         found = func(*args, **kwargs)
-        concerned = [*given, *_tensors(found)]
+        concerned = [*given, *tensors_in(found)]
         if self._is_there(concerned) and _crosses(name, concerned):
             raise RuntimeError(f"{name} has the host wait for the device")
         return found
@@ -47,14 +48,3 @@ def _decides(func: Any, name: str, given: list[torch.Tensor]) -> bool:
 def _crosses(name: str, tensors: list[torch.Tensor]) -> bool:
     """Whether some are here and some there; single numbers go with a launch, unless it is them that are copied."""
     return len({tensor.device.type for tensor in tensors if tensor.dim() or name in _COPIES}) > 1
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for entry in value:
-            yield from _tensors(entry)
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors(entry)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 
 from layerstream.kv.shape import PageShape
-from layerstream.kv.state import LayerState, PagedRows
+from layerstream.kv.state import LayerState, PagedRows, rows_in
 
 ALIGNMENT = 256  # bytes
 Place: TypeAlias = Callable[[int], torch.Tensor]
@@ -45,23 +45,13 @@ class DeviceLayer(PagedRows):
         self.host.reserve(shape)
         key_bytes, value_bytes = self._num_rows * shape.key_bytes, self._num_rows * shape.value_bytes
         start = -(-key_bytes // ALIGNMENT) * ALIGNMENT
-        memory = self._place(start + value_bytes)
-        dtype = getattr(torch, shape.dtype)
-        keys, values = memory[:key_bytes], memory[start : start + value_bytes]
-        self._tensors = (
-            keys.view(dtype).view(self._num_rows, shape.key_heads, shape.key_width),
-            values.view(dtype).view(self._num_rows, shape.value_heads, shape.value_width),
-        )
+        self._tensors = rows_in(self._place(start + value_bytes), self._num_rows, shape, ALIGNMENT)
         self._has_room = True
 
     def scatter(self, targets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write rows ``(n, heads, width)`` to the pool's rows *targets*."""
         for pool, rows in zip(self.pool, (keys, values), strict=True):
             pool.index_copy_(0, targets, rows)
-
-    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of *count* neighbouring pages."""
-        return self.row_range(first * self._page_tokens, count * self._page_tokens)
 
     def row_range(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """*count* neighbouring rows."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from layerstream.core.draft import DraftTree
 from layerstream.core.sequence import Sequence as TokenSequence
@@ -50,7 +50,7 @@ class Reading:
     """Queries of one call.
 
     Attributes:
-        is_whole: the queries are all rows of the block in their order, one row each.
+        is_whole: the queries are all rows of the block in their order, one row each, and nothing is gathered.
         is_alone: every query is one row, which sees all of its keys.
     """
 
@@ -108,13 +108,9 @@ class BlockRows:
         """Whether any of its rows is a guess."""
         return any(span.is_drafted for span in self.block.spans)
 
-    def spans(self) -> Iterator[tuple[int, Span]]:
-        """Its spans, each with its first row."""
-        return zip(accumulate(map(len, self.block.spans), initial=0), self.block.spans, strict=False)
-
     def known(self) -> Iterator[tuple[int, int]]:
         """Rows that are no guesses, each with the pool's row that it is written to."""
-        for at, span in self.spans():
+        for at, span in self.block.spans_from(0):
             if not span.is_drafted:
                 yield from ((row, self.targets[row]) for row in range(at, at + len(span)))
 
@@ -126,18 +122,12 @@ class SweepRows:
     Attributes:
         blocks: in the sweep's order.
         placed: the path of guesses that is in place when the sweep is over, for each sequence that has some.
-        has_moves: whether guesses compete anywhere.
     """
 
     blocks: tuple[BlockRows, ...]
     placed: Mapping[TokenSequence, tuple[int, ...]]
     page_tokens: int
     spare: int
-
-    @property
-    def has_moves(self) -> bool:
-        """Whether guesses compete anywhere."""
-        return any(wave.moves for rows in self.blocks for wave in rows.waves)
 
     def readings(self, number: int, wave: int, sight: Sight) -> list[Reading]:
         """The calls that block *number* attends by in one of its waves."""
@@ -177,11 +167,12 @@ def rows_of(sweep: Sweep, page_tokens: int, num_pages: int) -> SweepRows:
     spare = num_pages * page_tokens
     drafts = {sequence: _Paths.of(tree) for sequence, tree in sweep.drafts.items()}
     known: dict[TokenSequence, dict[int, tuple[int, int]]] = {}  # nodes' rows in the blocks so far
+    placed: dict[TokenSequence, tuple[int, ...]] = {}
     blocks = []
     for number, block in enumerate(sweep.blocks):
-        targets, pages, at = [spare] * block.num_rows, set[int](), 0
+        targets, pages = [spare] * block.num_rows, set[int]()
         nodes: dict[TokenSequence, list[int]] = {}
-        for span in block.spans:
+        for at, span in block.spans_from(0):
             pages.update(span.sequence.pages[span.start // page_tokens : (span.stop - 1) // page_tokens + 1])
             if span.is_drafted:
                 known.setdefault(span.sequence, {})[span.node] = number, at
@@ -189,10 +180,11 @@ def rows_of(sweep: Sweep, page_tokens: int, num_pages: int) -> SweepRows:
             if not span.is_drafted or drafts[span.sequence].is_chain:
                 for place, position in enumerate(range(span.start, span.stop), start=at):
                     targets[place] = pool_row(span.sequence, position, page_tokens)
-            at += len(span)
-        waves = _waves(block, nodes, known, drafts, page_tokens)
+        turns = {sequence: drafts[sequence].wanted(own) for sequence, own in nodes.items()}
+        placed |= {sequence: wanted[-1][0] for sequence, wanted in turns.items()}
+        waves = _waves(block, turns, known, drafts, page_tokens)
         blocks.append(BlockRows(number, block, tuple(targets), waves, frozenset(pages)))
-    return SweepRows(tuple(blocks), _placed(sweep, drafts), page_tokens, spare)
+    return SweepRows(tuple(blocks), placed, page_tokens, spare)
 
 
 @dataclass
@@ -224,12 +216,12 @@ class _Paths:
 
 def _waves(
     block: RowBlock,
-    nodes: Mapping[TokenSequence, list[int]],
+    steps: Mapping[TokenSequence, Sequence[tuple[tuple[int, ...], list[int]]]],
     known: Mapping[TokenSequence, Mapping[int, tuple[int, int]]],
     drafts: Mapping[TokenSequence, _Paths],
     page_tokens: int,
 ) -> tuple[Wave, ...]:
-    steps = {sequence: drafts[sequence].wanted(own) for sequence, own in nodes.items()}
+    """*steps*: the paths that the guesses of each sequence in *block* attend on, and which do it then."""
     turns: dict[tuple[TokenSequence, int], int] = {}  # the wave of each competing node
     moves: list[list[tuple[int, int, int]]] = [[]]
     for sequence, wanted in steps.items():
@@ -245,24 +237,9 @@ def _waves(
                 for node, place in there
             )
     spans: list[list[tuple[int, Span]]] = [[] for _ in moves]
-    at = 0
-    for span in block.spans:
+    for at, span in block.spans_from(0):
         spans[turns.get((span.sequence, span.node), 0)].append((at, span))
-        at += len(span)
     return tuple(Wave(tuple(moved), tuple(some)) for moved, some in zip(moves, spans, strict=True))
-
-
-def _placed(sweep: Sweep, drafts: Mapping[TokenSequence, _Paths]) -> dict[TokenSequence, tuple[int, ...]]:
-    """What the last wave of each sequence's last block left in place."""
-    placed: dict[TokenSequence, tuple[int, ...]] = {}
-    for block in sweep.blocks:
-        nodes: dict[TokenSequence, list[int]] = {}
-        for span in block.spans:
-            if span.is_drafted:
-                nodes.setdefault(span.sequence, []).append(span.node)
-        for sequence, own in nodes.items():
-            placed[sequence] = drafts[sequence].wanted(own)[-1][0]
-    return placed
 
 
 def pool_row(sequence: TokenSequence, position: int, page_tokens: int) -> int:

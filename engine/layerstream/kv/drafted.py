@@ -1,4 +1,4 @@
-"""Keys and values of guesses: kept beside the pages until it is known which of them were right.
+"""Keys and values of guesses, where the processor computes: kept beside the pages until it is known which were right.
 
 Guesses that compete for a position cannot all be in the pages. So they wait here, layer by layer, and whoever attends
 from one of them first puts the guesses on its path where the pages will have them. Whatever that leaves behind in the
@@ -59,18 +59,7 @@ class DraftedRows:
 
     def accept(self, states: Sequence[LayerState], sequence: TokenSequence, nodes: Sequence[int], start: int) -> None:
         """Write the guesses *nodes* of *sequence*, a path, to its pages in host memory from position *start* on."""
-        kept = [layer for layer in range(len(states)) if (layer, sequence) in self._rows]
-        rows = _to_host([tensor[nodes] for layer in kept for tensor in self._rows[layer, sequence]])
-        for layer, keys, values in zip(kept, rows[::2], rows[1::2], strict=True):
-            states[layer].append(sequence.pages, start, keys.transpose(0, 1), values.transpose(0, 1))
-
-
-def _to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """From each device in one copy: hundreds of small ones would take longer."""
-    found = list(tensors)
-    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
-        there = [index for index, tensor in enumerate(tensors) if tensor.device == device]
-        flat = torch.cat([tensors[index].reshape(-1) for index in there]).cpu()
-        for index, piece in zip(there, flat.split([tensors[index].numel() for index in there]), strict=True):
-            found[index] = piece.view(tensors[index].shape)
-    return found
+        for layer, state in enumerate(states):
+            if (layer, sequence) in self._rows:
+                keys, values = (tensor[nodes].transpose(0, 1) for tensor in self._rows[layer, sequence])
+                state.append(sequence.pages, start, keys, values)

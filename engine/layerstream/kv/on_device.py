@@ -119,6 +119,7 @@ class DeviceKV:
         self._numbers: dict[int, int] = {}  # of blocks, by identity
         self._staged: dict[int, int] = {}  # blocks that leave side by side, and their first place there
         self._direct: list[tuple[int, int]] | None = []
+        self._numbers_made: SweepNumbers | None = None
         self._tensors: dict[torch.device, tuple[BlockTensors, ...]] = {}
         self._pages: list[int] = []
         self._arrived: dict[int, Mark] = {}
@@ -168,8 +169,7 @@ class DeviceKV:
             return None
         if len(self._devices) != 1 or any(layer.host.shape is None for layer in self.layers):
             return None
-        numbers = SweepNumbers(self._rows, self._sights)
-        return numbers if numbers.is_plain else None
+        return self._sweep_numbers if self._sweep_numbers.is_plain else None
 
     def reach_all(self, numbers: SweepNumbers, room: torch.Tensor | None) -> tuple[BlockTensors, ...]:
         """The compute comes to all layers at once, by *numbers*, which cross into *room*; what it makes leaves when it
@@ -237,19 +237,17 @@ class DeviceKV:
         places = {
             span.node: self._staged[rows.number] + at
             for rows in self._rows.blocks
-            for at, span in rows.spans()
+            for at, span in rows.block.spans_from(0)
             if span.sequence is sequence and span.is_drafted
         }
         staged = torch.tensor([places[node] for node in nodes])
         targets = torch.tensor([pool_row(sequence, start + at, tokens) for at in range(len(nodes))])
         is_there = self._rows.placed[sequence][: len(nodes)] == tuple(nodes)
         pages = sequence.pages[start // tokens : (start + len(nodes) - 1) // tokens + 1]
-        for layer, there in enumerate(self.layers):
-            if there.host.shape is None:
-                continue
-            there.host.scatter(targets, *(part.index_select(0, staged) for part in self._staging.rows(layer)))
-            if not is_there:
-                there.valid.difference_update(pages)
+        self._put(staged, targets)
+        if not is_there:
+            for layer in self.layers:
+                layer.valid.difference_update(pages)
 
     def abort(self) -> None:
         """The sweep died: what it wrote is past what anybody reads, and nothing is under way any more."""
@@ -276,11 +274,19 @@ class DeviceKV:
     def _block(self, layer: int, number: int) -> BlockTensors:
         device = self._homes[layer].device.torch_device
         if device not in self._tensors:
-            self._tensors[device] = SweepNumbers(self._rows, self._sights).go(device)
+            self._tensors[device] = self._sweep_numbers.go(device)
         return self._tensors[device][number]
+
+    @property
+    def _sweep_numbers(self) -> SweepNumbers:
+        """Those of the sweep, made when they are first asked for."""
+        if self._numbers_made is None:
+            self._numbers_made = SweepNumbers(self._rows, self._sights)
+        return self._numbers_made
 
     def _stage(self) -> None:
         """Give places to blocks whose rows leave side by side: those with guesses, and others as long as there are."""
+        self._numbers_made = None
         self._tensors.clear()
         self._staged.clear()
         self._direct = None
@@ -303,7 +309,10 @@ class DeviceKV:
         ]
         if not places:
             return
-        staged, targets = torch.tensor(places).unbind(1)
+        self._put(*torch.tensor(places).unbind(1))
+
+    def _put(self, staged: torch.Tensor, targets: torch.Tensor) -> None:
+        """Put the *staged* rows of all layers into rows *targets* of the host's pages."""
         for layer, there in enumerate(self.layers):
             if there.host.shape is not None:
                 there.host.scatter(targets, *(part.index_select(0, staged) for part in self._staging.rows(layer)))

@@ -156,7 +156,7 @@ class _Call:
     @property
     def is_plain(self) -> bool:
         """As of all blocks."""
-        return self._reading.is_whole and self._reading.is_alone and not self._reading.is_gathered
+        return self._reading.is_whole
 
     def tensors(self) -> ReadingTensors:
         return ReadingTensors(

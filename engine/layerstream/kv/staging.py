@@ -13,6 +13,7 @@ import torch
 from layerstream.hardware.arena import Arena
 from layerstream.hardware.device import Device
 from layerstream.kv.shape import PageShape
+from layerstream.kv.state import rows_in
 
 
 class Staging:
@@ -40,16 +41,8 @@ class Staging:
         self._device.pin(self._arena)
         start = 0
         for shape in self._shapes:
-            dtype, parts = getattr(torch, shape.dtype), []
-            sides = (
-                (shape.key_heads, shape.key_width, shape.key_bytes),
-                (shape.value_heads, shape.value_width, shape.value_bytes),
-            )
-            for heads, width, num_bytes in sides:
-                memory = self._arena.tensor[start : start + num_rows * num_bytes]
-                parts.append(memory.view(dtype).view(num_rows, heads, width))
-                start += num_rows * num_bytes
-            self._views.append((parts[0], parts[1]))
+            self._views.append(rows_in(self._arena.tensor[start:], num_rows, shape))
+            start += num_rows * (shape.key_bytes + shape.value_bytes)
 
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``(num_rows, heads, width)`` and values of *layer*."""

@@ -79,10 +79,7 @@ class Transit:
         arena = self._arenas.get(turn)
         if arena is None or arena.num_bytes < key_bytes + value_bytes:
             arena = self._arenas[turn] = Arena(key_bytes + value_bytes)
-        dtype = getattr(torch, shape.dtype)
-        keys = arena.tensor[:key_bytes].view(dtype).view(self._num_rows, shape.key_heads, shape.key_width)
-        values = arena.tensor[key_bytes : key_bytes + value_bytes].view(dtype)
-        return keys, values.view(self._num_rows, shape.value_heads, shape.value_width)
+        return rows_in(arena.tensor, self._num_rows, shape)
 
 
 class PagedRows(ABC):
@@ -117,6 +114,11 @@ class PagedRows(ABC):
         within = slice(start - first * self._page_tokens, stop - first * self._page_tokens)
         keys, values = self._gather(pages[first : last + 1])
         return keys[within].transpose(0, 1), values[within].transpose(0, 1)
+
+    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of *count* neighbouring pages, to be left as they are."""
+        rows, (keys, values) = self._locate(first, count)
+        return keys[rows], values[rows]
 
     @abstractmethod
     def reserve(self, shape: PageShape) -> None:
@@ -214,11 +216,6 @@ class LayerState(PagedRows):
         """Have *decode* write keys and values of *page*."""
         decode(*self.page(page))
 
-    def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of *count* neighbouring pages, to be left as they are."""
-        rows, (keys, values) = self._locate(first, count)
-        return keys[rows], values[rows]
-
     def row_range(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """*count* rows of frames from row *first* on, as views."""
         assert self._keys is not None and self._values is not None, "no page was written yet"
@@ -243,6 +240,21 @@ class LayerState(PagedRows):
             tensors = self._transit.tensors(self._layer, self.shape)
             first -= self._border
         return slice(first * self._page_tokens, (first + count) * self._page_tokens), tensors
+
+
+def rows_in(
+    memory: torch.Tensor, num_rows: int, shape: PageShape, alignment: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``(num_rows, heads, width)`` at the beginning of *memory*, in bytes, and values behind them, which begin at
+    a multiple of *alignment*."""
+    dtype = getattr(torch, shape.dtype)
+    key_bytes, value_bytes = num_rows * shape.key_bytes, num_rows * shape.value_bytes
+    start = -(-key_bytes // alignment) * alignment
+    keys, values = memory[:key_bytes].view(dtype), memory[start : start + value_bytes].view(dtype)
+    return (
+        keys.view(num_rows, shape.key_heads, shape.key_width),
+        values.view(num_rows, shape.value_heads, shape.value_width),
+    )
 
 
 def shape_of(keys: torch.Tensor, values: torch.Tensor) -> PageShape:

@@ -105,10 +105,7 @@ class SweepContext:
     def spans(self) -> Iterator[tuple[int, Span]]:
         """The spans in hand, each with the row that it starts at."""
         for row, block in self.active:
-            at = row
-            for span in block.spans:
-                yield at, span
-                at += len(span)
+            yield from block.spans_from(row)
 
     def rows_in_hand(self) -> list[Rows]:
         """The row blocks in hand."""

@@ -7,13 +7,16 @@ Between sweeps every streamed parameter is the meta tensor it was built as.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import torch
 
+from layerstream.hardware.nested import tensors_in
 from layerstream.model.context import SweepContext, current
 from layerstream.model.routing import gathering
 
@@ -62,6 +65,20 @@ class Binding:
             target.holder[target.name] = target.meta
 
 
+def call_instead(module: torch.nn.Module, functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Have the forward of *module*, of this instance alone, call *functions* by the names of its globals."""
+    forward = inspect.unwrap(type(module).forward)
+    function = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, **functions},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    function.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(function, module)
+
+
 def named_holders(module: torch.nn.Module, path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """``(state dict name, dict that holds it, name in that dict)`` for all of *module*'s weights."""
     for owner_path, owner in module.named_modules(prefix=path):
@@ -94,7 +111,7 @@ def _by_row_block(
     context: SweepContext, forward: Callable[..., Any], args: Any, kwargs: Any, *, routes: bool = False
 ) -> Any:
     total = context.num_rows
-    if all(row_axis(tensor, total) is None for tensor in _tensors((args, kwargs))):
+    if all(row_axis(tensor, total) is None for tensor in tensors_in((args, kwargs))):
         return forward(*args, **kwargs)
 
     def run(rows: slice) -> Any:
@@ -117,17 +134,6 @@ def row_axis(tensor: torch.Tensor, total: int) -> int | None:
     if len(shape) >= 3 and shape[1] == 1 and shape[2] == total:
         return 2
     return 0 if len(shape) >= 1 and shape[0] == total else None
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _rows_of(value: Any, total: int, rows: slice) -> Any:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +32,7 @@ from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.model import elementwise
+from layerstream.model.hooks import call_instead
 from layerstream.model.scans import SCANS, Call
 from layerstream.model.state_batches import StateBatches
 
@@ -66,14 +66,8 @@ def scans_of(module: torch.nn.Module) -> set[str]:
 
 def install(module: torch.nn.Module) -> None:
     """Have the scans that the mixer *module* calls be run by whoever is :func:`mixing`."""
-    forward = inspect.unwrap(type(module).forward)
     layer: int = module.layer_idx  # type: ignore[assignment]
-    ours = {name: _mixed(layer, SCANS[name]) for name in scans_of(module)}
-    function = FunctionType(
-        forward.__code__, {**forward.__globals__, **ours}, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    function.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = MethodType(function, module)
+    call_instead(module, {name: _mixed(layer, SCANS[name]) for name in scans_of(module)})
 
 
 def _mixed(layer: int, bind: Callable[..., Call]) -> Callable[..., Any]:

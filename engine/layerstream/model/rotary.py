@@ -12,12 +12,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
 
 from layerstream.model.context import current
+from layerstream.model.hooks import call_instead
 
 Function: TypeAlias = Callable[..., Any]
 Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -93,10 +94,7 @@ class Rotaries:
         ours = {name: self._of(own) for name, own in called.items() if _takes_angles(own)}
         if not ours:
             return False
-        code, closure = forward.__code__, forward.__closure__
-        function = FunctionType(code, {**forward.__globals__, **ours}, forward.__name__, forward.__defaults__, closure)
-        function.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(function, module)
+        call_instead(module, ours)
         return True
 
     def _of(self, own: Function) -> Rotary:

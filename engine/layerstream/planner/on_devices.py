@@ -1,8 +1,7 @@
 """Plans for several accelerators: one for each, of its own layers, that agree on what a sweep carries. Pure.
 
 Every device has a ring, residents, KV, and slots for the experts of its own layers, within its own ceiling; host memory
-is behind all of them. What
-shapes a sweep (tokens, guesses, pages) is what the tightest of them has room for.
+is behind all of them. What shapes a sweep (tokens, guesses, pages) is what the tightest of them has room for.
 """
 
 from __future__ import annotations
