@@ -66,7 +66,8 @@ class LayerStream:
             host memory where that is done sooner than they cross to the accelerator; ``"off"``: none, so that answers
             have the same bits whatever is where.
         dtype: ``"auto"`` (as the checkpoint was saved), ``"float32"``, ``"bfloat16"``, ``"float16"``.
-        attention: ``"auto"``, ``"sdpa"`` (torch's), or ``"flash_attn"`` (that package's, on an accelerator).
+        attention: ``"auto"``, ``"sdpa"`` (torch's), or ``"flash_attn"`` (that package's, on an accelerator, for what
+            attends span by span there: soft caps, latents).
         cuda_graphs: on a CUDA device that has room for the whole model, launch a decode sweep at once; which changes no
             bit. ``False``: operator by operator.
         quantization: ``"nf4"``, ``"int8"`` or ``"int4"``: convert the model once, into the user's cache folder, and
