@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from layerstream import LayerStream
-from layerstream.core.sweep import Sweep
+from layerstream.core.sweep import RowBlock, Sweep
 from layerstream.errors import BudgetTooSmall, InvalidRouting, MissingTensor
 from layerstream.hardware.reader import DirectReader
 from layerstream.model import experts as computing
@@ -211,13 +211,15 @@ def test_a_router_that_names_nobody_is_an_error(index: int) -> None:
         num_experts = 4
 
     with sweeping(SweepContext(Sweep((), ()), [], [])) as context:
-        context.active = [(0, _Block())]  # type: ignore[list-item]
+        context.active = [(0, _Block((), 2))]
         with pytest.raises(InvalidRouting, match=r"there are 4"):
             computing.compute_experts(Experts(), torch.zeros(2, 8), torch.tensor([[0], [index]]), torch.ones(2, 1))
 
 
-class _Block:
-    num_padding, spans, num_rows = 0, (), 2
+class _Block(RowBlock):
+    """Rows of nobody that are no padding."""
+
+    num_padding = 0  # type: ignore[assignment]
 
 
 def test_reads_go_on_while_experts_compute(
