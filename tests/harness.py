@@ -37,7 +37,6 @@ def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_OVERHEAD", 4 * units.PAGE)
     monkeypatch.setattr(on_host, "FINEST_UNIT_BYTES", 12 * 1024)
     monkeypatch.setattr(assumed, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr(assumed, "STREAMING_CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "RECURRENT_CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "PROMPT_ROWS", 64)
     monkeypatch.setattr(on_host, "MIN_KV_TOKENS", 512)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 
 import torch
+from torch.nn.functional import pad
 
 from layerstream.core.sizes import PAGE
 from layerstream.hardware.arena import Arena, Populating
@@ -108,12 +109,22 @@ class PagedRows(ABC):
     def read(self, pages: list[int], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens ``[start, stop)``, each ``(heads, stop - start, width)``.
 
-        A view where the pages are neighbours, a gathered copy otherwise.
+        A view where the pages are neighbours, a gathered copy otherwise; zeros where *pages* do not reach.
         """
         first, last = start // self._page_tokens, (stop - 1) // self._page_tokens
         within = slice(start - first * self._page_tokens, stop - first * self._page_tokens)
         keys, values = self._gather(pages[first : last + 1])
+        if within.stop > len(keys):
+            missing = (0, 0, 0, 0, 0, within.stop - len(keys))
+            keys, values = pad(keys, missing), pad(values, missing)
         return keys[within].transpose(0, 1), values[within].transpose(0, 1)
+
+    def clear(self, pages: list[int], start: int, stop: int) -> None:
+        """Write zeros to tokens ``[start, stop)``, as far as *pages* reach."""
+        for page, within, _ in self._pieces(pages, start, min(stop, len(pages) * self._page_tokens)):
+            rows, tensors = self._locate(page, 1)
+            for tensor in tensors:
+                tensor[rows.start + within.start : rows.start + within.stop] = 0
 
     def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of *count* neighbouring pages, to be left as they are."""

@@ -48,6 +48,7 @@ class SweepContext:
 
     Attributes:
         layers: what each layer caches, attends to and sees.
+        chunk_tokens: prompt tokens that attend together (:meth:`attended`); 0: spans attend as they are.
         states: the KV of each layer that caches, where it is computed with.
         reach: returns when what the sweep reads of one of them is there; ``None``: all of it is.
         active: the row blocks in hand, each with the row that it starts at.
@@ -69,8 +70,9 @@ class SweepContext:
     reach: Callable[[int], None] | None = None
     pools: DeviceKV | None = None
     prefers_flash: bool = False
+    chunk_tokens: int = 0
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
-    masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict[Any, torch.Tensor])
     crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     rotations: dict[Any, Any] = field(default_factory=dict[Any, Any])
     drafted: DraftedRows = field(init=False)
@@ -90,6 +92,14 @@ class SweepContext:
         if self.reach is not None:
             self.reach(number)
         return self.states[number]
+
+    def attended(self, span: Span) -> tuple[int, int]:
+        """Positions ``[start, stop)`` that *span* attends in the shape of: those of its chunk, whichever of them it has
+        and wherever the prompt ends, if it is of a prompt; else its own."""
+        if not self.chunk_tokens or span.start >= span.sequence.num_prompt_tokens:
+            return span.start, span.stop
+        start = span.start - span.start % self.chunk_tokens
+        return start, start + self.chunk_tokens
 
     @property
     def num_rows(self) -> int:

@@ -63,6 +63,7 @@ class SweepRunner:
         prefers_flash: attend there with the flash-attn package.
         head: the output projection, where it is not among *weights*.
         graphs: of decode sweeps; ``None``: they are launched operator by operator.
+        chunk_tokens: prompt tokens that attend together where the processor computes; 0: spans attend as they are.
 
     Attributes:
         embedding: rows of the embedding.
@@ -84,6 +85,7 @@ class SweepRunner:
         prefers_flash: bool = False,
         head: SlicedLinear | None = None,
         graphs: Graphs | None = None,
+        chunk_tokens: int = 0,
     ) -> None:
         self.embedding = embedding
         self.keeps_hidden = False
@@ -107,6 +109,7 @@ class SweepRunner:
         self._cache_name = skeleton.anatomy.cache_name
         self._ends = ModelEnds(skeleton.anatomy, skeleton.dtype)
         self._graphs = graphs
+        self._chunk_tokens = chunk_tokens
         self._head = Head(head or weights.head, self._ends, head_rows)
 
     def run(self, sweep: Sweep, given: Mapping[str, torch.Tensor] = _NOTHING) -> torch.Tensor:
@@ -186,7 +189,8 @@ class SweepRunner:
         if self._device_kv is not None:
             kv = self._device_kv
             return SweepContext(sweep, self._layers, kv.layers, kv.reach, kv, self._prefers_flash)
-        return SweepContext(sweep, self._layers, self._states, None if loader is None else loader.wait)
+        reach = None if loader is None else loader.wait
+        return SweepContext(sweep, self._layers, self._states, reach, chunk_tokens=self._chunk_tokens)
 
     def _mixing(self, context: SweepContext, loader: PageLoader | None) -> AbstractContextManager[None]:
         if not self._recurrent:

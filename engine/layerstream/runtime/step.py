@@ -121,7 +121,7 @@ class SweepStep:
             self._store.count_loaded(len(sweep.loads))
             token_seconds = self._computed / sweep.num_tokens
             for published in pages:
-                num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
+                num_tokens = len(published.keys) * self._scheduler.pool.page_tokens
                 self._store.publish(published, num_tokens * token_seconds)
             for state in states:
                 self._store.publish_state(state, state.num_tokens * token_seconds)

@@ -14,9 +14,10 @@ Rules:
   so the first sequence never waits for another;
 * every sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it into the
   sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
-* prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
-  many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
-  attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
+* prompts are computed in chunks of ``chunk_tokens`` counted from position 0, of which the first may lack its beginning
+  (a sequence begins behind the pages that are there, and a chunk has several) and the last its end, as many as the
+  token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk attends alone,
+  and chunks share row blocks of ``prompt_rows`` rows, padded, so that neither shape depends on what a chunk lacks;
 * where there are recurrent layers, a sequence is in the sweep if its states are there, or an earlier row block leaves
   them, and there is a slot for the next ones (:mod:`layerstream.scheduling.states`);
 * guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
@@ -163,7 +164,7 @@ class Composer:
             stop = min(start // size * size + size, sequence.num_prompt_tokens)
             if not prompts.has_room(stop - start):
                 break
-            if sequence.is_long and not self._spill.frames(sequence, start // size):
+            if sequence.is_long and not self._spill.frames(sequence, stop):
                 break  # they are still being written
             prompts.add(Span(sequence, start, stop))
             start = stop

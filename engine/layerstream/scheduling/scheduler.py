@@ -71,7 +71,7 @@ class Scheduler:
         num_slots: int = 0,
         stride: int = 1,
     ) -> None:
-        assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
+        assert limits.chunk_tokens % pool.page_tokens == 0, "a chunk has whole pages"
         self.budget = SweepBudget(
             limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds, experts
         )
@@ -81,7 +81,7 @@ class Scheduler:
         self.states = States(num_slots, pool.page_tokens, stride, store)
         self.prefixes = PrefixTable(pool)
         self._beginnings = Beginnings(self.prefixes, self.states, store, pool.page_tokens)
-        num_sweep_pages = -(-limits.max_tokens // limits.chunk_tokens) + 1
+        num_sweep_pages = (-(-limits.max_tokens // limits.chunk_tokens) + 1) * (limits.chunk_tokens // pool.page_tokens)
         self._spill = Spill(pool, store, num_sweep_pages, self._decisions, self._beginnings)
         self._failed: list[tuple[Sequence, Exception]] = []
         self._frames = Frames(pool, self.prefixes, store, self._decisions, can_swap=can_swap)

@@ -116,7 +116,7 @@ def sweep_limits(ground: Groundwork) -> SweepLimits:
     plan = ground.plan
     return SweepLimits(
         max_tokens=plan.max_sweep_tokens,
-        chunk_tokens=plan.page_tokens,
+        chunk_tokens=plan.chunk_tokens,
         decode_rows=plan.decode_rows,
         prompt_rows=plan.prompt_rows,
         one_sequence_per_block=ground.skeleton.trace.is_alone,
@@ -204,7 +204,7 @@ def make_runner(
     embedding: EmbeddingRows | None = None,
     head: SlicedLinear | None = None,
 ) -> SweepRunner:
-    """What runs the model; with another's *embedding* and *head* where they are given."""
+    """What runs the model; with another's *embedding* and *head* where they are given: then its prompts are no chunks."""
     plan, placement = ground.plan, ground.placement
     device_kv = None
     if placement is not None and kv.states:
@@ -241,6 +241,7 @@ def make_runner(
         ground.prefers_flash,
         head,
         graphs,
+        plan.chunk_tokens if embedding is None else 0,
     )
 
 

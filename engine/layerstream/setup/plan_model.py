@@ -206,12 +206,14 @@ def model_facts(
         is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
         streaming_rows = assumed.FAST_STREAMING_ROWS if is_fast else assumed.STREAMING_ROWS
     shapes = [None if layer.recurrent is None else layer.recurrent.shape for layer in traced.layers]
+    resident_chunk = streaming_chunk = assumed.CHUNK_TOKENS
     if is_on_device:
-        streaming_chunk_tokens = assumed.CHUNK_TOKENS
+        resident_chunk = streaming_chunk = assumed.DEVICE_CHUNK_TOKENS
     elif any(shapes):
-        streaming_chunk_tokens = assumed.RECURRENT_CHUNK_TOKENS
-    else:
-        streaming_chunk_tokens = assumed.STREAMING_CHUNK_TOKENS
+        resident_chunk = streaming_chunk = assumed.RECURRENT_CHUNK_TOKENS
+    elif traced.is_alone:
+        resident_chunk = assumed.ALONE_CHUNK_TOKENS
+    shares_chunks = is_on_device or any(shapes)  # kernels see spans there, and states lie between chunks
     return ModelFacts(
         body=skeleton.body,
         routed_body=skeleton.routed_body,
@@ -224,11 +226,13 @@ def model_facts(
         vocab_size=skeleton.head.num_rows,
         itemsize=itemsize,
         context_length=context_length,
-        chunk_tokens=chunk_tokens or assumed.CHUNK_TOKENS,
-        streaming_chunk_tokens=chunk_tokens or streaming_chunk_tokens,
+        chunk_tokens=chunk_tokens or resident_chunk,
+        streaming_chunk_tokens=chunk_tokens or streaming_chunk,
+        page_tokens=0 if shares_chunks else min(assumed.PAGE_TOKENS, chunk_tokens or assumed.PAGE_TOKENS),
         streaming_rows=streaming_rows,
         resident_rows=resident_rows,
         prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
+        resident_prompt_rows=0 if is_on_device else assumed.RESIDENT_PROMPT_ROWS,
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
         num_values=skeleton.num_values,
