@@ -143,7 +143,9 @@ class _Past:
             bounds[span.sequence] = min(first, sight.first(start)), max(stop, end)
         state = context.states[number]
         self._first = {sequence: first for sequence, (first, _) in bounds.items()}
-        self._gathered = {sequence: state.read(sequence.pages, *bound) for sequence, bound in bounds.items()}
+        self._gathered = {
+            sequence: state.read(sequence.pages, *bound, context.neighbours) for sequence, bound in bounds.items()
+        }
         self._placed: dict[Sequence, tuple[int, ...]] = {}
 
     def read(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:

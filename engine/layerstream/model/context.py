@@ -20,7 +20,7 @@ import torch
 from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
-from layerstream.kv.state import PagedRows
+from layerstream.kv.state import Neighbours, PagedRows
 
 if TYPE_CHECKING:
     from layerstream.model.grouped_experts import Routed
@@ -53,6 +53,7 @@ class SweepContext:
         reach: returns when what the sweep reads of one of them is there; ``None``: all of it is.
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
+        neighbours: which pages lie side by side, as :meth:`PagedRows.read` has found it.
         crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
             original.
         rotations: what heads are multiplied by at the sweep's positions (:mod:`layerstream.model.rotary`).
@@ -73,6 +74,7 @@ class SweepContext:
     chunk_tokens: int = 0
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
     masks: dict[Any, torch.Tensor] = field(default_factory=dict[Any, torch.Tensor])
+    neighbours: dict[Any, Neighbours] = field(default_factory=dict[Any, Neighbours])
     crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     rotations: dict[Any, Any] = field(default_factory=dict[Any, Any])
     drafted: DraftedRows = field(init=False)

@@ -24,7 +24,7 @@ Who runs, and with what memory, is decided here; which rows of those that run ar
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import closing
@@ -148,7 +148,7 @@ class Scheduler:
         self._decisions.clear()
         for sequence in dict.fromkeys((*running, *waiting, *undone)):
             self._decisions += Forget(sequence), LetGo(sequence)
-        held = Counter(self._frames.held_by_store)
+        held = self._frames.held_by_store
         for page in range(self.pool.num_pages + self.pool.num_transit):
             self.pool.release([page] * (self.pool.refcount(page) - held[page]))
         self.check_integrity()
@@ -275,7 +275,7 @@ class Scheduler:
         """Raise ``AssertionError`` unless pages, page tables and prefixes account for each other."""
         self.prefixes.check_integrity()
         running = [self._spill.held_by(s) if s.is_long else s.pages for s in self._running]
-        self.pool.check_integrity([*running, self.prefixes.held_pages(), self._frames.held_by_store])
+        self.pool.check_integrity([*running, self.prefixes.held_pages(), [*self._frames.held_by_store.elements()]])
         self.states.check_integrity(self._running)
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
