@@ -38,7 +38,7 @@ def test_warm_equals_cold(
     add_tokenizer(tmp_path, tokenizer_folder)
     for _ in range(2):
         page, chunk = _draw_sizes(rng)
-        monkeypatch.setattr(assumed, "PAGE_TOKENS", page)
+        monkeypatch.setattr(assumed, "PAGE_CHOICES", (page,))
         monkeypatch.setattr(assumed, "CHUNK_TOKENS", chunk)
         monkeypatch.setattr(assumed, "ALONE_CHUNK_TOKENS", chunk)
         monkeypatch.setattr(assumed, "RESIDENT_PROMPT_ROWS", rng.choice(ROWS))

@@ -9,7 +9,7 @@ from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.shape import rows_at_once
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
-PAGE_TOKENS = 8  # of a prompt, that are shared together: documents begin anywhere
+PAGE_CHOICES = (8, 16, 32)  # tokens of a prompt that are shared together: few, for documents end anywhere
 CHUNK_TOKENS = 32  # of a prompt, that attend together; a sequence may begin at any page of a chunk
 ALONE_CHUNK_TOKENS = 128  # where all stay and a sequence has its row blocks for itself: each expands all that it has cached
 DEVICE_CHUNK_TOKENS = 128  # on an accelerator; a page holds a chunk there

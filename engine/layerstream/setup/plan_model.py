@@ -35,6 +35,7 @@ from layerstream.planner.on_devices import make_devices_plan
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.device_rows import device_rows
 from layerstream.setup.open_store import weight_paths
+from layerstream.setup.page_size import choose_page_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         context_length,
         config.chunk_tokens,
         can_spill=config.kv_store is not None,
+        compression="none" if config.kv_store is None else config.kv_store.compression,
         is_on_device=is_on_device,
         device_rows=device_rows(devices_of(config)[0]) if is_on_device else None,
     )
@@ -176,12 +178,16 @@ def model_facts(
     chunk_tokens: int | None = None,
     *,
     can_spill: bool = False,
+    compression: str = "none",
     is_on_device: bool = False,
     device_rows: int | None = None,
 ) -> ModelFacts:
     """What a plan depends on: sizes from the skeleton, and on the processor which of its kernels are fast here.
 
     The first call on a machine for a quantised model measures those, for some seconds, and writes a file.
+
+    Args:
+        compression: of the KV store.
     """
     config, traced = skeleton.config, skeleton.trace
     mtp = None
@@ -213,7 +219,10 @@ def model_facts(
         resident_chunk = streaming_chunk = assumed.RECURRENT_CHUNK_TOKENS
     elif traced.is_alone:
         resident_chunk = assumed.ALONE_CHUNK_TOKENS
-    shares_chunks = is_on_device or any(shapes)  # kernels see spans there, and states lie between chunks
+    page_tokens = 0
+    if not (is_on_device or any(shapes)):  # kernels see spans as they are there, and states lie between chunks
+        kept = [layer.kept for layer in traced.layers if layer.kept is not None]
+        page_tokens = choose_page_tokens(kept, compression, chunk_tokens or assumed.CHUNK_TOKENS)
     return ModelFacts(
         body=skeleton.body,
         routed_body=skeleton.routed_body,
@@ -228,7 +237,7 @@ def model_facts(
         context_length=context_length,
         chunk_tokens=chunk_tokens or resident_chunk,
         streaming_chunk_tokens=chunk_tokens or streaming_chunk,
-        page_tokens=0 if shares_chunks else min(assumed.PAGE_TOKENS, chunk_tokens or assumed.PAGE_TOKENS),
+        page_tokens=page_tokens,
         streaming_rows=streaming_rows,
         resident_rows=resident_rows,
         prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
