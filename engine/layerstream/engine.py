@@ -78,8 +78,8 @@ class LayerStream:
         kv_store: where the KV of prompts outlives the process: ``"auto"`` (the user's cache folder), a folder, a
             :class:`KVStoreConfig`, or ``None`` for nowhere.
         max_context: tokens per sequence at most, if fewer than the model's own limit.
-        chunk_tokens: prompt tokens that attend together, and that a page of the KV store holds: prefixes are shared in
-            multiples of it (32 where weights stream, 128 where they do not).
+        chunk_tokens: prompt tokens that attend together (32 by default); prefixes are shared finer, see
+            ``plan.page_tokens``.
         max_queued: answers that may wait for their turn; past it, :class:`QueueFull`. ``None``: any number.
         allow_untested: try a family that is not on the tested list, after a self-check.
         allow_control_tokens: let control tokens in what messages say (``"<|im_end|>"`` in a retrieved document) be

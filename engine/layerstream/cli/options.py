@@ -74,7 +74,7 @@ class EngineOptions:
     max_context: Annotated[
         int | None, _engine("Tokens of prompt and answer together, if fewer than the model's.", "--context")
     ] = None
-    chunk_tokens: Annotated[int | None, _engine("Prompt tokens to a page of KV: 32, 64, 128, 256, 512.")] = None
+    chunk_tokens: Annotated[int | None, _engine("Prompt tokens that attend together: 32, 64, 128, 256, 512.")] = None
     revision: Annotated[str | None, _engine("Branch, tag or commit of a model on the hub.")] = None
     trust_remote_code: Annotated[bool, _engine("Run code that comes with the model.", "--trust-remote-code")] = False
     allow_untested: Annotated[bool, _engine("Try a family that is not on the tested list.", "--allow-untested")] = False

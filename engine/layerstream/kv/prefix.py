@@ -2,8 +2,12 @@
 
 A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is empty. Equal keys therefore
 mean equal tokens from position 0 on, and the key of a page says all that its KV depends on, but for the model and its
-arithmetic, which a store's namespace stands for. Only whole pages of a prompt, computed as one prefill chunk, are
-entered; what decoding wrote never is.
+arithmetic, which a store's namespace stands for. Only whole pages of a prompt, computed as prefill, are entered; what
+decoding wrote never is.
+
+A page is what is shared, and smaller than a *chunk*, what attends together: a sequence that begins behind shared pages
+may begin inside a chunk, and its rows have the bits that they would have had if all of it had been computed
+(:mod:`layerstream.model.attention`).
 
 States of an entry, and who holds its page:
 

@@ -21,7 +21,6 @@ from layerstream.hardware.device import Device
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.shape import PageShape
 
-
 Neighbours: TypeAlias = tuple[tuple[int, int], ...]
 """Pages in order, as first and count of those that lie side by side."""
 

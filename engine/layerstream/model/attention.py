@@ -4,10 +4,10 @@ Registered as the attention implementation ``"layerstream"``. Masks are ours too
 sequences has none that transformers could build: causality, and the window or chunk that the layer asked a mask of
 (:mod:`layerstream.model.trace`), are applied here, as are ``softcap`` and ``s_aux`` (sinks).
 
-What a row attends to depends on its position alone. Rows of a prompt attend in the shape of their whole *chunk*: as many
-rows as that has, zeros where a row was computed before or the prompt has ended, over keys up to its end, which are zeros
-and masked where there are none. So it changes no bit where a sweep, or a stored prefix, parts a chunk, nor what
-neighbours there are. A guess attends like the decode row that it would be if it were right: one row,
+What a row attends to depends on its position alone. Rows of a prompt attend in the shape of their whole *chunk*: as
+many rows as that has, zeros where a row was computed before or the prompt has ended, over keys up to its end, which are
+zeros and masked where there are none. So no bit depends on where a stored prefix parts a chunk, on where the prompt
+ends, or on neighbours. A guess attends like the decode row that it would be if it were right: one row,
 over its sequence's keys with its own path in their place, so being verified in a tree changes no bit either.
 """
 

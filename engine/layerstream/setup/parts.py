@@ -204,7 +204,7 @@ def make_runner(
     embedding: EmbeddingRows | None = None,
     head: SlicedLinear | None = None,
 ) -> SweepRunner:
-    """What runs the model; with another's *embedding* and *head* where they are given: then its prompts are no chunks."""
+    """What runs the model; with another's *embedding* and *head* where they are given: its rows are in no chunks."""
     plan, placement = ground.plan, ground.placement
     device_kv = None
     if placement is not None and kv.states:
