@@ -83,8 +83,12 @@ def _compare(parts: Assembly, rng: random.Random, what: str) -> None:
 
 
 def _answers(parts: Assembly, prompts: list[list[int]], *, anew: bool = True) -> list[torch.Tensor]:
-    """Logits; *anew*: there are no prefixes in memory."""
+    """Logits; *anew*: there are no prefixes in memory, and what is left there is no number."""
     if anew:
+        for state in parts.kv.states:
+            if state.shape is not None:
+                for tensor in state.row_range(0, parts.plan.num_pages * parts.plan.page_tokens):
+                    tensor.fill_(float("nan"))
         parts.scheduler.reset()
         while parts.scheduler.next_decision() is not None:
             pass

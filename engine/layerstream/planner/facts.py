@@ -11,9 +11,7 @@ from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
 PAGE_CHOICES = (8, 16, 32)  # tokens of a prompt that are shared together: few, for documents end anywhere
 CHUNK_TOKENS = 32  # of a prompt, that attend together; a sequence may begin at any page of them
-ALONE_CHUNK_TOKENS = (
-    128  # where all stay and a sequence has its row blocks for itself: each expands all that it has cached
-)
+ALONE_CHUNK_TOKENS = 128  # where all stay and every chunk expands all latents before it: the fewer the better
 DEVICE_CHUNK_TOKENS = 128  # on an accelerator; a page holds a chunk there
 RESIDENT_ROWS = 8  # decode rows per row block where all stay: eight take a tenth longer than one; guesses fill them
 DEVICE_ROWS = 128  # on an accelerator: it launches once for a block, and products of so many rows take little longer
