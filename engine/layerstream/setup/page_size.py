@@ -14,9 +14,7 @@ from layerstream.planner import facts as assumed
 from layerstream.store.codecs import CODECS
 from layerstream.store.segment import padded
 
-MOST_PADDING = (
-    0.5  # of what is kept: pages of 32 lose about 16 tokens of every prompt's shared beginning, those of 8 about 4
-)
+MOST_PADDING = 0.5  # of what is kept: pages of 32 lose 16 tokens of what two prompts share, those of 8 four
 
 
 def choose_page_tokens(shapes: Sequence[PageShape], compression: str, chunk_tokens: int) -> int:
