@@ -88,7 +88,8 @@ def _answers(parts: Assembly, prompts: list[list[int]], *, anew: bool = True) ->
         for state in parts.kv.states:
             if state.shape is not None:
                 for tensor in state.row_range(0, parts.plan.num_pages * parts.plan.page_tokens):
-                    tensor.fill_(float("nan"))
+                    with torch.inference_mode():
+                        tensor.fill_(float("nan"))
         parts.scheduler.reset()
         while parts.scheduler.next_decision() is not None:
             pass
