@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from layerstream.api import arguments
 from layerstream.api.completion import Completion, Delta
@@ -20,11 +20,11 @@ from layerstream.api.request import Request
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
 from layerstream.checkpoint.hub import DEMO, bundled_reader
-from layerstream.core.sizes import format_size
+from layerstream.core.sizes import format_size, parse_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.threads import run_apart
 from layerstream.hardware.timeline import Timeline
-from layerstream.intake import Intake, Terms
+from layerstream.intake import MOST_PRIORITY, Intake, Terms
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
 from layerstream.runtime.loop import EngineLoop
@@ -36,12 +36,16 @@ from layerstream.stats import EngineStats, collect_stats
 from layerstream.store.config import KVStoreConfig
 from layerstream.store.store import PrefixStore
 from layerstream.text.prompt import Prompt, split_prompts
-from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmReport, forecast, warm
+from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, Warming, WarmReport, WarmRun, make_forecast
+from layerstream.warming.choice import ranked
+from layerstream.warming.forecast import DOCUMENTS_PER_PROMPT, room_for, sizes_of
+from layerstream.warming.run import AT_ONCE
 
 logger = logging.getLogger(__name__)
 
 GANG_SECONDS = 1.0
 MOST_GANG_SECONDS = 3600.0  # everybody waits for a gang
+_ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 Params = SamplingParams | Mapping[str, Any] | None
 """Sampling parameters, a dict of their fields, or ``None`` for the model's own."""
@@ -141,6 +145,7 @@ class LayerStream:
             allow_control_tokens=allow_control_tokens,
         )
         self._progress = listener = make_listener(progress)
+        self._warmings: weakref.WeakSet[Warming] = weakref.WeakSet()
         self._home = home = Home()
         with ExitStack() as undo:
             self._parts: Assembly = run_apart(lambda: _build(config, listener), Assembly.close)
@@ -365,15 +370,47 @@ class LayerStream:
         stored = 0 if store is None else store.look_up(keys)
         return max(in_memory, stored) * self.plan.page_tokens
 
+    @overload
+    def warm(
+        self,
+        documents: Iterable[str],
+        *,
+        prompt: PromptTemplate | None = ...,
+        chat_template: Literal["auto"] | bool = ...,
+        top: int | None = ...,
+        budget: int | str | None = ...,
+        background: Literal[False] = ...,
+        on_document: Callable[[int, int], None] | None = ...,
+    ) -> WarmReport: ...
+
+    @overload
+    def warm(
+        self,
+        documents: Iterable[str],
+        *,
+        prompt: PromptTemplate | None = ...,
+        chat_template: Literal["auto"] | bool = ...,
+        top: int | None = ...,
+        budget: int | str | None = ...,
+        background: Literal[True],
+        on_document: Callable[[int, int], None] | None = ...,
+    ) -> Warming: ...
+
     def warm(
         self,
         documents: Iterable[str],
         *,
         prompt: PromptTemplate | None = None,
         chat_template: Literal["auto"] | bool = "auto",
+        top: int | None = None,
+        budget: int | str | None = None,
+        background: bool = False,
         on_document: Callable[[int, int], None] | None = None,
-    ) -> WarmReport:
+    ) -> WarmReport | Warming:
         """Prefill *documents* into the KV store, ahead of questions about them. What is there already costs nothing.
+
+        The most popular come first (:meth:`popularity`; equals as they are given), as far as the store has room: nine
+        tenths of its bound, the rest is for what questions leave. Those that it has no room for are left out.
 
         Args:
             documents: contexts, each as it will stand in a prompt.
@@ -381,15 +418,39 @@ class LayerStream:
                 both that returns a prompt. ``None``: LangChain's and LlamaIndex's usual one, as ``layerstream ask``.
             chat_template: put a text as a user message through the chat template: where the model has one, always,
                 or never.
-            on_document: called with the number of documents done and of all, after each.
+            top: so many documents at most.
+            budget: what they may take on disk, such as ``"20GB"``; what is stored already counts.
+            background: return at once. Documents are then computed while nobody asks, and give way to questions.
+            on_document: called with the number of documents done and of all, after each; in the background, on its
+                thread.
+
+        Returns:
+            What was done; in the background a handle: ``progress``, ``cancel()``, ``wait()``.
 
         Raises:
             ConfigurationError: no store, or a template without a common beginning.
-            StorageFull: more than the store may hold; nothing was computed.
+            StorageFull: there is not even room for one document (in the background: from ``wait()``).
         """
         store = self._open_store()
-        prefixes = Prefixes(self, documents, prompt, chat_template)
-        return warm(self, prefixes, store, on_document or (lambda done, count: None))
+        texts, prefixes = list(documents), Prefixes(self, prompt, chat_template)
+        most, budget_bytes = _limits(top, budget)
+        foreseen = make_forecast(self, prefixes, store, texts, top=most, budget_bytes=budget_bytes)
+        run = WarmRun(
+            foreseen,
+            ranked(texts, self.popularity(texts), most),
+            prefixes,
+            store,
+            sizes_of(self, store),
+            room_for(store, budget_bytes),
+            self._submit_while_idle if background else functools.partial(self.submit_many, params=_ONE_TOKEN),
+            on_document or (lambda done, count: None),
+            at_once=min(AT_ONCE, self._parts.config.max_queued or AT_ONCE),
+        )
+        if not arguments.flag("background", background):
+            return run.run()
+        warming = Warming(run, self._home)
+        self._warmings.add(warming)
+        return warming
 
     def forecast_warm(
         self,
@@ -397,10 +458,31 @@ class LayerStream:
         *,
         prompt: PromptTemplate | None = None,
         chat_template: Literal["auto"] | bool = "auto",
+        top: int | None = None,
+        budget: int | str | None = None,
+        documents_per_prompt: int = DOCUMENTS_PER_PROMPT,
     ) -> WarmForecast:
-        """What :meth:`warm` would take, without doing it."""
-        store = self._open_store()
-        return forecast(self, Prefixes(self, documents, prompt, chat_template), store)
+        """What :meth:`warm` would take, and which share of later prompts it would save, without doing it.
+
+        Args:
+            documents_per_prompt: how many a question retrieves. The others are as for :meth:`warm`.
+        """
+        store, (most, budget_bytes) = self._open_store(), _limits(top, budget)
+        return make_forecast(
+            self,
+            Prefixes(self, prompt, chat_template),
+            store,
+            list(documents),
+            top=most,
+            budget_bytes=budget_bytes,
+            documents_per_prompt=arguments.whole_number("documents_per_prompt", documents_per_prompt, 1),
+        )
+
+    def _submit_while_idle(self, prompts: Seq[Prompt]) -> list[Request] | None:
+        """A token for each of *prompts*; ``None``: somebody asks."""
+        self._loop.reception.check_open()
+        requests, answers = self._intake.take(prompts, _ONE_TOKEN, Terms(priority=-MOST_PRIORITY))
+        return requests if self._loop.submit_if_idle(answers) else None
 
     @property
     def compute_seconds_per_token(self) -> float | None:
@@ -442,7 +524,12 @@ class LayerStream:
     def close(self) -> None:
         """Stop by the next unit; what still runs fails with :class:`EngineClosed`. Never raises, ends every thread of
         the engine. Idempotent, from any thread; from a callback it takes effect when the callback has returned."""
+        warmings = list(self._warmings) if self._home.is_here else []
+        for warming in warmings:
+            warming.stop()
         self._loop.close()
+        for warming in warmings if not self._home.is_own_thread else ():
+            warming.join()
 
     def __enter__(self) -> LayerStream:
         return self
@@ -452,6 +539,13 @@ class LayerStream:
 
     def __repr__(self) -> str:
         return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
+
+
+def _limits(top: int | None, budget: int | str | None) -> tuple[int | None, int | None]:
+    return (
+        None if top is None else arguments.whole_number("top", top, 1),
+        None if budget is None else parse_size(budget),
+    )
 
 
 @functools.cache

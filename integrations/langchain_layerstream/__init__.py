@@ -24,10 +24,11 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from langchain_layerstream.chat_models import ChatLayerStream
-    from langchain_layerstream.documents import StablePrefixOrder, WarmPrefixes
+    from langchain_layerstream.documents import StablePrefixOrder
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
     from langchain_layerstream.prompts import rag_prompt
+    from langchain_layerstream.warming import WarmPrefixes
 
 __all__ = [
     "ChatLayerStream",
@@ -43,7 +44,7 @@ _MODULES = {
     "ChatLayerStream": "chat_models",
     "LayerStreamLLM": "llms",
     "StablePrefixOrder": "documents",
-    "WarmPrefixes": "documents",
+    "WarmPrefixes": "warming",
     "gang": "gangs",
     "rag_prompt": "prompts",
 }

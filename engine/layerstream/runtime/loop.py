@@ -41,6 +41,7 @@ from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer
 from layerstream.runtime.blame import Doing, Victims, blame, ended, lost
 from layerstream.runtime.guesses import Guesses
+from layerstream.runtime.idle_work import IdleWork
 from layerstream.runtime.inbox import Inbox
 from layerstream.runtime.reception import Outside, Reception
 from layerstream.runtime.roster import Roster
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.02  # between looks at what another process is computing
 MOMENT_SHARE = 0.01  # of a sweep: how long an idle engine waits for others after the first arrival
 MOST_MOMENT_SECONDS = 0.02
+MOST_REST_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ class EngineLoop:
         self._guesses = Guesses(drafting, lambda error: self._judge(Doing.GUESSES, error))
         self._weights = weights
         self._outside = outside
-        self.reception = Reception(outside.home, Inbox(self._moment, outside.max_queued))
+        self.reception = Reception(outside.home, Inbox(self._moment, outside.max_queued), IdleWork(self._rest))
         self._here = Roster()
         self._answers: dict[Sequence, Answer] = {}
         self._sequences: dict[Answer, list[Sequence]] = {}
@@ -111,6 +113,10 @@ class EngineLoop:
     def submit(self, answers: Seq[Answer]) -> None:
         """Let *answers* join at the next sweep; raises as :meth:`Reception.submit`."""
         self.reception.submit(answers, self._scheduler.num_waiting)
+
+    def submit_if_idle(self, answers: Seq[Answer]) -> bool:
+        """Let *answers* join while nobody asks; raises as :meth:`Reception.submit`."""
+        return self.reception.submit_if_idle(answers)
 
     def close(self) -> None:
         """Stop by the next unit, fail what is left, end the thread and what it used. Never raises. Idempotent.
@@ -273,6 +279,10 @@ class EngineLoop:
         """What an idle engine waits for others after the first arrival."""
         counters = self.counters
         return min(MOST_MOMENT_SECONDS, MOMENT_SHARE * counters.sweep_seconds / max(1, counters.sweeps))
+
+    def _rest(self) -> float:
+        """How long idle work waits after a question: who was just answered may ask again."""
+        return min(MOST_REST_SECONDS, self.counters.sweep_seconds / max(1, self.counters.sweeps))
 
     def _take_in(self, answer: Answer) -> None:
         """Let *answer* wait for its first sweep, with the tokens that its grammar begins with; they may be all."""

@@ -19,10 +19,10 @@ from llama_index.llms.layerstream.base import LayerStreamLLM
 from llama_index.llms.layerstream.prefixes import (
     CONTEXT_FIRST_REFINE,
     StablePrefixOrder,
-    WarmPrefixes,
     context_first_prompts,
     stable_prompt_helper,
 )
+from llama_index.llms.layerstream.warming import WarmPrefixes
 
 from layerstream import __version__
 

@@ -1,7 +1,7 @@
-"""Retrieved nodes: in the order that shares the longest stored prefix, and computed when they enter the index.
+"""Retrieved nodes in the order that shares the longest stored prefix, and prompts that keep it.
 
 Only what stands at the very beginning of a prompt can be shared, so of several nodes in a context only the first is
-found on its own, the second only behind the same first, and so on. Hence the two halves here: :class:`WarmPrefixes`
+found on its own, the second only behind the same first, and so on. Hence two halves: ``WarmPrefixes`` (``warming.py``)
 computes every node as the first of a context, and :class:`StablePrefixOrder` puts one that is stored first.
 """
 
@@ -17,7 +17,7 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate, Selecto
 from llama_index.core.prompts.chat_prompts import CHAT_REFINE_PROMPT
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.utils import is_chat_model
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode, TransformComponent
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.llms.layerstream.base import LayerStreamLLM
 
 from layerstream.api.prefix_order import prefix_order
@@ -86,39 +86,17 @@ class StablePrefixOrder(BaseNodePostprocessor):
         engine, template = llm.load(), self.prompt
 
         def cached_tokens(some: Sequence[NodeWithScore]) -> int:
-            return engine.cached_tokens(_render(llm, template, _join(found.node for found in some), "?"))
+            return engine.cached_tokens(render_context(llm, template, join_nodes(found.node for found in some), "?"))
 
         return prefix_order(nodes, _canonical, cached_tokens)
 
 
-class WarmPrefixes(TransformComponent):
-    """Computes nodes as they enter the index, so that the first question about one finds its KV.
-
-    The last of an ``IngestionPipeline``'s transformations, or called with nodes; they are returned as they came. What
-    is stored already costs nothing, so it can run over everything again.
-    """
-
-    llm: SerializeAsAny[LayerStreamLLM] = Field(description="The model that will answer.")
-    prompt: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The one that the context goes into.")
-
-    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """*nodes*, warmed.
-
-        Raises:
-            StorageFull: more than the store may hold; nothing was computed.
-            ConfigurationError: no store, or a prompt that puts the question first.
-        """
-        texts = [_join([node]) for node in nodes if isinstance(node, TextNode)]
-        self.llm.load().warm(texts, prompt=lambda context, question: _render(self.llm, self.prompt, context, question))
-        return nodes
-
-
-def _join(nodes: Any) -> str:
+def join_nodes(nodes: Any) -> str:
     """As LlamaIndex's synthesizers put nodes into one context."""
     return "\n\n".join(node.get_content(metadata_mode=MetadataMode.LLM).strip() for node in nodes)
 
 
-def _render(llm: LayerStreamLLM, template: BasePromptTemplate, context: str, question: str) -> Any:
+def render_context(llm: LayerStreamLLM, template: BasePromptTemplate, context: str, question: str) -> Any:
     """What the engine would be given."""
     values = {"context_str": context, "query_str": question}
     if llm.metadata.is_chat_model:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from layerstream import ConfigurationError, KVStoreConfig, LayerStream, SamplingParams, StorageFull
+from layerstream import ConfigurationError, KVStoreConfig, LayerStream, PromptTooLong, SamplingParams, StorageFull
 from layerstream.text.prompt import QUESTION_PROMPT
 
 from tests.harness import add_tokenizer
@@ -116,12 +117,73 @@ def test_documents_of_a_model_with_recurrent_layers(
         assert engine.stats().kv.loaded_snapshots == len(DOCUMENTS)
 
 
-def test_more_than_the_store_may_hold(store: KVStoreConfig, tmp_path: Path) -> None:
+def test_where_not_even_one_fits(store: KVStoreConfig, tmp_path: Path) -> None:
     small = KVStoreConfig(tmp_path / "kv", max_bytes="200KiB", min_free_bytes=0)
     with make(small) as engine:
-        with pytest.raises(StorageFull, match="may hold 200"):
+        with pytest.raises(StorageFull, match=r"takes 336\.0 KiB, and there is room for 180\.0 KiB"):
             engine.warm(DOCUMENTS)
         assert engine.stats().sweeps == 0
+
+
+def test_what_the_budget_has_no_room_for_is_left_out(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most popular is warmed; again, it is the same one."""
+    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [float(t == DOCUMENTS[1]) for t in texts])
+    with make(store) as engine:
+        for _ in range(2):
+            forecast = engine.forecast_warm(DOCUMENTS, budget="400KiB")
+            report = engine.warm(DOCUMENTS, budget="400KiB")
+            assert (forecast.chosen, forecast.left_out) == (report.warmed, report.left_out) == (1, 1)
+            assert not forecast.fits
+            assert forecast.coverage == 1.0
+        assert ask(engine, DOCUMENTS[1], "How many doors?") > CHUNK
+        assert engine.forecast_warm(DOCUMENTS[1:]).missing_tokens == 0
+        assert engine.forecast_warm(DOCUMENTS[:1]).missing_tokens > 0
+
+
+def test_the_top_few(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [1.0, 3.0])
+    with make(store) as engine:
+        report = engine.warm(DOCUMENTS, top=1)
+        assert (report.warmed, report.left_out) == (1, 0)
+        assert report.forecast.coverage == 0.75
+        assert engine.forecast_warm(DOCUMENTS[1:], prompt=None).prefix_tokens == report.forecast.prefix_tokens
+
+
+def test_the_expected_share_follows_its_formula(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [1.0, 3.0])
+    with make(store) as engine:
+        alone = engine.forecast_warm(DOCUMENTS, top=1, documents_per_prompt=1)
+        assert alone.reused_share == alone.coverage == 0.75
+        three = engine.forecast_warm(DOCUMENTS, top=1, documents_per_prompt=3)
+        assert three.reused_share == pytest.approx(0.25), "one warmed prefix, which is all document, of three"
+    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [0.0, 0.0])
+    with make(store) as engine:
+        assert engine.forecast_warm(DOCUMENTS, top=1).reused_share is None, "nobody knows"
+        assert engine.forecast_warm(DOCUMENTS).coverage == 1.0
+
+
+def test_of_a_large_corpus_a_sample_is_encoded(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = [f"{number}. The hall of house {number} has {number % 7} doors. " * 6 for number in range(600)]
+    with make(store) as engine:
+        monkeypatch.setattr("layerstream.warming.forecast.SAMPLE", 1000)
+        exact = engine.forecast_warm(corpus)
+        monkeypatch.setattr("layerstream.warming.forecast.SAMPLE", 60)
+        encoded, encode = [], engine.encode
+        monkeypatch.setattr(engine, "encode", lambda prompt: encoded.append(prompt) or encode(prompt))
+        estimate = engine.forecast_warm(corpus)
+        assert len(encoded) == 2 * 60
+        assert (exact.encoded, estimate.encoded) == (600, 60)
+        for name in ("prefix_tokens", "missing_tokens", "missing_bytes"):
+            assert getattr(estimate, name) == pytest.approx(getattr(exact, name), rel=0.1)
+        assert estimate.chosen == exact.chosen == 600
+
+
+def test_a_document_that_is_too_long_is_left_out(store: KVStoreConfig) -> None:
+    with make(store) as engine:
+        report = engine.warm([*DOCUMENTS, "The house has a door. " * 4000])
+        assert (report.warmed, report.left_out) == (2, 1)
+        with pytest.raises(PromptTooLong):
+            engine.warm(["The house has a door. " * 4000])
 
 
 @pytest.mark.parametrize(
@@ -134,6 +196,12 @@ def test_more_than_the_store_may_hold(store: KVStoreConfig, tmp_path: Path) -> N
 def test_templates_that_cannot_work(prompt: str, message: str, store: KVStoreConfig) -> None:
     with make(store) as engine, pytest.raises(ConfigurationError, match=message):
         engine.warm(DOCUMENTS, prompt=prompt)
+
+
+@pytest.mark.parametrize("wrong", [{"top": 0}, {"budget": "3 elephants"}, {"background": "yes"}])
+def test_options_that_cannot_work(wrong: dict[str, Any], store: KVStoreConfig) -> None:
+    with make(store) as engine, pytest.raises(ConfigurationError, match=r"top|elephants|background"):
+        engine.warm(DOCUMENTS, **wrong)
 
 
 def test_without_a_store() -> None:
