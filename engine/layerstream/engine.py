@@ -484,6 +484,20 @@ class LayerStream:
         requests, answers = self._intake.take(prompts, _ONE_TOKEN, Terms(priority=-MOST_PRIORITY))
         return requests if self._loop.submit_if_idle(answers) else None
 
+    def note_retrieved(self, texts: Seq[str], *, tenant: str = "") -> None:
+        """*texts*, each as it stands in a prompt, were retrieved together for one question of *tenant*.
+
+        It is counted for :meth:`popularity`; nothing waits for that. The texts are not kept.
+        """
+        self._home.check()
+        self._parts.popularity.note(_texts(texts), arguments.text("tenant", tenant))
+
+    def popularity(self, texts: Seq[str], *, tenant: str = "") -> list[float]:
+        """How often each of *texts* was retrieved by *tenant*'s questions, counted in the store: halved with every 256
+        questions since. Without a store: since the engine started."""
+        self._home.check()
+        return self._parts.popularity.of(_texts(texts), arguments.text("tenant", tenant))
+
     @property
     def compute_seconds_per_token(self) -> float | None:
         """What computing a prompt's token took so far, reading left out; ``None`` before a prompt was computed."""
@@ -546,6 +560,12 @@ def _limits(top: int | None, budget: int | str | None) -> tuple[int | None, int 
         None if top is None else arguments.whole_number("top", top, 1),
         None if budget is None else parse_size(budget),
     )
+
+
+def _texts(texts: Seq[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise arguments.refusal("texts", texts, "a list of texts, one for each document")
+    return [arguments.text("texts", text) for text in texts]
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 from layerstream.warming.choice import MOST_MISSES, Allowance, Sizes, ranked, share_of
@@ -15,10 +17,8 @@ def test_the_most_popular_come_first_and_equals_as_they_came(popularity: list[fl
     order = ranked(texts, popularity)
     assert sorted(order) == sorted(texts)
     known = dict(zip(texts, popularity, strict=True))
-    for first, second in zip(order, order[1:], strict=False):
-        assert known[first] > known[second] or (
-            known[first] == known[second] and texts.index(first) < texts.index(second)
-        )
+    for first, second in itertools.pairwise(order):
+        assert (-known[first], texts.index(first)) < (-known[second], texts.index(second))
     assert ranked(texts, popularity, top) == order[:top]
 
 
