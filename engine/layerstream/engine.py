@@ -20,7 +20,7 @@ from layerstream.api.request import Request
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
 from layerstream.checkpoint.hub import DEMO, bundled_reader
-from layerstream.core.sizes import format_size, parse_size
+from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.threads import run_apart
 from layerstream.hardware.timeline import Timeline
@@ -36,10 +36,18 @@ from layerstream.stats import EngineStats, collect_stats
 from layerstream.store.config import KVStoreConfig
 from layerstream.store.store import PrefixStore
 from layerstream.text.prompt import Prompt, split_prompts
-from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, Warming, WarmReport, WarmRun, make_forecast
-from layerstream.warming.choice import ranked
-from layerstream.warming.forecast import DOCUMENTS_PER_PROMPT, room_for, sizes_of
-from layerstream.warming.run import AT_ONCE
+from layerstream.warming import (
+    AT_ONCE,
+    DOCUMENTS_PER_PROMPT,
+    Corpus,
+    Prefixes,
+    PromptTemplate,
+    WarmForecast,
+    Warming,
+    WarmReport,
+    WarmRun,
+    make_forecast,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -431,19 +439,14 @@ class LayerStream:
             ConfigurationError: no store, or a template without a common beginning.
             StorageFull: there is not even room for one document (in the background: from ``wait()``).
         """
-        store = self._open_store()
-        texts, prefixes = list(documents), Prefixes(self, prompt, chat_template)
-        most, budget_bytes = _limits(top, budget)
-        foreseen = make_forecast(self, prefixes, store, texts, top=most, budget_bytes=budget_bytes)
-        run = WarmRun(
-            foreseen,
-            ranked(texts, self.popularity(texts), most),
-            prefixes,
+        store, corpus = self._open_store(), self._corpus(documents, top, budget)
+        run = WarmRun.prepare(
+            self,
+            Prefixes(self, prompt, chat_template),
             store,
-            sizes_of(self, store),
-            room_for(store, budget_bytes),
+            corpus,
             self._submit_while_idle if background else functools.partial(self.submit_many, params=_ONE_TOKEN),
-            on_document or (lambda done, count: None),
+            on_document=on_document or (lambda done, count: None),
             at_once=min(AT_ONCE, self._parts.config.max_queued or AT_ONCE),
         )
         if not arguments.flag("background", background):
@@ -467,16 +470,13 @@ class LayerStream:
         Args:
             documents_per_prompt: how many a question retrieves. The others are as for :meth:`warm`.
         """
-        store, (most, budget_bytes) = self._open_store(), _limits(top, budget)
-        return make_forecast(
-            self,
-            Prefixes(self, prompt, chat_template),
-            store,
-            list(documents),
-            top=most,
-            budget_bytes=budget_bytes,
-            documents_per_prompt=arguments.whole_number("documents_per_prompt", documents_per_prompt, 1),
-        )
+        store, corpus = self._open_store(), self._corpus(documents, top, budget)
+        num = arguments.whole_number("documents_per_prompt", documents_per_prompt, 1)
+        return make_forecast(self, Prefixes(self, prompt, chat_template), store, corpus, num)
+
+    def _corpus(self, documents: Iterable[str], top: int | None, budget: int | str | None) -> Corpus:
+        texts = list(documents)
+        return Corpus(texts, self.popularity(texts), top, budget)
 
     def _submit_while_idle(self, prompts: Seq[Prompt]) -> list[Request] | None:
         """A token for each of *prompts*; ``None``: somebody asks."""
@@ -553,13 +553,6 @@ class LayerStream:
 
     def __repr__(self) -> str:
         return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
-
-
-def _limits(top: int | None, budget: int | str | None) -> tuple[int | None, int | None]:
-    return (
-        None if top is None else arguments.whole_number("top", top, 1),
-        None if budget is None else parse_size(budget),
-    )
 
 
 def _texts(texts: Seq[str]) -> list[str]:

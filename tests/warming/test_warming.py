@@ -22,6 +22,11 @@ def store(tmp_path: Path) -> KVStoreConfig:
     return KVStoreConfig(tmp_path / "kv", load="always", max_bytes="1GiB", min_free_bytes=0)
 
 
+def by_second(engine: LayerStream, texts: list[str]) -> list[float]:
+    """The second document is three times as popular."""
+    return [3.0 if text == DOCUMENTS[1] else 1.0 for text in texts]
+
+
 def make(store: KVStoreConfig | None) -> LayerStream:
     return LayerStream("demo", kv_store=store, chunk_tokens=CHUNK, progress=False)
 
@@ -141,7 +146,9 @@ def test_what_the_budget_has_no_room_for_is_left_out(store: KVStoreConfig, monke
 
 
 def test_the_top_few(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [1.0, 3.0])
+    monkeypatch.setattr(
+        LayerStream, "popularity", lambda self, texts: [3.0 if t == DOCUMENTS[1] else 1.0 for t in texts]
+    )
     with make(store) as engine:
         report = engine.warm(DOCUMENTS, top=1)
         assert (report.warmed, report.left_out) == (1, 0)
@@ -150,7 +157,9 @@ def test_the_top_few(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_expected_share_follows_its_formula(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [1.0, 3.0])
+    monkeypatch.setattr(
+        LayerStream, "popularity", lambda self, texts: [3.0 if t == DOCUMENTS[1] else 1.0 for t in texts]
+    )
     with make(store) as engine:
         alone = engine.forecast_warm(DOCUMENTS, top=1, documents_per_prompt=1)
         assert alone.reused_share == alone.coverage == 0.75

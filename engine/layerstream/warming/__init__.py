@@ -9,11 +9,15 @@ is stored stays, so warming again costs nothing and an interrupted run goes on w
 """
 
 from layerstream.warming.background import Warming, WarmProgress
-from layerstream.warming.forecast import WarmForecast, make_forecast
+from layerstream.warming.choice import Corpus
+from layerstream.warming.forecast import DOCUMENTS_PER_PROMPT, WarmForecast, make_forecast
 from layerstream.warming.prefixes import Prefixes, PromptTemplate
-from layerstream.warming.run import WarmReport, WarmRun
+from layerstream.warming.run import AT_ONCE, WarmReport, WarmRun
 
 __all__ = [
+    "AT_ONCE",
+    "DOCUMENTS_PER_PROMPT",
+    "Corpus",
     "Prefixes",
     "PromptTemplate",
     "WarmForecast",

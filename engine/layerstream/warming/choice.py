@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from layerstream.api import arguments
+from layerstream.core.sizes import parse_size
+
 MOST_MISSES = 16
 STORE_SHARE = 0.9
 """Of the store's bound that warmed documents may take: the rest is for what questions leave, and for headers."""
@@ -14,6 +17,38 @@ def ranked(texts: Sequence[str], popularity: Sequence[float], top: int | None = 
     """*texts*, the most popular first, equals as they came, each once; at most *top* of them."""
     order = sorted(range(len(texts)), key=lambda at: -popularity[at])
     return list(dict.fromkeys(texts[at] for at in order))[:top]
+
+
+class Corpus:
+    """Documents to choose from.
+
+    Args:
+        popularity: of each of *texts*.
+        top: so many at most.
+        budget: bytes that they may take, or a size such as ``"20GB"``.
+
+    Attributes:
+        texts: each once.
+        order: those that may be warmed, the most popular first.
+
+    Raises:
+        ConfigurationError: *top* or *budget* cannot be meant.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], popularity: Sequence[float], top: int | None = None, budget: int | str | None = None
+    ) -> None:
+        self._popularity = dict(zip(texts, popularity, strict=True))
+        most = None if top is None else arguments.whole_number("top", top, 1)
+        self.budget_bytes = None if budget is None else parse_size(budget)
+        self.texts = list(self._popularity)
+        self.order = ranked(self.texts, list(self._popularity.values()), most)
+
+    def coverage(self, chosen: Sequence[str]) -> float | None:
+        """Which share of the retrievals so far were of *chosen*; ``None``: nobody knows."""
+        if len(chosen) == len(self.texts):
+            return 1.0
+        return share_of([self._popularity[text] for text in chosen], list(self._popularity.values()))
 
 
 def share_of(chosen: Sequence[float], given: Sequence[float]) -> float | None:

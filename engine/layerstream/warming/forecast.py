@@ -15,7 +15,7 @@ from layerstream.errors import StorageFull
 from layerstream.scheduling.states import snapshot_stride
 from layerstream.store.choice import recompute_seconds
 from layerstream.store.store import PrefixStore
-from layerstream.warming.choice import STORE_SHARE, Allowance, Sizes, ranked, share_of
+from layerstream.warming.choice import STORE_SHARE, Allowance, Corpus, Sizes
 from layerstream.warming.prefixes import Engine, Prefix, Prefixes
 
 SAMPLE = 256
@@ -105,32 +105,25 @@ def make_forecast(
     engine: Engine,
     prefixes: Prefixes,
     store: PrefixStore,
-    texts: Sequence[str],
-    *,
-    top: int | None = None,
-    budget_bytes: int | None = None,
+    corpus: Corpus,
     documents_per_prompt: int = DOCUMENTS_PER_PROMPT,
 ) -> WarmForecast:
-    """What warming *texts* takes and brings.
+    """What warming *corpus* takes and brings.
 
     Raises:
         ConfigurationError: none has a prefix of a whole page. PromptTooLong: the context holds none of them.
     """
-    texts = list(dict.fromkeys(texts))
-    popularity = engine.popularity(texts) if texts else []
-    order = ranked(texts, popularity, top)
+    order = corpus.order
     sample = order if len(order) <= SAMPLE else [order[at * len(order) // SAMPLE] for at in range(SAMPLE)]
     prefixes.check(sample)
     measured = {text: prefixes.of(text) for text in sample}
-    tally = _choose(order, measured, prefixes, store, sizes_of(engine, store), room_for(store, budget_bytes))
-    known = dict(zip(texts, popularity, strict=True))
-    is_all = len(tally.chosen) == len(texts)
-    coverage = 1.0 if is_all else share_of([known[text] for text in tally.chosen], popularity)
+    tally = _choose(order, measured, prefixes, store, sizes_of(engine, store), room_for(store, corpus.budget_bytes))
+    coverage = corpus.coverage(tally.chosen)
     rates, per_token = store.rates(), engine.compute_seconds_per_token
     missing = round(tally.missing_pages * prefixes.page_tokens)
     stored, bound = store.room()
     return WarmForecast(
-        documents=len(texts),
+        documents=len(corpus.texts),
         prefix_tokens=round(tally.pages * prefixes.page_tokens),
         missing_tokens=missing,
         missing_bytes=round(tally.missing_bytes),
@@ -140,7 +133,7 @@ def make_forecast(
         if per_token is None
         else rates.weight_seconds + recompute_seconds(missing, missing * per_token, rates),
         chosen=len(tally.chosen),
-        left_out=len(texts) - len(tally.chosen),
+        left_out=len(corpus.texts) - len(tally.chosen),
         encoded=len(sample),
         coverage=coverage,
         reused_share=None if coverage is None else coverage * _first_share(tally, documents_per_prompt),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from layerstream.api.request import Request
 from layerstream.store.store import PrefixStore
-from layerstream.warming.choice import Allowance, Sizes
-from layerstream.warming.forecast import WarmForecast, nothing_fits
-from layerstream.warming.prefixes import Prefix, Prefixes, Submit
+from layerstream.warming.choice import Allowance, Corpus, Sizes
+from layerstream.warming.forecast import WarmForecast, make_forecast, nothing_fits, room_for, sizes_of
+from layerstream.warming.prefixes import Engine, Prefix, Prefixes, Submit
 
 AT_ONCE = 8
 
@@ -60,6 +61,15 @@ class WarmRun:
     computed_pages: int = 0
     requests: list[Request] = field(default_factory=list)
     _seen: set[bytes] = field(default_factory=set)
+
+    @classmethod
+    def prepare(
+        cls, engine: Engine, prefixes: Prefixes, store: PrefixStore, corpus: Corpus, submit: Submit, **more: Any
+    ) -> WarmRun:
+        """A run over *corpus*; *more* are fields that have a default."""
+        sizes, room = sizes_of(engine, store), room_for(store, corpus.budget_bytes)
+        foreseen = make_forecast(engine, prefixes, store, corpus)
+        return cls(foreseen, corpus.order, prefixes, store, sizes, room, submit, **more)
 
     def run(self) -> WarmReport:
         """Do it.
