@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
     from langchain_layerstream.prompts import rag_prompt
+    from langchain_layerstream.situating import ContextualChunks
     from langchain_layerstream.warming import WarmPrefixes
 
 __all__ = [
     "ChatLayerStream",
+    "ContextualChunks",
     "LayerStreamLLM",
     "StablePrefixOrder",
     "WarmPrefixes",
@@ -42,6 +44,7 @@ __all__ = [
 
 _MODULES = {
     "ChatLayerStream": "chat_models",
+    "ContextualChunks": "situating",
     "LayerStreamLLM": "llms",
     "StablePrefixOrder": "documents",
     "WarmPrefixes": "warming",

@@ -22,12 +22,14 @@ from llama_index.llms.layerstream.prefixes import (
     context_first_prompts,
     stable_prompt_helper,
 )
+from llama_index.llms.layerstream.situating import ContextualChunks
 from llama_index.llms.layerstream.warming import WarmPrefixes
 
 from layerstream import __version__
 
 __all__ = [
     "CONTEXT_FIRST_REFINE",
+    "ContextualChunks",
     "LayerStreamLLM",
     "StablePrefixOrder",
     "WarmPrefixes",
