@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from langchain_layerstream.documents import StablePrefixOrder
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
-    from langchain_layerstream.prompts import rag_prompt
+    from langchain_layerstream.prompts import context_first, rag_prompt
     from langchain_layerstream.situating import ContextualChunks
     from langchain_layerstream.warming import WarmPrefixes
 
@@ -38,6 +38,7 @@ __all__ = [
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
+    "context_first",
     "gang",
     "rag_prompt",
 ]
@@ -48,6 +49,7 @@ _MODULES = {
     "LayerStreamLLM": "llms",
     "StablePrefixOrder": "documents",
     "WarmPrefixes": "warming",
+    "context_first": "prompts",
     "gang": "gangs",
     "rag_prompt": "prompts",
 }

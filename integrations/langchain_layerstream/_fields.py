@@ -10,6 +10,7 @@ from langchain_core.language_models import LangSmithParams
 from layerstream import __version__
 from layerstream.api.completion import Completion, openai_logprobs
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
+from layerstream.api.prompt_layout import PromptLayout
 from layerstream.errors import ConfigurationError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -67,6 +68,9 @@ class EngineFields(BaseModel):
     """Where requests have to wait for each other, more goes first."""
     client: str = ""
     """Whom it is for; clients share the engine fairly."""
+    prompt_layout: PromptLayout = "as_given"
+    """``"context_first"``: where a prompt has a labelled question and then a labelled, longer context, the question is
+    moved behind it, so that the context's KV is found again. (``context_first(prompt)`` does it in a template.)"""
     streaming: bool = False
     """Answer ``invoke`` from a stream, so that callbacks hear every token."""
     max_retries: int | None = Field(default=None, exclude=True)
@@ -115,6 +119,7 @@ class EngineFields(BaseModel):
         return {
             **self._handle.identity,
             **{name: getattr(self, name) for name in _SAMPLING_FIELDS},
+            "prompt_layout": self.prompt_layout,
             "stop_strings": self.stop,  # "stop" would be overwritten by that of the call
         }
 

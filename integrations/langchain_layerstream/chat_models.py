@@ -15,6 +15,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from layerstream.api.completion import Completion, Delta
+from layerstream.api.prompt_layout import arranged_messages
 from layerstream.errors import ConfigurationError, PromptTooLong
 from layerstream.handle import peek_context_length
 from pydantic import Field
@@ -295,7 +296,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             )
         self._check_call(kwargs, _CALL_OPTIONS)
         return engine.turn(
-            as_chat(messages),
+            arranged_messages(as_chat(messages), self.prompt_layout),
             self._sampling(stop, kwargs),
             tools=kwargs.get("tools"),
             tool_choice=kwargs.get("tool_choice"),

@@ -12,6 +12,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_json_schema
 from layerstream.api.completion import Completion, Delta, why_cut_off
+from layerstream.api.prompt_layout import arranged
 from layerstream.chat.tools import closed
 
 from langchain_layerstream._errors import OutputCutOff, overflow_as_langchains
@@ -97,6 +98,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
 
     def prompt_for(self, text: str) -> Prompt:
         """What the engine is given for *text*: a user message for the chat template, or the text as it is."""
+        text = arranged(text, self.prompt_layout)
         use = self.load().has_chat_template if self.chat_template == "auto" else self.chat_template
         return [{"role": "user", "content": text}] if use else text
 

@@ -105,14 +105,26 @@ class Prefixes:
             PromptTooLong: the context holds none of them.
             ConfigurationError: they are shorter than a page, or the prompt puts the question before the context.
         """
-        if not documents or any(self.of(document) is not None for document in documents):
+        if not documents:
             return
-        if self.too_long:
+        found = next((document for document in documents if self.of(document) is not None), None)
+        if found is not None and self._reaches(found):
+            return
+        if found is None and self.too_long:
             raise next(iter(self.too_long.values()))
         raise ConfigurationError(
             "no document has a prefix of a whole page: they are shorter than "
             f"{self.page_tokens} tokens, or the prompt puts the question before the context"
+            if found is None
+            else "the prompt puts the question before the context, so questions share no document: move it behind "
+            "(context_first(prompt), or prompt_layout='context_first' of a wrapper)"
         )
+
+    def _reaches(self, document: str) -> bool:
+        """Whether what questions about *document* share goes beyond what all prompts share."""
+        asked = [self._engine.encode(self._render(document, question)) for question in _QUESTIONS]
+        head = _common(asked[0], self._engine.encode(self._render("?", _QUESTIONS[0])))
+        return len(_common(*asked)) > len(head)
 
     def _find(self, document: str) -> Prefix | None:
         try:

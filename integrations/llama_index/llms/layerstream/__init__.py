@@ -23,6 +23,7 @@ from llama_index.llms.layerstream.prefixes import (
     stable_prompt_helper,
 )
 from llama_index.llms.layerstream.situating import ContextualChunks
+from llama_index.llms.layerstream.templates import context_first
 from llama_index.llms.layerstream.warming import WarmPrefixes
 
 from layerstream import __version__
@@ -34,6 +35,7 @@ __all__ = [
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
+    "context_first",
     "context_first_prompts",
     "stable_prompt_helper",
 ]

@@ -26,10 +26,11 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.llms.layerstream import responses, structured
-from llama_index.llms.layerstream.messages import as_chat, selections
+from llama_index.llms.layerstream.messages import arrange, as_chat, selections
 from llama_index.llms.layerstream.responses import Asked, Reader
 
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
+from layerstream.api.prompt_layout import PromptLayout, arranged
 from layerstream.errors import ToolError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
 
@@ -90,6 +91,9 @@ class LayerStreamLLM(FunctionCallingLLM):
     client: str = Field(default="", description="Whom it is for; clients share the engine fairly.")
     explain_schema: bool = Field(default=True, description="Say the schema of a structured answer in the prompt.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the chat template.")
+    prompt_layout: PromptLayout = Field(
+        default="as_given", description="context_first: a labelled question goes behind a labelled, longer context."
+    )
 
     _handle: EngineHandle = PrivateAttr()
     _formats_messages: bool = PrivateAttr(default=False)
@@ -310,6 +314,10 @@ class LayerStreamLLM(FunctionCallingLLM):
         return messages, {**(llm_kwargs or {}), **structured.options_for(output_cls, self.pydantic_program_mode)}
 
     def _submit_text(self, engine: LayerStream, text: str, formatted: bool, kwargs: dict[str, Any]) -> Asked:
+        if not formatted or not (
+            engine.has_chat_template or self._formats_completions
+        ):  # else it has an end of its own
+            text = arranged(text, self.prompt_layout)
         if formatted:
             return self._submit(engine, text, self._sampling(kwargs), None, kwargs)
         if self._formats_completions:
@@ -331,7 +339,7 @@ class LayerStreamLLM(FunctionCallingLLM):
     def _chat_prompt(
         self, engine: LayerStream, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> tuple[Prompt, SamplingParams, Reader]:
-        params = self._sampling(kwargs)
+        params, messages = self._sampling(kwargs), arrange(messages, self.prompt_layout)
         if self._formats_messages or not engine.has_chat_template:
             if kwargs.get("tools"):
                 raise ToolError(
