@@ -24,6 +24,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from langchain_layerstream.chat_models import ChatLayerStream
+    from langchain_layerstream.conversations import add_new_passages, grow_context
     from langchain_layerstream.documents import StablePrefixOrder
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
@@ -38,8 +39,10 @@ __all__ = [
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
+    "add_new_passages",
     "context_first",
     "gang",
+    "grow_context",
     "rag_prompt",
 ]
 
@@ -49,8 +52,10 @@ _MODULES = {
     "LayerStreamLLM": "llms",
     "StablePrefixOrder": "documents",
     "WarmPrefixes": "warming",
+    "add_new_passages": "conversations",
     "context_first": "prompts",
     "gang": "gangs",
+    "grow_context": "conversations",
     "rag_prompt": "prompts",
 }
 
