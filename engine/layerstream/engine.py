@@ -256,6 +256,7 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> list[Completion]:
         """Complete one prompt or several; several share every sweep.
 
@@ -264,6 +265,8 @@ class LayerStream:
             timeout: seconds after which a request that is not finished is given up.
             priority: where requests have to wait, more goes first; waiting raises it.
             client: whom it is for; clients share the engine fairly.
+            tenant: whose it is: what one tenant's prompts left in memory and on disk, no other's find. Empty: the
+                engine's own (``KVStoreConfig(salt=...)``). It has to come from whoever runs the engine.
 
         Returns:
             ``n`` completions for each prompt, in order.
@@ -272,7 +275,8 @@ class LayerStream:
             PromptError, GrammarError: before anything runs. RequestTimeout: *timeout* is over. Other errors: the cause
                 of the first request that failed.
         """
-        requests = self.submit_many(split_prompts(prompts), params, timeout=timeout, priority=priority, client=client)
+        terms = Terms(timeout, priority, client, tenant)
+        requests = self._submit(split_prompts(prompts), as_params(params), terms)
         try:
             return [completion for request in requests for completion in request.completions()]
         except BaseException:  # Ctrl-C, or one of several failed: nobody waits for the rest
@@ -288,10 +292,11 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> Iterator[Delta]:
         """Deltas as the sweeps bring them; leaving the iteration cancels the request."""
         self._loop.reception.check_open()
-        return self._stream(self.encode(prompt), as_params(params), Terms(timeout, priority, client))
+        return self._stream(self.encode(prompt), as_params(params), Terms(timeout, priority, client, tenant))
 
     def _stream(self, token_ids: list[int], params: SamplingParams, terms: Terms) -> Iterator[Delta]:
         request = self._submit([token_ids], params, terms)[0]
@@ -309,9 +314,10 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> Request:
         """Hand *prompt* in and go on; it joins the next sweep."""
-        return self.submit_many([prompt], params, timeout=timeout, priority=priority, client=client)[0]
+        return self._submit([prompt], as_params(params), Terms(timeout, priority, client, tenant))[0]
 
     def submit_many(
         self,
@@ -321,6 +327,7 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> list[Request]:
         """Hand several prompts in, to join the same sweep. All are checked before any is handed in.
 
@@ -328,7 +335,7 @@ class LayerStream:
             PromptError, ConfigurationError: what is wrong, and which argument it is. QueueFull: more than may wait.
             EngineClosed: the engine is closed, or another process's.
         """
-        return self._submit(prompts, as_params(params), Terms(timeout, priority, client))
+        return self._submit(prompts, as_params(params), Terms(timeout, priority, client, tenant))
 
     def _submit(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> list[Request]:
         self._loop.reception.check_open()
@@ -355,12 +362,12 @@ class LayerStream:
         """The token ids that *prompt* stands for, with the model's opening tokens once."""
         return self._intake.encoder.encode(prompt)
 
-    def cached_tokens(self, prompt: Prompt) -> int:
-        """Tokens at the beginning of *prompt* whose KV is there, in memory or in the store: what a prefill of it would
-        not compute. Whole pages; never the last token."""
+    def cached_tokens(self, prompt: Prompt, *, tenant: str = "") -> int:
+        """Tokens at the beginning of *prompt* whose KV *tenant* has there, in memory or in the store: what a prefill of
+        it would not compute. Whole pages; never the last token."""
         self._home.check()
         scheduler, store = self._parts.scheduler, self._parts.store
-        keys = scheduler.prefixes.keys_of(self.encode(prompt))
+        keys = scheduler.prefixes.keys_of(self.encode(prompt), Terms(tenant=tenant).tenant)
         in_memory = scheduler.count_cached(keys)
         stored = 0 if store is None else store.look_up(keys)
         return max(in_memory, stored) * self.plan.page_tokens
@@ -372,6 +379,7 @@ class LayerStream:
         prompt: PromptTemplate | None = None,
         chat_template: Literal["auto"] | bool = "auto",
         on_document: Callable[[int, int], None] | None = None,
+        tenant: str = "",
     ) -> WarmReport:
         """Prefill *documents* into the KV store, ahead of questions about them. What is there already costs nothing.
 
@@ -382,13 +390,14 @@ class LayerStream:
             chat_template: put a text as a user message through the chat template: where the model has one, always,
                 or never.
             on_document: called with the number of documents done and of all, after each.
+            tenant: whose questions find them.
 
         Raises:
             ConfigurationError: no store, or a template without a common beginning.
             StorageFull: more than the store may hold; nothing was computed.
         """
         store = self._open_store()
-        prefixes = Prefixes(self, documents, prompt, chat_template)
+        prefixes = Prefixes(self, documents, prompt, chat_template, Terms(tenant=tenant).tenant)
         return warm(self, prefixes, store, on_document or (lambda done, count: None))
 
     def forecast_warm(
@@ -397,10 +406,11 @@ class LayerStream:
         *,
         prompt: PromptTemplate | None = None,
         chat_template: Literal["auto"] | bool = "auto",
+        tenant: str = "",
     ) -> WarmForecast:
         """What :meth:`warm` would take, without doing it."""
         store = self._open_store()
-        return forecast(self, Prefixes(self, documents, prompt, chat_template), store)
+        return forecast(self, Prefixes(self, documents, prompt, chat_template, Terms(tenant=tenant).tenant), store)
 
     @property
     def compute_seconds_per_token(self) -> float | None:

@@ -41,7 +41,7 @@ MOST_PRIORITY = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which terms a request is taken: seconds until it is given up, and its place in the queue.
+    """On which terms a request is taken: seconds until it is given up, its place in the queue, and whose it is.
 
     Raises:
         ConfigurationError: one of them cannot be meant; names it.
@@ -50,12 +50,14 @@ class Terms:
     timeout: float | None = None
     priority: int = 0
     client: str = ""
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "timeout", arguments.seconds("timeout", self.timeout, above_zero=True))
         set_(self, "priority", arguments.whole_number("priority", self.priority, -MOST_PRIORITY, MOST_PRIORITY))
         set_(self, "client", arguments.text("client", self.client))
+        set_(self, "tenant", arguments.text("tenant", self.tenant))
 
 
 class Intake:
@@ -106,7 +108,7 @@ class Intake:
         if params.best_of is not None and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
-        keys = self._parts.scheduler.prefixes.keys_of(token_ids)
+        keys = self._parts.scheduler.prefixes.keys_of(token_ids, terms.tenant)
         width, group = params.beam_width, None
         if width is not None:
             group = BeamGroup(self._num_beam_pages(len(token_ids), width, params.max_tokens or 1), width)
@@ -130,6 +132,7 @@ class Intake:
                     group=group,
                     priority=terms.priority,
                     client=terms.client,
+                    tenant=terms.tenant,
                 ),
                 detokenizer=Detokenizer(
                     self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=own.skip_special_tokens

@@ -48,7 +48,9 @@ class Engine(Protocol):
         """Token ids of *prompt*."""
         ...
 
-    def submit_many(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[Request]:
+    def submit_many(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, tenant: str = ""
+    ) -> list[Request]:
         """Hand prompts in."""
         ...
 
@@ -96,20 +98,26 @@ class WarmReport:
 
 
 class Prefixes:
-    """The prefixes that questions on documents share.
+    """The prefixes that *tenant*'s questions on documents share.
 
     Raises:
         ConfigurationError: a template without both fields, or one that puts the question before the context.
     """
 
     def __init__(
-        self, engine: Engine, documents: Iterable[str], prompt: PromptTemplate | None, chat: Literal["auto"] | bool
+        self,
+        engine: Engine,
+        documents: Iterable[str],
+        prompt: PromptTemplate | None,
+        chat: Literal["auto"] | bool,
+        tenant: str = "",
     ) -> None:
         template = QUESTION_PROMPT if prompt is None else prompt
         if isinstance(template, str) and not ("{context}" in template and "{question}" in template):
             raise ConfigurationError(
                 f"the prompt {template!r:.60} has no {{context}} and {{question}}; pass the template that questions use"
             )
+        self.tenant = tenant
         self.page_tokens = engine.plan.page_tokens
         self.num_documents = 0
         self.chains: list[tuple[list[int], list[bytes]]] = []
@@ -119,7 +127,7 @@ class Prefixes:
             whole = len(ids) // self.page_tokens * self.page_tokens
             if whole:
                 prefix = [*ids[:whole], ids[0]]  # one token more: a prompt's last token is never stored
-                self.chains.append((prefix, page_keys(prefix, self.page_tokens)))
+                self.chains.append((prefix, page_keys(prefix, self.page_tokens, tenant)))
         if self.num_documents and not self.chains:
             raise ConfigurationError(
                 "no document has a prefix of a whole page: they are shorter than "
@@ -188,7 +196,7 @@ def warm(engine: Engine, prefixes: Prefixes, store: PrefixStore, on_document: Ca
     for at in range(0, len(work), _AT_ONCE):
         requests: list[Request] = []
         try:
-            requests = engine.submit_many([ids for ids, _ in work[at : at + _AT_ONCE]], params)
+            requests = engine.submit_many([ids for ids, _ in work[at : at + _AT_ONCE]], params, tenant=prefixes.tenant)
             for request in requests:
                 request.result()
                 done += 1

@@ -45,6 +45,7 @@ class Sequence:
         group: the beam search that it is a beam of.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
+        tenant: whose memory it may share; empty: the engine's own.
         steps_back: whether its newest token is going to be computed more than once (``Scheduler.rewind``).
         tenancy: its memory for KV, and how much of that is filled.
     """
@@ -58,6 +59,7 @@ class Sequence:
     group: BeamGroup | None = None
     priority: int = 0
     client: str = ""
+    tenant: str = ""
     steps_back: bool = False
     tenancy: Tenancy = field(default_factory=Tenancy)
 

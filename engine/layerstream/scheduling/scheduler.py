@@ -107,7 +107,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let *sequence* wait for its pages. The caller made sure that the pool as a whole could hold it."""
         if not sequence.prefix_keys:
-            sequence.prefix_keys = self.prefixes.keys_of(sequence.token_ids[: sequence.num_prompt_tokens])
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            sequence.prefix_keys = self.prefixes.keys_of(prompt, sequence.tenant)
         self._waiting.enter(sequence)
         self._waiting.add(sequence)
 
