@@ -17,6 +17,7 @@ from layerstream.api import arguments
 from layerstream.api.completion import Completion
 from layerstream.api.home import Home
 from layerstream.api.params import SamplingParams, derive_seed
+from layerstream.api.reading import HiddenState, Reading, TokenLogits
 from layerstream.api.request import Request
 from layerstream.chat.turn import TurnMaker
 from layerstream.core.constraint import Constraint
@@ -24,6 +25,7 @@ from layerstream.core.sequence import BeamGroup, Sequence
 from layerstream.errors import ConfigurationError
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer, largest
+from layerstream.runtime.reading import ReadAnswer
 from layerstream.scheduling.beam import BeamSearch
 from layerstream.setup.assembly import Assembly
 from layerstream.text.detokenizer import Detokenizer
@@ -99,6 +101,41 @@ class Intake:
             answers.extend(self._answers(request, token_ids, wanted, terms, submitted))
         for answer in answers:
             answer.deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
+        return requests, answers
+
+    def take_to_read(
+        self, prompts: Seq[Prompt], reading: Reading, terms: Terms, *, keep: bool
+    ) -> tuple[list[Request], list[Answer]]:
+        """A request for each of *prompts*, which are read for *reading*. *keep*: a store may keep their pages.
+
+        Raises:
+            ConfigurationError: logits of a token that the model does not have.
+        """
+        if isinstance(reading, TokenLogits):
+            arguments.whole_number("token_ids", max(reading.token_ids), 0, self._parts.plan.facts.vocab_size - 1)
+        submitted = time.perf_counter()
+        deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
+        params = dataclasses.replace(self._parts.defaults.sampling, max_tokens=1)  # none is drawn
+        reads_all = isinstance(reading, HiddenState) and reading.pooling == "mean"
+        requests, answers = [], []
+        for token_ids in [self.encoder.encode(prompt) for prompt in prompts]:
+            keys = [] if reads_all else self._parts.scheduler.prefixes.keys_of(token_ids, terms.tenant)
+            request = Request(1, self._cancel, home=self._home)
+            sequence = Sequence(
+                next(self._numbers),
+                token_ids,
+                len(token_ids),
+                params,
+                prefix_keys=keys,
+                priority=terms.priority,
+                client=terms.client,
+                tenant=terms.tenant,
+                reading=reading,
+                is_kept=keep,
+            )
+            said = Detokenizer(self._parts.tokenizer), StopMatcher(())
+            answers.append(ReadAnswer(request, 0, sequence, *said, frozenset(), submitted, deadline))
+            requests.append(request)
         return requests, answers
 
     def _answers(
