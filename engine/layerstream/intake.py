@@ -22,7 +22,7 @@ from layerstream.api.request import Request
 from layerstream.chat.turn import TurnMaker
 from layerstream.core.constraint import Constraint
 from layerstream.core.sequence import BeamGroup, Sequence
-from layerstream.errors import ConfigurationError
+from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer, largest
 from layerstream.runtime.reading import ReadAnswer
@@ -91,6 +91,7 @@ class Intake:
 
     def take(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> tuple[list[Request], list[Answer]]:
         """A request for each of *prompts*, and the answers that they wait for."""
+        self._check_head()
         submitted = time.perf_counter()
         wanted = params.with_defaults(self._parts.defaults.sampling)
         requests, answers = [], []
@@ -110,8 +111,10 @@ class Intake:
 
         Raises:
             ConfigurationError: logits of a token that the model does not have.
+            UnsupportedModel: logits, of a model without a head.
         """
         if isinstance(reading, TokenLogits):
+            self._check_head()
             arguments.whole_number("token_ids", max(reading.token_ids), 0, self._parts.plan.facts.vocab_size - 1)
         submitted = time.perf_counter()
         deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
@@ -185,6 +188,13 @@ class Intake:
             return
         search = BeamSearch(width, params.max_tokens or 1, params.length_penalty, ends, largest)
         yield make(0, BeamAnswer, search=search, make_answer=make)
+
+    def _check_head(self) -> None:
+        if self._parts.skeleton.is_headless:
+            raise UnsupportedModel(
+                f"{self._parts.config.model} was saved without an output projection, so it knows no next token: embed "
+                "texts with it, or take the model that it was made of"
+            )
 
     def _stop_ids(self, stops: Iterable[str]) -> frozenset[int]:
         """The special tokens among *stops*: they are not shown, so they are no part of the text."""
