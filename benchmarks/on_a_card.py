@@ -4,7 +4,8 @@
     python -m benchmarks.on_a_card --out OUT [--stages bf16 nf4 ...] [--seconds 290]
     python -m benchmarks.on_a_card --out OUT --tiny                   # without one: the same stages, pretended
 
-Writers of models run first, all at once, beside the stages that need none of theirs. Every stage is a process with a
+Writers of models run first, all at once, and nothing is timed beside them: they want every processor and the memory's
+bandwidth. Every stage is a process with a
 time-out of its own, the important ones first; what one found is in ``OUT/on_a_card.jsonl`` line by line as it is found,
 so that nothing is lost with it. What does not fit the time, or fails, has a line that says so; its words are in
 ``OUT/STAGE.log``.
@@ -46,23 +47,23 @@ class Stage:
 
 STAGES = (
     Stage("link", 20),
-    Stage("kernels", 30),
-    Stage("tests", 60),
     Stage("bf16", 60, "dense"),
     Stage("nf4", 60, "dense-nf4"),
+    Stage("bits", 60, "dense"),
+    Stage("tests", 60),
     Stage("resident", 50, "dense"),
-    Stage("peers_resident", 60, "dense"),
     Stage("experts", 60, "mixture"),
-    Stage("large", 90, "large"),
-    Stage("bits", 45, "dense"),
     Stage("peers_offload", 40, "dense"),
+    Stage("peers_resident", 60, "dense"),
+    Stage("kernels", 30),
     Stage("trace", 30, "dense-nf4"),
+    Stage("large", 90, "large"),
 )
 
 
 @dataclass(slots=True)
 class Writers:
-    """Processes that write models; each is waited for by the first stage that needs it."""
+    """Processes that write models; all of them end before the first stage begins."""
 
     setting: Setting
     work: Path
@@ -77,13 +78,19 @@ class Writers:
             with (self.out / f"write-{name}.log").open("wb") as log:
                 self.running[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=REPOSITORY)
 
-    def wait(self, name: str, seconds: float) -> str | None:
-        """Until *name* is written; why it is not."""
-        try:
-            code = self.running[name].wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            return f"its model was not written within {seconds:.0f} s"
-        return f"its model could not be written (write-{name}.log)" if code else None
+    def wait(self, seconds: float) -> None:
+        """Until all of them are written, *seconds* at most: who is not done by then is ended."""
+        deadline = time.monotonic() + seconds
+        for process in self.running.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def failure(self, name: str) -> str | None:
+        """Why model *name* is not there."""
+        return f"its model was not written (write-{name}.log)" if self.running[name].returncode else None
 
     def close(self) -> None:
         """End what still runs."""
@@ -108,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + options.seconds
     try:
         writers.start(dict.fromkeys(stage.model for stage in chosen if stage.model is not None))  # type: ignore[arg-type]
+        writers.wait(min(WRITING_SECONDS, options.seconds))
         with (options.out / FOUND).open("a", buffering=1) as found:
             failures = [not _run(stage, writers, deadline, found) for stage in chosen]
     finally:
@@ -122,11 +130,10 @@ def _run(stage: Stage, writers: Writers, deadline: float, found: TextIO) -> bool
     left = deadline - started
     reason = None if left > 0 else "no time was left"
     if reason is None and stage.model is not None:
-        reason = writers.wait(stage.model, min(left, WRITING_SECONDS))
-    seconds = min(float(stage.seconds), deadline - time.monotonic())
+        reason = writers.failure(stage.model)
     if reason is None:
         print(f"{stage.name} ...", file=sys.stderr, flush=True)
-        reason = _child(stage, writers, seconds, found)
+        reason = _child(stage, writers, min(float(stage.seconds), left), found)
     took = time.monotonic() - started
     found.write(json.dumps({"stage": stage.name, "seconds": round(took, 2), "left_out": reason}) + "\n")
     print(f"{stage.name}: {reason or 'done'} ({took:.1f} s)", file=sys.stderr, flush=True)

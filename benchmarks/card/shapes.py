@@ -62,7 +62,7 @@ CARD = Setting(
     host_memory="48GiB",
     sequences=(1, 8, 32, 128),
     steps=8,
-    prefills=(512, 4096),
+    prefills=(512, 1900),
 )
 
 _TINY = "256,512,4,8,4,1200"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from layerstream.airllm import AutoModel
     from layerstream.api.completion import Completion, CompletionMetrics, Delta, TokenLogprob, Usage
     from layerstream.api.params import SamplingParams
+    from layerstream.api.reading import HiddenState, TokenLogits
     from layerstream.api.request import Request
     from layerstream.engine import LayerStream
     from layerstream.errors import (
@@ -70,6 +71,7 @@ __all__ = [
     "EngineStats",
     "GatedRepository",
     "GrammarError",
+    "HiddenState",
     "InvalidHeader",
     "InvalidLogits",
     "InvalidRouting",
@@ -90,6 +92,7 @@ __all__ = [
     "RequestTimeout",
     "SamplingParams",
     "StorageFull",
+    "TokenLogits",
     "TokenLogprob",
     "ToolError",
     "TruncatedFile",
@@ -106,10 +109,12 @@ _ELSEWHERE = {
     "CompletionMetrics": "api.completion",
     "Delta": "api.completion",
     "EngineStats": "stats",
+    "HiddenState": "api.reading",
     "KVStoreConfig": "store.config",
     "LayerStream": "engine",
     "Request": "api.request",
     "SamplingParams": "api.params",
+    "TokenLogits": "api.reading",
     "TokenLogprob": "api.completion",
     "Usage": "api.completion",
 }

@@ -11,11 +11,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import numpy as np
+
+from layerstream import readings
 from layerstream.api import arguments
 from layerstream.api.completion import Completion, Delta
 from layerstream.api.events import Listener
 from layerstream.api.home import Home
 from layerstream.api.params import SamplingParams, as_params
+from layerstream.api.reading import HiddenState, Pooling, Reading, TokenLogits
 from layerstream.api.request import Request
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
@@ -269,6 +273,7 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> list[Completion]:
         """Complete one prompt or several; several share every sweep.
 
@@ -277,6 +282,8 @@ class LayerStream:
             timeout: seconds after which a request that is not finished is given up.
             priority: where requests have to wait, more goes first; waiting raises it.
             client: whom it is for; clients share the engine fairly.
+            tenant: whose it is: what one tenant's prompts left in memory and on disk, no other's find. Empty: the
+                engine's own (``KVStoreConfig(salt=...)``). It has to come from whoever runs the engine.
 
         Returns:
             ``n`` completions for each prompt, in order.
@@ -285,7 +292,8 @@ class LayerStream:
             PromptError, GrammarError: before anything runs. RequestTimeout: *timeout* is over. Other errors: the cause
                 of the first request that failed.
         """
-        requests = self.submit_many(split_prompts(prompts), params, timeout=timeout, priority=priority, client=client)
+        terms = Terms(timeout, priority, client, tenant)
+        requests = self._submit(split_prompts(prompts), as_params(params), terms)
         try:
             return [completion for request in requests for completion in request.completions()]
         except BaseException:  # Ctrl-C, or one of several failed: nobody waits for the rest
@@ -301,10 +309,11 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> Iterator[Delta]:
         """Deltas as the sweeps bring them; leaving the iteration cancels the request."""
         self._loop.reception.check_open()
-        return self._stream(self.encode(prompt), as_params(params), Terms(timeout, priority, client))
+        return self._stream(self.encode(prompt), as_params(params), Terms(timeout, priority, client, tenant))
 
     def _stream(self, token_ids: list[int], params: SamplingParams, terms: Terms) -> Iterator[Delta]:
         request = self._submit([token_ids], params, terms)[0]
@@ -322,9 +331,10 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> Request:
         """Hand *prompt* in and go on; it joins the next sweep."""
-        return self.submit_many([prompt], params, timeout=timeout, priority=priority, client=client)[0]
+        return self._submit([prompt], as_params(params), Terms(timeout, priority, client, tenant))[0]
 
     def submit_many(
         self,
@@ -334,6 +344,7 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
     ) -> list[Request]:
         """Hand several prompts in, to join the same sweep. All are checked before any is handed in.
 
@@ -341,13 +352,91 @@ class LayerStream:
             PromptError, ConfigurationError: what is wrong, and which argument it is. QueueFull: more than may wait.
             EngineClosed: the engine is closed, or another process's.
         """
-        return self._submit(prompts, as_params(params), Terms(timeout, priority, client))
+        return self._submit(prompts, as_params(params), Terms(timeout, priority, client, tenant))
 
     def _submit(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> list[Request]:
         self._loop.reception.check_open()
         requests, answers = self._intake.take(prompts, params, terms)
         self._loop.submit(answers)
         return requests
+
+    def submit_to_read(
+        self,
+        prompts: Seq[Prompt],
+        reading: Reading,
+        *,
+        keep: bool = True,
+        timeout: float | None = None,
+        priority: int = 0,
+        client: str = "",
+        tenant: str = "",
+    ) -> list[Request]:
+        """Hand prompts in to be read instead of answered: what *reading* wants of each is its completion's ``reading``.
+
+        Args:
+            reading: :class:`TokenLogits` or :class:`HiddenState`.
+            keep: let the store keep their pages. ``False`` for prompts that do not begin as later ones will: they share
+                what they have in common while they are in memory, and the disk keeps what it is for.
+
+        Raises:
+            As :meth:`submit_many`.
+        """
+        self._loop.reception.check_open()
+        if not isinstance(reading, TokenLogits | HiddenState):
+            raise arguments.refusal("reading", reading, "TokenLogits or HiddenState")
+        terms = Terms(timeout, priority, client, tenant)
+        requests, answers = self._intake.take_to_read(prompts, reading, terms, keep=arguments.flag("keep", keep))
+        self._loop.submit(answers)
+        return requests
+
+    def embed(
+        self,
+        texts: Prompt | Seq[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        on_done: Callable[[int, int], None] | None = None,
+        **terms: Any,
+    ) -> np.ndarray:
+        """Vectors ``(n, hidden)`` of *texts*, fp32: final hidden states, in as few sweeps as there is room for.
+
+        Args:
+            texts: as prompts of :meth:`generate`; a text has what the model's tokenizer adds to it.
+            pooling: ``"last"``: of the last token; ``"mean"``: the mean over all.
+            normalize: each vector of length 1.
+            on_done: called with the number of texts done and of all, after each.
+            terms: ``keep`` (here ``False`` if not given), ``timeout``, ``priority``, ``client``, ``tenant``: as of
+                :meth:`submit_to_read`.
+        """
+        submit = functools.partial(self.submit_to_read, reading=HiddenState(pooling), **{"keep": False, **terms})
+        vectors = readings.read(submit, self._encode_all(texts), on_done)
+        return readings.normalized(vectors, self.plan.facts.hidden_size, is_wanted=normalize)
+
+    def score(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        tokens: Iterable[str | int] = ("yes", "no"),
+        *,
+        on_done: Callable[[int, int], None] | None = None,
+        **terms: Any,
+    ) -> np.ndarray:
+        """Probabilities ``(n, tokens)`` that each of *prompts* goes on with one of *tokens* rather than with another of
+        them; of a single token, the logistic function of its logit.
+
+        Args:
+            tokens: texts that are one token each, or token ids.
+            on_done, terms: as of :meth:`embed`; ``keep`` is ``True`` if not given.
+
+        Raises:
+            ConfigurationError: a text that is several tokens.
+        """
+        wanted = readings.token_ids_of(tokens, self.encode_piece)
+        submit = functools.partial(self.submit_to_read, reading=TokenLogits(wanted), **terms)
+        return readings.probabilities(readings.read(submit, self._encode_all(prompts), on_done), len(wanted))
+
+    def _encode_all(self, prompts: Prompt | Seq[Prompt]) -> list[list[int]]:
+        """What is wrong with the last of many is said before the first is computed."""
+        return [self.encode(prompt) for prompt in split_prompts(prompts)]
 
     def gang(self, size: int, timeout: float = GANG_SECONDS) -> AbstractContextManager[OpenGang]:
         """Within it, requests wait for each other: none is begun before *size* of them were submitted, by whatever
@@ -368,12 +457,22 @@ class LayerStream:
         """The token ids that *prompt* stands for, with the model's opening tokens once."""
         return self._intake.encoder.encode(prompt)
 
-    def cached_tokens(self, prompt: Prompt) -> int:
-        """Tokens at the beginning of *prompt* whose KV is there, in memory or in the store: what a prefill of it would
-        not compute. Whole pages; never the last token."""
+    def encode_piece(self, text: str, *, is_said: bool = False) -> list[int]:
+        """The token ids of *text* with nothing added: a piece of a prompt. What *is_said* (a retrieved document)
+        becomes no control token."""
+        return self._intake.encoder.encode_piece(text, is_said=is_said)
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The token ids that the model's tokenizer puts before a text, and behind it."""
+        return self._intake.encoder.frame
+
+    def cached_tokens(self, prompt: Prompt, *, tenant: str = "") -> int:
+        """Tokens at the beginning of *prompt* whose KV *tenant* has there, in memory or in the store: what a prefill of
+        it would not compute. Whole pages; never the last token."""
         self._home.check()
         scheduler, store = self._parts.scheduler, self._parts.store
-        keys = scheduler.prefixes.keys_of(self.encode(prompt))
+        keys = scheduler.prefixes.keys_of(self.encode(prompt), Terms(tenant=tenant).tenant)
         in_memory = scheduler.count_cached(keys)
         stored = 0 if store is None else store.look_up(keys)
         return max(in_memory, stored) * self.plan.page_tokens
@@ -389,6 +488,7 @@ class LayerStream:
         budget: int | str | None = ...,
         background: Literal[False] = ...,
         on_document: Callable[[int, int], None] | None = ...,
+        tenant: str = ...,
     ) -> WarmReport: ...
 
     @overload
@@ -402,6 +502,7 @@ class LayerStream:
         budget: int | str | None = ...,
         background: Literal[True],
         on_document: Callable[[int, int], None] | None = ...,
+        tenant: str = ...,
     ) -> Warming: ...
 
     def warm(
@@ -414,6 +515,7 @@ class LayerStream:
         budget: int | str | None = None,
         background: bool = False,
         on_document: Callable[[int, int], None] | None = None,
+        tenant: str = "",
     ) -> WarmReport | Warming:
         """Prefill *documents* into the KV store, ahead of questions about them. What is there already costs nothing.
 
@@ -431,6 +533,7 @@ class LayerStream:
             background: return at once. Documents are then computed while nobody asks, and give way to questions.
             on_document: called with the number of documents done and of all, after each; in the background, on its
                 thread.
+            tenant: whose questions find them, and whose retrievals say what is popular.
 
         Returns:
             What was done; in the background a handle: ``progress``, ``cancel()``, ``wait()``.
@@ -439,13 +542,15 @@ class LayerStream:
             ConfigurationError: no store, or a template without a common beginning.
             StorageFull: there is not even room for one document (in the background: from ``wait()``).
         """
-        store, corpus = self._open_store(), self._corpus(documents, top, budget)
+        store, corpus = self._open_store(), self._corpus(documents, top, budget, tenant)
         run = WarmRun.prepare(
             self,
-            Prefixes(self, prompt, chat_template),
+            Prefixes(self, prompt, chat_template, tenant),
             store,
             corpus,
-            self._submit_while_idle if background else functools.partial(self.submit_many, params=_ONE_TOKEN),
+            functools.partial(self._submit_while_idle, tenant=tenant)
+            if background
+            else functools.partial(self.submit_many, params=_ONE_TOKEN, tenant=tenant),
             on_document=on_document or (lambda done, count: None),
             at_once=min(AT_ONCE, self._parts.config.max_queued or AT_ONCE),
         )
@@ -464,24 +569,25 @@ class LayerStream:
         top: int | None = None,
         budget: int | str | None = None,
         documents_per_prompt: int = DOCUMENTS_PER_PROMPT,
+        tenant: str = "",
     ) -> WarmForecast:
         """What :meth:`warm` would take, and which share of later prompts it would save, without doing it.
 
         Args:
             documents_per_prompt: how many a question retrieves. The others are as for :meth:`warm`.
         """
-        store, corpus = self._open_store(), self._corpus(documents, top, budget)
+        store, corpus = self._open_store(), self._corpus(documents, top, budget, tenant)
         num = arguments.whole_number("documents_per_prompt", documents_per_prompt, 1)
-        return make_forecast(self, Prefixes(self, prompt, chat_template), store, corpus, num)
+        return make_forecast(self, Prefixes(self, prompt, chat_template, tenant), store, corpus, num)
 
-    def _corpus(self, documents: Iterable[str], top: int | None, budget: int | str | None) -> Corpus:
+    def _corpus(self, documents: Iterable[str], top: int | None, budget: int | str | None, tenant: str) -> Corpus:
         texts = list(documents)
-        return Corpus(texts, self.popularity(texts), top, budget)
+        return Corpus(texts, self.popularity(texts, tenant=tenant), top, budget)
 
-    def _submit_while_idle(self, prompts: Seq[Prompt]) -> list[Request] | None:
+    def _submit_while_idle(self, prompts: Seq[Prompt], *, tenant: str) -> list[Request] | None:
         """A token for each of *prompts*; ``None``: somebody asks."""
         self._loop.reception.check_open()
-        requests, answers = self._intake.take(prompts, _ONE_TOKEN, Terms(priority=-MOST_PRIORITY))
+        requests, answers = self._intake.take(prompts, _ONE_TOKEN, Terms(priority=-MOST_PRIORITY, tenant=tenant))
         return requests if self._loop.submit_if_idle(answers) else None
 
     def note_retrieved(self, texts: Seq[str], *, tenant: str = "") -> None:

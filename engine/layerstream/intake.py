@@ -17,13 +17,15 @@ from layerstream.api import arguments
 from layerstream.api.completion import Completion
 from layerstream.api.home import Home
 from layerstream.api.params import SamplingParams, derive_seed
+from layerstream.api.reading import HiddenState, Reading, TokenLogits
 from layerstream.api.request import Request
 from layerstream.chat.turn import TurnMaker
 from layerstream.core.constraint import Constraint
 from layerstream.core.sequence import BeamGroup, Sequence
-from layerstream.errors import ConfigurationError
+from layerstream.errors import ConfigurationError, UnsupportedModel
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer, largest
+from layerstream.runtime.reading import ReadAnswer
 from layerstream.scheduling.beam import BeamSearch
 from layerstream.setup.assembly import Assembly
 from layerstream.text.detokenizer import Detokenizer
@@ -41,7 +43,7 @@ MOST_PRIORITY = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which terms a request is taken: seconds until it is given up, and its place in the queue.
+    """On which terms a request is taken: seconds until it is given up, its place in the queue, and whose it is.
 
     Raises:
         ConfigurationError: one of them cannot be meant; names it.
@@ -50,12 +52,14 @@ class Terms:
     timeout: float | None = None
     priority: int = 0
     client: str = ""
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "timeout", arguments.seconds("timeout", self.timeout, above_zero=True))
         set_(self, "priority", arguments.whole_number("priority", self.priority, -MOST_PRIORITY, MOST_PRIORITY))
         set_(self, "client", arguments.text("client", self.client))
+        set_(self, "tenant", arguments.text("tenant", self.tenant))
 
 
 class Intake:
@@ -87,6 +91,7 @@ class Intake:
 
     def take(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> tuple[list[Request], list[Answer]]:
         """A request for each of *prompts*, and the answers that they wait for."""
+        self._check_head()
         submitted = time.perf_counter()
         wanted = params.with_defaults(self._parts.defaults.sampling)
         requests, answers = [], []
@@ -99,6 +104,43 @@ class Intake:
             answer.deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
         return requests, answers
 
+    def take_to_read(
+        self, prompts: Seq[Prompt], reading: Reading, terms: Terms, *, keep: bool
+    ) -> tuple[list[Request], list[Answer]]:
+        """A request for each of *prompts*, which are read for *reading*. *keep*: a store may keep their pages.
+
+        Raises:
+            ConfigurationError: logits of a token that the model does not have.
+            UnsupportedModel: logits, of a model without a head.
+        """
+        if isinstance(reading, TokenLogits):
+            self._check_head()
+            arguments.whole_number("token_ids", max(reading.token_ids), 0, self._parts.plan.facts.vocab_size - 1)
+        submitted = time.perf_counter()
+        deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
+        params = dataclasses.replace(self._parts.defaults.sampling, max_tokens=1)  # none is drawn
+        reads_all = isinstance(reading, HiddenState) and reading.pooling == "mean"
+        requests, answers = [], []
+        for token_ids in [self.encoder.encode(prompt) for prompt in prompts]:
+            keys = [] if reads_all else self._parts.scheduler.prefixes.keys_of(token_ids, terms.tenant)
+            request = Request(1, self._cancel, home=self._home)
+            sequence = Sequence(
+                next(self._numbers),
+                token_ids,
+                len(token_ids),
+                params,
+                prefix_keys=keys,
+                priority=terms.priority,
+                client=terms.client,
+                tenant=terms.tenant,
+                reading=reading,
+                is_kept=keep,
+            )
+            said = Detokenizer(self._parts.tokenizer), StopMatcher(())
+            answers.append(ReadAnswer(request, 0, sequence, *said, frozenset(), submitted, deadline))
+            requests.append(request)
+        return requests, answers
+
     def _answers(
         self, request: Request, token_ids: list[int], params: SamplingParams, terms: Terms, submitted: float
     ) -> Iterator[Answer]:
@@ -106,7 +148,7 @@ class Intake:
         if params.best_of is not None and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
-        keys = self._parts.scheduler.prefixes.keys_of(token_ids)
+        keys = self._parts.scheduler.prefixes.keys_of(token_ids, terms.tenant)
         width, group = params.beam_width, None
         if width is not None:
             group = BeamGroup(self._num_beam_pages(len(token_ids), width, params.max_tokens or 1), width)
@@ -130,6 +172,7 @@ class Intake:
                     group=group,
                     priority=terms.priority,
                     client=terms.client,
+                    tenant=terms.tenant,
                 ),
                 detokenizer=Detokenizer(
                     self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=own.skip_special_tokens
@@ -145,6 +188,13 @@ class Intake:
             return
         search = BeamSearch(width, params.max_tokens or 1, params.length_penalty, ends, largest)
         yield make(0, BeamAnswer, search=search, make_answer=make)
+
+    def _check_head(self) -> None:
+        if self._parts.skeleton.is_headless:
+            raise UnsupportedModel(
+                f"{self._parts.config.model} was saved without an output projection, so it knows no next token: embed "
+                "texts with it, or take the model that it was made of"
+            )
 
     def _stop_ids(self, stops: Iterable[str]) -> frozenset[int]:
         """The special tokens among *stops*: they are not shown, so they are no part of the text."""

@@ -67,7 +67,7 @@ class WarmPrefixes(ContextPrompt, BaseDocumentTransformer):
     def forecast(self, documents: Sequence[Document] | None = None) -> WarmForecast:
         """What warming *documents* (``None``: all of the *docstore*) would take and bring, without doing it."""
         texts = self._written(self._stored()) if documents is None else self.texts(documents)
-        return self.llm.load().forecast_warm(texts, top=self.top, budget=self.budget, prompt=self._shape)
+        return self.llm.load().forecast_warm(texts, **self._options())
 
     def texts(self, documents: Sequence[Document]) -> list[str]:
         """What is computed: the contexts that prompts will begin with.
@@ -95,11 +95,15 @@ class WarmPrefixes(ContextPrompt, BaseDocumentTransformer):
         return list(dict.fromkeys(self._join([document]) for document in documents))
 
     def _warm(self, texts: list[str]) -> Warming | None:
-        engine, options = self.llm.load(), {"top": self.top, "budget": self.budget, "prompt": self._shape}
+        engine, options = self.llm.load(), self._options()
         if self.background:
             return engine.warm(texts, background=True, **options)
         engine.warm(texts, **options)
         return None
+
+    def _options(self) -> dict[str, Any]:
+        tenant = getattr(self.llm, "tenant", "")
+        return {"top": self.top, "budget": self.budget, "prompt": self._shape, "tenant": tenant}
 
     def _shape(self, context: str, question: str) -> Any:
         return self._render(self.llm, context, question)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from layerstream import ConfigurationError, KVStoreConfig, LayerStream, PromptTooLong, SamplingParams, StorageFull
 from layerstream.text.prompt import QUESTION_PROMPT
+from layerstream.warming import Warming
 
 from tests.harness import add_tokenizer
 from tests.models import make_model
@@ -22,7 +23,7 @@ def store(tmp_path: Path) -> KVStoreConfig:
     return KVStoreConfig(tmp_path / "kv", load="always", max_bytes="1GiB", min_free_bytes=0)
 
 
-def by_second(engine: LayerStream, texts: list[str]) -> list[float]:
+def by_second(engine: LayerStream, texts: list[str], tenant: str = "") -> list[float]:
     """The second document is three times as popular."""
     return [3.0 if text == DOCUMENTS[1] else 1.0 for text in texts]
 
@@ -132,7 +133,7 @@ def test_where_not_even_one_fits(store: KVStoreConfig, tmp_path: Path) -> None:
 
 def test_what_the_budget_has_no_room_for_is_left_out(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The most popular is warmed; again, it is the same one."""
-    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [float(t == DOCUMENTS[1]) for t in texts])
+    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts, **_: [float(t == DOCUMENTS[1]) for t in texts])
     with make(store) as engine:
         for _ in range(2):
             forecast = engine.forecast_warm(DOCUMENTS, budget="400KiB")
@@ -147,7 +148,7 @@ def test_what_the_budget_has_no_room_for_is_left_out(store: KVStoreConfig, monke
 
 def test_the_top_few(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        LayerStream, "popularity", lambda self, texts: [3.0 if t == DOCUMENTS[1] else 1.0 for t in texts]
+        LayerStream, "popularity", lambda self, texts, **_: [3.0 if t == DOCUMENTS[1] else 1.0 for t in texts]
     )
     with make(store) as engine:
         report = engine.warm(DOCUMENTS, top=1)
@@ -158,14 +159,14 @@ def test_the_top_few(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_expected_share_follows_its_formula(store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        LayerStream, "popularity", lambda self, texts: [3.0 if t == DOCUMENTS[1] else 1.0 for t in texts]
+        LayerStream, "popularity", lambda self, texts, **_: [3.0 if t == DOCUMENTS[1] else 1.0 for t in texts]
     )
     with make(store) as engine:
         alone = engine.forecast_warm(DOCUMENTS, top=1, documents_per_prompt=1)
         assert alone.reused_share == alone.coverage == 0.75
         three = engine.forecast_warm(DOCUMENTS, top=1, documents_per_prompt=3)
         assert three.reused_share == pytest.approx(0.25), "one warmed prefix, which is all document, of three"
-    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts: [0.0, 0.0])
+    monkeypatch.setattr(LayerStream, "popularity", lambda self, texts, **_: [0.0, 0.0])
     with make(store) as engine:
         assert engine.forecast_warm(DOCUMENTS, top=1).reused_share is None, "nobody knows"
         assert engine.forecast_warm(DOCUMENTS).coverage == 1.0
@@ -216,3 +217,14 @@ def test_options_that_cannot_work(wrong: dict[str, Any], store: KVStoreConfig) -
 def test_without_a_store() -> None:
     with make(None) as engine, pytest.raises(ConfigurationError, match="no KV store"):
         engine.warm(DOCUMENTS)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_a_tenant_warms_no_other_finds(store: KVStoreConfig, background: bool) -> None:
+    with make(store) as engine:
+        done = engine.warm(DOCUMENTS, tenant="one", background=background)
+        if isinstance(done, Warming):
+            done.wait(60)
+        assert engine.forecast_warm(DOCUMENTS, tenant="one").missing_tokens == 0
+        missing = engine.forecast_warm(DOCUMENTS)
+        assert missing.missing_tokens == missing.prefix_tokens

@@ -83,7 +83,8 @@ class Completion:
     """A finished answer.
 
     ``index`` counts the ``n`` completions of one prompt. ``text`` leaves out special tokens and stop strings;
-    ``token_ids`` holds every generated token.
+    ``token_ids`` holds every generated token. Of a prompt that was read (:mod:`layerstream.api.reading`) there are
+    none, and ``reading`` is what was wanted: a float32 array of NumPy, of as many logits, or of the hidden size.
     """
 
     text: str
@@ -94,6 +95,7 @@ class Completion:
     index: int = 0
     seed: int | None = None
     logprobs: list[TokenLogprob] | None = None
+    reading: Any = None
 
 
 def openai_logprobs(completion: Completion, decode: Callable[[list[int]], str]) -> dict[str, Any] | None:

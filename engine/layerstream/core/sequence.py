@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from layerstream.api.params import SamplingParams
+from layerstream.api.reading import HiddenState, Reading
 from layerstream.core.constraint import Constraint
 from layerstream.core.tenancy import Tenancy
 
@@ -45,6 +46,9 @@ class Sequence:
         group: the beam search that it is a beam of.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
+        tenant: whose memory it may share; empty: the engine's own.
+        reading: what its prompt is read for; ``None``: it is answered.
+        is_kept: whether a store may keep its pages.
         steps_back: whether its newest token is going to be computed more than once (``Scheduler.rewind``).
         tenancy: its memory for KV, and how much of that is filled.
     """
@@ -58,8 +62,21 @@ class Sequence:
     group: BeamGroup | None = None
     priority: int = 0
     client: str = ""
+    tenant: str = ""
+    reading: Reading | None = None
+    is_kept: bool = True
     steps_back: bool = False
     tenancy: Tenancy = field(default_factory=Tenancy)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether its last row goes through the head."""
+        return not isinstance(self.reading, HiddenState)
+
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether all rows of its prompt are wanted, so that none may be left out because its KV is there."""
+        return isinstance(self.reading, HiddenState) and self.reading.pooling == "mean"
 
     @property
     def num_tokens(self) -> int:

@@ -1,8 +1,9 @@
 """Which pages hold which prefixes, so that no prefix is computed twice: pure accounting, no tensors.
 
-A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is empty. Equal keys therefore
-mean equal tokens from position 0 on, and the key of a page says all that its KV depends on, but for the model and its
-arithmetic, which a store's namespace stands for. Only whole pages of a prompt, computed as one prefill chunk, are
+A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is empty, or follows from the
+tenant that the prompt belongs to. Equal keys therefore mean equal tokens from position 0 on and the same tenant, and
+the key of a page says all that its KV depends on, but for the model and its arithmetic, which a store's namespace
+stands for. Only whole pages of a prompt, computed as one prefill chunk, are
 entered; what decoding wrote never is.
 
 States of an entry, and who holds its page:
@@ -181,9 +182,9 @@ class PrefixTable:
         """There are no prefixes; their pages are somebody else's to free."""
         self._entries, self._leaves = {}, []
 
-    def keys_of(self, token_ids: Sequence[int]) -> list[Key]:
+    def keys_of(self, token_ids: Sequence[int], tenant: str = "") -> list[Key]:
         """Keys of the pages that a prompt may share: whole ones, and never the last token, which has to be sampled."""
-        return page_keys(token_ids, self._pool.page_tokens)
+        return page_keys(token_ids, self._pool.page_tokens, tenant)
 
     def match(self, keys: Sequence[Key]) -> list[int]:
         """The pages of the longest known prefix of *keys*, in whatever state."""
@@ -386,14 +387,19 @@ class PrefixTable:
             self._queue(parent)
 
 
-def page_keys(token_ids: Sequence[int], page_tokens: int) -> list[Key]:
-    """Keys of the whole pages of *token_ids*, the last token left out."""
+def page_keys(token_ids: Sequence[int], page_tokens: int, tenant: str = "") -> list[Key]:
+    """Keys of the whole pages of *token_ids*, the last token left out, of *tenant*; empty: the engine's own."""
     keys: list[Key] = []
-    parent = b""
+    parent = tenant_key(tenant)
     for start in range(0, (len(token_ids) - 1) // page_tokens * page_tokens, page_tokens):
         parent = hashlib.sha256(parent + array("q", token_ids[start : start + page_tokens]).tobytes()).digest()
         keys.append(parent)
     return keys
+
+
+def tenant_key(tenant: str) -> Key:
+    """What the first page of *tenant*'s prompts has for a parent; of the engine's own it is empty."""
+    return hashlib.sha256(b"tenant" + tenant.encode(errors="surrogatepass")).digest() if tenant else b""
 
 
 def snapshot_key(key: Key) -> Key:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 
 from layerstream.core.sequence import Sequence
-from layerstream.core.sweep import Sweep
+from layerstream.core.sweep import Span, Sweep
 from layerstream.hardware.device import Placement, is_out_of_memory
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
@@ -88,6 +88,7 @@ class SweepRunner:
         self.embedding = embedding
         self.keeps_hidden = False
         self._hidden: torch.Tensor | None = None
+        self._read: list[tuple[Span, torch.Tensor]] = []
         self._dtype = skeleton.dtype
         self._weights = weights
         self._layer_embedding = layer_embedding
@@ -141,6 +142,7 @@ class SweepRunner:
                         streamer.begin(with_tail=bool(sweep.sampled))
                     hidden, logits = self._outputs(context, self._inputs(sweep, given))
                     self._hidden = hidden.cpu() if self.keeps_hidden else None
+                    self._read = _sums(sweep, hidden)
                     grouped_experts.check(context.routed)
                     for part in (*computing, *bringing):
                         part.end()
@@ -158,6 +160,12 @@ class SweepRunner:
         hidden, self._hidden = self._hidden, None
         assert hidden is not None, "nobody asked for them, or they were taken"
         return hidden
+
+    def take_read(self) -> list[tuple[Span, torch.Tensor]]:
+        """Of the last sweep, for each span whose hidden states are wanted, the sum ``(hidden,)`` over those rows, fp32
+        in host memory; once."""
+        read, self._read = self._read, []
+        return read
 
     def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
         """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages, and the states of
@@ -254,6 +262,15 @@ class SweepRunner:
         packed = embedded.new_zeros((1, num_rows, *embedded.shape[1:]))
         packed[0].index_copy_(0, rows, embedded)
         return packed
+
+
+def _sums(sweep: Sweep, hidden: torch.Tensor) -> list[tuple[Span, torch.Tensor]]:
+    """For each span of *sweep* that is read, the sum over its rows of *hidden* ``(rows, hidden)``."""
+    wanted = list(sweep.read_rows())
+    if not wanted:
+        return []
+    sums = torch.stack([hidden[rows].float().sum(0) for _, rows in wanted]).cpu()
+    return [(span, total) for (span, _), total in zip(wanted, sums, strict=True)]
 
 
 def _known_rows(table: EmbeddingRows, token_ids: list[int]) -> tuple[torch.Tensor, list[int]]:

@@ -43,6 +43,7 @@ from layerstream.runtime.blame import Doing, Victims, blame, ended, lost
 from layerstream.runtime.guesses import Guesses
 from layerstream.runtime.idle_work import IdleWork
 from layerstream.runtime.inbox import Inbox
+from layerstream.runtime.reading import ReadAnswer
 from layerstream.runtime.reception import Outside, Reception
 from layerstream.runtime.roster import Roster
 from layerstream.runtime.step import SweepStep
@@ -230,12 +231,26 @@ class EngineLoop:
                 if isinstance(answer, BeamAnswer):
                     answer.collect(sequence, logits[rows.start])
                     searching[answer] = None
+                elif isinstance(answer, ReadAnswer):
+                    answer.see_logits(logits[rows.start])
+                    self._deliver_read(answer)
                 else:
                     tokens_out += self._continue(answer, sweep.drafts.get(sequence), logits[rows])
+        for span, total in self._sweep_step.take_read():
+            answer = self._answers.get(span.sequence)
+            if isinstance(answer, ReadAnswer):
+                with self._for_request(answer.request):
+                    answer.see_hidden(span, total)
+                    self._deliver_read(answer)
         for answer in searching:  # last: beams that fork may take the memory of others
             with self._for_request(answer.request):
                 tokens_out += self._search(answer)
         return tokens_out
+
+    def _deliver_read(self, answer: ReadAnswer) -> None:
+        if answer.is_over:
+            self._drop(answer)
+        answer.deliver()
 
     @contextlib.contextmanager
     def _for_request(self, request: Request) -> Iterator[None]:
@@ -310,7 +325,7 @@ class EngineLoop:
         self.counters.sweeps += 1
         self.counters.sweep_seconds += seconds
         self.counters.tokens_in += sweep.num_tokens
-        for sequence in sweep.sampled:
+        for sequence in sweep.ended:
             if self._answers[sequence].is_new:
                 self.counters.prefix_hits += sequence.tenancy.num_cached > 0
                 self.counters.reused_tokens += sequence.tenancy.num_cached

@@ -5,7 +5,7 @@ asks for guesses; a draft model computes when it is asked.
 
 The one invariant that covers chunking and decoding alike: a sequence has ``num_computed`` tokens in its pages, and a
 sweep carries some of ``token_ids[num_computed:]``, in order, without gaps. When the last known token is among them,
-the sequence is sampled.
+the sequence is sampled, unless its hidden states alone are wanted.
 
 Rules:
 
@@ -102,7 +102,8 @@ class Composer:
         if not blocks:
             return None
         routes, state_loads = self._states.routes(), self._states.loads()
-        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts, routes, state_loads)
+        sampled = tuple(sequence for sequence in ready if sequence.needs_logits)
+        return Sweep(tuple(blocks), sampled, self._loads(blocks), drafts, routes, state_loads)
 
     def shrink(self) -> bool:
         """A sweep did not fit the memory: from now on they carry half as much. False: they cannot carry less."""

@@ -106,8 +106,9 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let *sequence* wait for its pages. The caller made sure that the pool as a whole could hold it."""
-        if not sequence.prefix_keys:
-            sequence.prefix_keys = self.prefixes.keys_of(sequence.token_ids[: sequence.num_prompt_tokens])
+        if not sequence.prefix_keys and not sequence.reads_all_rows:
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            sequence.prefix_keys = self.prefixes.keys_of(prompt, sequence.tenant)
         self._waiting.enter(sequence)
         self._waiting.add(sequence)
 
@@ -370,7 +371,7 @@ class Scheduler:
     def _has_room_for_logits(self, sequence: Sequence) -> bool:
         """Whether all that run, and *sequence*, may be sampled from in one sweep."""
         everyone = (*self._running, sequence)
-        num_alone = sum(other.group is None for other in everyone)
+        num_alone = sum(other.group is None and other.needs_logits for other in everyone)
         return num_alone + sum(group.num_rows for group in _groups(everyone)) <= self.limits.max_sequences
 
     def _has_room_for_beams(self, sequence: Sequence) -> bool:
@@ -435,7 +436,12 @@ class Scheduler:
         if sequence.is_long:
             size = self.pool.page_tokens
             return self._spill.publish(sequence, start // size, sequence.num_computed // size)
-        return self.prefixes.publish(sequence.prefix_keys, sequence)
+        published = self.prefixes.publish(sequence.prefix_keys, sequence)
+        if published is None or sequence.is_kept:
+            return published
+        if self._store is not None:
+            self._store.abandon(published.keys)  # nobody needs to wait for them
+        return None
 
 
 def _groups(sequences: Iterable[Sequence]) -> set[BeamGroup]:

@@ -244,13 +244,17 @@ class PrefixStore:
         before. Its slot is held until then."""
         self._writer.publish(Batch(item, seconds))
 
-    def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int]) -> None:
+    def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int], tenant: str = "") -> None:
         """Keep *answer* to *prompt*, whose whole pages are *keys*, behind the sweeps and after its pages."""
-        self._writer.remember(note(keys, self._pages.page_tokens, prompt, answer))
+        noted = note(keys, self._pages.page_tokens, prompt, answer, is_tenants=bool(tenant))
+        if noted is not None:
+            self._writer.remember(noted)
 
-    def recall(self, keys: Sequence[Key], num_prompt_tokens: int) -> list[list[int]]:
+    def recall(self, keys: Sequence[Key], num_prompt_tokens: int, tenant: str = "") -> list[list[int]]:
         """Questions with their answers near the end of a prompt, the most recent first; none if that takes long."""
-        wanted = places(keys, self._pages.page_tokens, num_prompt_tokens)
+        wanted = places(keys, self._pages.page_tokens, num_prompt_tokens, is_tenants=bool(tenant))
+        if not wanted:
+            return []
         question = Question(lambda tier: tier.recall(wanted))
         return question.answer or [] if self._connection.ask(question) else []
 

@@ -39,10 +39,6 @@ class Engine(Protocol):
         """Token ids of *prompt*."""
         ...
 
-    def popularity(self, texts: Sequence[str]) -> list[float]:
-        """How often each was retrieved."""
-        ...
-
 
 Submit = Callable[[Sequence[Prompt]], list[Request] | None]
 """Hands prompts in, to answer with one token; ``None``: not now, somebody asks."""
@@ -68,6 +64,7 @@ class Prefixes:
     Args:
         prompt: the template that questions use; ``None``: LangChain's and LlamaIndex's usual one.
         chat: put a text as a user message through the chat template.
+        tenant: whose questions they are.
 
     Attributes:
         too_long: documents that the context does not hold; they are left out.
@@ -76,7 +73,9 @@ class Prefixes:
         ConfigurationError: a template without both fields.
     """
 
-    def __init__(self, engine: Engine, prompt: PromptTemplate | None, chat: Literal["auto"] | bool) -> None:
+    def __init__(
+        self, engine: Engine, prompt: PromptTemplate | None, chat: Literal["auto"] | bool, tenant: str = ""
+    ) -> None:
         template = QUESTION_PROMPT if prompt is None else prompt
         if isinstance(template, str) and not ("{context}" in template and "{question}" in template):
             raise ConfigurationError(
@@ -87,6 +86,7 @@ class Prefixes:
         self._engine = engine
         self._template = template
         self._chat = chat
+        self._tenant = tenant
         self._found: dict[str, Prefix | None] = {}
 
     def of(self, document: str) -> Prefix | None:
@@ -138,7 +138,7 @@ class Prefixes:
         if not whole:
             return None
         token_ids = [*ids[:whole], ids[0]]
-        return Prefix(token_ids, page_keys(token_ids, self.page_tokens))
+        return Prefix(token_ids, page_keys(token_ids, self.page_tokens, self._tenant))
 
     def _render(self, context: str, question: str) -> Prompt:
         template = self._template

@@ -49,10 +49,10 @@ _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "logprobs", "top_logprobs",
 )  # fmt: skip
-_TERMS = ("timeout", "priority", "client")
+TERMS = ("timeout", "priority", "client")
 _CALL_OPTIONS = frozenset(
     {"max_new_tokens", "tools", "tool_choice", "parallel_tool_calls", "explain_schema", "chat_template_kwargs",
-     "top_logprobs", "formatted", "stream", "image_documents", *_TERMS}
+     "top_logprobs", "formatted", "stream", "image_documents", *TERMS}
 )  # fmt: skip
 
 
@@ -361,7 +361,7 @@ class LayerStreamLLM(FunctionCallingLLM):
     def _submit(
         self, engine: LayerStream, prompt: Prompt, params: SamplingParams, reader: Reader, kwargs: dict[str, Any]
     ) -> Asked:
-        terms = {name: kwargs.get(name, getattr(self, name)) for name in _TERMS}
+        terms = {name: kwargs.get(name, getattr(self, name)) for name in TERMS}
         try:
             return Asked(engine.submit(prompt, params, **terms), reader, engine.tokenizer.decode)
         except ValueError as error:  # as above

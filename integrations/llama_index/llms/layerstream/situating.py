@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from llama_index.core.bridge.pydantic import Field, SerializeAsAny
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
-from llama_index.llms.layerstream.base import LayerStreamLLM
+from llama_index.llms.layerstream.base import TERMS, LayerStreamLLM
 
 from layerstream.situating import INSTRUCTIONS, MAX_TOKENS, Chunked, Situating, rejoin
 
@@ -44,7 +44,7 @@ class ContextualChunks(TransformComponent):
         for number, node in enumerate(nodes):
             groups.setdefault(node.ref_doc_id or node.node_id, []).append(number)
         situated = list(nodes)
-        terms = {name: getattr(self.llm, name) for name in ("timeout", "priority", "client")}
+        terms = {name: getattr(self.llm, name) for name in TERMS}
         documents = (self._chunked([nodes[number] for number in numbers]) for numbers in groups.values())
         lines = situating.lines(self.llm.load(), documents, **terms)
         for numbers, own in zip(groups.values(), lines, strict=True):

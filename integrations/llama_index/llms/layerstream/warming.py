@@ -68,15 +68,15 @@ class WarmPrefixes(TransformComponent):
 
     def warm(self, nodes: Sequence[BaseNode]) -> Warming | None:
         """Warm *nodes*; in the *background* its handle is returned, which says how far it is."""
-        options = {"top": self.top, "budget": self.budget, "prompt": self._render}
+        engine, texts, options = self.llm.load(), self.texts(nodes), self._options()
         if self.background:
-            return self.llm.load().warm(self.texts(nodes), background=True, **options)
-        self.llm.load().warm(self.texts(nodes), **options)
+            return engine.warm(texts, background=True, **options)
+        engine.warm(texts, **options)
         return None
 
     def forecast(self, nodes: Sequence[BaseNode]) -> WarmForecast:
         """What warming *nodes* would take and bring, without doing it."""
-        return self.llm.load().forecast_warm(self.texts(nodes), top=self.top, budget=self.budget, prompt=self._render)
+        return self.llm.load().forecast_warm(self.texts(nodes), **self._options())
 
     def texts(self, nodes: Sequence[BaseNode]) -> list[str]:
         """What is computed: the contexts that prompts will begin with."""
@@ -89,6 +89,10 @@ class WarmPrefixes(TransformComponent):
 
         shown = shown_nodes(nodes, find, self.window_key, self.merge_ratio)
         return list(dict.fromkeys(filter(None, (join_nodes([node]) for node in shown))))
+
+    def _options(self) -> dict[str, Any]:
+        tenant = getattr(self.llm, "tenant", "")
+        return {"top": self.top, "budget": self.budget, "prompt": self._render, "tenant": tenant}
 
     def _render(self, context: str, question: str) -> Any:
         return render_context(self.llm, self.prompt, context, question)
