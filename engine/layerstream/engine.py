@@ -540,7 +540,7 @@ class LayerStream:
 
         Raises:
             ConfigurationError: no store, or a template without a common beginning.
-            StorageFull: there is not even room for one document (in the background: from ``wait()``).
+            StorageFull: there is not even room for one document.
         """
         store, corpus = self._open_store(), self._corpus(documents, top, budget, tenant)
         run = WarmRun.prepare(

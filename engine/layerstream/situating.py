@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from layerstream.api.params import SamplingParams
 from layerstream.api.request import Request
 from layerstream.errors import ConfigurationError, PromptTooLong
-from layerstream.text.prompt import Prompt
+
+if TYPE_CHECKING:  # wrappers import this file, and bring no torch
+    from layerstream.text.prompt import Prompt
 
 logger = logging.getLogger(__name__)
 

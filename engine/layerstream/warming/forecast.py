@@ -77,6 +77,7 @@ class _Tally:
     missing_pages: float = 0.0
     missing_bytes: float = 0.0
     pages_each: float = 0.0  # of every prefix, what they share included
+    smallest_miss: float = float("inf")  # bytes of what there was no room for
 
 
 def sizes_of(engine: Engine, store: PrefixStore) -> Sizes:
@@ -112,12 +113,16 @@ def make_forecast(
 
     Raises:
         ConfigurationError: none has a prefix of a whole page. PromptTooLong: the context holds none of them.
+        StorageFull: there is not even room for one.
     """
     order = corpus.order
     sample = order if len(order) <= SAMPLE else [order[at * len(order) // SAMPLE] for at in range(SAMPLE)]
     prefixes.check(sample)
     measured = {text: prefixes.of(text) for text in sample}
-    tally = _choose(order, measured, prefixes, store, sizes_of(engine, store), room_for(store, corpus.budget_bytes))
+    room = room_for(store, corpus.budget_bytes)
+    tally = _choose(order, measured, prefixes, store, sizes_of(engine, store), room)
+    if not tally.pages and tally.smallest_miss < float("inf"):
+        raise nothing_fits(tally.smallest_miss, room)
     coverage = corpus.coverage(tally.chosen)
     rates, per_token = store.rates(), engine.compute_seconds_per_token
     missing = round(tally.missing_pages * prefixes.page_tokens)
@@ -175,6 +180,8 @@ def _choose(
             tally.pages_each += whole
             tally.missing_pages += missing
             tally.missing_bytes += sizes.of(missing)
+        else:
+            tally.smallest_miss = min(tally.smallest_miss, sizes.of(pages))
     return tally
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from layerstream.api.request import Request
 from layerstream.store.store import PrefixStore
 from layerstream.warming.choice import Allowance, Corpus, Sizes
-from layerstream.warming.forecast import WarmForecast, make_forecast, nothing_fits, room_for, sizes_of
+from layerstream.warming.forecast import WarmForecast, make_forecast, room_for, sizes_of
 from layerstream.warming.prefixes import Engine, Prefix, Prefixes, Submit
 
 AT_ONCE = 8
@@ -72,11 +72,7 @@ class WarmRun:
         return cls(foreseen, corpus.order, prefixes, store, sizes, room, submit, **more)
 
     def run(self) -> WarmReport:
-        """Do it.
-
-        Raises:
-            StorageFull: there is not even room for one. What a request raises.
-        """
+        """Do it; raises what a request raises."""
         started = time.perf_counter()
         self._tell(0)
         for group in self._groups():
@@ -94,7 +90,6 @@ class WarmRun:
     def _groups(self) -> Iterator[list[tuple[Prefix, list[bytes]]]]:
         """Prefixes that are not wholly stored, each with the keys that no earlier one has; the others are done."""
         allowance, group = Allowance(self.room), list[tuple[Prefix, list[bytes]]]()
-        smallest = float("inf")
         for at, text in enumerate(self.order):
             if self.should_stop():
                 return
@@ -111,7 +106,6 @@ class WarmRun:
             num_bytes = self.sizes.of(sum(key not in self._seen for key in prefix.keys))
             if not allowance.admit(num_bytes):
                 self.left_out += 1
-                smallest = min(smallest, num_bytes)
                 continue
             missing = [key for key in prefix.keys[self.store.look_up(prefix.keys) :] if key not in self._seen]
             self._seen.update(prefix.keys)
@@ -125,8 +119,6 @@ class WarmRun:
                 group = []
         if group:
             yield group
-        if not allowance.taken and self.left_out and smallest < float("inf"):
-            raise nothing_fits(smallest, self.room)
 
     def _compute(self, group: list[tuple[Prefix, list[bytes]]]) -> None:
         """Compute *group*; what gives way to a question is asked again."""
