@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
     from langchain_layerstream.prompts import rag_prompt
+    from langchain_layerstream.ranking import LayerStreamEmbeddings, LayerStreamReranker
 
 __all__ = [
     "ChatLayerStream",
+    "LayerStreamEmbeddings",
     "LayerStreamLLM",
+    "LayerStreamReranker",
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
@@ -41,7 +44,9 @@ __all__ = [
 
 _MODULES = {
     "ChatLayerStream": "chat_models",
+    "LayerStreamEmbeddings": "ranking",
     "LayerStreamLLM": "llms",
+    "LayerStreamReranker": "ranking",
     "StablePrefixOrder": "documents",
     "WarmPrefixes": "documents",
     "gang": "gangs",

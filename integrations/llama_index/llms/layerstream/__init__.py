@@ -23,12 +23,15 @@ from llama_index.llms.layerstream.prefixes import (
     context_first_prompts,
     stable_prompt_helper,
 )
+from llama_index.llms.layerstream.ranking import LayerStreamEmbeddings, LayerStreamReranker
 
 from layerstream import __version__
 
 __all__ = [
     "CONTEXT_FIRST_REFINE",
+    "LayerStreamEmbeddings",
     "LayerStreamLLM",
+    "LayerStreamReranker",
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
