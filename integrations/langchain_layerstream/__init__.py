@@ -24,6 +24,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from langchain_layerstream.chat_models import ChatLayerStream
+    from langchain_layerstream.citations import CitedAnswer, cited_documents_chain
     from langchain_layerstream.documents import StablePrefixOrder, WarmPrefixes
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
@@ -32,23 +33,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChatLayerStream",
+    "CitedAnswer",
     "LayerStreamEmbeddings",
     "LayerStreamLLM",
     "LayerStreamReranker",
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
+    "cited_documents_chain",
     "gang",
     "rag_prompt",
 ]
 
 _MODULES = {
     "ChatLayerStream": "chat_models",
+    "CitedAnswer": "citations",
     "LayerStreamEmbeddings": "ranking",
     "LayerStreamLLM": "llms",
     "LayerStreamReranker": "ranking",
     "StablePrefixOrder": "documents",
     "WarmPrefixes": "documents",
+    "cited_documents_chain": "citations",
     "gang": "gangs",
     "rag_prompt": "prompts",
 }

@@ -16,6 +16,7 @@ except ImportError as error:
     raise MissingExtra("llama-index-core", "llama-index") from error
 
 from llama_index.llms.layerstream.base import LayerStreamLLM
+from llama_index.llms.layerstream.citations import CITED_QA_PROMPT, CitedSynthesizer
 from llama_index.llms.layerstream.prefixes import (
     CONTEXT_FIRST_REFINE,
     StablePrefixOrder,
@@ -28,7 +29,9 @@ from llama_index.llms.layerstream.ranking import LayerStreamEmbeddings, LayerStr
 from layerstream import __version__
 
 __all__ = [
+    "CITED_QA_PROMPT",
     "CONTEXT_FIRST_REFINE",
+    "CitedSynthesizer",
     "LayerStreamEmbeddings",
     "LayerStreamLLM",
     "LayerStreamReranker",
