@@ -77,7 +77,9 @@ class StablePrefixOrder(_ContextPrompt, RunnableSerializable[list[Document], lis
             return prefix_order(documents, _canonical)
         engine = self.llm.load()
         return prefix_order(
-            documents, _canonical, lambda some: engine.cached_tokens(self._render(self.llm, self._join(some), "?"))
+            documents,
+            _canonical,
+            lambda some: engine.cached_tokens(self._render(self.llm, self._join(some), "?"), tenant=self.llm.tenant),
         )
 
 
@@ -100,7 +102,11 @@ class WarmPrefixes(_ContextPrompt, BaseDocumentTransformer):
             ConfigurationError: no store, or a prompt that puts the question first.
         """
         texts = [self._join([document]) for document in documents]
-        self.llm.load().warm(texts, prompt=lambda context, question: self._render(self.llm, context, question))
+        self.llm.load().warm(
+            texts,
+            prompt=lambda context, question: self._render(self.llm, context, question),
+            tenant=self.llm.tenant,
+        )
         return documents
 
 

@@ -15,7 +15,8 @@ from layerstream.api.citations import citation_format, number_passages
 
 CITED_QA_PROMPT = PromptTemplate(
     "Passages are below, each behind its number.\n---------------------\n{context_str}\n---------------------\n"
-    "Answer the query from the passages alone, and cite those that you used by their numbers in brackets, such as [1].\n"
+    "Answer the query from the passages alone, and cite those that you used by their numbers in brackets, "
+    "such as [1].\n"
     "Query: {query_str}\nAnswer: "
 )
 """A question answering prompt for numbered passages."""

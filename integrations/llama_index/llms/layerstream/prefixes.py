@@ -86,7 +86,8 @@ class StablePrefixOrder(BaseNodePostprocessor):
         engine, template = llm.load(), self.prompt
 
         def cached_tokens(some: Sequence[NodeWithScore]) -> int:
-            return engine.cached_tokens(_render(llm, template, _join(found.node for found in some), "?"))
+            rendered = _render(llm, template, _join(found.node for found in some), "?")
+            return engine.cached_tokens(rendered, tenant=llm.tenant)
 
         return prefix_order(nodes, _canonical, cached_tokens)
 
@@ -109,7 +110,11 @@ class WarmPrefixes(TransformComponent):
             ConfigurationError: no store, or a prompt that puts the question first.
         """
         texts = [_join([node]) for node in nodes if isinstance(node, TextNode)]
-        self.llm.load().warm(texts, prompt=lambda context, question: _render(self.llm, self.prompt, context, question))
+        self.llm.load().warm(
+            texts,
+            prompt=lambda context, question: _render(self.llm, self.prompt, context, question),
+            tenant=self.llm.tenant,
+        )
         return nodes
 
 
