@@ -138,12 +138,13 @@ def report(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace
                 str(rounds[0]["tokens_in"]),
             ]
         )
-    print(f"{options.model.name}: {options.passages} passages of {options.tokens} tokens, cgroup {options.cgroup}\n")
-    print(bench.table(("", "open", "seconds", "passages/s", "passes over the model", "tokens computed"), rows))
+    note = ""
     if len(results) > 1:
         first, second = (rounds[0]["scores"] for rounds in results.values())
         largest = max(abs(one - other) for one, other in zip(first, second, strict=True))
-        print(f"\nlargest difference of a score: {largest:.1e}")
+        note = f"largest difference of a score: {largest:.1e}"
+    title = f"{options.model.name}: {options.passages} passages of {options.tokens} tokens, cgroup {options.cgroup}"
+    bench.show(title, ("", "open", "seconds", "passages/s", "passes over the model", "tokens computed"), rows, note)
 
 
 if __name__ == "__main__":
