@@ -629,7 +629,7 @@ class LayerStream:
     def stats(self) -> EngineStats:
         """Counters since the engine started."""
         self._home.check()
-        return collect_stats(self._parts, self._loop.counters)
+        return collect_stats(self._parts, self._loop.counters, self._loop.clients)
 
     def _open_store(self) -> PrefixStore:
         self._loop.reception.check_open()

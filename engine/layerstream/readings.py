@@ -10,18 +10,20 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from layerstream.api import arguments
-from layerstream.api.request import Request
 from layerstream.errors import ConfigurationError, shown
-from layerstream.text.prompt import Prompt
+
+if TYPE_CHECKING:  # whoever imports a wrapper pays for no torch
+    from layerstream.api.request import Request
+    from layerstream.text.prompt import Prompt
 
 WAVE = 128  # texts: more than a sweep has room for, as a rule
 
-Submit: TypeAlias = Callable[[Sequence[Prompt]], list[Request]]
+Submit: TypeAlias = "Callable[[Sequence[Prompt]], list[Request]]"
 OnDone: TypeAlias = Callable[[int, int], None]
 
 
@@ -33,7 +35,8 @@ def read(submit: Submit, prompts: Sequence[Prompt], on_done: OnDone | None = Non
         on_done: called with the number of prompts done and of all, after each.
     """
     found: list[np.ndarray] = []
-    running, waves = deque[Request](), _waves(prompts)
+    waves = _waves(prompts)
+    running: deque[Request] = deque()
     try:
         while running or len(found) < len(prompts):
             while len(running) <= WAVE and (wave := next(waves, None)) is not None:
@@ -51,7 +54,8 @@ def read(submit: Submit, prompts: Sequence[Prompt], on_done: OnDone | None = Non
 async def aread(submit: Submit, prompts: Sequence[Prompt]) -> list[np.ndarray]:
     """As :func:`read`, without blocking the event loop."""
     found: list[np.ndarray] = []
-    running, waves = deque[Request](), _waves(prompts)
+    waves = _waves(prompts)
+    running: deque[Request] = deque()
     try:
         while running or len(found) < len(prompts):
             while len(running) <= WAVE and (wave := next(waves, None)) is not None:

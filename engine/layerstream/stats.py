@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from layerstream.runtime.clients import ClientCounters, ClientStats
 from layerstream.runtime.loop import LoopCounters
 from layerstream.scheduling.drafting.trees import DrafterCounters
 from layerstream.setup.assembly import Assembly
@@ -83,6 +84,7 @@ class EngineStats:
         experts: what came as it was routed to; ``None``: nothing does.
         states: slots for states of recurrent layers; ``None``: the model has no such layers.
         advice: the one change to prompts that would let most of them be reused, once that is known; it was logged.
+        clients: what was done for whom, of requests that are over: for the last thousand of those who asked.
     """
 
     sweeps: int
@@ -108,10 +110,11 @@ class EngineStats:
     experts: ExpertStats | None = None
     states: StateStats | None = None
     advice: str = ""
+    clients: Mapping[str, ClientStats] = field(default_factory=dict[str, ClientStats])
 
 
-def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
-    """The numbers of an engine's *parts* and of its loop."""
+def collect_stats(parts: Assembly, counters: LoopCounters, clients: ClientCounters) -> EngineStats:
+    """The numbers of an engine's *parts*, of its loop, and of its *clients*."""
     pool, plan = parts.scheduler.pool, parts.plan
     used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes + plan.transit_bytes
     fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.weights.expert_bytes + plan.activation_bytes
@@ -143,6 +146,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         declined_drafts=parts.drafting.num_declined,
         experts=_expert_stats(parts),
         states=_state_stats(parts),
+        clients=clients.snapshot(),
     )
 
 

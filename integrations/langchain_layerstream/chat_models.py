@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -22,6 +22,7 @@ from pydantic import Field
 
 from langchain_layerstream._errors import overflow_as_langchains
 from langchain_layerstream._fields import EngineFields, add_usages, check_stream, logprobs_of, usage_of
+from langchain_layerstream._source import configured_terms
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 from langchain_layerstream.messages import ChunkStream, as_chat, as_message, as_tool
 from langchain_layerstream.structured import AnswerParser, target_of, with_raw
@@ -174,6 +175,51 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         else:
             raise ValueError(f"method is {method!r}; expected 'json_schema', 'json_mode' or 'function_calling'")
         return with_raw(model, parser) if include_raw else model | parser
+
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Answer *input*; ``timeout``, ``priority``, ``client`` and ``tenant`` may stand in *config*'s
+        ``configurable``."""
+        return super().invoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """As :meth:`invoke`, without blocking the event loop."""
+        return await super().ainvoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """As :meth:`invoke`, piece by piece."""
+        return super().stream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """As :meth:`stream`, without blocking the event loop."""
+        return super().astream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
 
     def batch(
         self,

@@ -82,13 +82,17 @@ class StablePrefixOrder(ContextPrompt, RunnableSerializable[list[Document], list
             return prefix_order(documents, canonical)
         engine = self.llm.load()
 
+        tenant = self.llm.tenant
+
         def render(context: str) -> Any:
             return self._render(self.llm, context, "?")
 
+        def cached_tokens(some: Sequence[Document]) -> int:
+            return engine.cached_tokens(render(self._join(some)), tenant=tenant)
+
         if self.learn:
-            tenant = getattr(self.llm, "tenant", "")
             return learned_order(engine, documents, canonical, self._join, render, tenant)
-        return prefix_order(documents, canonical, lambda some: engine.cached_tokens(render(self._join(some))))
+        return prefix_order(documents, canonical, cached_tokens)
 
 
 def canonical(document: Document) -> tuple[str, float, str, str]:

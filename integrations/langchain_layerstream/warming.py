@@ -102,8 +102,7 @@ class WarmPrefixes(ContextPrompt, BaseDocumentTransformer):
         return None
 
     def _options(self) -> dict[str, Any]:
-        tenant = getattr(self.llm, "tenant", "")
-        return {"top": self.top, "budget": self.budget, "prompt": self._shape, "tenant": tenant}
+        return {"top": self.top, "budget": self.budget, "prompt": self._shape, "tenant": self.llm.tenant}
 
     def _shape(self, context: str, question: str) -> Any:
         return self._render(self.llm, context, question)

@@ -19,8 +19,10 @@ MODULES = [
     "langchain_layerstream",
     "langchain_layerstream.chat_models",
     "langchain_layerstream.llms",
+    "langchain_layerstream.ranking",
     "llama_index.llms.layerstream",
     "llama_index.llms.layerstream.base",
+    "llama_index.llms.layerstream.ranking",
 ]
 
 

@@ -22,6 +22,7 @@ class Answer:
         end_token_ids: ids that end it; they are kept as tokens and not shown.
         submitted: ``time.perf_counter()`` at submission.
         deadline: when it is given up, on the same clock.
+        first_sweep: when the first sweep that carried a row of it was over; ``None``: none was.
     """
 
     request: Request
@@ -32,6 +33,7 @@ class Answer:
     end_token_ids: frozenset[int]
     submitted: float
     deadline: float = float("inf")
+    first_sweep: float | None = None
     num_sweeps: int = 0
     streamed_bytes: int = 0
     text: str = ""
@@ -47,6 +49,8 @@ class Answer:
     def took_part(self, streamed_bytes: int) -> None:
         """A sweep carried rows of this sequence."""
         self.num_sweeps += 1
+        if self.first_sweep is None:
+            self.first_sweep = time.perf_counter()
         self.streamed_bytes += streamed_bytes
 
     def verified(self, num_drafted: int, num_right: int) -> None:

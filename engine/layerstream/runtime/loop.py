@@ -40,6 +40,7 @@ from layerstream.model.model_weights import ModelWeights
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer
 from layerstream.runtime.blame import Doing, Victims, blame, ended, lost
+from layerstream.runtime.clients import ClientCounters
 from layerstream.runtime.guesses import Guesses
 from layerstream.runtime.idle_work import IdleWork
 from layerstream.runtime.inbox import Inbox
@@ -96,6 +97,7 @@ class EngineLoop:
         self, steward: Steward, step: SweepStep, drafting: TreeDrafting, weights: ModelWeights, outside: Outside
     ) -> None:
         self.counters = LoopCounters()
+        self.clients = ClientCounters()
         self._steward = steward
         self._scheduler = steward.scheduler
         self._sweep_step = step
@@ -414,6 +416,7 @@ class EngineLoop:
             self._forget(sequence)
         if answer in self._here:
             self._here.remove(answer)
+            self.clients.count(answer, time.perf_counter())
 
     def _forget(self, sequence: Sequence) -> None:
         del self._answers[sequence]

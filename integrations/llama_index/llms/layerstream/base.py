@@ -49,7 +49,7 @@ _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "logprobs", "top_logprobs",
 )  # fmt: skip
-TERMS = ("timeout", "priority", "client")
+TERMS = ("timeout", "priority", "client", "tenant")
 _CALL_OPTIONS = frozenset(
     {"max_new_tokens", "tools", "tool_choice", "parallel_tool_calls", "explain_schema", "chat_template_kwargs",
      "top_logprobs", "formatted", "stream", "image_documents", *TERMS}
@@ -89,6 +89,7 @@ class LayerStreamLLM(FunctionCallingLLM):
     timeout: float | None = Field(default=None, description="Seconds until an unfinished answer is given up.")
     priority: int = Field(default=0, description="Where requests wait for each other, more goes first.")
     client: str = Field(default="", description="Whom it is for; clients share the engine fairly.")
+    tenant: str = Field(default="", description="Whose it is: no other tenant finds what it left in memory or on disk.")
     explain_schema: bool = Field(default=True, description="Say the schema of a structured answer in the prompt.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the chat template.")
     prompt_layout: PromptLayout = Field(

@@ -93,9 +93,14 @@ class StablePrefixOrder(BaseNodePostprocessor):
         def render(context: str) -> Any:
             return render_context(llm, template, context, "?")
 
+        def cached_tokens(some: Sequence[NodeWithScore]) -> int:
+            return engine.cached_tokens(render(write(some)), tenant=llm.tenant)
+
         if self.learn:
-            return learned_order(engine, nodes, _canonical, write, render, getattr(llm, "tenant", ""))
-        return prefix_order(nodes, _canonical, lambda some: engine.cached_tokens(render(write(some))))
+            return learned_order(engine, nodes, _canonical, write, render, llm.tenant)
+        return prefix_order(
+            nodes, _canonical, lambda some: engine.cached_tokens(render(write(some)), tenant=llm.tenant)
+        )
 
 
 def join_nodes(nodes: Any) -> str:

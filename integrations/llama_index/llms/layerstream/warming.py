@@ -91,8 +91,7 @@ class WarmPrefixes(TransformComponent):
         return list(dict.fromkeys(filter(None, (join_nodes([node]) for node in shown))))
 
     def _options(self) -> dict[str, Any]:
-        tenant = getattr(self.llm, "tenant", "")
-        return {"top": self.top, "budget": self.budget, "prompt": self._render, "tenant": tenant}
+        return {"top": self.top, "budget": self.budget, "prompt": self._render, "tenant": self.llm.tenant}
 
     def _render(self, context: str, question: str) -> Any:
         return render_context(self.llm, self.prompt, context, question)
