@@ -198,6 +198,11 @@ def test_passages_give_no_orders(engine: LayerStream) -> None:
     assert "{passage}" in engine.tokenizer.decode(prompt), "what a query says is no place"
 
 
+def test_texts_that_begin_alike_say_nothing(engine: LayerStream) -> None:
+    with pytest.raises(ConfigurationError, match="same token"):
+        Reranker(engine, RerankForm(pieces=("{query}{passage}",), tokens=("yes", "yea")))
+
+
 def test_forms() -> None:
     assert form_of("Qwen/Qwen3-Reranker-4B") is QWEN3
     assert form_of("BAAI/bge-reranker-v2-gemma") is BGE_GEMMA

@@ -22,7 +22,8 @@ class RerankForm:
     """A prompt of *pieces*, where ``{instruction}``, ``{query}`` and ``{passage}`` stand for themselves.
 
     Attributes:
-        tokens: one or two texts of one token each: the first says yes. Of two it is its share, of one its logit.
+        tokens: one or two texts, of which the first tokens count: the first text says yes. A score is its share of
+            both, or what the logistic function makes of its logit.
         instruction: what the model is told to look for, if nobody says otherwise.
         is_chat: the pieces are what a user says in the model's own chat template.
         models: parts of the names of models that it belongs to, in lower case.

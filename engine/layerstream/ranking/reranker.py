@@ -43,7 +43,7 @@ class Reranker:
         self._most = most if max_tokens is None else min(most, arguments.whole_number("max_tokens", max_tokens, 1))
         self._truncate = truncate
         self._instruction = self.form.instruction if instruction is None else instruction
-        self._tokens = readings.token_ids_of(self.form.tokens, engine.encode_piece)
+        self._tokens = self._first_tokens()
         self._opening, self._pieces = self._make_pieces()
 
     def score(
@@ -81,6 +81,16 @@ class Reranker:
                 )
             found.append([*head, *said[:room], *tail])
         return found
+
+    def _first_tokens(self) -> tuple[int, ...]:
+        """The first token of each text that the form has for yes and no."""
+        found = [self._engine.encode_piece(token) for token in self.form.tokens]
+        first = tuple(ids[0] for ids in found if ids)
+        if len(set(first)) < len(found):
+            raise ConfigurationError(
+                f"{list(self.form.tokens)} begin with the same token to this model: name others in a form of your own"
+            )
+        return first
 
     def _around(self, query: str) -> tuple[list[int], str, list[int]]:
         """Token ids before the piece with the passage, that piece, and token ids behind it."""
