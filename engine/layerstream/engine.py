@@ -402,6 +402,20 @@ class LayerStream:
         store = self._open_store()
         return forecast(self, Prefixes(self, documents, prompt, chat_template), store)
 
+    def note_retrieved(self, texts: Seq[str], *, tenant: str = "") -> None:
+        """*texts*, each as it stands in a prompt, were retrieved together for one question of *tenant*.
+
+        It is counted for :meth:`popularity`; nothing waits for that. The texts are not kept.
+        """
+        self._home.check()
+        self._parts.popularity.note(_texts(texts), arguments.text("tenant", tenant))
+
+    def popularity(self, texts: Seq[str], *, tenant: str = "") -> list[float]:
+        """How often each of *texts* was retrieved by *tenant*'s questions, counted in the store: halved with every 256
+        questions since. Without a store: since the engine started."""
+        self._home.check()
+        return self._parts.popularity.of(_texts(texts), arguments.text("tenant", tenant))
+
     @property
     def compute_seconds_per_token(self) -> float | None:
         """What computing a prompt's token took so far, reading left out; ``None`` before a prompt was computed."""
@@ -452,6 +466,12 @@ class LayerStream:
 
     def __repr__(self) -> str:
         return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
+
+
+def _texts(texts: Seq[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise arguments.refusal("texts", texts, "a list of texts, one for each document")
+    return [arguments.text("texts", text) for text in texts]
 
 
 @functools.cache

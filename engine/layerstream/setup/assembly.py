@@ -47,6 +47,7 @@ from layerstream.setup.parts import (
 from layerstream.setup.plan_model import locate_model, plan_model
 from layerstream.store.config import KVStoreConfig
 from layerstream.store.fingerprint import DigestMemory, WeightFiles, namespace
+from layerstream.store.popularity import Popularity
 from layerstream.store.store import PrefixStore
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 
@@ -104,6 +105,11 @@ class Assembly:
     def store(self) -> PrefixStore | None:
         """Where KV outlives the process."""
         return self.kv.store
+
+    @property
+    def popularity(self) -> Popularity:
+        """How often documents were retrieved."""
+        return self.kv.popularity
 
     @property
     def context_length(self) -> int:

@@ -35,6 +35,7 @@ from layerstream.setup.closing import Closing
 from layerstream.setup.groundwork import Groundwork, look_at_source
 from layerstream.setup.known_rates import correct
 from layerstream.setup.open_store import HOPED_READ_RATE, open_store, weight_paths
+from layerstream.store.popularity import Popularity
 from layerstream.store.store import PrefixStore
 from layerstream.streaming.experts.device_bank import AnyBank
 
@@ -50,6 +51,7 @@ class KVParts:
     swap: PageSwap
     state_swap: PageSwap
     store: PrefixStore | None
+    popularity: Popularity
 
 
 def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
@@ -73,7 +75,9 @@ def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
     if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
         memory.populate()
     swap, state_swap = closing.keep(PageSwap(states)), closing.keep(PageSwap(recurrent))
-    return KVParts(memory, states, recurrent, swap, state_swap, store)
+    config = ground.config.kv_store
+    popularity = Popularity(store, "" if config is None else config.salt)
+    return KVParts(memory, states, recurrent, swap, state_swap, store, popularity)
 
 
 def load_weights(ground: Groundwork, listener: Listener | None) -> ModelWeights:

@@ -18,8 +18,8 @@ Threads, and what they may wait for:
 | writer | encodes, writes, keeps leases alive | disk, other processes |
 
 A ``take`` that was not answered within its moment is asked again; a ``recall`` does without. Only ``look_up``,
-``room``, ``flush``, ``wait_until_open`` and ``close`` wait longer, and are not for the engine's thread. ``hold`` opens
-files: it is called between sweeps, by whoever carries out what the scheduler decided.
+``room``, ``retrieved``, ``flush``, ``wait_until_open`` and ``close`` wait longer, and are not for the engine's thread.
+``hold`` opens files: it is called between sweeps, by whoever carries out what the scheduler decided.
 
 What a page goes through:
 
@@ -57,6 +57,7 @@ from layerstream.store.known import KnownKeys
 from layerstream.store.loader import PageLoader
 from layerstream.store.lookup import Lookup, count_resumable
 from layerstream.store.offers import Found, Wanted
+from layerstream.store.retrievals import Retrieval
 from layerstream.store.segment import Key
 from layerstream.store.source import PageSource, snapshot_source
 from layerstream.store.tiers.base import StoredRun, Tier
@@ -252,6 +253,15 @@ class PrefixStore:
         wanted = places(keys, self._pages.page_tokens, num_prompt_tokens)
         question = Question(lambda tier: tier.recall(wanted))
         return question.answer or [] if self._connection.ask(question) else []
+
+    def note_retrieved(self, item: Retrieval) -> bool:
+        """Count *item*, in its turn; whether there is a tier to count it."""
+        return self._connection.post(lambda tier: tier.note_retrieved(item))
+
+    def retrieved(self, item: Retrieval) -> list[float] | None:
+        """How often each document of *item* was retrieved; ``None`` if that takes long."""
+        question = Question(lambda tier: tier.retrieved(item))
+        return question.answer if self._connection.ask(question, CALLER_SECONDS, is_patient=True) else None
 
     def collect(self) -> list[int]:
         """Frames whose pages were written, or will not be."""
