@@ -24,6 +24,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from langchain_layerstream.chat_models import ChatLayerStream
+    from langchain_layerstream.conversations import add_new_passages, grow_context
     from langchain_layerstream.documents import StablePrefixOrder, WarmPrefixes
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
@@ -35,7 +36,9 @@ __all__ = [
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
+    "add_new_passages",
     "gang",
+    "grow_context",
     "rag_prompt",
 ]
 
@@ -44,7 +47,9 @@ _MODULES = {
     "LayerStreamLLM": "llms",
     "StablePrefixOrder": "documents",
     "WarmPrefixes": "documents",
+    "add_new_passages": "conversations",
     "gang": "gangs",
+    "grow_context": "conversations",
     "rag_prompt": "prompts",
 }
 

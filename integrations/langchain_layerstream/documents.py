@@ -2,7 +2,8 @@
 
 Only what stands at the very beginning of a prompt can be shared, so of several documents in a context only the first is
 found on its own, the second only behind the same first, and so on. Hence the two halves here: :class:`WarmPrefixes`
-computes every document as the first of a context, and :class:`StablePrefixOrder` puts one that is stored first.
+computes every document as the first of a context, and :class:`StablePrefixOrder` puts one that is stored first. In a
+conversation passages come in behind those that are there: :mod:`~langchain_layerstream.conversations`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from langchain_core.documents import BaseDocumentTransformer, Document
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
-from layerstream.api.prefix_order import prefix_order
+from layerstream.api.prefix_order import learned_order, prefix_order
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from langchain_layerstream.chat_models import ChatLayerStream
@@ -61,11 +62,14 @@ class StablePrefixOrder(_ContextPrompt, RunnableSerializable[list[Document], lis
     """Puts retrieved documents into the order that shares the longest stored prefix.
 
     Behind a retriever: ``retriever | StablePrefixOrder(llm=llm, prompt=prompt)``. What the store does not know stands
-    in an order of its own (source, position), the same for every question. Without *llm* that order alone is used.
+    by how often it was retrieved, so that what many questions bring comes first; equals stand in an order of their own
+    (source, position), the same for every question. Without *llm* that order alone is used.
     """
 
     llm: Any = None
     """The model whose store is asked."""
+    learn: bool = True
+    """Count retrievals, and put what is retrieved often first."""
     _check_llm = field_validator("llm")(_check_model)
 
     def invoke(self, input: list[Document], config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:
@@ -74,11 +78,16 @@ class StablePrefixOrder(_ContextPrompt, RunnableSerializable[list[Document], lis
 
     def _order(self, documents: list[Document]) -> list[Document]:
         if self.llm is None:
-            return prefix_order(documents, _canonical)
+            return prefix_order(documents, canonical)
         engine = self.llm.load()
-        return prefix_order(
-            documents, _canonical, lambda some: engine.cached_tokens(self._render(self.llm, self._join(some), "?"))
-        )
+
+        def render(context: str) -> Any:
+            return self._render(self.llm, context, "?")
+
+        if self.learn:
+            tenant = getattr(self.llm, "tenant", "")
+            return learned_order(engine, documents, canonical, self._join, render, tenant)
+        return prefix_order(documents, canonical, lambda some: engine.cached_tokens(render(self._join(some))))
 
 
 class WarmPrefixes(_ContextPrompt, BaseDocumentTransformer):
@@ -104,7 +113,7 @@ class WarmPrefixes(_ContextPrompt, BaseDocumentTransformer):
         return documents
 
 
-def _canonical(document: Document) -> tuple[str, float, str, str]:
+def canonical(document: Document) -> tuple[str, float, str, str]:
     """Where a document comes from, and where it stands there."""
     about = document.metadata
     position = next((about[key] for key in ("start_index", "chunk", "page") if isinstance(about.get(key), int)), 0)

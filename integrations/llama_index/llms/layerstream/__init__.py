@@ -16,6 +16,7 @@ except ImportError as error:
     raise MissingExtra("llama-index-core", "llama-index") from error
 
 from llama_index.llms.layerstream.base import LayerStreamLLM
+from llama_index.llms.layerstream.conversations import GrowingContext
 from llama_index.llms.layerstream.prefixes import (
     CONTEXT_FIRST_REFINE,
     StablePrefixOrder,
@@ -28,6 +29,7 @@ from layerstream import __version__
 
 __all__ = [
     "CONTEXT_FIRST_REFINE",
+    "GrowingContext",
     "LayerStreamLLM",
     "StablePrefixOrder",
     "WarmPrefixes",

@@ -20,7 +20,7 @@ from llama_index.core.prompts.utils import is_chat_model
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode, TransformComponent
 from llama_index.llms.layerstream.base import LayerStreamLLM
 
-from layerstream.api.prefix_order import prefix_order
+from layerstream.api.prefix_order import learned_order, prefix_order
 
 CONTEXT_FIRST_REFINE = PromptTemplate(
     "More context is below.\n---------------------\n{context_msg}\n---------------------\n"
@@ -63,14 +63,16 @@ def stable_prompt_helper(llm: LayerStreamLLM, reserve_tokens: int | None = None)
 class StablePrefixOrder(BaseNodePostprocessor):
     """Puts retrieved nodes into the order that shares the longest stored prefix; the last of the postprocessors.
 
-    What the store does not know stands in an order of its own (document, position), the same for every question.
-    Without *llm* that order alone is used. *prompt* is the one that the context goes into first: ``text_qa_template``
+    What the store does not know stands by how often it was retrieved, so that what many questions bring comes first;
+    equals stand in an order of their own (document, position), the same for every question. Without *llm* that order
+    alone is used. *prompt* is the one that the context goes into first: ``text_qa_template``
     for compact, refine and accumulate (the default), ``summary_template`` for tree_summarize, a
     ``ChatPromptTemplate`` of the context template as the system's message for a ``ContextChatEngine``.
     """
 
     llm: SerializeAsAny[LayerStreamLLM] | None = Field(default=None, description="The model whose store is asked.")
     prompt: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The one that the context goes into.")
+    learn: bool = Field(default=True, description="Count retrievals, and put what is retrieved often first.")
 
     @classmethod
     def class_name(cls) -> str:
@@ -85,10 +87,15 @@ class StablePrefixOrder(BaseNodePostprocessor):
             return prefix_order(nodes, _canonical)
         engine, template = llm.load(), self.prompt
 
-        def cached_tokens(some: Sequence[NodeWithScore]) -> int:
-            return engine.cached_tokens(_render(llm, template, _join(found.node for found in some), "?"))
+        def write(some: Sequence[NodeWithScore]) -> str:
+            return _join(found.node for found in some)
 
-        return prefix_order(nodes, _canonical, cached_tokens)
+        def render(context: str) -> Any:
+            return _render(llm, template, context, "?")
+
+        if self.learn:
+            return learned_order(engine, nodes, _canonical, write, render, getattr(llm, "tenant", ""))
+        return prefix_order(nodes, _canonical, lambda some: engine.cached_tokens(render(write(some))))
 
 
 class WarmPrefixes(TransformComponent):
