@@ -20,6 +20,9 @@ A toy answers by default: the bundled reader, its context stretched so that an a
 a few tokens of no meaning, retrievers search for the user's own question where a chain has the model rewrite it, and
 the agent's decisions are scripted. All prompts are real.
 
+``--reuse off``: without a store; what is still in memory is reused. ``--reuse anywhere``: passages wherever they stand,
+where the engine can; what was blended has a column of its own.
+
 With ``--seconds``: what a later question takes until its answer begins, from asking the chain on; for a model whose
 sweeps cost something.
 """
@@ -69,7 +72,7 @@ def measure(model: str, build: Any, variant: Variant, corpus: Corpus, options: a
                 first, started = len(watch.asked), time.perf_counter()
                 ask(question)
                 seconds.append(_until_answer(watch.asked[first:], started))
-                if engine.plan.facts is not None and options.reuse != "off":
+                if options.reuse != "off":
                     engine._open_store().flush()
         found = sharing([asked.token_ids for asked in watch.asked])
         usages = [asked.request.result().usage for asked in watch.asked]
@@ -145,6 +148,8 @@ def run(model: str, options: argparse.Namespace) -> None:
         for variant in variants:
             wanted = not options.rows or any(text.lower() in name.lower() for text in options.rows)
             if not wanted or (options.variants and variant not in options.variants):
+                continue
+            if variant == "warmed" and options.reuse == "off":
                 continue
             runs = [measure(model, build, variant, corpus, options) for corpus in corpora]
             figures = summarise(runs)

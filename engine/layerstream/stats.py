@@ -82,6 +82,7 @@ class EngineStats:
         forced_tokens: tokens that a grammar left no choice about; they took no sweep.
         experts: what came as it was routed to; ``None``: nothing does.
         states: slots for states of recurrent layers; ``None``: the model has no such layers.
+        advice: the one change to prompts that would let most of them be reused, once that is known; it was logged.
     """
 
     sweeps: int
@@ -106,6 +107,7 @@ class EngineStats:
     declined_drafts: int = 0
     experts: ExpertStats | None = None
     states: StateStats | None = None
+    advice: str = ""
 
 
 def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
@@ -136,6 +138,7 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         drafted_tokens=counters.drafted_tokens,
         accepted_tokens=counters.accepted_tokens,
         forced_tokens=counters.forced_tokens,
+        advice=counters.advice,
         drafters={name: dataclasses.replace(counted) for name, counted in parts.drafting.counters.items()},
         declined_drafts=parts.drafting.num_declined,
         experts=_expert_stats(parts),

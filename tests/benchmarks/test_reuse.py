@@ -20,7 +20,7 @@ from benchmarks.reuse.sharing import sharing
 def options(**given: object) -> argparse.Namespace:
     base = {"reuse": "exact", "memory": None, "chunk_tokens": 32, "model": "demo", "seconds": True, "seeds": 1}
     sizes = {"documents": 4, "passages": 20, "questions": 3, "rows": [], "variants": [], "json": None}
-    return argparse.Namespace(**base, **{**sizes, **given})
+    return argparse.Namespace(**{**base, **sizes, **given})
 
 
 @pytest.fixture(scope="module")

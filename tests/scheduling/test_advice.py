@@ -9,6 +9,7 @@ from itertools import takewhile
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layerstream import LayerStream
 from layerstream.scheduling import advice
 from layerstream.scheduling.advice import PROMPTS, Advice, Advisor, marks_of
 
@@ -141,3 +142,21 @@ def test_whatever_comes_shares_are_shares(prompts: list[Tokens], num_reused: int
     if said is not None:
         assert 0 <= said.reused < said.expected <= 1
         assert 0 < said.seen <= 1
+
+
+def test_an_engine_says_it_in_its_log_and_its_stats(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "PROMPTS", 8)
+    draw = Draw(1)
+    with LayerStream("demo", kv_store=None, progress=False) as engine, caplog.at_level("WARNING"):
+        for _ in range(9):
+            numbers = draw.rng.sample(range(4), 4)
+            prompt = [*draw.head, *draw.join(numbers), *draw.tokens(20)]
+            engine.generate([prompt], {"max_tokens": 1, "temperature": 0.0})
+            assert engine.stats().advice == "", "who asks for one token warms"
+        for _ in range(9):
+            prompt = [*draw.head, *draw.join(draw.rng.sample(range(4), 4)), *draw.tokens(20)]
+            engine.generate([prompt], {"max_tokens": 2, "temperature": 0.0})
+        assert "StablePrefixOrder" in engine.stats().advice
+    assert sum("StablePrefixOrder" in record.getMessage() for record in caplog.records) == 1

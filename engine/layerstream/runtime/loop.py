@@ -46,6 +46,7 @@ from layerstream.runtime.reception import Outside, Reception
 from layerstream.runtime.roster import Roster
 from layerstream.runtime.step import SweepStep
 from layerstream.runtime.steward import Steward
+from layerstream.scheduling.advice import Advisor
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.sampler import sample
 from layerstream.scheduling.verify import verify
@@ -70,6 +71,7 @@ class LoopCounters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     forced_tokens: int = 0
+    advice: str = ""
 
 
 class _BooksBroken(Exception):
@@ -99,6 +101,7 @@ class EngineLoop:
         self._outside = outside
         self.reception = Reception(outside.home, Inbox(self._moment, outside.max_queued))
         self._here = Roster()
+        self._advisor = Advisor(steward.scheduler.pool.page_tokens)
         self._answers: dict[Sequence, Answer] = {}
         self._sequences: dict[Answer, list[Sequence]] = {}
         self._is_idle = True
@@ -304,8 +307,19 @@ class EngineLoop:
             if self._answers[sequence].is_new:
                 self.counters.prefix_hits += sequence.tenancy.num_cached > 0
                 self.counters.reused_tokens += sequence.tenancy.num_cached
+                self._look_at(sequence)
         for answer in {self._answers[span.sequence] for _, span in sweep.spans()}:
             answer.took_part(streamed_bytes)
+
+    def _look_at(self, sequence: Sequence) -> None:
+        """A prompt was computed: whether there is something to say about how prompts are put together."""
+        if sequence.params.max_tokens == 1:  # warmed, not asked
+            return
+        prompt, tenant = sequence.token_ids[: sequence.num_prompt_tokens], getattr(sequence, "tenant", "")
+        advice = self._advisor.note(prompt, sequence.tenancy.num_cached, tenant)
+        if advice is not None:
+            self.counters.advice = str(advice)
+            logger.warning("%s", advice)
 
     def _continue(self, answer: Answer, tree: DraftTree | None, logits: torch.Tensor) -> int:
         """Draw how *answer* goes on, as far as its draft was right.
