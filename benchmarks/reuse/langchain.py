@@ -81,9 +81,8 @@ def agent(setting: Setting, turns: int = 1) -> Ask:
     What it decides is scripted: it looks up every question once, then answers. Its prompts are real, tools and grammar
     included, and so are the tokens that they take.
     """
-    order = setting.document_order(rag_prompt()) if setting.variant == "ordered" else list
     tool = create_retriever_tool(
-        RunnableLambda(lambda query: order(setting.find_documents())),  # type: ignore[arg-type]
+        RunnableLambda(lambda query: setting.find_documents()),  # type: ignore[arg-type]
         "look_up",
         "Passages about an institution.",
         response_format="content_and_artifact",

@@ -120,7 +120,7 @@ def test_it_is_said_once_and_nothing_is_kept_after_it() -> None:
     assert not advisor._runs
 
 
-def test_tenants_are_looked_at_alone_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tenants_are_looked_at_alone_and_not_too_many() -> None:
     draw, advisor = Draw(1), Advisor(PAGE)
     shared_prompt = [*draw.head, *draw.join([1, 2, 3])]
     for number in range(3 * PROMPTS):
