@@ -26,6 +26,7 @@ from layerstream.streaming.experts.bank import ExpertBank, ExpertLost
 from tests.models import VOCAB_SIZE
 
 NEW_TOKENS = 6
+PAGE_TOKENS = 8  # as shrink_units sets it; 32 with recurrent layers, and on devices
 SNAPSHOT_SLOTS = 8  # states of recurrent layers beside the two that the least budget has room for
 STREAMING = {"layers", "cut", "device-host", "device-disk", "device-cut"}
 """Modes in which weights stream."""
@@ -36,8 +37,10 @@ def shrink_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "PIN_BELOW", 0)
     monkeypatch.setattr(units, "UNIT_OVERHEAD", 4 * units.PAGE)
     monkeypatch.setattr(on_host, "FINEST_UNIT_BYTES", 12 * 1024)
+    monkeypatch.setattr(assumed, "PAGE_CHOICES", (PAGE_TOKENS,))
     monkeypatch.setattr(assumed, "CHUNK_TOKENS", 32)
-    monkeypatch.setattr(assumed, "STREAMING_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(assumed, "ALONE_CHUNK_TOKENS", 32)
+    monkeypatch.setattr(assumed, "DEVICE_CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "RECURRENT_CHUNK_TOKENS", 32)
     monkeypatch.setattr(assumed, "PROMPT_ROWS", 64)
     monkeypatch.setattr(on_host, "MIN_KV_TOKENS", 512)
@@ -98,12 +101,13 @@ def draw_prompt(length: int, seed: int = 7) -> list[int]:
 @dataclass
 class Run:
     """Greedy tokens and the logits of every step ``(steps, vocabulary)``, per prompt; whether weights streamed; tokens
-    whose KV came from the store."""
+    whose KV came from the store, in pages of so many."""
 
     tokens: list[list[int]]
     logits: list[torch.Tensor]
     streams: bool
     loaded_tokens: int = 0
+    page_tokens: int = 0
 
 
 def config_for(folder: Path, mode: str, dtype: str = "float32") -> EngineConfig:
@@ -119,6 +123,7 @@ def run_greedily(config: EngineConfig, prompts: list[list[int]], drafting: Draft
     parts = assemble(config, None)
     try:
         run = Run(*step_greedily(parts, prompts, NEW_TOKENS, drafting), parts.plan.streams)
+        run.page_tokens = parts.plan.page_tokens
         if parts.store is not None:
             parts.store.flush()
             run.loaded_tokens = parts.store.counters.loaded_tokens

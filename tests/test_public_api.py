@@ -14,8 +14,8 @@ import pytest
 from layerstream import errors
 
 PUBLIC = """
-AutoModel Completion CompletionMetrics Delta EngineStats KVStoreConfig LayerStream Request SamplingParams TokenLogprob
-Usage __version__
+AutoModel Completion CompletionMetrics Delta EngineStats HiddenState KVStoreConfig LayerStream Passage
+Request SamplingParams TokenLogits TokenLogprob Usage __version__ compose
 """.split()
 ERRORS = [name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)]
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from layerstream.airllm import AutoModel
     from layerstream.api.completion import Completion, CompletionMetrics, Delta, TokenLogprob, Usage
     from layerstream.api.params import SamplingParams
+    from layerstream.api.reading import HiddenState, TokenLogits
     from layerstream.api.request import Request
     from layerstream.engine import LayerStream
     from layerstream.errors import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     )
     from layerstream.stats import EngineStats
     from layerstream.store.config import KVStoreConfig
+    from layerstream.text.passages import Passage, compose
 
 __version__ = "0.2.0"
 
@@ -70,6 +72,7 @@ __all__ = [
     "EngineStats",
     "GatedRepository",
     "GrammarError",
+    "HiddenState",
     "InvalidHeader",
     "InvalidLogits",
     "InvalidRouting",
@@ -82,6 +85,7 @@ __all__ = [
     "MissingExtra",
     "MissingTensor",
     "OutOfMemory",
+    "Passage",
     "PromptError",
     "PromptTooLong",
     "QueueFull",
@@ -90,6 +94,7 @@ __all__ = [
     "RequestTimeout",
     "SamplingParams",
     "StorageFull",
+    "TokenLogits",
     "TokenLogprob",
     "ToolError",
     "TruncatedFile",
@@ -98,6 +103,7 @@ __all__ = [
     "Usage",
     "WaitsForItself",
     "__version__",
+    "compose",
 ]
 
 _ELSEWHERE = {
@@ -106,12 +112,16 @@ _ELSEWHERE = {
     "CompletionMetrics": "api.completion",
     "Delta": "api.completion",
     "EngineStats": "stats",
+    "HiddenState": "api.reading",
     "KVStoreConfig": "store.config",
     "LayerStream": "engine",
+    "Passage": "text.passages",
     "Request": "api.request",
     "SamplingParams": "api.params",
+    "TokenLogits": "api.reading",
     "TokenLogprob": "api.completion",
     "Usage": "api.completion",
+    "compose": "text.passages",
 }
 """The module that a public name lives in; the names not here are errors."""
 

@@ -8,14 +8,19 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
+import numpy as np
+
+from layerstream import readings
 from layerstream.api import arguments
 from layerstream.api.completion import Completion, Delta
 from layerstream.api.events import Listener
 from layerstream.api.home import Home
 from layerstream.api.params import SamplingParams, as_params
+from layerstream.api.reading import HiddenState, Pooling, Reading, TokenLogits
 from layerstream.api.request import Request
 from layerstream.chat.tools import ToolChoice
 from layerstream.chat.turn import Turn
@@ -24,9 +29,10 @@ from layerstream.core.sizes import format_size
 from layerstream.errors import ConfigurationError
 from layerstream.hardware.threads import run_apart
 from layerstream.hardware.timeline import Timeline
-from layerstream.intake import Intake, Terms
+from layerstream.intake import MOST_PRIORITY, Intake, Terms
 from layerstream.planner import Plan
 from layerstream.progress import make_listener
+from layerstream.runtime.guard import Guard, Shadows
 from layerstream.runtime.loop import EngineLoop
 from layerstream.runtime.reception import OpenGang, Outside
 from layerstream.setup.assembly import Assembly, assemble
@@ -35,13 +41,26 @@ from layerstream.setup.self_check import check_untested
 from layerstream.stats import EngineStats, collect_stats
 from layerstream.store.config import KVStoreConfig
 from layerstream.store.store import PrefixStore
+from layerstream.text.passages import SEEN
 from layerstream.text.prompt import Prompt, split_prompts
-from layerstream.warming import Prefixes, PromptTemplate, WarmForecast, WarmReport, forecast, warm
+from layerstream.warming import (
+    AT_ONCE,
+    DOCUMENTS_PER_PROMPT,
+    Corpus,
+    Prefixes,
+    PromptTemplate,
+    WarmForecast,
+    Warming,
+    WarmReport,
+    WarmRun,
+    make_forecast,
+)
 
 logger = logging.getLogger(__name__)
 
 GANG_SECONDS = 1.0
 MOST_GANG_SECONDS = 3600.0  # everybody waits for a gang
+_ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 Params = SamplingParams | Mapping[str, Any] | None
 """Sampling parameters, a dict of their fields, or ``None`` for the model's own."""
@@ -78,8 +97,14 @@ class LayerStream:
         kv_store: where the KV of prompts outlives the process: ``"auto"`` (the user's cache folder), a folder, a
             :class:`KVStoreConfig`, or ``None`` for nowhere.
         max_context: tokens per sequence at most, if fewer than the model's own limit.
-        chunk_tokens: prompt tokens that attend together, and that a page of the KV store holds: prefixes are shared in
-            multiples of it (32 where weights stream, 128 where they do not).
+        chunk_tokens: prompt tokens that attend together (32 by default); prefixes are shared finer, see
+            ``plan.page_tokens``.
+        reuse: ``"exact"``: KV is used again where it is what computing would give; ``"anywhere"``: also that of
+            passages which stand elsewhere in the prompt, moved there and in part computed again (docs/kv-store.md).
+        recompute: with ``reuse="anywhere"``, how much of a passage is computed again: a share, or ``"free"``: what a
+            sweep computes anyway while it reads.
+        recompute_by: ``"first"``: of each passage the first tokens; ``"deviation"``: those whose keys differ most in an
+            early layer, up to which all of them are computed.
         max_queued: answers that may wait for their turn; past it, :class:`QueueFull`. ``None``: any number.
         allow_untested: try a family that is not on the tested list, after a self-check.
         allow_control_tokens: let control tokens in what messages say (``"<|im_end|>"`` in a retrieved document) be
@@ -109,6 +134,9 @@ class LayerStream:
         draft_model: str | Path | None = None,
         max_context: int | None = None,
         chunk_tokens: int | None = None,
+        reuse: str = "exact",
+        recompute: str | float = "free",
+        recompute_by: str = "first",
         max_queued: int | None = MAX_QUEUED,
         trust_remote_code: bool = False,
         revision: str | None = None,
@@ -133,6 +161,9 @@ class LayerStream:
             draft_model=draft_model,
             max_context=max_context,
             chunk_tokens=chunk_tokens,
+            reuse=reuse,
+            recompute=recompute,
+            recompute_by=recompute_by,
             max_queued=max_queued,
             trust_remote_code=trust_remote_code,
             revision=revision,
@@ -141,6 +172,7 @@ class LayerStream:
             allow_control_tokens=allow_control_tokens,
         )
         self._progress = listener = make_listener(progress)
+        self._warmings: weakref.WeakSet[Warming] = weakref.WeakSet()
         self._home = home = Home()
         with ExitStack() as undo:
             self._parts: Assembly = run_apart(lambda: _build(config, listener), Assembly.close)
@@ -155,7 +187,12 @@ class LayerStream:
             )
             loop = self._loop
             undo.callback(loop.close)
-            self._intake = Intake(parts, loop.reception.cancel, lambda: parts.seconds_per_sweep(loop.counters), home)
+            self._guard = Guard()
+            self._intake = Intake(
+                parts, loop.reception.cancel, lambda: parts.seconds_per_sweep(loop.counters), home, self._guard
+            )
+            if self.reuses_anywhere:
+                loop.compare(Shadows(self._guard, self._intake.shadow_of))
             undo.pop_all()
         weakref.finalize(self, loop.close)
         logger.info("%s: %s", self.model_name, parts.defaults.describe())
@@ -172,8 +209,19 @@ class LayerStream:
         """What answers depend on beside prompt and parameters; caches of answers have it in their keys."""
         config = self._parts.config
         names = ("model", "revision", "dtype", "quantization", "max_context")
-        said = {"allow_control_tokens": True} if config.allow_control_tokens else {}
+        said: dict[str, Any] = {"allow_control_tokens": True} if config.allow_control_tokens else {}
+        if self.reuses_anywhere:
+            said |= {"reuse": config.reuse, "recompute": config.recompute, "recompute_by": config.recompute_by}
         return {name: getattr(config, name) for name in names if getattr(config, name) is not None} | said
+
+    @property
+    def reuses_anywhere(self) -> bool:
+        """Whether passages are moved to where they stand (``reuse="anywhere"``)."""
+        return self._parts.config.reuse == "anywhere"
+
+    def trust_reuse(self) -> None:
+        """Move passages whatever comes of it, and compare no answers: where that is measured itself."""
+        self._guard.is_acting = False
 
     @property
     def tokenizer(self) -> Any:
@@ -256,14 +304,21 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
+        passages: Seq[str] | None = (),
     ) -> list[Completion]:
-        """Complete one prompt or several; several share every sweep.
+        r"""Complete one prompt or several; several share every sweep.
 
         Args:
             prompts: text, a list of token ids or a list of chat messages; or a list of those.
             timeout: seconds after which a request that is not finished is given up.
             priority: where requests have to wait, more goes first; waiting raises it.
             client: whom it is for; clients share the engine fairly.
+            tenant: whose it is: what one tenant's prompts left in memory and on disk, no other's find. Empty: the
+                engine's own (``KVStoreConfig(salt=...)``). It has to come from whoever runs the engine.
+            passages: with ``reuse="anywhere"``, texts in the prompts that other prompts have as well, such as retrieved
+                documents; beside those that :func:`~layerstream.compose` marked or a retriever of this process found.
+                ``None``: nothing is moved.
 
         Returns:
             ``n`` completions for each prompt, in order.
@@ -272,7 +327,8 @@ class LayerStream:
             PromptError, GrammarError: before anything runs. RequestTimeout: *timeout* is over. Other errors: the cause
                 of the first request that failed.
         """
-        requests = self.submit_many(split_prompts(prompts), params, timeout=timeout, priority=priority, client=client)
+        terms = Terms(timeout, priority, client, tenant, passages)
+        requests = self._submit(split_prompts(prompts), as_params(params), terms)
         try:
             return [completion for request in requests for completion in request.completions()]
         except BaseException:  # Ctrl-C, or one of several failed: nobody waits for the rest
@@ -288,10 +344,14 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
+        passages: Seq[str] | None = (),
     ) -> Iterator[Delta]:
         """Deltas as the sweeps bring them; leaving the iteration cancels the request."""
         self._loop.reception.check_open()
-        return self._stream(self.encode(prompt), as_params(params), Terms(timeout, priority, client))
+        terms = Terms(timeout, priority, client, tenant, passages)
+        terms = replace(terms, passages=self._intake.passages_in(prompt, terms))  # token ids do not know them
+        return self._stream(self.encode(prompt), as_params(params), terms)
 
     def _stream(self, token_ids: list[int], params: SamplingParams, terms: Terms) -> Iterator[Delta]:
         request = self._submit([token_ids], params, terms)[0]
@@ -309,9 +369,11 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
+        passages: Seq[str] | None = (),
     ) -> Request:
         """Hand *prompt* in and go on; it joins the next sweep."""
-        return self.submit_many([prompt], params, timeout=timeout, priority=priority, client=client)[0]
+        return self._submit([prompt], as_params(params), Terms(timeout, priority, client, tenant, passages))[0]
 
     def submit_many(
         self,
@@ -321,6 +383,8 @@ class LayerStream:
         timeout: float | None = None,
         priority: int = 0,
         client: str = "",
+        tenant: str = "",
+        passages: Seq[str] | None = (),
     ) -> list[Request]:
         """Hand several prompts in, to join the same sweep. All are checked before any is handed in.
 
@@ -328,13 +392,93 @@ class LayerStream:
             PromptError, ConfigurationError: what is wrong, and which argument it is. QueueFull: more than may wait.
             EngineClosed: the engine is closed, or another process's.
         """
-        return self._submit(prompts, as_params(params), Terms(timeout, priority, client))
+        return self._submit(prompts, as_params(params), Terms(timeout, priority, client, tenant, passages))
 
     def _submit(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> list[Request]:
         self._loop.reception.check_open()
         requests, answers = self._intake.take(prompts, params, terms)
         self._loop.submit(answers)
         return requests
+
+    def submit_to_read(
+        self,
+        prompts: Seq[Prompt],
+        reading: Reading,
+        *,
+        keep: bool = True,
+        timeout: float | None = None,
+        priority: int = 0,
+        client: str = "",
+        tenant: str = "",
+    ) -> list[Request]:
+        """Hand prompts in to be read instead of answered: what *reading* wants of each is its completion's ``reading``.
+
+        Args:
+            reading: :class:`TokenLogits` or :class:`HiddenState`.
+            keep: let the store keep their pages. ``False`` for prompts that do not begin as later ones will: they share
+                what they have in common while they are in memory, and the disk keeps what it is for.
+
+        Raises:
+            As :meth:`submit_many`.
+        """
+        self._loop.reception.check_open()
+        if not isinstance(reading, TokenLogits | HiddenState):
+            raise arguments.refusal("reading", reading, "TokenLogits or HiddenState")
+        terms = Terms(timeout, priority, client, tenant)
+        requests, answers = self._intake.take_to_read(prompts, reading, terms, keep=arguments.flag("keep", keep))
+        self._loop.submit(answers)
+        return requests
+
+    def embed(
+        self,
+        texts: Prompt | Seq[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        on_done: Callable[[int, int], None] | None = None,
+        **terms: Any,
+    ) -> np.ndarray:
+        """Vectors ``(n, hidden)`` of *texts*, fp32: final hidden states, in as few sweeps as there is room for.
+
+        Args:
+            texts: as prompts of :meth:`generate`; a text has what the model's tokenizer adds to it.
+            pooling: ``"last"``: of the last token; ``"mean"``: the mean over all.
+            normalize: each vector of length 1.
+            on_done: called with the number of texts done and of all, after each.
+            terms: ``keep`` (here ``False`` if not given), ``timeout``, ``priority``, ``client``, ``tenant``: as of
+                :meth:`submit_to_read`.
+        """
+        submit = functools.partial(self.submit_to_read, reading=HiddenState(pooling), **{"keep": False, **terms})
+        vectors = readings.read(submit, self._encode_all(texts), on_done, self._parts.config.max_queued)
+        return readings.normalized(vectors, self.plan.facts.hidden_size, is_wanted=normalize)
+
+    def score(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        tokens: Iterable[str | int] = ("yes", "no"),
+        *,
+        on_done: Callable[[int, int], None] | None = None,
+        **terms: Any,
+    ) -> np.ndarray:
+        """Probabilities ``(n, tokens)`` that each of *prompts* goes on with one of *tokens* rather than with another of
+        them; of a single token, the logistic function of its logit.
+
+        Args:
+            tokens: texts that are one token each, or token ids.
+            on_done, terms: as of :meth:`embed`; ``keep`` is ``True`` if not given.
+
+        Raises:
+            ConfigurationError: a text that is several tokens.
+        """
+        wanted = readings.token_ids_of(tokens, self.encode_piece)
+        submit = functools.partial(self.submit_to_read, reading=TokenLogits(wanted), **terms)
+        return readings.probabilities(
+            readings.read(submit, self._encode_all(prompts), on_done, self._parts.config.max_queued), len(wanted)
+        )
+
+    def _encode_all(self, prompts: Prompt | Seq[Prompt]) -> list[list[int]]:
+        """What is wrong with the last of many is said before the first is computed."""
+        return [self.encode(prompt) for prompt in split_prompts(prompts)]
 
     def gang(self, size: int, timeout: float = GANG_SECONDS) -> AbstractContextManager[OpenGang]:
         """Within it, requests wait for each other: none is begun before *size* of them were submitted, by whatever
@@ -355,15 +499,53 @@ class LayerStream:
         """The token ids that *prompt* stands for, with the model's opening tokens once."""
         return self._intake.encoder.encode(prompt)
 
-    def cached_tokens(self, prompt: Prompt) -> int:
-        """Tokens at the beginning of *prompt* whose KV is there, in memory or in the store: what a prefill of it would
-        not compute. Whole pages; never the last token."""
+    def encode_piece(self, text: str, *, is_said: bool = False) -> list[int]:
+        """The token ids of *text* with nothing added: a piece of a prompt. What *is_said* (a retrieved document)
+        becomes no control token."""
+        return self._intake.encoder.encode_piece(text, is_said=is_said)
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The token ids that the model's tokenizer puts before a text, and behind it."""
+        return self._intake.encoder.frame
+
+    def cached_tokens(self, prompt: Prompt, *, tenant: str = "") -> int:
+        """Tokens at the beginning of *prompt* whose KV *tenant* has there, in memory or in the store: what a prefill of
+        it would not compute. Whole pages; never the last token."""
         self._home.check()
         scheduler, store = self._parts.scheduler, self._parts.store
-        keys = scheduler.prefixes.keys_of(self.encode(prompt))
+        keys = scheduler.prefixes.keys_of(self.encode(prompt), Terms(tenant=tenant).tenant)
         in_memory = scheduler.count_cached(keys)
         stored = 0 if store is None else store.look_up(keys)
         return max(in_memory, stored) * self.plan.page_tokens
+
+    @overload
+    def warm(
+        self,
+        documents: Iterable[str],
+        *,
+        prompt: PromptTemplate | None = ...,
+        chat_template: Literal["auto"] | bool = ...,
+        top: int | None = ...,
+        budget: int | str | None = ...,
+        background: Literal[False] = ...,
+        on_document: Callable[[int, int], None] | None = ...,
+        tenant: str = ...,
+    ) -> WarmReport: ...
+
+    @overload
+    def warm(
+        self,
+        documents: Iterable[str],
+        *,
+        prompt: PromptTemplate | None = ...,
+        chat_template: Literal["auto"] | bool = ...,
+        top: int | None = ...,
+        budget: int | str | None = ...,
+        background: Literal[True],
+        on_document: Callable[[int, int], None] | None = ...,
+        tenant: str = ...,
+    ) -> Warming: ...
 
     def warm(
         self,
@@ -371,9 +553,16 @@ class LayerStream:
         *,
         prompt: PromptTemplate | None = None,
         chat_template: Literal["auto"] | bool = "auto",
+        top: int | None = None,
+        budget: int | str | None = None,
+        background: bool = False,
         on_document: Callable[[int, int], None] | None = None,
-    ) -> WarmReport:
+        tenant: str = "",
+    ) -> WarmReport | Warming:
         """Prefill *documents* into the KV store, ahead of questions about them. What is there already costs nothing.
+
+        The most popular come first (:meth:`popularity`; equals as they are given), as far as the store has room: nine
+        tenths of its bound, the rest is for what questions leave. Those that it has no room for are left out.
 
         Args:
             documents: contexts, each as it will stand in a prompt.
@@ -381,15 +570,37 @@ class LayerStream:
                 both that returns a prompt. ``None``: LangChain's and LlamaIndex's usual one, as ``layerstream ask``.
             chat_template: put a text as a user message through the chat template: where the model has one, always,
                 or never.
-            on_document: called with the number of documents done and of all, after each.
+            top: so many documents at most.
+            budget: what they may take on disk, such as ``"20GB"``; what is stored already counts.
+            background: return at once. Documents are then computed while nobody asks, and give way to questions.
+            on_document: called with the number of documents done and of all, after each; in the background, on its
+                thread.
+            tenant: whose questions find them, and whose retrievals say what is popular.
+
+        Returns:
+            What was done; in the background a handle: ``progress``, ``cancel()``, ``wait()``.
 
         Raises:
             ConfigurationError: no store, or a template without a common beginning.
-            StorageFull: more than the store may hold; nothing was computed.
+            StorageFull: there is not even room for one document.
         """
-        store = self._open_store()
-        prefixes = Prefixes(self, documents, prompt, chat_template)
-        return warm(self, prefixes, store, on_document or (lambda done, count: None))
+        store, corpus = self._open_store(), self._corpus(documents, top, budget, tenant)
+        run = WarmRun.prepare(
+            self,
+            Prefixes(self, prompt, chat_template, tenant),
+            store,
+            corpus,
+            functools.partial(self._submit_while_idle, tenant=tenant)
+            if background
+            else functools.partial(self.submit_many, params=_ONE_TOKEN, tenant=tenant, passages=None),
+            on_document=on_document or (lambda done, count: None),
+            at_once=min(AT_ONCE, self._parts.config.max_queued or AT_ONCE),
+        )
+        if not arguments.flag("background", background):
+            return run.run()
+        warming = Warming(run, self._home)
+        self._warmings.add(warming)
+        return warming
 
     def forecast_warm(
         self,
@@ -397,10 +608,49 @@ class LayerStream:
         *,
         prompt: PromptTemplate | None = None,
         chat_template: Literal["auto"] | bool = "auto",
+        top: int | None = None,
+        budget: int | str | None = None,
+        documents_per_prompt: int = DOCUMENTS_PER_PROMPT,
+        tenant: str = "",
     ) -> WarmForecast:
-        """What :meth:`warm` would take, without doing it."""
-        store = self._open_store()
-        return forecast(self, Prefixes(self, documents, prompt, chat_template), store)
+        """What :meth:`warm` would take, and which share of later prompts it would save, without doing it.
+
+        Args:
+            documents_per_prompt: how many a question retrieves. The others are as for :meth:`warm`.
+        """
+        store, corpus = self._open_store(), self._corpus(documents, top, budget, tenant)
+        num = arguments.whole_number("documents_per_prompt", documents_per_prompt, 1)
+        return make_forecast(self, Prefixes(self, prompt, chat_template, tenant), store, corpus, num)
+
+    def _corpus(self, documents: Iterable[str], top: int | None, budget: int | str | None, tenant: str) -> Corpus:
+        texts = list(documents)
+        return Corpus(texts, self.popularity(texts, tenant=tenant), top, budget)
+
+    def _submit_while_idle(self, prompts: Seq[Prompt], *, tenant: str) -> list[Request] | None:
+        """A token for each of *prompts*; ``None``: somebody asks."""
+        self._loop.reception.check_open()
+        requests, answers = self._intake.take(
+            prompts, _ONE_TOKEN, Terms(priority=-MOST_PRIORITY, tenant=tenant, passages=None)
+        )
+        return requests if self._loop.submit_if_idle(answers) else None
+
+    def note_retrieved(self, texts: Seq[str], *, tenant: str = "") -> None:
+        """*texts*, each as it stands in a prompt, were retrieved together for one question of *tenant*.
+
+        It is counted for :meth:`popularity`; nothing waits for that. The texts are not kept, but for a while in memory
+        where they are looked for in prompts (``reuse="anywhere"``).
+        """
+        self._home.check()
+        noted = _texts(texts)
+        self._parts.popularity.note(noted, arguments.text("tenant", tenant))
+        if self.reuses_anywhere:
+            SEEN.add(noted, tenant)
+
+    def popularity(self, texts: Seq[str], *, tenant: str = "") -> list[float]:
+        """How often each of *texts* was retrieved by *tenant*'s questions, counted in the store: halved with every 256
+        questions since. Without a store: since the engine started."""
+        self._home.check()
+        return self._parts.popularity.of(_texts(texts), arguments.text("tenant", tenant))
 
     @property
     def compute_seconds_per_token(self) -> float | None:
@@ -427,7 +677,7 @@ class LayerStream:
     def stats(self) -> EngineStats:
         """Counters since the engine started."""
         self._home.check()
-        return collect_stats(self._parts, self._loop.counters)
+        return collect_stats(self._parts, self._loop.counters, self._loop.clients, self._guard)
 
     def _open_store(self) -> PrefixStore:
         self._loop.reception.check_open()
@@ -442,7 +692,12 @@ class LayerStream:
     def close(self) -> None:
         """Stop by the next unit; what still runs fails with :class:`EngineClosed`. Never raises, ends every thread of
         the engine. Idempotent, from any thread; from a callback it takes effect when the callback has returned."""
+        warmings = list(self._warmings) if self._home.is_here else []
+        for warming in warmings:
+            warming.stop()
         self._loop.close()
+        for warming in warmings if not self._home.is_own_thread else ():
+            warming.join()
 
     def __enter__(self) -> LayerStream:
         return self
@@ -452,6 +707,12 @@ class LayerStream:
 
     def __repr__(self) -> str:
         return f"LayerStream({self.model_name!r}, {'streaming' if self.plan.streams else 'resident'})"
+
+
+def _texts(texts: Seq[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise arguments.refusal("texts", texts, "a list of texts, one for each document")
+    return [arguments.text("texts", text) for text in texts]
 
 
 @functools.cache

@@ -30,7 +30,8 @@ MODEL_VARIABLE = "LAYERSTREAM_MODEL"
 ENGINE_OPTIONS = frozenset(
     {"allow_control_tokens", "allow_untested", "attention", "chunk_tokens", "cuda_graphs", "device", "device_map",
      "draft_model", "dtype", "host_compute", "host_memory", "kv_store", "max_context", "max_queued", "memory",
-     "progress", "quantization", "revision", "speculation", "token", "trust_remote_code"}
+     "progress", "quantization", "recompute", "recompute_by",
+     "reuse", "revision", "speculation", "token", "trust_remote_code"}
 )  # fmt: skip
 """What :class:`~layerstream.LayerStream` takes beside the model."""
 _lock = threading.Lock()
@@ -139,6 +140,11 @@ class EngineHandle:
     def is_loaded(self) -> bool:
         """Whether the engine is there."""
         return self._engine is not None
+
+    @property
+    def reuses_anywhere(self) -> bool:
+        """Whether the engine moves passages; known before it is loaded."""
+        return self._given.reuses_anywhere if self._given is not None else self._options.get("reuse") == "anywhere"
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -17,16 +17,22 @@ from layerstream.api import arguments
 from layerstream.api.completion import Completion
 from layerstream.api.home import Home
 from layerstream.api.params import SamplingParams, derive_seed
+from layerstream.api.reading import HiddenState, Reading, TokenLogits
 from layerstream.api.request import Request
 from layerstream.chat.turn import TurnMaker
 from layerstream.core.constraint import Constraint
 from layerstream.core.sequence import BeamGroup, Sequence
-from layerstream.errors import ConfigurationError
+from layerstream.errors import ConfigurationError, UnsupportedModel
+from layerstream.kv.prefix import page_keys
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer, largest
+from layerstream.runtime.contexts import Contexts, context_sequence
+from layerstream.runtime.guard import COMPARED_TOKENS, Guard, Shadow
+from layerstream.runtime.reading import ReadAnswer
 from layerstream.scheduling.beam import BeamSearch
 from layerstream.setup.assembly import Assembly
 from layerstream.text.detokenizer import Detokenizer
+from layerstream.text.passages import SEEN, passages_in
 from layerstream.text.prompt import Prompt, PromptEncoder
 from layerstream.text.response_format import Grammars
 from layerstream.text.stop import StopMatcher
@@ -41,7 +47,8 @@ MOST_PRIORITY = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which terms a request is taken: seconds until it is given up, and its place in the queue.
+    """On which terms a request is taken: seconds until it is given up, its place in the queue, whose it is, and which
+    texts in its prompt other prompts have as well.
 
     Raises:
         ConfigurationError: one of them cannot be meant; names it.
@@ -50,12 +57,17 @@ class Terms:
     timeout: float | None = None
     priority: int = 0
     client: str = ""
+    tenant: str = ""
+    passages: Seq[str] | None = ()
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "timeout", arguments.seconds("timeout", self.timeout, above_zero=True))
         set_(self, "priority", arguments.whole_number("priority", self.priority, -MOST_PRIORITY, MOST_PRIORITY))
         set_(self, "client", arguments.text("client", self.client))
+        set_(self, "tenant", arguments.text("tenant", self.tenant))
+        if self.passages is not None:
+            set_(self, "passages", arguments.texts("passages", self.passages))
 
 
 class Intake:
@@ -65,10 +77,16 @@ class Intake:
         cancel: takes a request out of the loop.
         seconds_per_sweep: as measured so far; decides how many tokens an answer may have if nobody said.
         home: where the engine lives.
+        guard: says whether prompts may be blended.
     """
 
     def __init__(
-        self, parts: Assembly, cancel: Callable[[Request], None], seconds_per_sweep: Callable[[], float], home: Home
+        self,
+        parts: Assembly,
+        cancel: Callable[[Request], None],
+        seconds_per_sweep: Callable[[], float],
+        home: Home,
+        guard: Guard,
     ) -> None:
         self.encoder = PromptEncoder(
             parts.tokenizer,
@@ -84,35 +102,97 @@ class Intake:
         self._grammars = Grammars(parts.tokenizer, parts.plan.facts.vocab_size, self._end_token_ids)
         self.turns = TurnMaker(self.encoder, parts.tokenizer, self._grammars.special_tokens)
         self._numbers = itertools.count()
+        self._guard = guard
+        self._contexts = Contexts(
+            parts.tokenizer, parts.scheduler, parts.store, f"{parts.config.recompute} {parts.config.recompute_by}"
+        )
 
     def take(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> tuple[list[Request], list[Answer]]:
         """A request for each of *prompts*, and the answers that they wait for."""
+        self._check_head()
         submitted = time.perf_counter()
         wanted = params.with_defaults(self._parts.defaults.sampling)
         requests, answers = [], []
-        for token_ids in [self.encoder.encode(prompt) for prompt in prompts]:
+        for token_ids, texts in [(self.encoder.encode(prompt), self.passages_in(prompt, terms)) for prompt in prompts]:
             choose = None if wanted.best_of is None else functools.partial(_most_probable, wanted)
             request = Request(wanted.best_of or wanted.n, self._cancel, choose, self._home)
             requests.append(request)
-            answers.extend(self._answers(request, token_ids, wanted, terms, submitted))
+            answers.extend(self._answers(request, token_ids, wanted, terms, submitted, texts))
         for answer in answers:
             answer.deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
         return requests, answers
 
+    def passages_in(self, prompt: Prompt, terms: Terms) -> list[str]:
+        """What *prompt* says, *terms* say, or was retrieved, of its passages; nothing, where none may be moved."""
+        if self._parts.config.reuse != "anywhere" or not self._guard.is_blending or terms.passages is None:
+            return []
+        return [*passages_in(prompt), *terms.passages, *SEEN.within(prompt, terms.tenant)]
+
+    def take_to_read(
+        self, prompts: Seq[Prompt], reading: Reading, terms: Terms, *, keep: bool
+    ) -> tuple[list[Request], list[Answer]]:
+        """A request for each of *prompts*, which are read for *reading*. *keep*: a store may keep their pages.
+
+        Raises:
+            ConfigurationError: logits of a token that the model does not have.
+            UnsupportedModel: logits, of a model without a head.
+        """
+        if isinstance(reading, TokenLogits):
+            self._check_head()
+            arguments.whole_number("token_ids", max(reading.token_ids), 0, self._parts.plan.facts.vocab_size - 1)
+        submitted = time.perf_counter()
+        deadline = submitted + (float("inf") if terms.timeout is None else terms.timeout)
+        params = dataclasses.replace(self._parts.defaults.sampling, max_tokens=1)  # none is drawn
+        reads_all = isinstance(reading, HiddenState) and reading.pooling == "mean"
+        requests, answers = [], []
+        for token_ids in [self.encoder.encode(prompt) for prompt in prompts]:
+            keys = [] if reads_all else self._parts.scheduler.prefixes.keys_of(token_ids, terms.tenant)
+            request = Request(1, self._cancel, home=self._home)
+            sequence = Sequence(
+                next(self._numbers),
+                token_ids,
+                len(token_ids),
+                params,
+                prefix_keys=keys,
+                priority=terms.priority,
+                client=terms.client,
+                tenant=terms.tenant,
+                reading=reading,
+                is_kept=keep,
+            )
+            said = Detokenizer(self._parts.tokenizer), StopMatcher(())
+            answers.append(ReadAnswer(request, 0, sequence, *said, frozenset(), submitted, deadline))
+            requests.append(request)
+        return requests, answers
+
     def _answers(
-        self, request: Request, token_ids: list[int], params: SamplingParams, terms: Terms, submitted: float
+        self,
+        request: Request,
+        token_ids: list[int],
+        params: SamplingParams,
+        terms: Terms,
+        submitted: float,
+        texts: Seq[str] = (),
     ) -> Iterator[Answer]:
         params = dataclasses.replace(params, max_tokens=self._max_tokens(len(token_ids), params.max_tokens))
         if params.best_of is not None and params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)
         seed = random.getrandbits(48) if params.seed is None else params.seed
-        keys = self._parts.scheduler.prefixes.keys_of(token_ids)
+        passages, contexts = (), list[list[int]]()
+        if texts:
+            passages, contexts = self._contexts.find(token_ids, texts, terms.tenant)
+        keys = page_keys(token_ids, self._parts.scheduler.pool.page_tokens, terms.tenant, passages)
         width, group = params.beam_width, None
         if width is not None:
             group = BeamGroup(self._num_beam_pages(len(token_ids), width, params.max_tokens or 1), width)
         ends = frozenset(params.stop_token_ids) | self._stop_ids(params.stop)
         if not params.ignore_eos:
             ends |= self._end_token_ids
+
+        owes = tuple(
+            context_sequence(next(self._numbers), context, terms.priority, terms.client, terms.tenant)
+            for context in contexts
+        )
 
         def make(index: int, kind: Callable[..., Answer] = Answer, **more: Any) -> Answer:
             own = dataclasses.replace(params, seed=derive_seed(seed, index))
@@ -130,6 +210,9 @@ class Intake:
                     group=group,
                     priority=terms.priority,
                     client=terms.client,
+                    tenant=terms.tenant,
+                    passages=passages,
+                    owes=owes,
                 ),
                 detokenizer=Detokenizer(
                     self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=own.skip_special_tokens
@@ -137,6 +220,7 @@ class Intake:
                 stop=StopMatcher(tuple(params.stop)),
                 end_token_ids=ends,
                 submitted=submitted,
+                contexts=owes if index == 0 else (),
                 **more,
             )
 
@@ -145,6 +229,42 @@ class Intake:
             return
         search = BeamSearch(width, params.max_tokens or 1, params.length_penalty, ends, largest)
         yield make(0, BeamAnswer, search=search, make_answer=make)
+
+    def shadow_of(self, answer: Answer) -> Shadow:
+        """An exact answer to the prompt of *answer*, which was blended: its first tokens are enough."""
+        blended = answer.sequence
+        compared = tuple(blended.output_ids[:COMPARED_TOKENS])
+        token_ids = blended.token_ids[: blended.num_prompt_tokens]
+        params = dataclasses.replace(blended.params, max_tokens=len(compared), logprobs=None)
+        sequence = Sequence(
+            next(self._numbers),
+            token_ids,
+            len(token_ids),
+            params,
+            prefix_keys=page_keys(token_ids, self._parts.scheduler.pool.page_tokens, blended.tenant),
+            priority=-MOST_PRIORITY,
+            client=blended.client,
+            tenant=blended.tenant,
+        )
+        return Shadow(
+            request=Request(1, self._cancel, home=self._home),
+            index=0,
+            sequence=sequence,
+            detokenizer=Detokenizer(
+                self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=params.skip_special_tokens
+            ),
+            stop=StopMatcher(()),
+            end_token_ids=answer.end_token_ids,
+            submitted=time.perf_counter(),
+            compared=compared,
+        )
+
+    def _check_head(self) -> None:
+        if self._parts.skeleton.is_headless:
+            raise UnsupportedModel(
+                f"{self._parts.config.model} was saved without an output projection, so it knows no next token: embed "
+                "texts with it, or take the model that it was made of"
+            )
 
     def _stop_ids(self, stops: Iterable[str]) -> frozenset[int]:
         """The special tokens among *stops*: they are not shown, so they are no part of the text."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from layerstream.runtime.clients import ClientCounters, ClientStats
+from layerstream.runtime.guard import Guard
 from layerstream.runtime.loop import LoopCounters
 from layerstream.scheduling.drafting.trees import DrafterCounters
 from layerstream.setup.assembly import Assembly
@@ -59,6 +61,24 @@ class StateStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ReuseStats:
+    """What moving passages did (``reuse="anywhere"``).
+
+    Attributes:
+        is_blending: whether prompts are blended still; not, once too few answers agreed.
+        blended_tokens: of prompts, those that were moved or shared with whoever moved them.
+        blended_answers: greedy ones; *compared_answers* of them were asked again exactly, while nothing else was to do.
+        agreement: share of those compared of late that were the same; ``None``: none was compared.
+    """
+
+    is_blending: bool
+    blended_tokens: int
+    blended_answers: int
+    compared_answers: int
+    agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started.
 
@@ -82,6 +102,9 @@ class EngineStats:
         forced_tokens: tokens that a grammar left no choice about; they took no sweep.
         experts: what came as it was routed to; ``None``: nothing does.
         states: slots for states of recurrent layers; ``None``: the model has no such layers.
+        reuse: what moving passages did; ``None``: the engine was not asked to.
+        advice: the one change to prompts that would let most of them be reused, once that is known; it was logged.
+        clients: what was done for whom, of requests that are over: for the last thousand of those who asked.
     """
 
     sweeps: int
@@ -106,10 +129,13 @@ class EngineStats:
     declined_drafts: int = 0
     experts: ExpertStats | None = None
     states: StateStats | None = None
+    reuse: ReuseStats | None = None
+    advice: str = ""
+    clients: Mapping[str, ClientStats] = field(default_factory=dict[str, ClientStats])
 
 
-def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
-    """The numbers of an engine's *parts* and of its loop."""
+def collect_stats(parts: Assembly, counters: LoopCounters, clients: ClientCounters, guard: Guard) -> EngineStats:
+    """The numbers of an engine's *parts*, of its loop, of its *clients*, and of its *guard*."""
     pool, plan = parts.scheduler.pool, parts.plan
     used_kv = pool.peak_used * pool.page_tokens * plan.facts.kv_token_bytes + plan.transit_bytes
     fixed = plan.resident_bytes + plan.weights.ring_bytes + plan.weights.expert_bytes + plan.activation_bytes
@@ -136,10 +162,25 @@ def collect_stats(parts: Assembly, counters: LoopCounters) -> EngineStats:
         drafted_tokens=counters.drafted_tokens,
         accepted_tokens=counters.accepted_tokens,
         forced_tokens=counters.forced_tokens,
+        advice=counters.advice,
         drafters={name: dataclasses.replace(counted) for name, counted in parts.drafting.counters.items()},
         declined_drafts=parts.drafting.num_declined,
         experts=_expert_stats(parts),
         states=_state_stats(parts),
+        clients=clients.snapshot(),
+        reuse=_reuse_stats(parts, counters, guard),
+    )
+
+
+def _reuse_stats(parts: Assembly, counters: LoopCounters, guard: Guard) -> ReuseStats | None:
+    if parts.config.reuse == "exact":
+        return None
+    return ReuseStats(
+        is_blending=guard.is_blending,
+        blended_tokens=counters.blended_tokens,
+        blended_answers=guard.num_blended,
+        compared_answers=guard.num_compared,
+        agreement=guard.agreement,
     )
 
 

@@ -24,27 +24,48 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from langchain_layerstream.chat_models import ChatLayerStream
-    from langchain_layerstream.documents import StablePrefixOrder, WarmPrefixes
+    from langchain_layerstream.citations import CitedAnswer, cited_documents_chain
+    from langchain_layerstream.conversations import add_new_passages, grow_context
+    from langchain_layerstream.documents import StablePrefixOrder
     from langchain_layerstream.gangs import gang
     from langchain_layerstream.llms import LayerStreamLLM
-    from langchain_layerstream.prompts import rag_prompt
+    from langchain_layerstream.prompts import context_first, rag_prompt
+    from langchain_layerstream.ranking import LayerStreamEmbeddings, LayerStreamReranker
+    from langchain_layerstream.situating import ContextualChunks
+    from langchain_layerstream.warming import WarmPrefixes
 
 __all__ = [
     "ChatLayerStream",
+    "CitedAnswer",
+    "ContextualChunks",
+    "LayerStreamEmbeddings",
     "LayerStreamLLM",
+    "LayerStreamReranker",
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
+    "add_new_passages",
+    "cited_documents_chain",
+    "context_first",
     "gang",
+    "grow_context",
     "rag_prompt",
 ]
 
 _MODULES = {
     "ChatLayerStream": "chat_models",
+    "CitedAnswer": "citations",
+    "ContextualChunks": "situating",
+    "LayerStreamEmbeddings": "ranking",
     "LayerStreamLLM": "llms",
+    "LayerStreamReranker": "ranking",
     "StablePrefixOrder": "documents",
-    "WarmPrefixes": "documents",
+    "WarmPrefixes": "warming",
+    "add_new_passages": "conversations",
+    "cited_documents_chain": "citations",
+    "context_first": "prompts",
     "gang": "gangs",
+    "grow_context": "conversations",
     "rag_prompt": "prompts",
 }
 

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from layerstream.api.completion import Completion, Delta
+from layerstream.api.prompt_layout import arranged_messages
 from layerstream.errors import ConfigurationError, PromptTooLong
 from layerstream.handle import peek_context_length
 from pydantic import Field
 
 from langchain_layerstream._errors import overflow_as_langchains
 from langchain_layerstream._fields import EngineFields, add_usages, check_stream, logprobs_of, usage_of
+from langchain_layerstream._source import configured_terms
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 from langchain_layerstream.messages import ChunkStream, as_chat, as_message, as_tool
 from langchain_layerstream.structured import AnswerParser, target_of, with_raw
@@ -174,6 +176,51 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             raise ValueError(f"method is {method!r}; expected 'json_schema', 'json_mode' or 'function_calling'")
         return with_raw(model, parser) if include_raw else model | parser
 
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Answer *input*; ``timeout``, ``priority``, ``client`` and ``tenant`` may stand in *config*'s
+        ``configurable``."""
+        return super().invoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """As :meth:`invoke`, without blocking the event loop."""
+        return await super().ainvoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """As :meth:`invoke`, piece by piece."""
+        return super().stream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """As :meth:`stream`, without blocking the event loop."""
+        return super().astream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
     def batch(
         self,
         inputs: list[LanguageModelInput],
@@ -295,7 +342,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             )
         self._check_call(kwargs, _CALL_OPTIONS)
         return engine.turn(
-            as_chat(messages),
+            arranged_messages(as_chat(messages), self.prompt_layout),
             self._sampling(stop, kwargs),
             tools=kwargs.get("tools"),
             tool_choice=kwargs.get("tool_choice"),

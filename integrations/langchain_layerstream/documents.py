@@ -1,8 +1,9 @@
-"""Retrieved documents: in the order that shares the longest stored prefix, and computed when they enter the index.
+"""Retrieved documents in the order that shares the longest stored prefix.
 
 Only what stands at the very beginning of a prompt can be shared, so of several documents in a context only the first is
-found on its own, the second only behind the same first, and so on. Hence the two halves here: :class:`WarmPrefixes`
-computes every document as the first of a context, and :class:`StablePrefixOrder` puts one that is stored first.
+found on its own, the second only behind the same first, and so on. Hence two halves: ``WarmPrefixes`` (``warming.py``)
+computes every document as the first of a context, and :class:`StablePrefixOrder` puts one that is stored first. In a
+conversation passages come in behind those that are there: :mod:`~langchain_layerstream.conversations`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.documents import BaseDocumentTransformer, Document
+from langchain_core.documents import Document
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
-from layerstream.api.prefix_order import prefix_order
+from layerstream.api.prefix_order import learned_order, prefix_order
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from langchain_layerstream._source import configured_terms
 from langchain_layerstream.chat_models import ChatLayerStream
 from langchain_layerstream.llms import LayerStreamLLM
 from langchain_layerstream.prompts import rag_prompt
 
 
-class _ContextPrompt(BaseModel):
+class ContextPrompt(BaseModel):
     """How documents become a prompt; the defaults are those of ``create_stuff_documents_chain``."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -51,22 +53,26 @@ class _ContextPrompt(BaseModel):
         return [name for name in self.prompt.input_variables if name != self.document_variable_name]
 
 
-def _check_model(llm: Any) -> Any:
+def check_model(llm: Any) -> Any:
+    """*llm*, if its KV is known."""
     if llm is None or isinstance(llm, ChatLayerStream | LayerStreamLLM):
         return llm
     raise ValueError(f"llm is a ChatLayerStream or a LayerStreamLLM, not {type(llm).__name__}: only they know their KV")
 
 
-class StablePrefixOrder(_ContextPrompt, RunnableSerializable[list[Document], list[Document]]):
+class StablePrefixOrder(ContextPrompt, RunnableSerializable[list[Document], list[Document]]):
     """Puts retrieved documents into the order that shares the longest stored prefix.
 
     Behind a retriever: ``retriever | StablePrefixOrder(llm=llm, prompt=prompt)``. What the store does not know stands
-    in an order of its own (source, position), the same for every question. Without *llm* that order alone is used.
+    by how often it was retrieved, so that what many questions bring comes first; equals stand in an order of their own
+    (source, position), the same for every question. Without *llm* that order alone is used.
     """
 
     llm: Any = None
     """The model whose store is asked."""
-    _check_llm = field_validator("llm")(_check_model)
+    learn: bool = True
+    """Count retrievals, and put what is retrieved often first."""
+    _check_llm = field_validator("llm")(check_model)
 
     def invoke(self, input: list[Document], config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:
         """*input*, reordered."""
@@ -74,37 +80,23 @@ class StablePrefixOrder(_ContextPrompt, RunnableSerializable[list[Document], lis
 
     def _order(self, documents: list[Document]) -> list[Document]:
         if self.llm is None:
-            return prefix_order(documents, _canonical)
+            return prefix_order(documents, canonical)
         engine = self.llm.load()
-        return prefix_order(
-            documents, _canonical, lambda some: engine.cached_tokens(self._render(self.llm, self._join(some), "?"))
-        )
+
+        tenant = configured_terms().get("tenant", self.llm.tenant)
+
+        def render(context: str) -> Any:
+            return self._render(self.llm, context, "?")
+
+        def cached_tokens(some: Sequence[Document]) -> int:
+            return engine.cached_tokens(render(self._join(some)), tenant=tenant)
+
+        if self.learn:
+            return learned_order(engine, documents, canonical, self._join, render, tenant)
+        return prefix_order(documents, canonical, cached_tokens)
 
 
-class WarmPrefixes(_ContextPrompt, BaseDocumentTransformer):
-    """Computes documents as they enter the index, so that the first question about one finds its KV.
-
-    ``vector_store.add_documents(WarmPrefixes(llm=llm, prompt=prompt).transform_documents(chunks))``: the documents are
-    returned as they came. What is stored already costs nothing, so it can run over everything again.
-    """
-
-    llm: Any
-    """The model that will answer."""
-    _check_llm = field_validator("llm")(_check_model)
-
-    def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
-        """*documents*, warmed.
-
-        Raises:
-            StorageFull: more than the store may hold; nothing was computed.
-            ConfigurationError: no store, or a prompt that puts the question first.
-        """
-        texts = [self._join([document]) for document in documents]
-        self.llm.load().warm(texts, prompt=lambda context, question: self._render(self.llm, context, question))
-        return documents
-
-
-def _canonical(document: Document) -> tuple[str, float, str, str]:
+def canonical(document: Document) -> tuple[str, float, str, str]:
     """Where a document comes from, and where it stands there."""
     about = document.metadata
     position = next((about[key] for key in ("start_index", "chunk", "page") if isinstance(about.get(key), int)), 0)

@@ -12,10 +12,12 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_json_schema
 from layerstream.api.completion import Completion, Delta, why_cut_off
+from layerstream.api.prompt_layout import arranged
 from layerstream.chat.tools import closed
 
 from langchain_layerstream._errors import OutputCutOff, overflow_as_langchains
 from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, usage_of
+from langchain_layerstream._source import configured_terms
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 from langchain_layerstream.structured import AnswerParser, target_of
 
@@ -58,6 +60,51 @@ class LayerStreamLLM(EngineFields, BaseLLM):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._tracing("llm", stop, kwargs)
 
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Answer *input*; ``timeout``, ``priority``, ``client`` and ``tenant`` may stand in *config*'s
+        ``configurable``."""
+        return super().invoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """As :meth:`invoke`, without blocking the event loop."""
+        return await super().ainvoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """As :meth:`invoke`, piece by piece."""
+        return super().stream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
+    def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        """As :meth:`stream`, without blocking the event loop."""
+        return super().astream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+
     def batch(
         self,
         inputs: list[LanguageModelInput],
@@ -67,9 +114,9 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> list[str]:
         """All *inputs* in the same sweeps; with *return_exceptions* each fails alone."""
-        if not return_exceptions:
+        if not return_exceptions and not _has_terms(config):
             return super().batch(inputs, config, return_exceptions=False, **kwargs)
-        return run_batch(self.invoke, inputs, config, return_exceptions=True, **kwargs)
+        return run_batch(self.invoke, inputs, config, return_exceptions=return_exceptions, **kwargs)
 
     async def abatch(
         self,
@@ -80,9 +127,9 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> list[str]:
         """As :meth:`batch`, on the event loop."""
-        if not return_exceptions:
+        if not return_exceptions and not _has_terms(config):
             return await super().abatch(inputs, config, return_exceptions=False, **kwargs)
-        return await run_abatch(self.ainvoke, inputs, config, return_exceptions=True, **kwargs)
+        return await run_abatch(self.ainvoke, inputs, config, return_exceptions=return_exceptions, **kwargs)
 
     def with_structured_output(self, schema: dict[str, Any] | type, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         """Answers that follow *schema*: instances of a pydantic class, else dicts.
@@ -97,6 +144,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
 
     def prompt_for(self, text: str) -> Prompt:
         """What the engine is given for *text*: a user message for the chat template, or the text as it is."""
+        text = arranged(text, self.prompt_layout)
         use = self.load().has_chat_template if self.chat_template == "auto" else self.chat_template
         return [{"role": "user", "content": text}] if use else text
 
@@ -198,6 +246,11 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         done = delta.completion
         info = None if done is None else {**_info(done, engine, kwargs), "model_name": self.model}
         return GenerationChunk(text=delta.text, generation_info=info)
+
+
+def _has_terms(config: RunnableConfig | list[RunnableConfig] | None) -> bool:
+    """Whether each input has terms of its own, so that LangChain's one call for all of them will not do."""
+    return any(configured_terms(one) for one in (config if isinstance(config, list) else [config]))
 
 
 def _info(completion: Completion, engine: LayerStream, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,18 @@ def test_warm_says_what_it_takes_and_does_it_once(docs: Path, store: Path) -> No
     assert "all stored already" in warm(docs).stdout
 
 
+def test_warm_within_a_budget(docs: Path) -> None:
+    forecast = warm(docs, "--dry-run").stdout
+    assert "of later prompts are reused" in forecast
+    some = warm(docs, "--top", 1, "--dry-run").stdout
+    assert re.match(r"1 of \d+ passages, ", some)
+    assert "of later prompts" not in some, "nothing was retrieved yet"
+    assert run("warm", "--docs", docs, "--budget", "1KB").exit_code == 1
+    warm(docs, "--top", 1)
+    assert "all stored already" in warm(docs, "--top", 1).stdout
+    assert "to compute" in warm(docs, "--dry-run").stdout
+
+
 def test_warmed_documents_are_found_by_ask(docs: Path) -> None:
     warm(docs, "--whole")
     result = run("ask", "--docs", docs, "--max-tokens", 4, "Who approves travel?")
@@ -98,7 +110,8 @@ def test_verify_drops_damage(docs: Path, store: Path) -> None:
     path.write_bytes(data)
     result = run("kv", "verify")
     assert result.exit_code == 1
-    assert "1 damaged" in result.stdout
+    assert "1 of 64 pages differ" in result.stdout
+    assert "damaged" in result.stdout, "it, and what follows from it"
     assert run("kv", "verify").exit_code == 0
     assert "to compute" in warm(docs).stdout
 

@@ -13,14 +13,23 @@ import pytest
 from tests.integrations.environments import ROOT
 from tests.programs import run_program
 
-PAGES = ["docs/langchain.md", "docs/llama_index.md", "docs/getting-started.md", "docs/errors.md", "README.md"]
+PAGES = [
+    "docs/anywhere.md",
+    "docs/langchain.md",
+    "docs/llama_index.md",
+    "docs/getting-started.md",
+    "docs/errors.md",
+    "README.md",
+]
 NOT_RUN = "<!-- not run -->\n"  # stands before a program that wants a model of one's own
 MODULES = [
     "langchain_layerstream",
     "langchain_layerstream.chat_models",
     "langchain_layerstream.llms",
+    "langchain_layerstream.ranking",
     "llama_index.llms.layerstream",
     "llama_index.llms.layerstream.base",
+    "llama_index.llms.layerstream.ranking",
 ]
 
 

@@ -32,6 +32,7 @@ class FakeEngine:
 
     model_name = "fake"
     context_length = 512
+    reuses_anywhere = False
     identity: Mapping[str, Any] = {"model": "fake"}
 
     def __init__(self, *, holds_back: bool = False, has_chat_template: bool = False) -> None:

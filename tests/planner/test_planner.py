@@ -121,7 +121,7 @@ def test_kv_has_room_for_a_retrieved_context_where_the_budget_allows() -> None:
 
 def test_a_short_context_takes_no_more_kv_than_its_sequences() -> None:
     plan = make_plan(facts(context=100), 4096 * MIB)
-    assert plan.num_pages <= on_host.MAX_KV_SEQUENCES
+    assert plan.num_pages * plan.page_tokens <= on_host.MAX_KV_SEQUENCES * (100 + plan.page_tokens)
 
 
 def test_weights_stored_in_another_dtype_have_room_for_their_conversion() -> None:

@@ -18,7 +18,6 @@ import torch
 from layerstream import KVStoreConfig
 from layerstream.model.families import TESTED
 from layerstream.model.skeleton import build_skeleton
-from layerstream.planner import facts as assumed
 
 from tests.guesser import Guesser
 from tests.harness import STREAMING, add_tokenizer, assert_equals, config_for, draw_prompt, run_greedily
@@ -67,7 +66,7 @@ def test_equals_plain_transformers(family: str, mode: str, tmp_path: Path, token
     guesser = Guesser(cold.tokens, seed=0)
     warm = run_greedily(config, prompts, guesser)
     assert guesser.num_guessed
-    page = assumed.CHUNK_TOKENS
+    page = warm.page_tokens
     assert warm.loaded_tokens == sum((length - 1) // page * page for length in PROMPT_LENGTHS)
     for before, after in zip(cold.logits, warm.logits, strict=True):
         assert torch.equal(before, after)

@@ -77,10 +77,10 @@ class Remembered:
     def __init__(self) -> None:
         self.kept: list[tuple[list[int], list[int]]] = []
 
-    def recall(self, keys: Seq[bytes], num_prompt_tokens: int) -> list[list[int]]:
+    def recall(self, keys: Seq[bytes], num_prompt_tokens: int, tenant: str = "") -> list[list[int]]:
         return [[40, 41, 42, 900, 901, 902], [60, 61, 62, 800, 801]]
 
-    def remember(self, keys: Seq[bytes], prompt: Seq[int], answer: Seq[int]) -> None:
+    def remember(self, keys: Seq[bytes], prompt: Seq[int], answer: Seq[int], tenant: str = "") -> None:
         self.kept.append((list(prompt), list(answer)))
 
 

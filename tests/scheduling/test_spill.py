@@ -25,7 +25,7 @@ from layerstream.setup.assembly import assemble
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.stepping import step_greedily
 
-from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
+from tests.harness import PAGE_TOKENS, add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model
 
 PAGE = 4
@@ -305,14 +305,14 @@ def test_two_at_once_compute_their_beginning_once(model: Path, store: KVStoreCon
         params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
         first, second = engine.generate([[*context, 5], [*context, 6]], params)
         assert first.token_ids[0] == int(one[0].argmax())
-        assert (first.usage.cached_tokens, second.usage.cached_tokens) == (0, 576)
+        assert (first.usage.cached_tokens, second.usage.cached_tokens) == (0, 600)
 
 
 def test_damage_in_a_page_that_streams(model: Path, store: KVStoreConfig) -> None:
-    prompt = draw_prompt(700)
+    prompt = draw_prompt(670)
     wanted = config(model, store)
     cold, _ = run(wanted, prompt)
-    key = page_keys(prompt, 32)[3]
+    key = page_keys(prompt, PAGE_TOKENS)[3]
     for path in store.path.rglob("*.kv"):
         from layerstream.store.segment import read_info
 
@@ -329,7 +329,7 @@ def test_without_a_store_such_a_prompt_is_refused(model: Path) -> None:
         LayerStream(model, kv_store=None, memory=config(model, None).memory_bytes, dtype="float32") as engine,
         pytest.raises(PromptTooLong, match="the context has"),
     ):
-        engine.generate([draw_prompt(700)])
+        engine.generate([draw_prompt(670)])
 
 
 def test_a_store_without_room_says_so(model: Path, store: KVStoreConfig) -> None:
@@ -338,4 +338,4 @@ def test_a_store_without_room_says_so(model: Path, store: KVStoreConfig) -> None
         LayerStream(model, kv_store=tiny, memory=config(model, None).memory_bytes, dtype="float32") as engine,
         pytest.raises(StorageFull, match="the KV store has no room"),
     ):
-        engine.generate([draw_prompt(700)], SamplingParams(max_tokens=2))
+        engine.generate([draw_prompt(670)], SamplingParams(max_tokens=2))

@@ -12,6 +12,7 @@ from layerstream.kv.state import LayerState, PageMemory
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS
+from layerstream.store.retrievals import RecentRetrievals, Retrieval
 from layerstream.store.store import PrefixStore
 from layerstream.store.tiers.base import NewPages, PageFacts, StoredRun
 
@@ -25,6 +26,7 @@ class MemoryTier:
         self.announced_elsewhere: set[bytes] = set()
         self.pinned: set[bytes] = set()
         self.answers: list[RememberedAnswer] = []
+        self.retrievals = RecentRetrievals()
         self.errors: dict[str, Exception] = {}
         self.gate = threading.Event()
         self.gate.set()
@@ -95,6 +97,14 @@ class MemoryTier:
     def recall(self, prefixes: Sequence[bytes]) -> list[list[int]]:
         self._enter("recall")
         return [[*item.question, *item.answer] for item in self.answers]
+
+    def note_retrieved(self, item: Retrieval) -> None:
+        self._enter("note_retrieved")
+        self.retrievals.note(item)
+
+    def retrieved(self, item: Retrieval) -> list[float]:
+        self._enter("retrieved")
+        return self.retrievals.counts(item)
 
     def tick(self) -> None:
         self._enter("tick")

@@ -20,7 +20,7 @@ from tests.store.pages import chain, expected, new_pages, open_tier, read_back
 
 ROOT = Path(__file__).parents[2]
 PROMPT = draw_prompt(300)
-CACHED = 256
+CACHED = 288
 
 
 def test_killed_at_every_step_of_writing(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_eight_processes_prefill_once(model: Path, tmp_path: Path) -> None:
     answers = [json.loads(process.finish().stdout) for process in processes]
     assert sorted(answer[0] for answer in answers) == [0] + [CACHED] * 7
     assert len({tuple(answer[1]) for answer in answers}) == 1
-    assert sum(answer[2] for answer in answers) == CACHED // 128
+    assert sum(answer[2] for answer in answers) == CACHED // 16
 
 
 def test_two_engines_of_one_process_prefill_once(model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from layerstream.store.codecs import CODECS
 from layerstream.store.connection import Question
 from layerstream.store.database import IndexReplaced
 from layerstream.store.outage import CALM_SECONDS, FIRST_SECONDS, LONGEST_SECONDS, Outage
+from layerstream.store.retrievals import retrieval
 from layerstream.store.store import PrefixStore
 
 from tests.store.memory_tier import MemoryTier, a_layer, batch, open_store
@@ -27,7 +28,7 @@ from tests.store.snapshots import STATES
 KEYS = chain(*range(4))
 METHODS = [
     "contains", "any_of", "open", "put", "room", "pin", "drop", "claim", "announce", "is_announced", "unclaim",
-    "remember", "recall", "tick", "close",
+    "remember", "recall", "note_retrieved", "retrieved", "tick", "close",
 ]  # fmt: skip
 ERRORS = [
     OSError(28, "No space left on device"),
@@ -62,6 +63,8 @@ def use(store: PrefixStore, choice: int) -> None:
         lambda: store.remember(KEYS, list(range(20)), [1, 2]),
         lambda: store.look_up(KEYS),
         lambda: store.room(),
+        lambda: store.note_retrieved(retrieval("", "", ["a"])),
+        lambda: store.retrieved(retrieval("", "", ["a"])),
     )
     actions[choice % len(actions)]()
 

@@ -216,6 +216,8 @@ def test_an_index_of_a_version_before(version: int, tmp_path: Path) -> None:
     fill(path)
     connection = sqlite3.connect(path / "index.sqlite")
     connection.execute("ALTER TABLE segments DROP COLUMN is_snapshot")
+    connection.execute("DROP TABLE retrieved")
+    connection.execute("DROP TABLE retrievers")
     if version < 3:
         connection.execute("DROP TABLE numbers")
         connection.execute("ALTER TABLE answers DROP COLUMN tenant")

@@ -14,6 +14,7 @@ import torch
 from layerstream import KVStoreConfig, KVStoreUnusable, LayerStream, SamplingParams
 from layerstream.core.sizes import PAGE
 from layerstream.kv.prefix import page_keys, snapshot_key
+from layerstream.planner import facts as assumed
 from layerstream.planner import on_host
 from layerstream.setup.assembly import Assembly, assemble
 from layerstream.setup.config import EngineConfig
@@ -23,14 +24,13 @@ from layerstream.store.migrations import STEPS
 from layerstream.store.segment import read_info
 
 from tests.crossing import ALONE, crossed
-from tests.harness import add_tokenizer, budget_for, draw_prompt, shrink_units
+from tests.harness import PAGE_TOKENS, add_tokenizer, budget_for, draw_prompt, shrink_units
 from tests.models import make_model
 from tests.programs import run_program
 
-CHUNK = 32  # as shrink_units sets it
 CONTEXT = draw_prompt(150)
 QUESTIONS = [CONTEXT + draw_prompt(20, seed) for seed in range(3)]
-WHOLE_PAGES = 150 // CHUNK * CHUNK
+WHOLE_PAGES = 150 // PAGE_TOKENS * PAGE_TOKENS
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,8 @@ def test_restarted_is_bitwise_cold(
     with Session(config(folder, store, mode, dtype)) as second:
         assert equal(second.ask(QUESTIONS[1]), cold[1:2]), "one alone"
         assert second.parts.store is not None
-        assert second.parts.store.counters.loaded_tokens == WHOLE_PAGES
+        page_tokens = second.parts.plan.page_tokens
+        assert second.parts.store.counters.loaded_tokens == 150 // page_tokens * page_tokens
     with Session(config(folder, store, mode, dtype)) as third:
         assert equal(third.ask(*QUESTIONS), cold), "several at once"
         assert third.parts.store is not None
@@ -118,7 +119,7 @@ def test_states_come_back_or_are_computed_again(
             counted = again.parts.store.counters
             assert num_lost or counted.loaded_tokens == 160
             assert counted.lost_pages == counted.written_snapshots == num_lost
-        (after_all,) = page_keys(QUESTIONS[0], CHUNK)[-1:]
+        (after_all,) = page_keys(QUESTIONS[0], 32)[-1:]
         for path in store.path.rglob("*.kv"):
             if read_info(path).keys == (snapshot_key(after_all),):
                 path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
@@ -126,24 +127,24 @@ def test_states_come_back_or_are_computed_again(
 
 def test_a_page_is_stored_only_as_prefill_made_it(model: Path, store: KVStoreConfig) -> None:
     """Tokens that decoding appended are in the next prompt: computed as prefill then, and only then kept."""
-    params = SamplingParams(max_tokens=2 * CHUNK, temperature=0.0, ignore_eos=True)
-    with LayerStream(model, kv_store=store, chunk_tokens=CHUNK) as engine:
+    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    with LayerStream(model, kv_store=store) as engine:
         answer = engine.generate([CONTEXT[:40]], params)[0]
-    with LayerStream(model, kv_store=store, chunk_tokens=CHUNK) as engine:
+    with LayerStream(model, kv_store=store) as engine:
         turn = engine.generate([CONTEXT[:40] + answer.token_ids + [5, 6]], replace(params, max_tokens=1))[0]
-        assert turn.usage.cached_tokens == CHUNK, "of 106 tokens only the first page was a prompt's"
+        assert turn.usage.cached_tokens == 32, "of 106 tokens only the first 40 were a prompt's"
 
 
 def test_counts_are_exact(model: Path, store: KVStoreConfig) -> None:
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-    with LayerStream(model, kv_store=store, chunk_tokens=CHUNK) as engine:
+    with LayerStream(model, kv_store=store) as engine:
         assert engine.generate([QUESTIONS[0]], params)[0].usage.cached_tokens == 0
-    with LayerStream(model, kv_store=store, chunk_tokens=CHUNK) as engine:
+    with LayerStream(model, kv_store=store) as engine:
         for prompt, cached in (
             (QUESTIONS[1], WHOLE_PAGES),
-            (CONTEXT[: 2 * CHUNK], CHUNK),  # never the last token
-            (CONTEXT[: 2 * CHUNK + 1], 2 * CHUNK),
-            (CONTEXT[:CHUNK], 0),
+            (CONTEXT[: 2 * PAGE_TOKENS], PAGE_TOKENS),  # never the last token
+            (CONTEXT[: 2 * PAGE_TOKENS + 1], 2 * PAGE_TOKENS),
+            (CONTEXT[:PAGE_TOKENS], 0),
             ([4, *CONTEXT[1:]], 0),
         ):
             completion = engine.generate([prompt], params)[0]
@@ -151,7 +152,7 @@ def test_counts_are_exact(model: Path, store: KVStoreConfig) -> None:
         stats = engine.stats().kv
         assert stats.state == "ready"
         assert (stats.hits, stats.loaded_tokens) == (3, WHOLE_PAGES)
-        assert stats.reused_tokens == WHOLE_PAGES + 3 * CHUNK
+        assert stats.reused_tokens == WHOLE_PAGES + 3 * PAGE_TOKENS
         assert engine.generate([QUESTIONS[2]], params)[0].metrics.loaded_tokens == 0, "it is in memory by now"
 
 
@@ -276,18 +277,21 @@ def test_another_process_finds_it(model: Path, store: KVStoreConfig) -> None:
 import sys
 from layerstream import KVStoreConfig, LayerStream, SamplingParams
 store = KVStoreConfig({str(store.folder)!r}, load="always", max_bytes="1GiB", min_free_bytes=0)
-with LayerStream({str(model)!r}, kv_store=store, chunk_tokens={CHUNK}, dtype="float32") as engine:
+with LayerStream({str(model)!r}, kv_store=store, dtype="float32") as engine:
     answer = engine.generate([{QUESTIONS[0]!r}], SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True))[0]
     print(answer.usage.cached_tokens, *answer.token_ids)
 """
     runs = [run_program(program).stdout.split() for _ in range(2)]
     assert runs[0][0] == "0"
-    assert runs[1][0] == str(170 // CHUNK * CHUNK)
+    assert runs[1][0] == "160"
     assert runs[0][1:] == runs[1][1:]
 
 
 @pytest.mark.parametrize("codec", ["int8", "fp8"])
-def test_compressed_pages_come_back_nearly(codec: str, model: Path, store: KVStoreConfig) -> None:
+def test_compressed_pages_come_back_nearly(
+    codec: str, model: Path, store: KVStoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assumed, "PAGE_CHOICES", (32,))  # smaller ones of so few bytes would be padding
     wanted = config(model, replace(store, compression=codec))  # type: ignore[arg-type]
     with Session(wanted) as first:
         cold = first.ask(QUESTIONS[1])[0]
@@ -313,7 +317,7 @@ def test_recomputing_is_chosen_where_it_is_faster(model: Path, store: KVStoreCon
         second.ask(QUESTIONS[1])
         counters = second.parts.store.counters
         assert (counters.loaded_tokens, counters.declined_tokens) == (0, WHOLE_PAGES)
-        assert counters.written_pages == 1, "its own page; what is there is not written again"
+        assert counters.written_pages == 3, "its own pages; what is there is not written again"
     with Session(wanted) as third:
         assert third.parts.store is not None
         third.parts.store.rates = lambda: Rates(read_bytes_per_second=1e12, weight_seconds=0.0, max_sweep_tokens=96)
@@ -437,12 +441,12 @@ class TestDamage:
             assert equal(second.ask(QUESTIONS[0]), cold)
             assert second.parts.store is not None
             assert second.parts.store.counters.lost_pages == 1
-            assert second.parts.store.counters.written_pages == 150 // CHUNK - page + 1, "it and its descendants"
+            assert second.parts.store.counters.written_pages == 169 // PAGE_TOKENS - page, "it and its descendants"
         with Session(config(model, store)) as third:
             assert equal(third.ask(QUESTIONS[0]), cold)
             assert third.parts.store is not None
             assert third.parts.store.counters.lost_pages == 0
-            assert third.parts.store.counters.loaded_tokens == 160
+            assert third.parts.store.counters.loaded_tokens == 168
 
     def test_several_requests_share_a_damaged_page(self, model: Path, store: KVStoreConfig) -> None:
         with Session(config(model, None)) as plain:
@@ -467,7 +471,7 @@ class TestDamage:
             cold = first.ask(QUESTIONS[0])
         for path in store.path.rglob("*.kv"):
             path.unlink()
-        for expected in (0, 160):
+        for expected in (0, 168):
             with Session(config(model, store)) as second:
                 assert equal(second.ask(QUESTIONS[0]), cold)
                 assert second.parts.store is not None
@@ -484,7 +488,7 @@ class TestDamage:
         with Session(config(model, store)) as second:
             assert equal(second.ask(QUESTIONS[0]), cold)
             assert second.parts.store is not None
-            assert second.parts.store.counters.loaded_tokens == 160
+            assert second.parts.store.counters.loaded_tokens == 168
 
     @staticmethod
     def flip(store: KVStoreConfig, page: int, layer: int) -> None:
@@ -492,7 +496,7 @@ class TestDamage:
         from layerstream.kv.prefix import page_keys
         from layerstream.store.segment import padded, read_info
 
-        key = page_keys(QUESTIONS[0], CHUNK)[page]
+        key = page_keys(QUESTIONS[0], PAGE_TOKENS)[page]
         for path in store.path.rglob("*.kv"):
             info = read_info(path)
             if key in info.keys:

@@ -102,6 +102,17 @@ def text(name: str, value: Any, *, may_be_empty: bool = True) -> str:
     return str.__str__(value)
 
 
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """*value*, a list of texts.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise refusal(name, value, "a list of texts")
+    return tuple(text(name, item) for item in value)
+
+
 def function(name: str, value: Any) -> Callable[..., Any]:
     """*value*, which can be called."""
     if not callable(value):

@@ -26,11 +26,14 @@ class Usage:
         prompt_tokens: tokens of the prompt.
         cached_tokens: those among them whose KV was there before and was not computed again.
         completion_tokens: tokens generated, a final EOS included.
+        blended_tokens: those of the prompt whose KV was moved from where they stood before (``reuse="anywhere"``), and
+            is nearly, not exactly, what computing them here would give.
     """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    blended_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -83,7 +86,8 @@ class Completion:
     """A finished answer.
 
     ``index`` counts the ``n`` completions of one prompt. ``text`` leaves out special tokens and stop strings;
-    ``token_ids`` holds every generated token.
+    ``token_ids`` holds every generated token. Of a prompt that was read (:mod:`layerstream.api.reading`) there are
+    none, and ``reading`` is what was wanted: a float32 array of NumPy, of as many logits, or of the hidden size.
     """
 
     text: str
@@ -94,6 +98,7 @@ class Completion:
     index: int = 0
     seed: int | None = None
     logprobs: list[TokenLogprob] | None = None
+    reading: Any = None
 
 
 def openai_logprobs(completion: Completion, decode: Callable[[list[int]], str]) -> dict[str, Any] | None:

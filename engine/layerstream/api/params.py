@@ -153,6 +153,7 @@ _HABITS = {
     "timeout": "the call's own timeout=",
     "priority": "the call's own priority=",
     "client": "the call's own client=",
+    "tenant": "the call's own tenant=",
 }
 """What others call a field, and what it is here."""
 

@@ -93,12 +93,16 @@ Source: TypeAlias = ParameterSource | PackedSource
 
 
 def resolve_parameters(
-    model: Any, tensors: Mapping[str, TensorEntry], packed: Mapping[str, PackedTensor] | None = None
+    model: Any,
+    tensors: Mapping[str, TensorEntry],
+    packed: Mapping[str, PackedTensor] | None = None,
+    stand_ins: Mapping[str, str] | None = None,
 ) -> dict[str, Source]:
     """The source of every name in ``model.state_dict()``; tied names share one source object.
 
     Args:
         tensors, packed: by the name that the checkpoint has for the parameter.
+        stand_ins: parameters that it may be without, and those whose source they then have.
 
     Raises:
         MissingTensor: a parameter that nothing fills.
@@ -135,6 +139,9 @@ def resolve_parameters(
     for target, packed_by_source in stacks.items():
         sources[target] = _stacked_source(target, packed_by_source, by_pattern[next(iter(packed_by_source))])
     tie_sources(model, sources)
+    for name, other in (stand_ins or {}).items():
+        if name not in sources and other in sources:
+            sources[name] = sources[other]
     check_sources(meta, sources)
     return {name: sources[name] for name in meta}
 

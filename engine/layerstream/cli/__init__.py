@@ -31,6 +31,7 @@ from layerstream.cli.kv import app as kv
 from layerstream.cli.ls import ls
 from layerstream.cli.pack import pack
 from layerstream.cli.plan import plan
+from layerstream.cli.reuse import app as reuse
 from layerstream.cli.run import run
 from layerstream.cli.warm import warm
 
@@ -104,6 +105,7 @@ app.command()(compare)
 app.command()(doctor)
 app.add_typer(kv, name="kv", cls=Group)
 app.add_typer(bench, name="bench", cls=Group)
+app.add_typer(reuse, name="reuse", cls=Group)
 
 
 def _show_version(wanted: bool) -> None:

@@ -74,7 +74,10 @@ class EngineOptions:
     max_context: Annotated[
         int | None, _engine("Tokens of prompt and answer together, if fewer than the model's.", "--context")
     ] = None
-    chunk_tokens: Annotated[int | None, _engine("Prompt tokens to a page of KV: 32, 64, 128, 256, 512.")] = None
+    chunk_tokens: Annotated[int | None, _engine("Prompt tokens that attend together: 32, 64, 128, 256, 512.")] = None
+    reuse: Annotated[str | None, _engine("Which KV is used again: exact, or anywhere (passages are moved).")] = None
+    recompute: Annotated[str | None, _engine("Of what is moved, what is computed again: free, or a share.")] = None
+    recompute_by: Annotated[str | None, _engine("Which of it: first, deviation.")] = None
     revision: Annotated[str | None, _engine("Branch, tag or commit of a model on the hub.")] = None
     trust_remote_code: Annotated[bool, _engine("Run code that comes with the model.", "--trust-remote-code")] = False
     allow_untested: Annotated[bool, _engine("Try a family that is not on the tested list.", "--allow-untested")] = False
@@ -99,6 +102,8 @@ class EngineOptions:
             given["kv_store"] = None
         if "memory" in given:
             given["memory"] = split(given["memory"])
+        if "recompute" in given and given["recompute"] != "free":
+            given["recompute"] = _share(given["recompute"])
         return given
 
     def open(self, model: str, **defaults: Any) -> LayerStream:
@@ -116,6 +121,14 @@ class EngineOptions:
         from layerstream.setup.config import as_config
 
         return as_config(model, **self.arguments())
+
+
+def _share(text: str) -> float | str:
+    """The number that *text* is; itself, for the engine to refuse, if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from layerstream.api.params import SamplingParams
+from layerstream.api.reading import HiddenState, Reading
 from layerstream.core.constraint import Constraint
+from layerstream.core.passages import Passage
 from layerstream.core.tenancy import Tenancy
 
 
@@ -45,6 +47,12 @@ class Sequence:
         group: the beam search that it is a beam of.
         priority: who has more is admitted first.
         client: whom it is for; clients share the engine fairly.
+        passages: parts of its prompt that may be had from elsewhere, in order and apart.
+        owes: the sequences that compute those passages in contexts of their own; it is admitted after them.
+        is_passage: whether it is one of those: nothing is sampled from it.
+        tenant: whose memory it may share; empty: the engine's own.
+        reading: what its prompt is read for; ``None``: it is answered.
+        is_kept: whether a store may keep its pages.
         steps_back: whether its newest token is going to be computed more than once (``Scheduler.rewind``).
         tenancy: its memory for KV, and how much of that is filled.
     """
@@ -58,8 +66,24 @@ class Sequence:
     group: BeamGroup | None = None
     priority: int = 0
     client: str = ""
+    passages: tuple[Passage, ...] = ()
+    owes: tuple[Sequence, ...] = ()
+    is_passage: bool = False
+    tenant: str = ""
+    reading: Reading | None = None
+    is_kept: bool = True
     steps_back: bool = False
     tenancy: Tenancy = field(default_factory=Tenancy)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether its last row goes through the head."""
+        return not self.is_passage and not isinstance(self.reading, HiddenState)
+
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether all rows of its prompt are wanted, so that none may be left out because its KV is there."""
+        return isinstance(self.reading, HiddenState) and self.reading.pooling == "mean"
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +114,12 @@ class Sequence:
     def num_computed(self) -> int:
         """Tokens whose KV is in the pages."""
         return self.tenancy.num_computed
+
+    @property
+    def num_blended(self) -> int:
+        """Tokens of the prompt that were moved, by this sequence or by the one that it shares them with."""
+        cached = self.tenancy.num_cached
+        return self.tenancy.num_blended + sum(max(0, min(cached, part.stop) - part.start) for part in self.passages)
 
     @property
     def num_pending(self) -> int:

@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from layerstream.api.reading import HiddenState
 from layerstream.core.draft import ROOT, DraftTree
+from layerstream.core.passages import Move
 from layerstream.core.sequence import Sequence
 
 
@@ -123,9 +125,13 @@ class SweepFailed(Exception):
 class Sweep:
     """Row blocks in order, the sequences that are sampled, and the stored pages that the rows need.
 
-    A sequence appears in ``sampled`` exactly when its last known token is among the rows. ``drafts`` has trees of
+    A sequence appears in ``sampled`` exactly when its last known token is among the rows and its logits are wanted; one
+    whose hidden states are wanted appears in ``read_rows``. ``drafts`` has trees of
     some of them; a row is there for every node. ``routes`` says where the states of recurrent layers are, for every
-    sequence, if the model has such layers; ``state_loads`` which of them have to be brought.
+    sequence, if the model has such layers; ``state_loads`` which of them have to be brought. ``moves`` says which
+    tokens of blended prompts are had from elsewhere: in every layer, before the first row of their sequence. Of a
+    sequence in ``staying``, those tokens have rows all the same, of which so many stay to the last layer: the ones that
+    differ most.
     """
 
     blocks: tuple[RowBlock, ...]
@@ -134,6 +140,8 @@ class Sweep:
     drafts: Mapping[Sequence, DraftTree] = field(default_factory=dict)
     routes: Mapping[Sequence, StateRoute] = field(default_factory=dict)
     state_loads: tuple[PageLoad, ...] = ()
+    moves: Mapping[Sequence, tuple[Move, ...]] = field(default_factory=dict)
+    staying: Mapping[Sequence, int] = field(default_factory=dict)
 
     @cached_property
     def num_rows(self) -> int:
@@ -180,6 +188,23 @@ class Sweep:
             count = 1 + len(self.drafts.get(sequence, ()))
             yield sequence, slice(at, at + count)
             at += count
+
+    def read_rows(self) -> Iterator[tuple[Span, slice]]:
+        """The packed rows whose final hidden states are wanted, with the spans that they are of."""
+        for row, span in self.known_spans():
+            reading = span.sequence.reading
+            if not isinstance(reading, HiddenState):
+                continue
+            if reading.pooling == "mean":
+                yield span, slice(row, row + len(span))
+            elif span.stop == span.sequence.num_tokens:
+                yield span, slice(row + len(span) - 1, row + len(span))
+
+    @cached_property
+    def ended(self) -> tuple[Sequence, ...]:
+        """Whose last known token is among the rows."""
+        read = [span.sequence for span, _ in self.read_rows() if span.stop == span.sequence.num_tokens]
+        return (*self.sampled, *read)
 
     def token_ids(self, span: Span) -> list[int]:
         """The tokens of *span*."""

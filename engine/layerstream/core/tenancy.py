@@ -39,6 +39,8 @@ class Tenancy:
         previous: tokens and slot of the state one token back, where a sequence steps back.
         capacity: tokens that the pages had room for when the last sweep was scheduled.
         suspension: what was computed, while the sequence waits for memory that was taken from it.
+        sources: of its passages that are still to be moved, by their number, the pages that it holds them in.
+        num_blended: tokens that were moved, the last of them before token *blended_to*.
         num_cached: tokens whose KV was there, or was another sequence's to compute, when it was admitted.
         num_loaded: those among them that came from the store.
         num_declined: tokens that the store had and that it was faster to compute.
@@ -52,6 +54,9 @@ class Tenancy:
     previous: tuple[int, int] | None = None
     capacity: int = 0
     suspension: Suspension | None = None
+    sources: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    num_blended: int = 0
+    blended_to: int = 0
     num_cached: int = 0
     num_loaded: int = 0
     num_declined: int = 0
@@ -60,3 +65,5 @@ class Tenancy:
         """Tokens from *num_tokens* on are to be computed, whether they were or not."""
         self.num_computed = min(self.num_computed, num_tokens)
         self.num_cached = min(self.num_cached, num_tokens)
+        if num_tokens < self.blended_to:
+            self.num_blended = self.blended_to = 0

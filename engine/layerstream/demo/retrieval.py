@@ -80,12 +80,15 @@ def join_passages(passages: Iterable[Passage]) -> str:
 class Retriever:
     """BM25 over passages.
 
+    Args:
+        limit: characters of a passage.
+
     Raises:
         MissingExtra: bm25s is not installed.
     """
 
-    def __init__(self, documents: Iterable[Document]) -> None:
-        self.passages: Sequence[Passage] = [part for document in documents for part in split_passages(document)]
+    def __init__(self, documents: Iterable[Document], limit: int = PASSAGE_CHARACTERS) -> None:
+        self.passages: Sequence[Passage] = [part for document in documents for part in split_passages(document, limit)]
         self._bm25s = import_extra("bm25s")
         self._index = self._bm25s.BM25()
         # A file's name often says what it is about.

@@ -28,6 +28,7 @@ class PagePool:
         self.page_tokens = page_tokens
         self.num_transit = num_transit
         self._refcounts = [0] * (num_pages + num_transit)
+        self._is_held = bytearray(num_pages)  # the same of frames, 0 or 1: runs are found in it at memory's speed
         self._num_free = num_pages
         self.peak_used = 0
 
@@ -75,13 +76,13 @@ class PagePool:
         """
         if count > self._num_free:
             return None
-        pages = [] if after is None else list(range(after + 1, min(after + 1 + count, self.num_pages)))
-        if len(pages) < count or any(self._refcounts[page] for page in pages):
-            pages = (
-                self._find_run(count) or [page for page in range(self.num_pages) if not self._refcounts[page]][:count]
-            )
+        free = bytes(count)
+        first = -1 if after is None or not self._is_held.startswith(free, after + 1) else after + 1
+        if first < 0:
+            first = self._is_held.find(free)
+        pages = list(range(first, first + count)) if first >= 0 else self._find_scattered(count)
         for page in pages:
-            self._refcounts[page] = 1
+            self._refcounts[page] = self._is_held[page] = 1
         self._num_free -= count
         self.peak_used = max(self.peak_used, self.num_used)
         return pages
@@ -97,7 +98,9 @@ class PagePool:
         for page in pages:
             assert self._refcounts[page], f"page {page} is free: it cannot be released"
             self._refcounts[page] -= 1
-            self._num_free += not self._refcounts[page] and not self.is_transit(page)
+            if not self._refcounts[page] and not self.is_transit(page):
+                self._num_free += 1
+                self._is_held[page] = 0
 
     def check_integrity(self, holders: list[list[int]]) -> None:
         """Raise ``AssertionError`` unless *holders* (every page table there is) account for all references."""
@@ -108,12 +111,13 @@ class PagePool:
         assert counts == self._refcounts, "reference counts differ from the page tables"
         free = counts[: self.num_pages].count(0)
         assert self._num_free == free, f"{self._num_free} free frames counted, {free} there"
+        assert self._is_held == bytearray(map(bool, counts[: self.num_pages])), "a frame is held, or free, unnoticed"
 
-    def _find_run(self, count: int) -> list[int] | None:
-        """The first *count* neighbouring free pages."""
-        run = 0
-        for page, refs in enumerate(self._refcounts[: self.num_pages]):
-            run = 0 if refs else run + 1
-            if run == count:
-                return list(range(page - count + 1, page + 1))
-        return None
+    def _find_scattered(self, count: int) -> list[int]:
+        """The first *count* free pages; there are as many."""
+        pages: list[int] = []
+        page = -1
+        for _ in range(count):
+            page = self._is_held.find(0, page + 1)
+            pages.append(page)
+        return pages

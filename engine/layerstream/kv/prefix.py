@@ -1,9 +1,13 @@
 """Which pages hold which prefixes, so that no prefix is computed twice: pure accounting, no tensors.
 
-A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is empty. Equal keys therefore
-mean equal tokens from position 0 on, and the key of a page says all that its KV depends on, but for the model and its
-arithmetic, which a store's namespace stands for. Only whole pages of a prompt, computed as one prefill chunk, are
-entered; what decoding wrote never is.
+A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is empty, or follows from the
+tenant that the prompt belongs to. Equal keys therefore mean equal tokens from position 0 on and the same tenant, and
+the key of a page says all that its KV depends on, but for the model and its arithmetic, which a store's namespace
+stands for. Only whole pages of a prompt, computed as prefill, are entered; what decoding wrote never is.
+
+A page is what is shared, and smaller than a *chunk*, what attends together: a sequence that begins behind shared pages
+may begin inside a chunk, and its rows have the bits that they would have had if all of it had been computed
+(:mod:`layerstream.model.attention`). Pages of a prompt whose passages were moved have keys of their own.
 
 States of an entry, and who holds its page:
 
@@ -19,6 +23,7 @@ Invariants:
 * the owner of a pending entry is running and has its page at the entry's position; when it goes, the next sharer in
   order of admission becomes the owner and starts there; with no sharer the entry goes too;
 * a stored entry has a sharer; when the last one goes, so does the entry;
+* where an entry is ready, the KV of all before it is there as well: whoever computed it has attended to that;
 * only a ready entry that nobody but the table holds, and that is no entry's parent, is evicted: least recently used
   first;
 * every ready entry that is no parent is in a heap, by when it was used at some time: an entry that was used since comes
@@ -31,10 +36,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 from array import array
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from layerstream.core.passages import Passage
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import PageLoad
 from layerstream.kv.pages import PagePool
@@ -173,6 +181,8 @@ class PrefixTable:
         self._entries: dict[Key, Entry] = {}
         self._leaves: list[tuple[int, int, Key]] = []  # a heap of ages, at most one of each entry
         self._clock = 0
+        self._num_stored = 0
+        self._num_pending: Counter[TokenSequence] = Counter()  # of each owner
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -180,10 +190,12 @@ class PrefixTable:
     def clear(self) -> None:
         """There are no prefixes; their pages are somebody else's to free."""
         self._entries, self._leaves = {}, []
+        self._num_stored = 0
+        self._num_pending.clear()
 
-    def keys_of(self, token_ids: Sequence[int]) -> list[Key]:
+    def keys_of(self, token_ids: Sequence[int], tenant: str = "") -> list[Key]:
         """Keys of the pages that a prompt may share: whole ones, and never the last token, which has to be sampled."""
-        return page_keys(token_ids, self._pool.page_tokens)
+        return page_keys(token_ids, self._pool.page_tokens, tenant)
 
     def match(self, keys: Sequence[Key]) -> list[int]:
         """The pages of the longest known prefix of *keys*, in whatever state."""
@@ -197,9 +209,17 @@ class PrefixTable:
             pages.append(entry.page)
         return pages
 
+    def pages_of(self, keys: Sequence[Key]) -> list[int] | None:
+        """The pages of *keys*, in whatever state; ``None``: not all are known. Changes nothing."""
+        entries = [self._entries.get(key) for key in keys]
+        return None if None in entries else [entry.page for entry in entries if entry is not None]
+
     def count_known(self, keys: Sequence[Key]) -> int:
-        """How many of *keys*, from the first on, are known. Changes nothing, so that any thread may ask."""
-        return next((count for count, key in enumerate(keys) if key not in self._entries), len(keys))
+        """How many of *keys*, from the first on, are known. Changes nothing, so that any thread may ask.
+
+        Looks at few of them: who is known has a parent that is.
+        """
+        return bisect_left(keys, True, key=lambda key: key not in self._entries)
 
     def enter(self, keys: Sequence[Key], first: int, owner: TokenSequence, num_stored: int = 0) -> None:
         """Enter ``keys[first:]``, which nobody has: the first *num_stored* are loaded, *owner* computes the rest."""
@@ -218,14 +238,26 @@ class PrefixTable:
             )
             if position:
                 self._entries[parent].num_children += 1
+            if is_stored:
+                self._num_stored += 1
+            else:
+                self._num_pending[owner] += 1
 
-    def owners(self, keys: Iterable[Key]) -> list[tuple[int, TokenSequence]]:
-        """``(position, owner)`` of those of *keys* that are pending."""
-        found = (self._entries.get(key) for key in keys)
-        return [(entry.position, entry.owner) for entry in found if entry is not None and entry.owner is not None]
+    def owners(self, keys: Sequence[Key]) -> list[tuple[int, TokenSequence]]:
+        """``(position, owner)`` of those of *keys*, the beginning of a prompt, that are still to be computed."""
+        pending: list[tuple[int, TokenSequence]] = []
+        for key in reversed(keys):
+            entry = self._entries.get(key)
+            if entry is not None and entry.is_ready:
+                break
+            if entry is not None and entry.owner is not None:
+                pending.append((entry.position, entry.owner))
+        return pending
 
     def loads(self, keys: Iterable[Key]) -> list[PageLoad]:
         """Those of *keys* that are stored and have to be loaded, in order."""
+        if not self._num_stored:
+            return []
         found = (self._entries.get(key) for key in keys)
         return [PageLoad(entry.key, entry.page) for entry in found if entry is not None and entry.is_stored]
 
@@ -233,17 +265,19 @@ class PrefixTable:
         """The pages of *loads* are in memory."""
         for load in loads:
             entry = self._entries[load.key]
-            entry.is_stored = False
+            self._settle(entry)
             self._pool.share([entry.page])
             self._queue(entry)
 
     def publish(self, keys: Sequence[Key], owner: TokenSequence) -> Published | None:
         """The rows of *owner* up to ``owner.num_computed`` are in its pages; those that are ready since."""
         fresh: list[Entry] = []
+        if owner not in self._num_pending:
+            return None
         for key in keys[: owner.num_computed // self._pool.page_tokens]:
             entry = self._entries.get(key)
             if entry is not None and entry.owner is owner:
-                entry.owner = None
+                self._settle(entry)
                 self._pool.share([entry.page])
                 self._queue(entry)
                 fresh.append(entry)
@@ -326,6 +360,9 @@ class PrefixTable:
                 assert not entry.is_stored, "an entry that is both computed and loaded"
             if entry.is_stored:
                 assert self._pool.refcount(entry.page), "a stored entry that nobody wants"
+        owners = Counter(entry.owner for entry in self._entries.values() if entry.owner is not None)
+        assert owners == self._num_pending, "pending entries are counted wrongly"
+        assert self._num_stored == sum(entry.is_stored for entry in self._entries.values()), "so are stored ones"
         queued = {key: (last_used, place, key) for last_used, place, key in self._leaves}
         assert len(queued) == len(self._leaves), "an entry is queued twice"
         for entry in self._entries.values():
@@ -344,7 +381,9 @@ class PrefixTable:
                 self._remove(entry)
                 gone.append(entry.key)
             else:
-                entry.owner, entry.is_stored = heir, False
+                self._settle(entry)
+                entry.owner = heir
+                self._num_pending[heir] += 1
                 inherited.append(Inherited(heir, entry.position))
         return gone, inherited
 
@@ -376,9 +415,21 @@ class PrefixTable:
             self._queue(entry)
         return None
 
+    def _settle(self, entry: Entry) -> None:
+        """Nobody is to compute *entry*, or to load it, any more."""
+        if entry.is_stored:
+            entry.is_stored = False
+            self._num_stored -= 1
+        elif entry.owner is not None:
+            self._num_pending[entry.owner] -= 1
+            if not self._num_pending[entry.owner]:
+                del self._num_pending[entry.owner]
+            entry.owner = None
+
     def _remove(self, entry: Entry) -> None:
         """Take *entry* out of the table."""
         assert not entry.is_queued and not entry.num_children, "an entry that something leads to"
+        self._settle(entry)
         del self._entries[entry.key]
         if entry.position:
             parent = self._entries[entry.parent]
@@ -386,14 +437,28 @@ class PrefixTable:
             self._queue(parent)
 
 
-def page_keys(token_ids: Sequence[int], page_tokens: int) -> list[Key]:
-    """Keys of the whole pages of *token_ids*, the last token left out."""
+def page_keys(
+    token_ids: Sequence[int], page_tokens: int, tenant: str = "", passages: Sequence[Passage] = ()
+) -> list[Key]:
+    """Keys of the whole pages of *token_ids*, the last token left out, of *tenant*; empty: the engine's own.
+
+    Where *passages* are moved, pages from the first of their tokens on have keys that no prompt has which was computed
+    as it stands: they say what was moved, and from where.
+    """
     keys: list[Key] = []
-    parent = b""
+    parent = tenant_key(tenant)
     for start in range(0, (len(token_ids) - 1) // page_tokens * page_tokens, page_tokens):
-        parent = hashlib.sha256(parent + array("q", token_ids[start : start + page_tokens]).tobytes()).digest()
+        moved = [passage for passage in passages if passage.start < start + page_tokens and start < passage.stop]
+        blended = "".join(f"moved {part.start} {part.stop} {part.source} {part.how};" for part in moved).encode()
+        page = array("q", token_ids[start : start + page_tokens]).tobytes()
+        parent = hashlib.sha256(parent + page + blended).digest()
         keys.append(parent)
     return keys
+
+
+def tenant_key(tenant: str) -> Key:
+    """What the first page of *tenant*'s prompts has for a parent; of the engine's own it is empty."""
+    return hashlib.sha256(b"tenant" + tenant.encode(errors="surrogatepass")).digest() if tenant else b""
 
 
 def snapshot_key(key: Key) -> Key:

@@ -10,14 +10,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
+from typing import Any, TypeAlias
 
 import torch
+from torch.nn.functional import pad
 
 from layerstream.core.sizes import PAGE
 from layerstream.hardware.arena import Arena, Populating
 from layerstream.hardware.device import Device
 from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.shape import PageShape
+
+Neighbours: TypeAlias = tuple[tuple[int, int], ...]
+"""Pages in order, as first and count of those that lie side by side."""
 
 
 class PageMemory:
@@ -99,21 +104,41 @@ class PagedRows(ABC):
         """
         if not self._has_room:
             self.reserve(shape_of(keys, values))
-        for page, within, source in self._pieces(pages, start, start + keys.shape[1]):
-            rows, (all_keys, all_values) = self._locate(page, 1)
-            rows = slice(rows.start + within.start, rows.start + within.stop)
+        at = 0
+        for rows, (all_keys, all_values) in self._places(pages, start, start + keys.shape[1]):
+            source = slice(at, at := at + rows.stop - rows.start)
             all_keys[rows] = keys[:, source].transpose(0, 1)
             all_values[rows] = values[:, source].transpose(0, 1)
 
-    def read(self, pages: list[int], start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, pages: list[int], start: int, stop: int, known: dict[Any, Neighbours] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of tokens ``[start, stop)``, each ``(heads, stop - start, width)``.
 
-        A view where the pages are neighbours, a gathered copy otherwise.
+        A view where the pages are neighbours, a gathered copy otherwise; zeros where *pages* do not reach.
+
+        Args:
+            known: which pages are neighbours, as other layers found it, by their list and place in it.
         """
         first, last = start // self._page_tokens, (stop - 1) // self._page_tokens
         within = slice(start - first * self._page_tokens, stop - first * self._page_tokens)
-        keys, values = self._gather(pages[first : last + 1])
+        name = id(pages), first, last
+        found = None if known is None else known.get(name)
+        if found is None:
+            found = tuple(runs(pages[first : last + 1], self._border))
+            if known is not None:
+                known[name] = found
+        keys, values = self._gather(found)
+        if within.stop > len(keys):
+            missing = (0, 0, 0, 0, 0, within.stop - len(keys))
+            keys, values = pad(keys, missing), pad(values, missing)
         return keys[within].transpose(0, 1), values[within].transpose(0, 1)
+
+    def clear(self, pages: list[int], start: int, stop: int) -> None:
+        """Write zeros to tokens ``[start, stop)``, as far as *pages* reach."""
+        for rows, tensors in self._places(pages, start, min(stop, len(pages) * self._page_tokens)):
+            for tensor in tensors:
+                tensor[rows] = 0
 
     def rows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of *count* neighbouring pages, to be left as they are."""
@@ -128,19 +153,23 @@ class PagedRows(ABC):
     def _locate(self, first: int, count: int) -> tuple[slice, tuple[torch.Tensor, torch.Tensor]]:
         """Where *count* neighbouring pages from *first* on are: rows, and keys and values that they are rows of."""
 
-    def _pieces(self, pages: list[int], start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
-        """Tokens ``[start, stop)`` page by page: the page, the rows within it, and which of the tokens they are."""
-        at = start
-        while at < stop:  # rows of one page are neighbours
-            page, within = divmod(at, self._page_tokens)
-            count = min(stop - at, self._page_tokens - within)
-            yield pages[page], slice(within, within + count), slice(at - start, at - start + count)
-            at += count
+    def _places(
+        self, pages: list[int], start: int, stop: int
+    ) -> Iterator[tuple[slice, tuple[torch.Tensor, torch.Tensor]]]:
+        """Where tokens ``[start, stop)`` are, in order: rows, and keys and values that they are rows of."""
+        first, within = divmod(start, self._page_tokens)
+        left = stop - start
+        for page, count in runs(pages[first : -(-stop // self._page_tokens)] if left > 0 else (), self._border):
+            rows, tensors = self._locate(page, count)
+            begin = rows.start + within
+            end = min(rows.stop, begin + left)
+            yield slice(begin, end), tensors
+            left, within = left - (end - begin), 0
 
-    def _gather(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of pages *ids*: a view where they are neighbours."""
+    def _gather(self, neighbours: Neighbours) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of pages that are *neighbours*: a view where all are."""
         pieces = []
-        for first, count in runs(ids, self._border):
+        for first, count in neighbours:
             rows, (keys, values) = self._locate(first, count)
             pieces.append((keys[rows], values[rows]))
         if len(pieces) == 1:
@@ -202,7 +231,7 @@ class LayerState(PagedRows):
     def append(self, pages: list[int], start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """As every :class:`PagedRows`."""
         if self.on_change is not None:
-            for page, _, _ in self._pieces(pages, start, start + keys.shape[1]):
+            for page in pages[start // self._page_tokens : -(-(start + keys.shape[1]) // self._page_tokens)]:
                 self.on_change(page)
         super().append(pages, start, keys, values)
 

@@ -4,8 +4,10 @@ Registered as the attention implementation ``"layerstream"``. Masks are ours too
 sequences has none that transformers could build: causality, and the window or chunk that the layer asked a mask of
 (:mod:`layerstream.model.trace`), are applied here, as are ``softcap`` and ``s_aux`` (sinks).
 
-What a row attends to depends on its position alone, and the kernel is called with the shape of its own span, so
-neighbours in the sweep change no bit. A guess attends like the decode row that it would be if it were right: one row,
+What a row attends to depends on its position alone. Rows of a prompt attend in the shape of their whole *chunk*: as
+many rows as that has, zeros where a row was computed before or the prompt has ended, over keys up to its end, which are
+zeros and masked where there are none. So no bit depends on where a stored prefix parts a chunk, on where the prompt
+ends, or on neighbours. A guess attends like the decode row that it would be if it were right: one row,
 over its sequence's keys with its own path in their place, so being verified in a tree changes no bit either.
 """
 
@@ -73,11 +75,13 @@ def attend(
     past = None if layer.expands else _Past(context, layer.state, layer.sight)
     out = query.new_zeros((query.shape[2], query.shape[1], value.shape[3]))
     for row, span in context.spans():
-        rows, first = slice(row, row + len(span)), layer.sight.first(span.start)
+        rows = slice(row, row + len(span))
         if past is None:
-            keys, values = key[0, :, first : span.stop], value[0, :, first : span.stop]
+            start, stop = context.attended(span)
+            first = layer.sight.first(start)
+            keys, values = key[0, :, first:stop], value[0, :, first:stop]
         else:
-            keys, values = past.read(span, first)
+            keys, values = past.read(span)
         out[rows] = _attend_to_span(context, span, query[0, :, rows], keys, values, formula)
     return out[None], None
 
@@ -105,21 +109,24 @@ def _attend_to_pool(
 def _attend_to_span(
     context: SweepContext, span: Span, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, formula: Formula
 ) -> torch.Tensor:
-    """``(T, heads, width of values)`` of query ``(heads, T, width)``, over the keys that end with the span."""
-    sight, first = formula.sight, formula.sight.first(span.start)
+    """``(T, heads, width of values)`` of query ``(heads, T, width)``, over the keys up to where the span attends."""
+    sight, (start, stop) = formula.sight, context.attended(span)
+    seen = Seen(start, stop, sight.first(start), sight.window, sight.chunk)
     if not query.is_cpu:
-        seen = Seen(span.start, span.stop, first, sight.window, sight.chunk)
         return attend_on_device(query, keys, values, seen, formula)
-    mask = _mask(context, span, first, sight, query.shape[0] // keys.shape[0])
+    if len(span) < stop - start:
+        query = F.pad(query, (0, 0, span.start - start, stop - span.stop))
+    mask = _mask(context, seen, query.shape[0] // keys.shape[0])
     grouped = query.reshape(keys.shape[0], -1, query.shape[2])  # (kv heads, group · T, width)
-    if formula.softcap is None and formula.sinks is None and not _prefers_products(query, len(span)):
+    if formula.softcap is None and formula.sinks is None and not _prefers_products(query, stop - start):
         found = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask, scale=formula.scale)[0]
     else:
-        first_masked = span.start - first if sight == Sight() else 0
+        first_masked = start if sight == Sight() else 0
         found = _attend_by_head(
             grouped, keys, values, mask, first_masked, formula.scale, formula.softcap, formula.sinks
         )
-    return found.reshape(query.shape[0], len(span), -1).transpose(0, 1)
+    found = found.reshape(query.shape[0], stop - start, -1)
+    return found[:, span.start - start : span.stop - start].transpose(0, 1)
 
 
 class _Past:
@@ -128,41 +135,40 @@ class _Past:
     def __init__(self, context: SweepContext, number: int, sight: Sight) -> None:
         self._context = context
         self._number = number
+        self._sight = sight
         bounds: dict[Sequence, tuple[int, int]] = {}
         for _, span in context.spans():
-            first, stop = bounds.get(span.sequence, (span.start, span.stop))
-            bounds[span.sequence] = min(first, sight.first(span.start)), max(stop, span.stop)
+            start, end = context.attended(span)
+            first, stop = bounds.get(span.sequence, (start, end))
+            bounds[span.sequence] = min(first, sight.first(start)), max(stop, end)
         state = context.states[number]
         self._first = {sequence: first for sequence, (first, _) in bounds.items()}
-        self._gathered = {sequence: state.read(sequence.pages, *bound) for sequence, bound in bounds.items()}
+        self._gathered = {
+            sequence: state.read(sequence.pages, *bound, context.neighbours) for sequence, bound in bounds.items()
+        }
         self._placed: dict[Sequence, tuple[int, ...]] = {}
 
-    def read(self, span: Span, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(heads, L, width)`` from position *first* to the end of *span*, its own path in it if it is a guess."""
+    def read(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(heads, L, width)`` from the first position that *span* sees to where it attends, its own path in it if it
+        is a guess."""
         sequence, start = span.sequence, self._first[span.sequence]
+        begin, stop = self._context.attended(span)
+        first = self._sight.first(begin)
         keys, values = self._gathered[sequence]
         if span.is_drafted:
             self._placed[sequence] = self._context.drafted.place(
                 self._number, span, keys, values, start, self._placed.get(sequence, ())
             )
-        return keys[:, first - start : span.stop - start], values[:, first - start : span.stop - start]
+        return keys[:, first - start : stop - start], values[:, first - start : stop - start]
 
 
-def _mask(
-    context: SweepContext,
-    span: Span,
-    first: int,
-    sight: Sight,
-    groups: int,
-) -> torch.Tensor | None:
+def _mask(context: SweepContext, seen: Seen, groups: int) -> torch.Tensor | None:
     """``(groups · T, visible)`` booleans, or ``None`` where a single row sees all that was read."""
-    if len(span) == 1:
+    if seen.is_everything:
         return None
-    key = (span.start, span.stop, first, sight.window, sight.chunk, groups)
-    mask = context.masks.get(key)
+    mask = context.masks.get((seen, groups))
     if mask is None:
-        mask = Seen(span.start, span.stop, first, sight.window, sight.chunk).mask(torch.device("cpu"))
-        mask = context.masks[key] = mask.repeat(groups, 1)
+        mask = context.masks[seen, groups] = seen.mask(torch.device("cpu")).repeat(groups, 1)
     return mask
 
 

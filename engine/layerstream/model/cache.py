@@ -38,7 +38,7 @@ class PagedCache:
         span = self._only_span("expands cached latents")
         if context.pools is not None:  # what the guess hangs on is in place then
             list(context.pools.waves(layer.state, context.active[0][1]))
-        keys, values = state.read(span.sequence.pages, 0, span.stop)
+        keys, values = state.read(span.sequence.pages, 0, context.attended(span)[1])
         if span.is_drafted and context.pools is None:
             context.drafted.place(layer.state, span, keys, values, 0, ())
         return keys[None], values[None]
@@ -87,10 +87,17 @@ class PagedCache:
 
 
 def _write(context: SweepContext, number: int, state: PagedRows, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Append ``(heads, rows, width)`` of the rows in hand to their pages, guesses beside them."""
+    """Append ``(heads, rows, width)`` of the rows in hand to their pages, guesses beside them.
+
+    What a prompt's last chunk lacks is attended to as zeros: it is masked, and has to be numbers.
+    """
     for row, span in context.spans():
+        if context.blend is not None:
+            context.blend.arrive(number, state, span, keys[:, row : row + len(span)])
         if span.is_drafted:
             context.drafted.put(number, span, keys[:, row], values[:, row])
             continue
         rows = slice(row, row + len(span))
         state.append(span.sequence.pages, span.start, keys[:, rows], values[:, rows])
+        if (stop := context.attended(span)[1]) > span.stop and not context.is_moving(number, span.sequence):
+            state.clear(span.sequence.pages, span.stop, stop)

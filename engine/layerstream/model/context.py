@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import RowBlock, Span, Sweep
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
-from layerstream.kv.state import PagedRows
+from layerstream.kv.state import Neighbours, PagedRows
 
 if TYPE_CHECKING:
+    from layerstream.model.blending import Blend
     from layerstream.model.grouped_experts import Routed
+    from layerstream.model.leaving import Fewer
     from layerstream.model.routing import Routing
     from layerstream.model.traced import LayerTrace
 
@@ -48,13 +51,17 @@ class SweepContext:
 
     Attributes:
         layers: what each layer caches, attends to and sees.
+        chunk_tokens: prompt tokens that attend together (:meth:`attended`); 0: spans attend as they are.
         states: the KV of each layer that caches, where it is computed with.
         reach: returns when what the sweep reads of one of them is there; ``None``: all of it is.
         active: the row blocks in hand, each with the row that it starts at.
         masks: attention masks of this sweep, by what they depend on.
+        neighbours: which pages lie side by side, as :meth:`PagedRows.read` has found it.
         crossed: what all layers are given alike, as it crossed to other devices: by identity and device, beside the
             original.
         rotations: what heads are multiplied by at the sweep's positions (:mod:`layerstream.model.rotary`).
+        blend: what is moved within the pages; ``None``: nothing.
+        fewer: the rows that stayed, once some have left; ``None``: none have.
         drafted: keys and values of the sweep's guesses, where the processor computes.
         routing: what the row blocks of the block in hand ask their experts, while that is being found out.
         routed: what routers said on accelerators, to be checked when the sweep is over.
@@ -69,10 +76,14 @@ class SweepContext:
     reach: Callable[[int], None] | None = None
     pools: DeviceKV | None = None
     prefers_flash: bool = False
+    chunk_tokens: int = 0
     active: list[tuple[int, RowBlock]] = field(default_factory=list)
-    masks: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict)
+    masks: dict[Any, torch.Tensor] = field(default_factory=dict[Any, torch.Tensor])
+    neighbours: dict[Any, Neighbours] = field(default_factory=dict[Any, Neighbours])
     crossed: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     rotations: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    blend: Blend | None = None
+    fewer: Fewer | None = None
     drafted: DraftedRows = field(init=False)
     routing: Routing | None = None
     routed: list[Routed] = field(default_factory=list["Routed"])
@@ -90,6 +101,22 @@ class SweepContext:
         if self.reach is not None:
             self.reach(number)
         return self.states[number]
+
+    def attended(self, span: Span) -> tuple[int, int]:
+        """Positions ``[start, stop)`` that *span* attends in the shape of: those of its chunk, whichever of them it has
+        and wherever the prompt ends, if it is of a prompt; else its own. So it is behind a passage that may be moved,
+        where bits depend on what was."""
+        sequence = span.sequence
+        is_blended = bool(sequence.passages) and span.start >= sequence.passages[0].start
+        if not self.chunk_tokens or span.start >= sequence.num_prompt_tokens or is_blended:
+            return span.start, span.stop
+        start = span.start - span.start % self.chunk_tokens
+        return start, start + self.chunk_tokens
+
+    def is_moving(self, number: int, sequence: Sequence) -> bool:
+        """Whether rows of *sequence* are moved in the layer that caches in state *number*: then what lies behind its
+        spans is in place already."""
+        return self.blend is not None and self.blend.moves(number, sequence)
 
     @property
     def num_rows(self) -> int:

@@ -10,7 +10,7 @@ processor when it first meets heads of their shape. A function that has none com
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeAlias, TypeGuard
@@ -27,6 +27,7 @@ PREFIX = "apply_rotary"
 """How such functions are called, everywhere in transformers."""
 
 _PROBED_ROWS = 3
+_AXIS = inspect.Parameter("unsqueeze_dim", inspect.Parameter.KEYWORD_ONLY, default=1)
 _FP32_TOLERANCE = 1e-5
 _ROUNDINGS = 2  # of the compute dtype, at the largest value
 
@@ -87,15 +88,10 @@ class Rotaries:
 
     def fuse(self, module: torch.nn.Module) -> bool:
         """Replace what the forward of *module* calls for it; whether it calls such a function."""
-        forward = type(module).forward
-        if "forward" in vars(module) or not isinstance(forward, FunctionType) or inspect.unwrap(forward) is not forward:
-            return False
-        called = {name: forward.__globals__.get(name) for name in forward.__code__.co_names if name.startswith(PREFIX)}
-        ours = {name: self._of(own) for name, own in called.items() if _takes_angles(own)}
-        if not ours:
-            return False
-        call_instead(module, ours)
-        return True
+        functions = {} if "forward" in vars(module) else rotary_functions(module)
+        if functions:
+            call_instead(module, {name: self._of(own) for name, own in functions.items()})
+        return bool(functions)
 
     def _of(self, own: Function) -> Rotary:
         if own not in self._known:
@@ -109,7 +105,7 @@ class Rotary:
     def __init__(self, own: Function) -> None:
         self._own = own
         self._num_heads = list(inspect.signature(own).parameters).index("cos")
-        self._formulas: dict[tuple[Any, ...], _Formula | None] = {}
+        self._formulas: dict[tuple[Any, ...], Formula | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         count = self._num_heads
@@ -131,35 +127,56 @@ class Rotary:
 
     def _found(
         self, heads: Sequence[torch.Tensor], angles: Sequence[torch.Tensor], rest: Any, kwargs: Any
-    ) -> _Formula | None:
+    ) -> Formula | None:
         """The formula for such *heads* and *angles*, whatever is in them; ``None``: there is none."""
         bound = inspect.signature(self._own).bind(*heads, *angles, *rest, **kwargs)
-        bound.apply_defaults()
-        axis = bound.arguments.get("unsqueeze_dim", 1)
-        if axis not in {1, 2}:
-            return None
+        names = list(bound.signature.parameters)[: len(heads) + len(angles)]
+        others = {name: value for name, value in bound.arguments.items() if name not in names}
+        return find_formula(self._own, heads, angles, others)
 
-        def ask(heads: Sequence[torch.Tensor], angles: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-            if self._num_heads == 1:
-                return [self._own(tensor, *angles, *rest, **kwargs) for tensor in heads]
-            return self._own(*heads, *angles, *rest, **kwargs)
 
-        with torch.inference_mode():
-            probes = [
-                _Probe.draw(ask, heads, angles, axis, *dtypes)
-                for dtypes in ((torch.float32, torch.float32), (heads[0].dtype, angles[0].dtype))
-            ]
-            width = heads[0].shape[-1]
-            keeps_dtype = probes[-1].expected[0].dtype == heads[0].dtype
-            for pairing in PAIRINGS:
-                for rotated in sorted({min(width, times * angles[0].shape[-1]) for times in (1, 2)}):
-                    formula = _Formula(ask, pairing, width, rotated, axis, keeps_dtype=keeps_dtype)
-                    if rotated % 2 == 0 and all(probe.agrees(formula) for probe in probes):
-                        return formula
+def rotary_functions(module: torch.nn.Module) -> dict[str, FunctionType]:
+    """The functions that the forward of *module* rotates heads by, by the names that it has for them."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or inspect.unwrap(forward) is not forward:
+        return {}
+    called = {name: forward.__globals__.get(name) for name in forward.__code__.co_names if name.startswith(PREFIX)}
+    return {name: own for name, own in called.items() if _takes_angles(own)}
+
+
+def find_formula(
+    own: Function, heads: Sequence[torch.Tensor], angles: Sequence[torch.Tensor], others: Mapping[str, Any]
+) -> Formula | None:
+    """What *own* does to such *heads* with such *angles*, whatever is in them; ``None``: none of :data:`PAIRINGS`.
+
+    Args:
+        others: its further arguments.
+    """
+    axis = others.get("unsqueeze_dim", inspect.signature(own).parameters.get("unsqueeze_dim", _AXIS).default)
+    if axis not in {1, 2}:
         return None
 
+    def ask(heads: Sequence[torch.Tensor], angles: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if list(inspect.signature(own).parameters).index("cos") == 1:
+            return [own(tensor, *angles, **others) for tensor in heads]
+        return own(*heads, *angles, **others)
 
-class _Formula:
+    with torch.inference_mode():
+        probes = [
+            _Probe.draw(ask, heads, angles, axis, *dtypes)
+            for dtypes in ((torch.float32, torch.float32), (heads[0].dtype, angles[0].dtype))
+        ]
+        width = heads[0].shape[-1]
+        keeps_dtype = probes[-1].expected[0].dtype == heads[0].dtype
+        for pairing in PAIRINGS:
+            for rotated in sorted({min(width, times * angles[0].shape[-1]) for times in (1, 2)}):
+                formula = Formula(ask, pairing, width, rotated, axis, keeps_dtype=keeps_dtype)
+                if rotated % 2 == 0 and all(probe.agrees(formula) for probe in probes):
+                    return formula
+    return None
+
+
+class Formula:
     """What a function does.
 
     Args:
@@ -198,6 +215,10 @@ class _Formula:
             parts = is_first, self._firsts.to(like.dtype), (~self._firsts).to(like.dtype)
             self._there[key] = tuple(part.to(like.device) for part in parts)
         return self._there[key]
+
+    def swapped(self, rotated: torch.Tensor) -> torch.Tensor:
+        """*rotated* heads ``(…, width)``, as the function returns them, with every value at its partner's place."""
+        return self._pairing.swapped(rotated, self._rotated)
 
     def rotate(self, heads: Sequence[torch.Tensor], factors: Factors) -> list[torch.Tensor]:
         """*heads*, as the function returns them."""
@@ -245,7 +266,7 @@ class _Probe:
         turns = [torch.randn(shape, generator=generator).to(angles_dtype) for shape in shapes]
         return cls(drawn, turns, ask(drawn, turns))
 
-    def agrees(self, formula: _Formula) -> bool:
+    def agrees(self, formula: Formula) -> bool:
         """Whether *formula* makes the same of them."""
         found = formula.rotate(self.heads, formula.factors(self.angles))
         return all(self._are_alike(ours, own) for ours, own in zip(found, self.expected, strict=True))

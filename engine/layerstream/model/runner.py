@@ -17,13 +17,14 @@ from typing import TypeAlias
 import torch
 
 from layerstream.core.sequence import Sequence
-from layerstream.core.sweep import Sweep
+from layerstream.core.sweep import Span, Sweep
 from layerstream.hardware.device import Placement, is_out_of_memory
 from layerstream.kv.drafted import DraftedRows
 from layerstream.kv.on_device import DeviceKV
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
 from layerstream.model import grouped_experts
+from layerstream.model.blending import Blender
 from layerstream.model.cache import PagedCache
 from layerstream.model.context import SweepContext, sweeping
 from layerstream.model.embedding import EmbeddingRows
@@ -62,7 +63,9 @@ class SweepRunner:
         device_kv: the KV on them.
         prefers_flash: attend there with the flash-attn package.
         head: the output projection, where it is not among *weights*.
+        blender: moves what blended prompts have from elsewhere; ``None``: there are none.
         graphs: of decode sweeps; ``None``: they are launched operator by operator.
+        chunk_tokens: prompt tokens that attend together where the processor computes; 0: spans attend as they are.
 
     Attributes:
         embedding: rows of the embedding.
@@ -84,10 +87,13 @@ class SweepRunner:
         prefers_flash: bool = False,
         head: SlicedLinear | None = None,
         graphs: Graphs | None = None,
+        blender: Blender | None = None,
+        chunk_tokens: int = 0,
     ) -> None:
         self.embedding = embedding
         self.keeps_hidden = False
         self._hidden: torch.Tensor | None = None
+        self._read: list[tuple[Span, torch.Tensor]] = []
         self._dtype = skeleton.dtype
         self._weights = weights
         self._layer_embedding = layer_embedding
@@ -107,6 +113,8 @@ class SweepRunner:
         self._cache_name = skeleton.anatomy.cache_name
         self._ends = ModelEnds(skeleton.anatomy, skeleton.dtype)
         self._graphs = graphs
+        self._blender = blender
+        self._chunk_tokens = chunk_tokens
         self._head = Head(head or weights.head, self._ends, head_rows)
 
     def run(self, sweep: Sweep, given: Mapping[str, torch.Tensor] = _NOTHING) -> torch.Tensor:
@@ -141,6 +149,7 @@ class SweepRunner:
                         streamer.begin(with_tail=bool(sweep.sampled))
                     hidden, logits = self._outputs(context, self._inputs(sweep, given))
                     self._hidden = hidden.cpu() if self.keeps_hidden else None
+                    self._read = _sums(sweep, hidden)
                     grouped_experts.check(context.routed)
                     for part in (*computing, *bringing):
                         part.end()
@@ -158,6 +167,12 @@ class SweepRunner:
         hidden, self._hidden = self._hidden, None
         assert hidden is not None, "nobody asked for them, or they were taken"
         return hidden
+
+    def take_read(self) -> list[tuple[Span, torch.Tensor]]:
+        """Of the last sweep, for each span whose hidden states are wanted, the sum ``(hidden,)`` over those rows, fp32
+        in host memory; once."""
+        read, self._read = self._read, []
+        return read
 
     def accept(self, sequence: Sequence, nodes: Seq[int]) -> None:
         """The guesses *nodes* of the last sweep, a path, were right: their KV goes to the pages, and the states of
@@ -186,7 +201,9 @@ class SweepRunner:
         if self._device_kv is not None:
             kv = self._device_kv
             return SweepContext(sweep, self._layers, kv.layers, kv.reach, kv, self._prefers_flash)
-        return SweepContext(sweep, self._layers, self._states, None if loader is None else loader.wait)
+        blend = self._blender.begin(sweep.moves, sweep.staying) if self._blender is not None and sweep.moves else None
+        reach = None if loader is None else loader.wait
+        return SweepContext(sweep, self._layers, self._states, reach, chunk_tokens=self._chunk_tokens, blend=blend)
 
     def _mixing(self, context: SweepContext, loader: PageLoader | None) -> AbstractContextManager[None]:
         if not self._recurrent:
@@ -254,6 +271,15 @@ class SweepRunner:
         packed = embedded.new_zeros((1, num_rows, *embedded.shape[1:]))
         packed[0].index_copy_(0, rows, embedded)
         return packed
+
+
+def _sums(sweep: Sweep, hidden: torch.Tensor) -> list[tuple[Span, torch.Tensor]]:
+    """For each span of *sweep* that is read, the sum over its rows of *hidden* ``(rows, hidden)``."""
+    wanted = list(sweep.read_rows())
+    if not wanted:
+        return []
+    sums = torch.stack([hidden[rows].float().sum(0) for _, rows in wanted]).cpu()
+    return [(span, total) for (span, _), total in zip(wanted, sums, strict=True)]
 
 
 def _known_rows(table: EmbeddingRows, token_ids: list[int]) -> tuple[torch.Tensor, list[int]]:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -99,6 +100,12 @@ class Skeleton:
     def is_tied(self) -> bool:
         """Whether embedding and output projection are the same matrix."""
         return self.sources[self.head_key] is self.sources[self.embedding_key]
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the checkpoint has no head: there are final hidden states, and logits mean nothing."""
+        tied = self.model.all_tied_weights_keys
+        return self.is_tied and self.head_key not in (*tied, *tied.values())
 
     @property
     def num_values(self) -> int:
@@ -299,7 +306,19 @@ def adapt(anatomy: Anatomy, traced: Trace) -> None:
 def resolve_stored(model: Any, checkpoint: Checkpoint) -> dict[str, Source]:
     """Where in *checkpoint* the weights of *model* lie; raises as :func:`resolve_parameters`."""
     _turn_experts(model, checkpoint)
-    return resolve_parameters(model, checkpoint.tensors, checkpoint.packed)
+    return resolve_parameters(model, checkpoint.tensors, checkpoint.packed, _stand_ins(model, checkpoint))
+
+
+def _stand_ins(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """What stands in for parameters that *checkpoint* may be without: where it was saved as a model without a head, the
+    embedding for the head, which then is not to be asked (:attr:`Skeleton.is_headless`)."""
+    if any(key.startswith(f"{model.base_model_prefix}.") for key in (*checkpoint.tensors, *checkpoint.packed)):
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    with suppress(NotImplementedError):  # a whole of several models
+        head, embedding = names.get(model.get_output_embeddings()), names.get(model.get_input_embeddings())
+        return {f"{head}.weight": f"{embedding}.weight"} if head and embedding else {}
+    return {}
 
 
 def _turn_experts(model: Any, checkpoint: Checkpoint) -> None:

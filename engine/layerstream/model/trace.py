@@ -38,6 +38,7 @@ from layerstream.model.meta import NotThere
 from layerstream.model.recurrence import install, mixing, scans_of
 from layerstream.model.scans import Call
 from layerstream.model.traced import LayerTrace, Recurrent, Trace
+from layerstream.model.turning import RotaryNotes, Turn
 
 IMPLEMENTATION = "layerstream-trace"
 ROWS = 5  # that run: as many as no other axis is likely to have
@@ -71,6 +72,8 @@ class _Recorder:
     running: list[torch.nn.Module] = field(default_factory=list[torch.nn.Module])
     layer_types: Mapping[int, str] = field(default_factory=dict[int, str])
     known: dict[Asked, Locality] = field(default_factory=dict[Asked, Locality])
+    rotary: RotaryNotes = field(default_factory=RotaryNotes)
+    turns: dict[int, tuple[Turn | None, bool]] = field(default_factory=dict[int, Any])
 
     def mix(self, layer: int, call: Call) -> Any:
         """Note the state of *call*; of what it gives, the shape is enough."""
@@ -114,7 +117,14 @@ def trace(anatomy: Anatomy) -> Trace:
             recorder.mixers[module.layer_idx] = paths[module]  # type: ignore[index]
             install(module)
     _register()
-    with _implementations(anatomy.model), _noting(recorder, anatomy), mixing(recorder), torch.no_grad(), NotThere():
+    with (
+        _implementations(anatomy.model),
+        _noting(recorder, anatomy),
+        recorder.rotary.watching(anatomy.decoder, paths),
+        mixing(recorder),
+        torch.no_grad(),
+        NotThere(),
+    ):
         inputs: dict[str, Any] = {
             "inputs_embeds": torch.zeros((1, ROWS, anatomy.embedding.embedding_dim), dtype=anatomy.model.dtype),
             "position_ids": torch.arange(ROWS)[None],
@@ -208,6 +218,9 @@ def _layer(recorder: _Recorder, number: int, numbers: Mapping[int, int]) -> Laye
     layer = recorder.attended.get(number, LayerTrace())
     if layer.path:
         layer = replace(layer, state=numbers[layer.state])
+    if layer.kept is not None:
+        turn, is_known = recorder.turns[number]
+        layer = replace(layer, turn=turn, is_movable=is_known)
     if number in recorder.states:
         shape = StateShape(tuple(recorder.states[number].values()))
         return replace(layer, recurrent=Recurrent(recorder.mixers[number], shape))
@@ -249,6 +262,7 @@ class _Cache(PagedCache):
                 f"{recorder.family!r} caches twice in layer {layer_idx}, which this version does not keep"
             )
         recorder.cached[layer_idx] = key_states, value_states
+        recorder.turns[layer_idx] = recorder.rotary.take(key_states, value_states)
         return key_states, value_states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:

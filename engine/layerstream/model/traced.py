@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from layerstream.core.sight import Sight
 from layerstream.kv.shape import PageShape, StateShape
+from layerstream.model.turning import Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class LayerTrace:
         chunk: it sees positions of its own chunk of so many; ``None``: of all.
         expands: what it attends to is made of what is cached, of past rows too: one sequence at a time.
         counts: it asks the cache where its rows are: one sequence at a time.
+        turn: how the keys that it caches are rotated to their positions; ``None``: they are not.
+        is_movable: whether that is known.
     """
 
     path: str = ""
@@ -40,6 +43,8 @@ class LayerTrace:
     expands: bool = False
     counts: bool = False
     recurrent: Recurrent | None = None
+    turn: Turn | None = None
+    is_movable: bool = True
 
     @property
     def is_alone(self) -> bool:

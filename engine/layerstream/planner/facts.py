@@ -9,14 +9,17 @@ from layerstream.kv.pages import LAYERS_IN_HAND
 from layerstream.kv.shape import rows_at_once
 from layerstream.planner.units import ExpertsNode, WeightNode, linears
 
-CHUNK_TOKENS = 128  # of a prompt, as one row block, where everything is resident; on an accelerator, always
-STREAMING_CHUNK_TOKENS = 32  # where weights stream: chunks share row blocks, so small ones cost nothing and share more
+PAGE_CHOICES = (8, 16, 32)  # tokens of a prompt that are shared together: few, for documents end anywhere
+CHUNK_TOKENS = 32  # of a prompt, that attend together; a sequence may begin at any page of them
+ALONE_CHUNK_TOKENS = 128  # where all stay and every chunk expands all latents before it: the fewer the better
+DEVICE_CHUNK_TOKENS = 128  # on an accelerator; a page holds a chunk there
 RESIDENT_ROWS = 8  # decode rows per row block where all stay: eight take a tenth longer than one; guesses fill them
 DEVICE_ROWS = 128  # on an accelerator: it launches once for a block, and products of so many rows take little longer
 STREAMING_ROWS = 32  # decode rows per row block, and of the head, where weights stream: compute is idle anyway
 FAST_STREAMING_ROWS = 64  # where the processor multiplies in the compute dtype: 64 rows take half longer than 32
 DECODING_STREAMING_ROWS = 16  # where weights are decoded as they pass: then it is the compute that is waited for
 PROMPT_ROWS = 128  # rows per row block of prompts where weights stream; more, if a chunk has more
+RESIDENT_PROMPT_ROWS = 64  # where they stay: 128 are as fast for a long prompt, and slower for a short question
 DEVICE_PROMPT_ROWS = 512  # on an accelerator, which wants large products
 MAX_SWEEP_TOKENS = 512
 DEVICE_SWEEP_TOKENS = 4096  # an accelerator computes as many while a layer crosses the link
@@ -51,11 +54,13 @@ class ModelFacts:
         layer_row_bytes: what a row is given for all layers beside its embedding, as it is stored and as it is computed
             with.
         can_spill: whether there is a store that KV of long prompts can stream from.
-        chunk_tokens: prompt tokens that attend together; a page holds as many.
+        chunk_tokens: prompt tokens that attend together.
         streaming_chunk_tokens: as many where weights stream.
+        page_tokens: tokens of a page; 0: as many as a chunk.
         streaming_rows: decode rows per row block where weights stream.
         resident_rows: as many where they stay.
         prompt_rows: rows per row block of prompts where weights stream.
+        resident_prompt_rows: as many where they stay; 0: every chunk is a row block of its own size.
         sweep_tokens: known tokens in a sweep at most.
         fused_rows: for each kernel that multiplies by quantised weights as they are, the most rows that it does it for.
         host_fused_rows: the same for the processor beside an accelerator, where it may compute experts; ``None``: it
@@ -80,10 +85,12 @@ class ModelFacts:
     itemsize: int
     context_length: int
     chunk_tokens: int = CHUNK_TOKENS
-    streaming_chunk_tokens: int = STREAMING_CHUNK_TOKENS
+    streaming_chunk_tokens: int = CHUNK_TOKENS
+    page_tokens: int = 0
     streaming_rows: int = STREAMING_ROWS
     resident_rows: int = RESIDENT_ROWS
     prompt_rows: int = PROMPT_ROWS
+    resident_prompt_rows: int = RESIDENT_PROMPT_ROWS
     sweep_tokens: int = MAX_SWEEP_TOKENS
     fused_rows: Mapping[str, int] = field(default_factory=dict[str, int])
     host_fused_rows: Mapping[str, int] | None = None
@@ -204,9 +211,14 @@ class ModelFacts:
         return min(self.kv_token_bytes, LAYERS_IN_HAND * self.layer_kv_bytes + self.lasting_kv_bytes)
 
     @property
+    def shared_tokens(self) -> int:
+        """Tokens of a page: those that are shared together."""
+        return self.page_tokens or self.chunk_tokens
+
+    @property
     def slot_bytes(self) -> int:
         """KV of a page of the layers in hand."""
-        return self.chunk_tokens * self.in_hand_bytes
+        return self.shared_tokens * self.in_hand_bytes
 
     @property
     def kv_place_bytes(self) -> int:

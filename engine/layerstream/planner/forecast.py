@@ -79,7 +79,7 @@ class Forecast:
     def free_tokens(self) -> int:
         """N*: prompt tokens whose compute hides behind the bytes of a sweep; 0 where nothing streams."""
         moved = max(self.read_seconds, self.copy_seconds)
-        rows = max(self.plan.prompt_rows, self.plan.page_tokens)
+        rows = max(self.plan.prompt_rows, self.plan.chunk_tokens)
         block = self._compute_seconds([_Block(rows, rows)], 0)
         return int(rows * moved / block) if block else 0
 
@@ -99,7 +99,7 @@ class Forecast:
         """The same with the context's KV stored, and a snapshot of its states; the question is a chunk of its own."""
         facts = self.plan.facts
         stored = (self.context_tokens * facts.kv_token_bytes + facts.state_bytes) / self.rates.disk
-        tokens = self.plan.page_tokens
+        tokens = self.plan.chunk_tokens
         compute = self._compute_seconds(self._prompt_blocks(tokens), 1)
         return max(self._longest(compute, tokens), self._read_seconds(tokens) + stored)
 
@@ -217,7 +217,7 @@ class Forecast:
         return num_values * fused
 
     def _prompt_blocks(self, num_tokens: int) -> list[_Block]:
-        rows = self.plan.prompt_rows or self.plan.page_tokens
+        rows = self.plan.prompt_rows or self.plan.chunk_tokens
         return [_Block(rows, min(rows, num_tokens - at)) for at in range(0, num_tokens, rows)]
 
     def _read_seconds(self, num_rows: int) -> float:

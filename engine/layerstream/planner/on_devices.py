@@ -153,7 +153,7 @@ def _joined(model: _Layers, places: Sequence[int], memories: Sequence[int]) -> P
     routed = [layer for layer, place in enumerate(places) if parts[devices.index(place)].weights.expert_slots]
     return Plan(
         budget_bytes=sum(part.budget_bytes for part in parts),
-        facts=replace(model.with_experts(routed), chunk_tokens=parts[0].page_tokens, embedding_bytes=0),
+        facts=replace(model.with_experts(routed), chunk_tokens=parts[0].chunk_tokens, embedding_bytes=0),
         weights=_joined_weights(model, [devices.index(place) for place in places], parts),
         embedding_resident=False,
         num_pages=parts[0].num_pages,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from layerstream.core.sizes import format_size
 from layerstream.errors import BudgetTooSmall
-from layerstream.planner.facts import CHUNK_TOKENS, STREAMING_ROWS, ModelFacts
+from layerstream.planner.facts import STREAMING_ROWS, ModelFacts
 from layerstream.planner.plan import Plan
 from layerstream.planner.states import (
     MOST_SLOTS,
@@ -32,7 +32,7 @@ SAMPLING_BYTES = 56  # per token of the vocabulary, of one row (measured): score
 MAX_DRAFT_ROWS = 128  # guesses in one sweep
 DRAFT_SHARE = 0.05  # of the budget, for their logits and KV
 ACTIVATION_SHARE = 0.2  # of the budget; past it, a sweep carries fewer tokens
-MIN_KV_TOKENS = 2 * CHUNK_TOKENS
+MIN_KV_TOKENS = 256
 WANTED_KV_TOKENS = 4096 + 512  # a retrieved context; question and answer
 WANTED_KV_SHARE = 0.45  # of the budget, for that
 MORE_KV_SHARE = 0.15  # of the budget, beyond that: every page is a piece of a layer that cannot stay
@@ -86,7 +86,7 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
     slots = slots_within(facts, share, spare - rows.num_bytes)
     left -= slots * facts.state_bytes
     num_pages, num_transit = _num_pages(facts, left), 0
-    if num_pages * facts.chunk_tokens < facts.context_length:
+    if num_pages * facts.shared_tokens < facts.context_length:
         spare = left - _least_kv_bytes(facts)
         num_transit = _num_transit(facts, min(int(RESIDENT_TRANSIT_SHARE * left), spare), num_pages)
         num_pages = _num_pages(facts, left - num_transit * facts.slot_bytes)
@@ -102,8 +102,8 @@ def _resident_plan(facts: ModelFacts, budget_bytes: int, *, with_embedding: bool
         weights=UnitPlan(body, head, residents=frozenset(range(len(body + head))), ring_bytes=0),
         embedding_resident=with_embedding,
         num_pages=num_pages,
-        page_tokens=facts.chunk_tokens,
-        activation_bytes=activations + num_pages * facts.chunk_tokens * facts.attending_bytes,
+        page_tokens=facts.shared_tokens,
+        activation_bytes=activations + num_pages * facts.shared_tokens * facts.attending_bytes,
         max_sweep_tokens=facts.sweep_tokens,
         max_draft_rows=rows.guesses,
         max_sequences=fewer_sequences(facts, rows.sequences, slots),
@@ -185,9 +185,9 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
     least += state_bytes - least_state_bytes(facts)
     least_kv = _least_kv_bytes(facts)
     num_pages = _num_pages(facts, min(_wanted_kv_bytes(facts, budget_bytes), least_kv + budget_bytes - least))
-    for_weights = budget_bytes - activations - state_bytes - num_pages * facts.chunk_tokens * facts.kv_cost_bytes
+    for_weights = budget_bytes - activations - state_bytes - num_pages * facts.shared_tokens * facts.kv_cost_bytes
     num_transit = 0
-    if num_pages * facts.chunk_tokens < facts.context_length:
+    if num_pages * facts.shared_tokens < facts.context_length:
         spare = for_weights - (floor - least_kv - least_state_bytes(facts))
         num_transit = _num_transit(facts, min(int(TRANSIT_SHARE * budget_bytes), spare), num_pages)
         for_weights -= num_transit * facts.slot_bytes
@@ -220,8 +220,8 @@ def _cut_plan(facts: ModelFacts, budget_bytes: int) -> Plan:
         ),
         embedding_resident=False,
         num_pages=num_pages,
-        page_tokens=facts.chunk_tokens,
-        activation_bytes=activations + scratch_bytes + num_pages * facts.chunk_tokens * facts.attending_bytes,
+        page_tokens=facts.shared_tokens,
+        activation_bytes=activations + scratch_bytes + num_pages * facts.shared_tokens * facts.attending_bytes,
         max_sweep_tokens=sweep_tokens,
         max_draft_rows=rows.guesses,
         max_sequences=fewer_sequences(facts, rows.sequences, slots),
@@ -309,9 +309,9 @@ def _scratch_bytes(units: tuple[PlannedUnit, ...]) -> int:
 
 def _num_pages(facts: ModelFacts, kv_bytes: int) -> int:
     """Pages that *kv_bytes* hold; where a token keeps no KV, they are accounts alone, as many as there may be."""
-    page_bytes = facts.chunk_tokens * facts.kv_cost_bytes
-    most = -(-facts.context_length // facts.chunk_tokens) * MAX_KV_SEQUENCES
-    most = min(most, facts.kv_tokens // facts.chunk_tokens)
+    page_bytes = facts.shared_tokens * facts.kv_cost_bytes
+    most = -(-facts.context_length // facts.shared_tokens) * MAX_KV_SEQUENCES
+    most = min(most, facts.kv_tokens // facts.shared_tokens)
     return max(_least_pages(facts), _most(most, kv_bytes, page_bytes))
 
 
@@ -319,17 +319,17 @@ def _num_transit(facts: ModelFacts, num_bytes: int, num_pages: int) -> int:
     """Pages that *num_bytes* let stream, at most those of a whole context; none if *num_pages* hold longer prompts."""
     if not facts.can_spill or not facts.slot_bytes:
         return 0
-    fitting = min(-(-facts.context_length // facts.chunk_tokens), num_bytes // facts.slot_bytes)
+    fitting = min(-(-facts.context_length // facts.shared_tokens), num_bytes // facts.slot_bytes)
     return fitting if fitting >= num_pages else 0
 
 
 def _least_kv_bytes(facts: ModelFacts) -> int:
     """KV of two chunks at the least."""
-    return _least_pages(facts) * facts.chunk_tokens * facts.kv_cost_bytes
+    return _least_pages(facts) * facts.shared_tokens * facts.kv_cost_bytes
 
 
 def _least_pages(facts: ModelFacts) -> int:
-    return max(2, MIN_KV_TOKENS // facts.chunk_tokens)
+    return max(2, 2 * facts.chunk_tokens // facts.shared_tokens, MIN_KV_TOKENS // facts.shared_tokens)
 
 
 def _activation_bytes(facts: ModelFacts, sweep_tokens: int) -> int:

@@ -47,7 +47,7 @@ class Plan:
     Attributes:
         weights: the units, and which of them are resident.
         embedding_resident: whether embedding rows come from memory.
-        num_pages, page_tokens: KV pages; a page holds one chunk of a prompt.
+        num_pages, page_tokens: KV pages, and the tokens that one of them holds: prompts share whole ones.
         num_transit: pages that may stream from the store for sequences that do not fit those.
         activation_bytes: what a sweep computes with, at most.
         max_draft_rows: guesses that a sweep may verify.
@@ -108,6 +108,11 @@ class Plan:
         return round(read_bytes(self.facts.experts, num_rows, self.hit_rate(self.weights.expert_slots)))
 
     @property
+    def chunk_tokens(self) -> int:
+        """Prompt tokens that attend together, counted from position 0: some whole pages."""
+        return self.facts.chunk_tokens
+
+    @property
     def decode_rows(self) -> int:
         """Rows per row block of decoding sequences; no more than a kernel for quantised weights is fast for."""
         facts = self.facts
@@ -126,12 +131,13 @@ class Plan:
     @property
     def prompt_rows(self) -> int:
         """Rows per row block of prompts; 0 where every chunk is a row block of its own size."""
-        return max(self.facts.prompt_rows, self.page_tokens) if self.streams else 0
+        rows = self.facts.prompt_rows if self.streams else self.facts.resident_prompt_rows
+        return max(rows, self.chunk_tokens) if rows else 0
 
     @property
     def max_sweep_rows(self) -> int:
         """Rows of one sweep at most: the last chunk may reach past the token budget, and guesses come on top."""
-        return self.max_sweep_tokens + self.page_tokens + self.max_draft_rows
+        return self.max_sweep_tokens + self.chunk_tokens + self.max_draft_rows
 
     @property
     def logit_bytes(self) -> int:

@@ -22,6 +22,8 @@ class Answer:
         end_token_ids: ids that end it; they are kept as tokens and not shown.
         submitted: ``time.perf_counter()`` at submission.
         deadline: when it is given up, on the same clock.
+        contexts: sequences that compute passages of its prompt, for it and for others of its request.
+        first_sweep: when the first sweep that carried a row of it was over; ``None``: none was.
     """
 
     request: Request
@@ -32,6 +34,7 @@ class Answer:
     end_token_ids: frozenset[int]
     submitted: float
     deadline: float = float("inf")
+    first_sweep: float | None = None
     num_sweeps: int = 0
     streamed_bytes: int = 0
     text: str = ""
@@ -40,6 +43,7 @@ class Answer:
     num_drafted: int = 0
     num_accepted: int = 0
     num_forced: int = 0
+    contexts: tuple[Sequence, ...] = ()
     _reason: FinishReason | None = None
     _num_shown: int = 0
     _num_delivered: int = 0
@@ -47,6 +51,8 @@ class Answer:
     def took_part(self, streamed_bytes: int) -> None:
         """A sweep carried rows of this sequence."""
         self.num_sweeps += 1
+        if self.first_sweep is None:
+            self.first_sweep = time.perf_counter()
         self.streamed_bytes += streamed_bytes
 
     def verified(self, num_drafted: int, num_right: int) -> None:
@@ -136,7 +142,12 @@ class Answer:
             text=self.text,
             token_ids=sequence.output_ids,
             finish_reason=reason,
-            usage=Usage(sequence.num_prompt_tokens, sequence.tenancy.num_cached, sequence.num_output_tokens),
+            usage=Usage(
+                sequence.num_prompt_tokens,
+                sequence.tenancy.num_cached,
+                sequence.num_output_tokens,
+                sequence.num_blended,
+            ),
             metrics=CompletionMetrics(
                 sweeps=self.num_sweeps,
                 streamed_bytes=self.streamed_bytes,

@@ -86,6 +86,8 @@ class BeamAnswer(Answer):
         for index, hypothesis in enumerate(self.search.best(self.sequence.params.n)):
             answer = self.make_answer(index)
             answer.num_sweeps, answer.streamed_bytes = self.num_sweeps, self.streamed_bytes
+            had = self.sequence.tenancy
+            answer.sequence.tenancy = Tenancy(num_cached=had.num_cached, num_blended=had.num_blended)
             for token_id in hypothesis.token_ids:
                 if not answer.is_over:  # one that went on for want of others ends where it ended
                     answer.accept(SampledToken(token_id, None))

@@ -138,7 +138,14 @@ class ModelDrafter:
             if sequence.max_num_tokens > self._scheduler.max_tokens(sequence.num_prompt_tokens):
                 return None
             prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-            mirror = Sequence(sequence.sequence_id, prompt, len(prompt), sequence.params, steps_back=True)
+            mirror = Sequence(
+                sequence.sequence_id,
+                prompt,
+                len(prompt),
+                sequence.params,
+                tenant=sequence.tenant,
+                steps_back=True,
+            )
             self._mirrors[sequence] = mirror
             self._scheduler.add(mirror)
         mirror.token_ids.extend(sequence.token_ids[mirror.num_tokens :])

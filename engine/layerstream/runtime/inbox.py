@@ -81,6 +81,11 @@ class Inbox:
         if gang in self._gangs:
             self._gangs.remove(gang)
 
+    @property
+    def has_gangs(self) -> bool:
+        """Whether requests are waited for."""
+        return bool(self._gangs)
+
     def take(self, *, is_idle: bool) -> tuple[list[Answer], float | None]:
         """What may join the next sweep, and in how many seconds to ask again (``None``: when something happens)."""
         if not len(self.roster) or self._first_came is None:

@@ -40,21 +40,28 @@ from layerstream.model.model_weights import ModelWeights
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer
 from layerstream.runtime.blame import Doing, Victims, blame, ended, lost
+from layerstream.runtime.clients import ClientCounters
+from layerstream.runtime.guard import Shadow, Shadows
 from layerstream.runtime.guesses import Guesses
+from layerstream.runtime.idle_work import IdleWork
 from layerstream.runtime.inbox import Inbox
+from layerstream.runtime.reading import ReadAnswer
 from layerstream.runtime.reception import Outside, Reception
 from layerstream.runtime.roster import Roster
 from layerstream.runtime.step import SweepStep
 from layerstream.runtime.steward import Steward
+from layerstream.scheduling.advice import Advisor
 from layerstream.scheduling.drafting.trees import TreeDrafting
 from layerstream.scheduling.sampler import sample
 from layerstream.scheduling.verify import verify
 
 logger = logging.getLogger(__name__)
 
+COMPARE_SECONDS = 0.2  # between looks whether a blended answer may be compared
 POLL_SECONDS = 0.02  # between looks at what another process is computing
 MOMENT_SHARE = 0.01  # of a sweep: how long an idle engine waits for others after the first arrival
 MOST_MOMENT_SECONDS = 0.02
+MOST_REST_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -70,6 +77,8 @@ class LoopCounters:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     forced_tokens: int = 0
+    blended_tokens: int = 0
+    advice: str = ""
 
 
 class _BooksBroken(Exception):
@@ -91,16 +100,19 @@ class EngineLoop:
         self, steward: Steward, step: SweepStep, drafting: TreeDrafting, weights: ModelWeights, outside: Outside
     ) -> None:
         self.counters = LoopCounters()
+        self.clients = ClientCounters()
         self._steward = steward
         self._scheduler = steward.scheduler
         self._sweep_step = step
         self._guesses = Guesses(drafting, lambda error: self._judge(Doing.GUESSES, error))
         self._weights = weights
         self._outside = outside
-        self.reception = Reception(outside.home, Inbox(self._moment, outside.max_queued))
+        self.reception = Reception(outside.home, Inbox(self._moment, outside.max_queued), IdleWork(self._rest))
         self._here = Roster()
+        self._advisor = Advisor(steward.scheduler.pool.page_tokens)
         self._answers: dict[Sequence, Answer] = {}
         self._sequences: dict[Answer, list[Sequence]] = {}
+        self._shadows: Shadows | None = None
         self._is_idle = True
         self._unit = 0
         self._unit_bytes = 0
@@ -111,6 +123,14 @@ class EngineLoop:
     def submit(self, answers: Seq[Answer]) -> None:
         """Let *answers* join at the next sweep; raises as :meth:`Reception.submit`."""
         self.reception.submit(answers, self._scheduler.num_waiting)
+
+    def compare(self, shadows: Shadows) -> None:
+        """Have blended answers compared with exact ones by *shadows*, before anything is submitted."""
+        self._shadows = shadows
+
+    def submit_if_idle(self, answers: Seq[Answer]) -> bool:
+        """Let *answers* join while nobody asks; raises as :meth:`Reception.submit`."""
+        return self.reception.submit_if_idle(answers)
 
     def close(self) -> None:
         """Stop by the next unit, fail what is left, end the thread and what it used. Never raises. Idempotent.
@@ -196,6 +216,7 @@ class EngineLoop:
         streamed = self._streamed_bytes() - streamed
         seconds = time.perf_counter() - started
         self._count(sweep, seconds, streamed)
+        self._let_passages_go(sweep)
         tokens_out = self._draw(sweep, logits)
         self._emit(SweepFinished(self.counters.sweeps - 1, seconds, tokens_out, streamed))
 
@@ -213,6 +234,13 @@ class EngineLoop:
             self._judge(Doing.SWEEP, cause, {self._answers[sequence].request for sequence in carried})
             return None
 
+    def _let_passages_go(self, sweep: Sweep) -> None:
+        """Passages whose context is computed are in pages that others may share by now; their sequences are over."""
+        for sequence in {span.sequence for _, span in sweep.known_spans() if span.sequence.is_passage}:
+            if sequence.is_prefilled:
+                self._sequences[self._answers[sequence]].remove(sequence)
+                self._forget(sequence)
+
     def _draw(self, sweep: Sweep, logits: torch.Tensor) -> int:
         """Every sampled sequence goes on; tokens that came out of it."""
         tokens_out, searching = 0, dict[BeamAnswer, None]()
@@ -224,12 +252,26 @@ class EngineLoop:
                 if isinstance(answer, BeamAnswer):
                     answer.collect(sequence, logits[rows.start])
                     searching[answer] = None
+                elif isinstance(answer, ReadAnswer):
+                    answer.see_logits(logits[rows.start])
+                    self._deliver_read(answer)
                 else:
                     tokens_out += self._continue(answer, sweep.drafts.get(sequence), logits[rows])
+        for span, total in self._sweep_step.take_read():
+            answer = self._answers.get(span.sequence)
+            if isinstance(answer, ReadAnswer):
+                with self._for_request(answer.request):
+                    answer.see_hidden(span, total)
+                    self._deliver_read(answer)
         for answer in searching:  # last: beams that fork may take the memory of others
             with self._for_request(answer.request):
                 tokens_out += self._search(answer)
         return tokens_out
+
+    def _deliver_read(self, answer: ReadAnswer) -> None:
+        if answer.is_over:
+            self._drop(answer)
+        answer.deliver()
 
     @contextlib.contextmanager
     def _for_request(self, request: Request) -> Iterator[None]:
@@ -256,7 +298,8 @@ class EngineLoop:
         if not self._is_idle and self.reception.is_empty:
             self._is_idle = True
             self._emit(EngineIdle())
-        self.reception.wait(arrivals.seconds)
+        is_to_compare = self._shadows is not None and self._shadows.begin(self.reception.submit_if_idle)
+        self.reception.wait(COMPARE_SECONDS if is_to_compare and arrivals.seconds is None else arrivals.seconds)
         return False
 
     def _drop_unwanted(self, cancelled: Iterable[Request]) -> None:
@@ -274,11 +317,16 @@ class EngineLoop:
         counters = self.counters
         return min(MOST_MOMENT_SECONDS, MOMENT_SHARE * counters.sweep_seconds / max(1, counters.sweeps))
 
+    def _rest(self) -> float:
+        """How long idle work waits after a question: who was just answered may ask again."""
+        return min(MOST_REST_SECONDS, self.counters.sweep_seconds / max(1, self.counters.sweeps))
+
     def _take_in(self, answer: Answer) -> None:
         """Let *answer* wait for its first sweep, with the tokens that its grammar begins with; they may be all."""
         with self._for_request(answer.request):
-            self._own(answer.sequence, answer)
-            self._scheduler.add(answer.sequence)
+            for sequence in (*answer.contexts, answer.sequence):
+                self._own(sequence, answer)
+                self._scheduler.add(sequence)
             self.counters.forced_tokens += len(answer.force())
             if answer.is_over:
                 self._drop(answer)
@@ -300,12 +348,29 @@ class EngineLoop:
         self.counters.sweeps += 1
         self.counters.sweep_seconds += seconds
         self.counters.tokens_in += sweep.num_tokens
-        for sequence in sweep.sampled:
-            if self._answers[sequence].is_new:
+        for sequence in sweep.ended:
+            if self._answers[sequence].is_new and not isinstance(self._answers[sequence], Shadow):
+                self.counters.blended_tokens += sequence.num_blended
                 self.counters.prefix_hits += sequence.tenancy.num_cached > 0
                 self.counters.reused_tokens += sequence.tenancy.num_cached
+                self._look_at(sequence)
         for answer in {self._answers[span.sequence] for _, span in sweep.spans()}:
             answer.took_part(streamed_bytes)
+
+    def _look_at(self, sequence: Sequence) -> None:
+        """A prompt was computed: whether there is something to say about how prompts are put together."""
+        if sequence.params.max_tokens == 1:  # warmed, not asked
+            return
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+        num_reused = min(len(prompt), sequence.tenancy.num_cached + sequence.tenancy.num_blended)
+        try:
+            advice = self._advisor.note(prompt, num_reused, sequence.tenant)
+        except Exception:  # it is nobody's request
+            logger.exception("how prompts are put together could not be looked at")
+            return
+        if advice is not None:
+            self.counters.advice = str(advice)
+            logger.warning("%s", advice)
 
     def _continue(self, answer: Answer, tree: DraftTree | None, logits: torch.Tensor) -> int:
         """Draw how *answer* goes on, as far as its draft was right.
@@ -333,8 +398,11 @@ class EngineLoop:
         self.counters.tokens_out += sequence.num_tokens - before
         self.counters.forced_tokens += answer.num_forced - forced
         if answer.is_over:
-            self._guesses.finish(sequence)
+            if not isinstance(answer, Shadow):
+                self._guesses.finish(sequence)
             self._drop(answer)
+            if self._shadows is not None and not isinstance(answer, Shadow):
+                self._shadows.ended(answer)
         else:
             self._sweep_step.accept(sequence, right)
         answer.deliver()
@@ -375,6 +443,10 @@ class EngineLoop:
             self._forget(sequence)
         if answer in self._here:
             self._here.remove(answer)
+            if not isinstance(answer, Shadow):
+                self.clients.count(answer, time.perf_counter())
+            elif self._shadows is not None:
+                self._shadows.gone(answer)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._answers[sequence]

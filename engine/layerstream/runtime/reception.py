@@ -20,6 +20,7 @@ from layerstream.api.home import Home
 from layerstream.api.request import Request
 from layerstream.errors import DeviceLost, EngineClosed
 from layerstream.runtime.answer import Answer
+from layerstream.runtime.idle_work import IdleWork
 from layerstream.runtime.inbox import Inbox
 
 
@@ -67,10 +68,11 @@ class Arrivals:
 class Reception:
     """Open until it is closed, for the reason ``end`` if it was not a caller's wish."""
 
-    def __init__(self, home: Home, inbox: Inbox) -> None:
+    def __init__(self, home: Home, inbox: Inbox, idle_work: IdleWork | None = None) -> None:
         self.is_closing = False
         self._home = home
         self._inbox = inbox
+        self._idle_work = idle_work or IdleWork(lambda: 0.0)
         self._lock = threading.Lock()
         self._news = Bell()
         self._cancelled: dict[Request, None] = {}
@@ -96,6 +98,7 @@ class Reception:
 
     def submit(self, answers: Seq[Answer], num_waiting: int) -> None:
         """Let *answers* join at the next sweep, all of them at the same one, behind *num_waiting* that have not begun.
+        Idle work leaves.
 
         Raises:
             QueueFull: more than may wait; none of them joins.
@@ -104,7 +107,21 @@ class Reception:
         self._home.check()
         with self._telling():
             self.check_open()
-            self._inbox.put(answers, len({answer.request for answer in answers}), num_waiting)
+            requests = dict.fromkeys(answer.request for answer in answers)
+            self._inbox.put(answers, len(requests), num_waiting)
+            self._cancelled.update(dict.fromkeys(self._idle_work.ask(requests)))
+
+    def submit_if_idle(self, answers: Seq[Answer]) -> bool:
+        """As :meth:`submit`, for work that nobody waits for; False: somebody asks, or may be about to."""
+        self._home.check()
+        with self._telling():
+            self.check_open()
+            if self._inbox.has_gangs or not self._idle_work.may_begin():
+                return False
+            requests = dict.fromkeys(answer.request for answer in answers)
+            self._inbox.put(answers, len(requests))
+            self._idle_work.begin(requests)
+            return True
 
     @contextlib.contextmanager
     def gang(self, size: int, seconds: float) -> Iterator[OpenGang]:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 
 from layerstream.core.sequence import Sequence
-from layerstream.core.sweep import Sweep
+from layerstream.core.sweep import Span, Sweep
 from layerstream.errors import OutOfMemory
 from layerstream.hardware.device import Device, is_out_of_memory
 from layerstream.hardware.footprint import Footprint
@@ -121,7 +121,7 @@ class SweepStep:
             self._store.count_loaded(len(sweep.loads))
             token_seconds = self._computed / sweep.num_tokens
             for published in pages:
-                num_tokens = len(published.keys) * self._scheduler.limits.chunk_tokens
+                num_tokens = len(published.keys) * self._scheduler.pool.page_tokens
                 self._store.publish(published, num_tokens * token_seconds)
             for state in states:
                 self._store.publish_state(state, state.num_tokens * token_seconds)
@@ -129,6 +129,10 @@ class SweepStep:
             self._statistics.save_sometimes(self._weights.expert_shares)
         if self._on_commit is not None:
             self._on_commit(sweep, self._runner.take_hidden())
+
+    def take_read(self) -> list[tuple[Span, torch.Tensor]]:
+        """What the last sweep read, as :meth:`SweepRunner.take_read`."""
+        return self._runner.take_read()
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether *error* says that an accelerator will not compute again."""

@@ -5,7 +5,7 @@ asks for guesses; a draft model computes when it is asked.
 
 The one invariant that covers chunking and decoding alike: a sequence has ``num_computed`` tokens in its pages, and a
 sweep carries some of ``token_ids[num_computed:]``, in order, without gaps. When the last known token is among them,
-the sequence is sampled.
+the sequence is sampled, unless its hidden states alone are wanted.
 
 Rules:
 
@@ -14,11 +14,13 @@ Rules:
   so the first sequence never waits for another;
 * every sequence whose prompt is computed, in an earlier sweep or in this one, gets all its tokens after it into the
   sweep, one span each; such rows share row blocks of ``decode_rows`` rows, padded, behind all chunks;
-* prompts are computed in chunks of ``chunk_tokens`` counted from position 0 (the remainder is a chunk of its own), as
-  many as the token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk
-  attends alone; where weights stream, chunks share row blocks of ``prompt_rows`` rows, padded;
+* prompts are computed in chunks of ``chunk_tokens`` counted from position 0, of which the first may lack its beginning
+  (a sequence begins behind the pages that are there, and a chunk has several) and the last its end, as many as the
+  token budget has room for after the decode rows, in order of arrival, at least one per sweep. A chunk attends alone,
+  and chunks share row blocks of ``prompt_rows`` rows, padded, so that neither shape depends on what a chunk lacks;
 * where there are recurrent layers, a sequence is in the sweep if its states are there, or an earlier row block leaves
   them, and there is a slot for the next ones (:mod:`layerstream.scheduling.states`);
+* of a prompt that has passages, some tokens are not computed but moved (:mod:`layerstream.scheduling.blending`);
 * guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
   for; a sequence never gets guesses past its longest answer.
 """
@@ -31,10 +33,12 @@ from dataclasses import replace
 from typing import Protocol
 
 from layerstream.core.draft import DraftTree
+from layerstream.core.passages import Move
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import PageLoad, RowBlock, Span, Sweep
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable
+from layerstream.scheduling.blending import Blending
 from layerstream.scheduling.budget import SweepBudget
 from layerstream.scheduling.packing import PromptBlocks, SweepLimits, decode_blocks, decode_spans, draft_spans
 from layerstream.scheduling.spill import Spill
@@ -66,6 +70,7 @@ class Composer:
         budget: what rows cost.
         prefixes, spill: who computes shared pages, and what has to be loaded.
         states: who has the states of recurrent layers.
+        blending: which tokens are moved.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Composer:
         prefixes: PrefixTable,
         spill: Spill,
         states: States,
+        blending: Blending,
     ) -> None:
         self.limits = limits
         self._budget = budget
@@ -83,15 +89,21 @@ class Composer:
         self._prefixes = prefixes
         self._spill = spill
         self._states = states
+        self._blending = blending
+        self._moves: dict[Sequence, Seq[Move]] = {}
+        self._staying: dict[Sequence, int] = {}
+        self._free = 0
 
     def compose(self, running: Seq[Sequence], drafting: Drafting) -> Sweep | None:
         """A sweep of *running*, in order of admission, with guesses of *drafting*; ``None`` if none has a row."""
         self._states.start(running)
+        self._moves, self._staying = {}, {}
+        self._free = self._budget.free_tokens()
         ready = [s for s in running if s.is_prefilled and s.num_pending and self._states.may_join(s)]
         for sequence in ready:
             self._states.join(sequence, sequence.num_tokens)
         prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
-        ready += self._add_prompts(prompts, running)
+        ready += [sequence for sequence in self._add_prompts(prompts, running) if not sequence.is_passage]
         for sequence in ready:
             sequence.tenancy.capacity = len(sequence.pages) * self._pool.page_tokens
         spans = [span for sequence in ready for span in decode_spans(sequence)]
@@ -102,7 +114,10 @@ class Composer:
         if not blocks:
             return None
         routes, state_loads = self._states.routes(), self._states.loads()
-        return Sweep(tuple(blocks), tuple(ready), self._loads(blocks), drafts, routes, state_loads)
+        moves = {sequence: tuple(found) for sequence, found in self._moves.items()}
+        sampled = tuple(sequence for sequence in ready if sequence.needs_logits)
+        loads = self._loads(blocks)
+        return Sweep(tuple(blocks), sampled, loads, drafts, routes, state_loads, moves, self._staying)
 
     def shrink(self) -> bool:
         """A sweep did not fit the memory: from now on they carry half as much. False: they cannot carry less."""
@@ -132,12 +147,17 @@ class Composer:
         for sequence in sequences:
             found = self._spill.loads(sequence) if sequence.is_long else self._prefixes.loads(sequence.prefix_keys)
             loads.update(dict.fromkeys(found))
+            if sequence in self._moves:
+                for passage, _ in self._blending.passages(sequence):
+                    loads.update(dict.fromkeys(self._prefixes.loads(passage.keys)))
         return tuple(loads)
 
     def _is_ahead(self, sequence: Sequence, planned: dict[Sequence, int]) -> bool:
         """Whether *sequence* shares pages that are neither computed nor planned for the sweep so far."""
         if sequence.is_long:
             return False
+        if sequence.passages and self._blending.is_ahead(sequence, planned):
+            return True
         size = self._pool.page_tokens
         return any(
             planned.get(owner, owner.num_computed) < (position + 1) * size
@@ -159,12 +179,31 @@ class Composer:
             The position where they end.
         """
         start, size = sequence.num_computed, self.limits.chunk_tokens
+        if sequence.tenancy.sources:
+            return self._add_pieces(prompts, sequence)
         while start < sequence.num_prompt_tokens:
             stop = min(start // size * size + size, sequence.num_prompt_tokens)
             if not prompts.has_room(stop - start):
                 break
-            if sequence.is_long and not self._spill.frames(sequence, start // size):
+            if sequence.is_long and not self._spill.frames(sequence, stop):
                 break  # they are still being written
             prompts.add(Span(sequence, start, stop))
             start = stop
+        return start
+
+    def _add_pieces(self, prompts: PromptBlocks, sequence: Sequence) -> int:
+        """As :meth:`_add_chunks`, of a prompt that has passages to be moved."""
+        start, free, moves = sequence.num_computed, self._free, list[Move]()
+        for piece in self._blending.pieces(sequence, self.limits.chunk_tokens, free):
+            if not prompts.has_room(piece.stop - piece.start):
+                break
+            prompts.add(Span(sequence, piece.start, piece.stop))
+            moves += piece.moves
+            start = piece.stop
+            self._free = max(0, self._free - (piece.stop - piece.start))
+        chosen, staying = self._blending.choice(sequence, start, free)
+        if chosen:
+            self._moves[sequence], self._staying[sequence] = chosen, staying
+        elif moves:
+            self._moves[sequence] = moves
         return start

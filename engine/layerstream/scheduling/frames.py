@@ -12,7 +12,7 @@ suspended for another one, so there is always one that goes on.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
@@ -47,7 +47,7 @@ class Frames:
         self._store = store
         self._decisions = decisions
         self._can_swap = can_swap
-        self.held_by_store: list[int] = []
+        self.held_by_store: Counter[int] = Counter()
 
     def acquire(self, count: int, after: int | None, running: Iterable[Sequence] = ()) -> list[int] | None:
         """*count* frames, those behind page *after* if they are free; ``None``, and no change, if there are fewer.
@@ -62,7 +62,7 @@ class Frames:
     def share_with_store(self, pages: Seq[int]) -> None:
         """The store is going to write *pages*, and holds them until then."""
         self._pool.share(list(pages))
-        self.held_by_store.extend(pages)
+        self.held_by_store.update(pages)
 
     def take_back_stored(self) -> None:
         """Release what the store is done with."""
@@ -133,7 +133,7 @@ class Frames:
         in_table = set(self._prefixes.held_pages())
         count = 0
         for page in sequence.pages:
-            if self._pool.refcount(page) - (page in in_table) - self.held_by_store.count(page) < 2:
+            if self._pool.refcount(page) - (page in in_table) - self.held_by_store[page] < 2:
                 break
             count += 1
         return count
@@ -156,6 +156,8 @@ class Frames:
 
     def _release(self, pages: list[int]) -> None:
         """The store does not hold *pages* any more."""
+        self.held_by_store.subtract(pages)
         for page in pages:
-            self.held_by_store.remove(page)
+            if not self.held_by_store[page]:
+                del self.held_by_store[page]
         self._pool.release(pages)

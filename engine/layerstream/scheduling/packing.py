@@ -16,7 +16,7 @@ class SweepLimits:
 
     Attributes:
         max_tokens: token budget of one sweep.
-        chunk_tokens: prompt tokens per row block.
+        chunk_tokens: prompt tokens that attend together.
         decode_rows: rows per row block of decoding sequences.
         prompt_rows: rows per row block of prompts, padded; 0: every chunk is a row block of its own size.
         one_sequence_per_block: never put rows of two sequences into one row block.
@@ -66,7 +66,8 @@ class PromptBlocks:
 
     def __init__(self, limits: SweepLimits, most: int, free: int) -> None:
         is_shared = limits.prompt_rows > 0 and not limits.one_sequence_per_block
-        self._block_rows = limits.prompt_rows if is_shared else 0
+        self._block_rows = limits.prompt_rows if is_shared else limits.chunk_tokens if limits.prompt_rows else 0
+        self._is_shared = is_shared
         self._tokens_left = most if is_shared else min(most, free)
         self._blocks_left = max(1, free // limits.prompt_rows) if is_shared and free < most else most
         self._rows_left = 0
@@ -78,13 +79,15 @@ class PromptBlocks:
 
     def add(self, chunk: Span) -> None:
         """Put *chunk* behind the others."""
-        if len(chunk) > self._rows_left:
+        if len(chunk) > self._rows_left or not self._is_shared:
+            if self._is_shared:
+                self._tokens_left -= self._rows_left
             self._blocks.append([])
             self._blocks_left -= 1
             self._rows_left = self._block_rows or len(chunk)
         self._blocks[-1].append(chunk)
         self._rows_left -= len(chunk)
-        self._tokens_left -= len(chunk)
+        self._tokens_left -= len(chunk) if self._is_shared else self._block_rows or len(chunk)  # padding computes too
 
     def blocks(self) -> list[RowBlock]:
         """What there is by now."""

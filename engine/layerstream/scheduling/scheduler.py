@@ -24,7 +24,7 @@ Who runs, and with what memory, is decided here; which rows of those that run ar
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from contextlib import closing
@@ -37,6 +37,7 @@ from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import PrefixTable, Published, PublishedState, SpillStore, Stored
 from layerstream.scheduling.beginnings import Beginnings
+from layerstream.scheduling.blending import Blending, Recompute
 from layerstream.scheduling.budget import ExpertLoad, SweepBudget
 from layerstream.scheduling.composing import NO_DRAFTING, Composer, Drafting
 from layerstream.scheduling.decisions import Decision, Forget, LetGo
@@ -57,6 +58,7 @@ class Scheduler:
         experts: what rows bring in a mixture of experts; ``None``: it is none, or they come with their block.
         num_slots: for the states of recurrent layers; 0: there are none.
         stride: pages between snapshots of them.
+        recompute: how much of what is moved is computed again; ``None``: as :class:`Recompute` has it.
     """
 
     def __init__(
@@ -70,8 +72,9 @@ class Scheduler:
         experts: ExpertLoad | None = None,
         num_slots: int = 0,
         stride: int = 1,
+        recompute: Recompute | None = None,
     ) -> None:
-        assert limits.chunk_tokens == pool.page_tokens, "a page holds one chunk"
+        assert limits.chunk_tokens % pool.page_tokens == 0, "a chunk has whole pages"
         self.budget = SweepBudget(
             limits.decode_rows, limits.rows_per_block, limits.max_draft_rows, read_seconds, experts
         )
@@ -81,11 +84,12 @@ class Scheduler:
         self.states = States(num_slots, pool.page_tokens, stride, store)
         self.prefixes = PrefixTable(pool)
         self._beginnings = Beginnings(self.prefixes, self.states, store, pool.page_tokens)
-        num_sweep_pages = -(-limits.max_tokens // limits.chunk_tokens) + 1
+        num_sweep_pages = (-(-limits.max_tokens // limits.chunk_tokens) + 1) * (limits.chunk_tokens // pool.page_tokens)
         self._spill = Spill(pool, store, num_sweep_pages, self._decisions, self._beginnings)
         self._failed: list[tuple[Sequence, Exception]] = []
         self._frames = Frames(pool, self.prefixes, store, self._decisions, can_swap=can_swap)
-        self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill, self.states)
+        self._blending = Blending(pool, self.prefixes, recompute or Recompute())
+        self._composer = Composer(limits, self.budget, pool, self.prefixes, self._spill, self.states, self._blending)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
 
@@ -106,8 +110,9 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let *sequence* wait for its pages. The caller made sure that the pool as a whole could hold it."""
-        if not sequence.prefix_keys:
-            sequence.prefix_keys = self.prefixes.keys_of(sequence.token_ids[: sequence.num_prompt_tokens])
+        if not sequence.prefix_keys and not sequence.reads_all_rows:
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            sequence.prefix_keys = self.prefixes.keys_of(prompt, sequence.tenant)
         self._waiting.enter(sequence)
         self._waiting.add(sequence)
 
@@ -148,7 +153,7 @@ class Scheduler:
         self._decisions.clear()
         for sequence in dict.fromkeys((*running, *waiting, *undone)):
             self._decisions += Forget(sequence), LetGo(sequence)
-        held = Counter(self._frames.held_by_store)
+        held = self._frames.held_by_store
         for page in range(self.pool.num_pages + self.pool.num_transit):
             self.pool.release([page] * (self.pool.refcount(page) - held[page]))
         self.check_integrity()
@@ -171,7 +176,8 @@ class Scheduler:
                 raise StorageFull("there is no memory for one more beam: ask for fewer, or give the engine more memory")
             self._suspend(victims[-1])
         self.pool.share(shared)
-        child.tenancy = replace(parent.tenancy, pages=[*shared, *(own or [])], reserve=[], slots=[], previous=None)
+        own_pages = [*shared, *(own or [])]
+        child.tenancy = replace(parent.tenancy, pages=own_pages, reserve=[], slots=[], sources={}, previous=None)
         self.states.fork(child)
         self._running.insert(self._running.index(parent) + 1, child)
         self._waiting.enter(child)
@@ -201,6 +207,12 @@ class Scheduler:
         for _, span in sweep.known_spans():
             span.sequence.tenancy.num_computed = span.stop
             self._waiting.serve(span.sequence, len(span))
+        for sequence, moves in sweep.moves.items():
+            sequence.tenancy.num_blended += sum(map(len, moves)) - sweep.staying.get(sequence, 0)
+            sequence.tenancy.blended_to = moves[-1].stop
+        for sequence in before:
+            if sequence.is_prefilled:
+                self._blending.release(sequence)
         found = [self._publish(sequence, start) for sequence, start in before.items()]
         published = [item for item in found if item is not None]
         if self._store is not None:
@@ -275,7 +287,10 @@ class Scheduler:
         """Raise ``AssertionError`` unless pages, page tables and prefixes account for each other."""
         self.prefixes.check_integrity()
         running = [self._spill.held_by(s) if s.is_long else s.pages for s in self._running]
-        self.pool.check_integrity([*running, self.prefixes.held_pages(), self._frames.held_by_store])
+        sources = [pages for sequence in self._running for pages in sequence.tenancy.sources.values()]
+        self.pool.check_integrity(
+            [*running, *sources, self.prefixes.held_pages(), [*self._frames.held_by_store.elements()]]
+        )
         self.states.check_integrity(self._running)
         assert not any(sequence.pages for sequence in self._waiting), "a waiting sequence holds pages"
 
@@ -284,7 +299,10 @@ class Scheduler:
             for sequence in waiting:
                 if not (self._has_room_for_logits(sequence) and self.states.has_room((*self._running, sequence))):
                     return
+                if any(other in self._waiting for other in sequence.owes):
+                    continue
                 if self._spill.wants(sequence):
+                    self._leave_exact(sequence)
                     if not self._admit_long(sequence):
                         return
                     continue
@@ -292,13 +310,33 @@ class Scheduler:
                     return
                 shared = self.prefixes.match(sequence.prefix_keys)
                 self.pool.share(shared)
-                own = self._acquire(sequence, shared)
+                own = self._acquire_beside_passages(sequence, shared)
                 if own is None:
                     self.pool.release(shared)
                     return
                 if not self._begin_or_fail(sequence, shared, own):  # it failed, or is being computed elsewhere
                     sequence.tenancy.pages = []
+                    self._blending.release(sequence)
                     self.pool.release(shared + own)
+
+    def _leave_exact(self, sequence: Sequence) -> None:
+        """*sequence* is computed as it stands: there is no memory for its passages beside it."""
+        if sequence.passages:
+            sequence.passages = ()
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            sequence.prefix_keys = self.prefixes.keys_of(prompt, sequence.tenant)
+
+    def _acquire_beside_passages(self, sequence: Sequence, shared: list[int]) -> list[int] | None:
+        """Frames for *sequence*, and a hold on the pages of as many of its passages as there is memory for beside."""
+        num_shared = len(shared) * self.pool.page_tokens
+        count = 0 if sequence.group is not None else len(sequence.passages)  # beams have all that they need, or wait
+        while True:
+            count = self._blending.hold(sequence, count, num_shared)
+            own = self._acquire(sequence, shared)
+            if own is not None or not count:
+                return own
+            self._blending.release(sequence)
+            count -= 1
 
     def _acquire(self, sequence: Sequence, shared: list[int]) -> list[int] | None:
         """Frames for *sequence* behind those that it shares.
@@ -370,7 +408,7 @@ class Scheduler:
     def _has_room_for_logits(self, sequence: Sequence) -> bool:
         """Whether all that run, and *sequence*, may be sampled from in one sweep."""
         everyone = (*self._running, sequence)
-        num_alone = sum(other.group is None for other in everyone)
+        num_alone = sum(other.group is None and other.needs_logits for other in everyone)
         return num_alone + sum(group.num_rows for group in _groups(everyone)) <= self.limits.max_sequences
 
     def _has_room_for_beams(self, sequence: Sequence) -> bool:
@@ -381,6 +419,7 @@ class Scheduler:
 
     def _suspend(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        self._blending.release(sequence)  # its own hold on them is nobody else's
         self._frames.suspend(sequence, has_state=not self.states.is_needed or sequence.tenancy.state is not None)
         self.states.release(sequence)
         self._abandon(sequence)
@@ -388,6 +427,7 @@ class Scheduler:
 
     def _abandon(self, sequence: Sequence) -> None:
         """*sequence* does not run any more: prefixes that it was to compute are another's, or nobody's."""
+        self._blending.release(sequence)
         gone, heirs = self.prefixes.abandon(sequence.prefix_keys, sequence, self._running)
         for heir, position in heirs:
             self.rewind(heir, position * self.pool.page_tokens)
@@ -395,6 +435,8 @@ class Scheduler:
             self._store.abandon(gone)
 
     def _num_cached(self, sequence: Sequence) -> int:
+        if sequence.is_passage:
+            return sequence.num_prompt_tokens  # before whoever waits for it
         return self.count_cached(sequence.prefix_keys) * self.pool.page_tokens
 
     def _admit_long(self, sequence: Sequence) -> bool:
@@ -435,7 +477,12 @@ class Scheduler:
         if sequence.is_long:
             size = self.pool.page_tokens
             return self._spill.publish(sequence, start // size, sequence.num_computed // size)
-        return self.prefixes.publish(sequence.prefix_keys, sequence)
+        published = self.prefixes.publish(sequence.prefix_keys, sequence)
+        if published is None or sequence.is_kept:
+            return published
+        if self._store is not None:
+            self._store.abandon(published.keys)  # nobody needs to wait for them
+        return None
 
 
 def _groups(sequences: Iterable[Sequence]) -> set[BeamGroup]:

@@ -170,19 +170,20 @@ class Spill:
         missing = first + num_stored
         return missing == last or self._pool.refcount(held.pages[missing]) > 1
 
-    def frames(self, sequence: Sequence, position: int) -> bool:
-        """Make sure that page *position* has a frame; False while there is none to be had."""
+    def frames(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make sure that pages of *num_tokens* tokens have frames, or slots; False while there are none to be had."""
         held = sequence.tenancy
-        if position < len(held.pages):
-            return True
-        num_tail = self._pool.pages_for(sequence.max_num_tokens) - len(sequence.prefix_keys)
-        if position >= len(sequence.prefix_keys):
+        num_whole = len(sequence.prefix_keys)
+        num_tail = self._pool.pages_for(sequence.max_num_tokens) - num_whole
+        wanted = self._pool.pages_for(num_tokens)
+        missing = max(0, min(wanted, num_whole) - len(held.pages))
+        if missing and missing > len(held.reserve) - num_tail:
+            return False
+        for _ in range(missing):
+            held.pages.append(held.reserve.pop())
+        if wanted > len(held.pages):
             held.pages += held.reserve[:num_tail]
             held.reserve = held.reserve[num_tail:]
-        elif len(held.reserve) > num_tail:
-            held.pages.append(held.reserve.pop())
-        else:
-            return False
         return True
 
     def publish(self, sequence: Sequence, first: int, last: int) -> Published | None:

@@ -276,7 +276,8 @@ class States:
                     continue
                 self._snapshots[key] = _Snapshot(slot)
                 self._expected.discard(key)
-                published.append(PublishedState(key, slot, stop - last))
+                if sequence.is_kept:
+                    published.append(PublishedState(key, slot, stop - last))
                 last = stop
         self._routes, self._passed = {}, {}
         if self._store is None:

@@ -31,6 +31,7 @@ from layerstream.setup.closing import Closing
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.draft import check_same_tokens, draft_config
 from layerstream.setup.groundwork import Groundwork, what_computes
+from layerstream.setup.movable import check_movable
 from layerstream.setup.mtp import make_mtp
 from layerstream.setup.open_store import describe, weight_paths
 from layerstream.setup.pack import ensure_packed
@@ -47,6 +48,7 @@ from layerstream.setup.parts import (
 from layerstream.setup.plan_model import locate_model, plan_model
 from layerstream.store.config import KVStoreConfig
 from layerstream.store.fingerprint import DigestMemory, WeightFiles, namespace
+from layerstream.store.popularity import Popularity
 from layerstream.store.store import PrefixStore
 from layerstream.text.defaults import GenerationDefaults, load_defaults
 
@@ -106,6 +108,11 @@ class Assembly:
         return self.kv.store
 
     @property
+    def popularity(self) -> Popularity:
+        """How often documents were retrieved."""
+        return self.kv.popularity
+
+    @property
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together."""
         return min(self.plan.facts.context_length, self.scheduler.max_prompt_tokens)
@@ -139,6 +146,10 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
 
 
 def _assemble(ground: Groundwork, draft: Assembly | None, listener: Listener | None, closing: Closing) -> Assembly:
+    if ground.config.reuse == "anywhere":
+        check_movable(
+            ground.skeleton, trust_remote_code=ground.config.trust_remote_code, is_on_device=bool(ground.devices)
+        )
     seen = Footprint() if draft is None else draft.step.footprint  # before any of the budget is taken
     kv = make_kv(ground, closing)  # before the weights: a store's folder that cannot be used is said at once
     weights = closing.keep(load_weights(ground, listener))
@@ -146,7 +157,8 @@ def _assemble(ground: Groundwork, draft: Assembly | None, listener: Listener | N
     runner = make_runner(ground, kv, weights, closing)
     step = closing.keep(make_step(ground, runner, weights, steward, seen))
     models: list[Drafter] = [] if draft is None else [ModelDrafter(draft.steward, draft.step)]
-    if (mtp := make_mtp(ground, runner, weights, closing)) is not None:
+    has_gaps = ground.config.reuse == "anywhere"  # hidden states of what is moved are not there to go on from
+    if not has_gaps and (mtp := make_mtp(ground, runner, weights, closing)) is not None:
         step.tell(mtp.saw)
         models.append(mtp)
     begin_reading(ground, weights)

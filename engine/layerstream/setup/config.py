@@ -16,6 +16,8 @@ from layerstream.hardware.accelerators import is_device_name
 from layerstream.store.config import KVStoreConfig, store_config
 
 CHUNK_CHOICES = (32, 64, 128, 256, 512)
+REUSES = ("exact", "anywhere")
+CHOICES = ("first", "deviation")
 ATTENTIONS = ("auto", "sdpa", "flash_attn")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 MAX_QUEUED = 65536
@@ -46,6 +48,9 @@ class EngineConfig:
     cuda_graphs: bool = True
     max_context: int | None = None
     chunk_tokens: int | None = None
+    reuse: str = "exact"
+    recompute: str | float = "free"
+    recompute_by: str = "first"
     max_queued: int | None = None
     trust_remote_code: bool = False
     revision: str | None = None
@@ -70,6 +75,9 @@ class EngineConfig:
         arguments.one_of("speculation", self.speculation, ("auto", "off"))
         arguments.one_of("quantization", self.quantization, (None, *FORMATS))
         arguments.one_of("chunk_tokens", self.chunk_tokens, (None, *CHUNK_CHOICES))
+        arguments.one_of("reuse", self.reuse, REUSES)
+        arguments.one_of("recompute_by", self.recompute_by, CHOICES)
+        object.__setattr__(self, "recompute", _recompute(self.recompute))
         arguments.text("dtype", self.dtype)
         for field in ("revision", "token", "draft_model"):
             if getattr(self, field) is not None:
@@ -93,6 +101,15 @@ class EngineConfig:
             raise ConfigurationError(
                 "memory is a list, of a ceiling for each device: pass device_map='auto' with it, or one size"
             )
+
+
+def _recompute(value: object) -> str | float:
+    """Raises :class:`ConfigurationError`."""
+    if value == "free":
+        return "free"
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise arguments.refusal("recompute", value, "'free', or a share of a passage's tokens between 0 and 1")
 
 
 def as_config(

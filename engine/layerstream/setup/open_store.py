@@ -246,6 +246,8 @@ def _arithmetic(skeleton: Skeleton, plan: Plan, computes: str) -> dict[str, Any]
         **(quantised if codecs else {}),
         "cuts": hashlib.sha256(repr(cut).encode()).hexdigest()[:16] if cut else "none",
         "device": computes,
+        "chunk_tokens": plan.chunk_tokens,
+        "prompt_rows": plan.prompt_rows,
         "threads": torch.get_num_threads(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),

@@ -16,15 +16,18 @@ from layerstream.kv.pages import PagePool
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState, PageMemory, Transit
 from layerstream.kv.swap import PageSwap
+from layerstream.model.blending import Blender
 from layerstream.model.embedding import EmbeddingRows
 from layerstream.model.expert_usage import ExpertUsage
 from layerstream.model.graphs import Graphs
+from layerstream.model.leaving import let_rows_leave
 from layerstream.model.linear import SlicedLinear
 from layerstream.model.model_weights import ModelWeights
 from layerstream.model.runner import Loaders, SweepRunner
 from layerstream.planner import Plan
 from layerstream.runtime.step import SweepStep
 from layerstream.runtime.steward import Steward
+from layerstream.scheduling.blending import Recompute
 from layerstream.scheduling.drafting.answers import AnswerDrafter
 from layerstream.scheduling.drafting.base import Drafter
 from layerstream.scheduling.drafting.suffix import SuffixDrafter
@@ -35,6 +38,7 @@ from layerstream.setup.closing import Closing
 from layerstream.setup.groundwork import Groundwork, look_at_source
 from layerstream.setup.known_rates import correct
 from layerstream.setup.open_store import HOPED_READ_RATE, open_store, weight_paths
+from layerstream.store.popularity import Popularity
 from layerstream.store.store import PrefixStore
 from layerstream.streaming.experts.device_bank import AnyBank
 
@@ -50,6 +54,7 @@ class KVParts:
     swap: PageSwap
     state_swap: PageSwap
     store: PrefixStore | None
+    popularity: Popularity
 
 
 def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
@@ -73,7 +78,9 @@ def make_kv(ground: Groundwork, closing: Closing) -> KVParts:
     if plan.streams:  # then all of it was counted for KV; else it may be much more than is ever used
         memory.populate()
     swap, state_swap = closing.keep(PageSwap(states)), closing.keep(PageSwap(recurrent))
-    return KVParts(memory, states, recurrent, swap, state_swap, store)
+    config = ground.config.kv_store
+    popularity = Popularity(store, "" if config is None else config.salt)
+    return KVParts(memory, states, recurrent, swap, state_swap, store, popularity)
 
 
 def load_weights(ground: Groundwork, listener: Listener | None) -> ModelWeights:
@@ -116,7 +123,7 @@ def sweep_limits(ground: Groundwork) -> SweepLimits:
     plan = ground.plan
     return SweepLimits(
         max_tokens=plan.max_sweep_tokens,
-        chunk_tokens=plan.page_tokens,
+        chunk_tokens=plan.chunk_tokens,
         decode_rows=plan.decode_rows,
         prompt_rows=plan.prompt_rows,
         one_sequence_per_block=ground.skeleton.trace.is_alone,
@@ -140,6 +147,7 @@ def make_steward(ground: Groundwork, kv: KVParts, experts: Sequence[AnyBank]) ->
         experts=load,
         num_slots=plan.num_slots,
         stride=snapshot_stride(plan.facts.state_bytes, plan.facts.kv_token_bytes, plan.page_tokens),
+        recompute=_recompute(ground),
     )
     return Steward(scheduler, kv.swap, kv.state_swap, kv.store)
 
@@ -204,7 +212,7 @@ def make_runner(
     embedding: EmbeddingRows | None = None,
     head: SlicedLinear | None = None,
 ) -> SweepRunner:
-    """What runs the model; with another's *embedding* and *head* where they are given."""
+    """What runs the model; with another's *embedding* and *head* where they are given: its rows are in no chunks."""
     plan, placement = ground.plan, ground.placement
     device_kv = None
     if placement is not None and kv.states:
@@ -224,6 +232,11 @@ def make_runner(
             plan.staged_rows,
         )
         closing.keep(device_kv)
+    blender = None
+    if ground.config.reuse == "anywhere":
+        trace, modules = ground.skeleton.trace, dict(ground.skeleton.model.named_modules())
+        blender = Blender(trace, modules)
+        let_rows_leave([modules[path] for path in trace.paths], trace.keepers[blender.compared])
     graphs = None
     if device_kv is not None and _follows_from_shapes(ground, weights):
         graphs = Graphs(ground.devices[0], device_kv)
@@ -241,7 +254,17 @@ def make_runner(
         ground.prefers_flash,
         head,
         graphs,
+        blender,
+        plan.chunk_tokens if embedding is None else 0,
     )
+
+
+def _recompute(ground: Groundwork) -> Recompute:
+    """How much of what is moved is computed again. Where a row block has rows of one sequence in one piece, rows that
+    are chosen one by one would be a block each."""
+    share = None if isinstance(ground.config.recompute, str) else ground.config.recompute
+    by_deviation = ground.config.recompute_by == "deviation" and not ground.skeleton.trace.is_alone
+    return Recompute(share, by_deviation=by_deviation)
 
 
 def _follows_from_shapes(ground: Groundwork, weights: ModelWeights) -> bool:

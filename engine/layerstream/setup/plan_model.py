@@ -35,6 +35,7 @@ from layerstream.planner.on_devices import make_devices_plan
 from layerstream.setup.config import EngineConfig
 from layerstream.setup.device_rows import device_rows
 from layerstream.setup.open_store import weight_paths
+from layerstream.setup.page_size import choose_page_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ def plan_facts(config: EngineConfig) -> tuple[ModelFacts, Skeleton, Path]:
         context_length,
         config.chunk_tokens,
         can_spill=config.kv_store is not None,
+        compression="none" if config.kv_store is None else config.kv_store.compression,
         is_on_device=is_on_device,
         device_rows=device_rows(devices_of(config)[0]) if is_on_device else None,
     )
@@ -176,12 +178,16 @@ def model_facts(
     chunk_tokens: int | None = None,
     *,
     can_spill: bool = False,
+    compression: str = "none",
     is_on_device: bool = False,
     device_rows: int | None = None,
 ) -> ModelFacts:
     """What a plan depends on: sizes from the skeleton, and on the processor which of its kernels are fast here.
 
     The first call on a machine for a quantised model measures those, for some seconds, and writes a file.
+
+    Args:
+        compression: of the KV store.
     """
     config, traced = skeleton.config, skeleton.trace
     mtp = None
@@ -206,12 +212,17 @@ def model_facts(
         is_fast = skeleton.dtype == torch.bfloat16 and has_bf16_products()
         streaming_rows = assumed.FAST_STREAMING_ROWS if is_fast else assumed.STREAMING_ROWS
     shapes = [None if layer.recurrent is None else layer.recurrent.shape for layer in traced.layers]
+    resident_chunk = streaming_chunk = assumed.CHUNK_TOKENS
     if is_on_device:
-        streaming_chunk_tokens = assumed.CHUNK_TOKENS
+        resident_chunk = streaming_chunk = assumed.DEVICE_CHUNK_TOKENS
     elif any(shapes):
-        streaming_chunk_tokens = assumed.RECURRENT_CHUNK_TOKENS
-    else:
-        streaming_chunk_tokens = assumed.STREAMING_CHUNK_TOKENS
+        resident_chunk = streaming_chunk = assumed.RECURRENT_CHUNK_TOKENS
+    elif traced.is_alone:
+        resident_chunk = assumed.ALONE_CHUNK_TOKENS
+    page_tokens = 0
+    if not (is_on_device or any(shapes)):  # kernels see spans as they are there, and states lie between chunks
+        kept = [layer.kept for layer in traced.layers if layer.kept is not None]
+        page_tokens = choose_page_tokens(kept, compression, chunk_tokens or assumed.CHUNK_TOKENS)
     return ModelFacts(
         body=skeleton.body,
         routed_body=skeleton.routed_body,
@@ -224,11 +235,13 @@ def model_facts(
         vocab_size=skeleton.head.num_rows,
         itemsize=itemsize,
         context_length=context_length,
-        chunk_tokens=chunk_tokens or assumed.CHUNK_TOKENS,
-        streaming_chunk_tokens=chunk_tokens or streaming_chunk_tokens,
+        chunk_tokens=chunk_tokens or resident_chunk,
+        streaming_chunk_tokens=chunk_tokens or streaming_chunk,
+        page_tokens=page_tokens,
         streaming_rows=streaming_rows,
         resident_rows=resident_rows,
         prompt_rows=assumed.DEVICE_PROMPT_ROWS if is_on_device else assumed.PROMPT_ROWS,
+        resident_prompt_rows=0 if is_on_device else assumed.RESIDENT_PROMPT_ROWS,
         sweep_tokens=assumed.DEVICE_SWEEP_TOKENS if is_on_device else assumed.MAX_SWEEP_TOKENS,
         fused_rows=fused,
         num_values=skeleton.num_values,

@@ -243,10 +243,11 @@ def _compare(plain: Any, folder: Path, config: EngineConfig) -> tuple[Comparison
         dtype="float32",
         trust_remote_code=config.trust_remote_code,
         allow_untested=True,
-        kv_store=KVStoreConfig(folder / "kv", load="always", min_free_bytes=0, answers=False),
     )
     runs: list[Comparison] = []
     for mode, chosen in (("streamed", _with_least_memory(base)), ("resident", base)):
+        store = KVStoreConfig(folder / mode, load="always", min_free_bytes=0, answers=False)
+        chosen = dataclasses.replace(chosen, kv_store=store)
         cold = _run(plain, prompts, mode, chosen, None)
         runs += [cold[0], _run(plain, prompts, f"{mode}, from the store", chosen, cold[1])[0]]
     return tuple(runs)

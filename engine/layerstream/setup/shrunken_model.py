@@ -32,14 +32,20 @@ def write_model(config: Any, folder: Path, *, trust_remote_code: bool = False, s
         UnsupportedModel: transformers has no class for it that generates text.
         Exception: what the class says of the config.
     """
+    model = draw_model(config, trust_remote_code=trust_remote_code, spread=spread)
+    with no_progress_bars():
+        model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return model
+
+
+def draw_model(config: Any, *, trust_remote_code: bool = False, spread: float = _SPREAD) -> Any:
+    """A random model of *config*: fp32, transformers' plain attention. Raises as :func:`write_model`."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = make_own(config, trust_remote_code, dtype=torch.float32, attn_implementation="eager")
         _fill(model, spread)
     model.tie_weights()
-    with no_progress_bars():
-        model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
     return model.eval()
 
 

@@ -2,8 +2,9 @@
 
 An answer hangs on a stored page and goes with it: evicting, clearing or dropping the page forgets its answers (a
 foreign key sees to that). Answers of prompts shorter than a page hang on their namespace alone. The namespace keeps
-models and tenants apart, as for pages; every answer carries its namespace's name besides, which is checked when it is
-asked for. Nothing here can change what is answered: it is only ever a guess to verify.
+models, and engines with salts of their own, apart, as for pages; within it pages keep a call's tenants apart, so an
+answer that is a tenant's hangs on a page or is not kept. Every answer carries its namespace's name besides, which is
+checked when it is asked for. Nothing here can change what is answered: it is only ever a guess to verify.
 """
 
 from __future__ import annotations
@@ -38,18 +39,26 @@ class RememberedAnswer:
     answer: tuple[int, ...]
 
 
-def note(keys: Sequence[Key], page_tokens: int, prompt: Sequence[int], answer: Sequence[int]) -> RememberedAnswer:
-    """What to remember of *answer* to *prompt*, whose whole pages are *keys*."""
-    num_pages = max(0, min(len(keys), (len(prompt) - NEAR_TOKENS) // page_tokens))
+def note(
+    keys: Sequence[Key], page_tokens: int, prompt: Sequence[int], answer: Sequence[int], *, is_tenants: bool = False
+) -> RememberedAnswer | None:
+    """What to remember of *answer* to *prompt*, whose whole pages are *keys*; ``None``: nothing.
+
+    Args:
+        is_tenants: it is a tenant's: only a page of theirs keeps it from others.
+    """
+    if is_tenants and not keys:
+        return None
+    num_pages = max(int(is_tenants), min(len(keys), (len(prompt) - NEAR_TOKENS) // page_tokens))
     prefix = keys[num_pages - 1] if num_pages else b""
     return RememberedAnswer(prefix, tuple(prompt[num_pages * page_tokens :]), tuple(answer))
 
 
-def places(keys: Sequence[Key], page_tokens: int, num_prompt_tokens: int) -> list[Key]:
+def places(keys: Sequence[Key], page_tokens: int, num_prompt_tokens: int, *, is_tenants: bool = False) -> list[Key]:
     """The pages that answers to similar questions may hang on, the last one first."""
     first = max(0, (num_prompt_tokens - FAR_TOKENS) // page_tokens)
     found = list(reversed(keys[first:]))
-    return found if first else [*found, b""]
+    return found if first or is_tenants else [*found, b""]
 
 
 class Answers:

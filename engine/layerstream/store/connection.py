@@ -149,12 +149,14 @@ class TierConnection:
             self.failed(TimeoutError(f"its index has not answered for {ANSWER_SECONDS:.0f} s"), tier)
         return False
 
-    def post(self, action: Callable[[Tier], None]) -> None:
-        """Have *action* done with the tier, in its turn; nothing, while there is none."""
+    def post(self, action: Callable[[Tier], None]) -> bool:
+        """Have *action* done with the tier, in its turn; nothing, and False, while there is none."""
         with self._changed:
-            if self._tier is not None:
-                self._work.append(action)
-                self._changed.notify_all()
+            if self._tier is None:
+                return False
+            self._work.append(action)
+            self._changed.notify_all()
+            return True
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Tier | None]:

@@ -1,8 +1,8 @@
 """What is where in a local store: one SQLite database, shared by all processes that use the folder.
 
 The index is an accelerator: everything that matters for correctness is in the segments' footers, from which
-:meth:`Index.add_segment` rebuilds it. What only the index has is use (frequency, pins, priorities), answers, the
-digests of weight files, and leases.
+:meth:`Index.add_segment` rebuilds it. What only the index has is use (frequency, pins, priorities), answers, how often
+documents were retrieved, the digests of weight files, and leases.
 
 Invariants, each kept by one transaction:
 

@@ -17,6 +17,7 @@ from layerstream.store import fingerprint
 from layerstream.store.answers import Answers
 from layerstream.store.archive import Archive, Kept, Packed, open_archive, parents_first, write_archive
 from layerstream.store.index import SegmentRow
+from layerstream.store.retrievals import StoredRetrievals
 from layerstream.store.segment import DamagedSegment, read_info, sync_folder, verify
 from layerstream.store.tiers.folder import ABOUT, Bounds, StoreFolder
 from layerstream.store.tiers.locks import open_locked
@@ -131,6 +132,7 @@ def prune(folder: StoreFolder, max_bytes: int) -> int:
 def clear(folder: StoreFolder, namespace: NamespaceSummary) -> int:
     """Remove all of *namespace* that no process reads, pins and answers included; the bytes that became free.
 
+    With the last one goes how often documents were retrieved.
     Files go before the index hears of it, so a full disk is no obstacle.
     """
     before = folder.total_bytes()
@@ -145,6 +147,8 @@ def clear(folder: StoreFolder, namespace: NamespaceSummary) -> int:
         Answers(folder.index).forget(namespace.name)
     else:
         folder.index.remove_namespace(namespace.name)
+        if not folder.index.namespaces():  # counts belong to all of them
+            StoredRetrievals(folder.index).forget()
         own = folder.path / namespace.name
         (own / ABOUT).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # somebody is writing there

@@ -78,6 +78,17 @@ STEPS = (
     """
     ALTER TABLE segments ADD COLUMN is_snapshot INTEGER NOT NULL DEFAULT 0;  -- states of recurrent layers
     """,
+    """
+    CREATE TABLE retrievers (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE, retrievals INTEGER NOT NULL);
+    CREATE TABLE retrieved (
+        document BLOB PRIMARY KEY,         -- a hash of tenant and text
+        tenant INTEGER NOT NULL REFERENCES retrievers ON DELETE CASCADE,
+        weight REAL NOT NULL,              -- of its count: retrievals.py
+        last_used REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX retrieved_by_use ON retrieved (last_used);
+    CREATE INDEX retrieved_by_tenant ON retrieved (tenant);
+    """,
 )
 _TABLE = re.compile(r"CREATE TABLE (\w+)")
 

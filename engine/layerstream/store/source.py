@@ -39,6 +39,11 @@ class PageSource:
         shapes = [layer.shape for layer in self._layers]
         return None if None in shapes else sum(self._layer_bytes(shape) for shape in shapes if shape is not None)
 
+    def assumed_bytes(self, token_bytes: int) -> int:
+        """Of a page without compression, whose layers take *token_bytes* for a token, as much as each other."""
+        count = max(1, len(self._layers))
+        return count * padded(-(-self.page_tokens * token_bytes // count))
+
     def encode(self, run: Published, seconds: float, *, pinned: bool) -> NewPages:
         """The pages of *run*, encoded layer by layer when they are written; computing them took *seconds*."""
         shapes = tuple(layer.shape for layer in self._layers if layer.shape is not None)

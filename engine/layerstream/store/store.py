@@ -18,8 +18,8 @@ Threads, and what they may wait for:
 | writer | encodes, writes, keeps leases alive | disk, other processes |
 
 A ``take`` that was not answered within its moment is asked again; a ``recall`` does without. Only ``look_up``,
-``room``, ``flush``, ``wait_until_open`` and ``close`` wait longer, and are not for the engine's thread. ``hold`` opens
-files: it is called between sweeps, by whoever carries out what the scheduler decided.
+``room``, ``retrieved``, ``flush``, ``wait_until_open`` and ``close`` wait longer, and are not for the engine's thread.
+``hold`` opens files: it is called between sweeps, by whoever carries out what the scheduler decided.
 
 What a page goes through:
 
@@ -57,6 +57,7 @@ from layerstream.store.known import KnownKeys
 from layerstream.store.loader import PageLoader
 from layerstream.store.lookup import Lookup, count_resumable
 from layerstream.store.offers import Found, Wanted
+from layerstream.store.retrievals import Retrieval
 from layerstream.store.segment import Key
 from layerstream.store.source import PageSource, snapshot_source
 from layerstream.store.tiers.base import StoredRun, Tier
@@ -222,7 +223,7 @@ class PrefixStore:
     def page_bytes(self, kv_token_bytes: int) -> int:
         """Bytes of a page on disk; before anything was computed, what it takes without compression."""
         num_bytes = self._pages.page_bytes
-        return self._pages.page_tokens * kv_token_bytes if num_bytes is None else num_bytes
+        return self._pages.assumed_bytes(kv_token_bytes) if num_bytes is None else num_bytes
 
     @property
     def snapshot_bytes(self) -> int:
@@ -243,15 +244,28 @@ class PrefixStore:
         before. Its slot is held until then."""
         self._writer.publish(Batch(item, seconds))
 
-    def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int]) -> None:
+    def remember(self, keys: Sequence[Key], prompt: Sequence[int], answer: Sequence[int], tenant: str = "") -> None:
         """Keep *answer* to *prompt*, whose whole pages are *keys*, behind the sweeps and after its pages."""
-        self._writer.remember(note(keys, self._pages.page_tokens, prompt, answer))
+        noted = note(keys, self._pages.page_tokens, prompt, answer, is_tenants=bool(tenant))
+        if noted is not None:
+            self._writer.remember(noted)
 
-    def recall(self, keys: Sequence[Key], num_prompt_tokens: int) -> list[list[int]]:
+    def recall(self, keys: Sequence[Key], num_prompt_tokens: int, tenant: str = "") -> list[list[int]]:
         """Questions with their answers near the end of a prompt, the most recent first; none if that takes long."""
-        wanted = places(keys, self._pages.page_tokens, num_prompt_tokens)
+        wanted = places(keys, self._pages.page_tokens, num_prompt_tokens, is_tenants=bool(tenant))
+        if not wanted:
+            return []
         question = Question(lambda tier: tier.recall(wanted))
         return question.answer or [] if self._connection.ask(question) else []
+
+    def note_retrieved(self, item: Retrieval) -> bool:
+        """Count *item*, in its turn; whether there is a tier to count it."""
+        return self._connection.post(lambda tier: tier.note_retrieved(item))
+
+    def retrieved(self, item: Retrieval) -> list[float] | None:
+        """How often each document of *item* was retrieved; ``None`` if that takes long."""
+        question = Question(lambda tier: tier.retrieved(item))
+        return question.answer if self._connection.ask(question, CALLER_SECONDS, is_patient=True) else None
 
     def collect(self) -> list[int]:
         """Frames whose pages were written, or will not be."""

@@ -137,6 +137,26 @@ class PromptEncoder:
                 raise PromptError(f"a chat message has a 'role' such as 'user'; this one has none: {message!r:.80}")
         return render_chat(self._tokenizer, messages, tools, add_generation_prompt, options)
 
+    def encode_piece(self, text: str, *, is_said: bool = False) -> list[int]:
+        """The token ids of *text*, a piece of a prompt, with nothing added. What *is_said* becomes no control token,
+        unless the model may be given those.
+
+        Raises:
+            PromptError: half a character.
+        """
+        _check_characters(text)
+        if is_said and not self._allow_control_tokens:
+            return self._control_tokens.encode(Traced(text))
+        return self._tokenize(text, add_special_tokens=False)
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before a text, and behind it: BOS, EOS, or nothing."""
+        whole, bare = (self._tokenize("a", add_special_tokens=add) for add in (True, False))
+        starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        start = next(starts, 0)
+        return whole[:start], whole[start + len(bare) :]
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if is_chat_messages(prompt):
             prompt = self.apply_chat_template(prompt)
@@ -185,10 +205,7 @@ class PromptEncoder:
 
         The BOS as a rule; GLM has none and opens with two other tokens, which its tokenizer adds as well.
         """
-        probe = "a"
-        whole, bare = (self._tokenize(probe, add_special_tokens=add) for add in (True, False))
-        starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        added = "".join(self._tokenizer.convert_ids_to_tokens(whole[: next(starts, 0)]))
+        added = "".join(self._tokenizer.convert_ids_to_tokens(self.frame[0]))
         return tuple(opening for opening in (added, self._tokenizer.bos_token) if opening)
 
     @cached_property

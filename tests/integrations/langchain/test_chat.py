@@ -213,10 +213,10 @@ def test_a_cache_knows_answers_by_all_that_they_depend_on() -> None:
 
 
 def test_terms_reach_the_engine() -> None:
-    llm, engine = make(timeout=3.0, priority=2, client="alice")
+    llm, engine = make(timeout=3.0, priority=2, client="alice", tenant="acme")
     llm.invoke("who?")
     llm.invoke("who?", timeout=1.0)
-    assert engine.terms[0] == {"timeout": 3.0, "priority": 2, "client": "alice"}
+    assert engine.terms[0] == {"timeout": 3.0, "priority": 2, "client": "alice", "tenant": "acme"}
     assert engine.terms[1]["timeout"] == 1.0
 
 
@@ -358,7 +358,7 @@ def test_usage_of_several_answers_is_summed() -> None:
 
 
 def test_terms_of_a_call_reach_the_engine() -> None:
-    terms = {"timeout": 1.0, "priority": 3, "client": "bob"}
+    terms = {"timeout": 1.0, "priority": 3, "client": "bob", "tenant": "acme"}
     for kind in (ChatLayerStream, LayerStreamLLM):
         engine = FakeEngine(has_chat_template=True)
         kind(engine=engine, client="alice").invoke("who?", **terms)

@@ -121,3 +121,18 @@ def test_history_stands_between_context_and_question() -> None:
     assert [message.type for message in messages] == ["system", "human", "ai", "human"]
     assert messages[0].text.endswith("C")
     assert [message.type for message in prompt.invoke(given).to_messages()] == ["system", "human"]
+
+
+def test_what_many_questions_bring_comes_first(engine: LayerStream) -> None:
+    """The order is learned while the store knows no context with it, and kept by a store that outlives the engine."""
+    llm, prompt = ChatLayerStream(engine=engine, max_tokens=2), rag_prompt()
+    first, second, third, popular = documents()
+    order = StablePrefixOrder(llm=llm, prompt=prompt)
+    for other in (first, second, third):
+        order.invoke([other, popular])
+    assert order.invoke([first, second, popular])[0] == popular
+    assert StablePrefixOrder(llm=llm, prompt=prompt, learn=False).invoke([first, popular]) == [first, popular]
+    assert engine.popularity([popular.page_content])[0] == pytest.approx(4, abs=0.1)
+    create_stuff_documents_chain(llm, prompt).invoke({"context": [second, popular], "input": "Who?"})
+    engine._open_store().flush()
+    assert order.invoke([popular, second, first]) == [second, popular, first], "what is stored is followed"

@@ -127,3 +127,14 @@ def test_refine_prompts_of_text_models_begin_with_the_context() -> None:
         shared.append(sum(1 for _ in common) / len(first))
     assert shared[0] < 0.1
     assert shared[1] > 0.7
+
+
+def test_what_many_questions_bring_comes_first(engine: LayerStream) -> None:
+    llm = LayerStreamLLM(engine=engine, max_new_tokens=2)
+    first, second, third, popular = nodes()
+    order = StablePrefixOrder(llm=llm)
+    for other in (first, second, third):
+        order.postprocess_nodes([other, popular], query_str="x")
+    assert order.postprocess_nodes([first, second, popular], query_str="x")[0] == popular
+    unlearned = StablePrefixOrder(llm=llm, learn=False)
+    assert unlearned.postprocess_nodes([popular, first], query_str="x") == [first, popular]

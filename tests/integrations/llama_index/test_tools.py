@@ -315,10 +315,10 @@ def test_log_probabilities_are_in_the_responses() -> None:
 def test_terms_of_a_call_reach_the_engine() -> None:
     llm, engine = make(client="alice", priority=1)
     llm.complete("x")
-    llm.complete("x", client="bob", priority=3, timeout=1.0)
+    llm.complete("x", client="bob", priority=3, timeout=1.0, tenant="acme")
     assert engine.terms == [
-        {"timeout": None, "priority": 1, "client": "alice"},
-        {"timeout": 1.0, "priority": 3, "client": "bob"},
+        {"timeout": None, "priority": 1, "client": "alice", "tenant": ""},
+        {"timeout": 1.0, "priority": 3, "client": "bob", "tenant": "acme"},
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from layerstream.kv.shape import PageShape
 from layerstream.store.answers import RememberedAnswer
+from layerstream.store.retrievals import Retrieval
 from layerstream.store.segment import Buffers, Key, SegmentInfo
 
 Consume = Callable[[memoryview], None]
@@ -131,6 +132,14 @@ class Tier(Protocol):
 
     def recall(self, prefixes: Sequence[Key]) -> list[list[int]]:
         """Questions with their answers that hang on *prefixes*, the most recent first."""
+        ...
+
+    def note_retrieved(self, item: Retrieval) -> None:
+        """Documents were retrieved."""
+        ...
+
+    def retrieved(self, item: Retrieval) -> list[float]:
+        """How often each document of *item* was retrieved, faded."""
         ...
 
     def tick(self) -> None:

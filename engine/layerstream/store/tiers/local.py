@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 from layerstream.hardware.reader import DirectReader
 from layerstream.store.answers import Answers, RememberedAnswer
 from layerstream.store.index import PageRow
+from layerstream.store.retrievals import Retrieval, StoredRetrievals
 from layerstream.store.segment import Key, SegmentInfo, SegmentWriter
 from layerstream.store.tiers.base import NewPages, PageFacts, StoredRun
 from layerstream.store.tiers.folder import Bounds, StoreFolder
@@ -47,6 +48,7 @@ class LocalTier:
         self._bounds = bounds
         self._index = folder.index
         self._answers = Answers(folder.index)
+        self._retrievals = StoredRetrievals(folder.index)
         if not folder.read_only:
             folder.describe(namespace, about)
         number = self._index.namespace_id(namespace, json.dumps(about, sort_keys=True))
@@ -142,6 +144,15 @@ class LocalTier:
     def recall(self, prefixes: Sequence[Key]) -> list[list[int]]:
         """What hangs on *prefixes*."""
         return self._answers.recall(self._number, self.namespace, prefixes) if self._is_there else []
+
+    def note_retrieved(self, item: Retrieval) -> None:
+        """Count *item*."""
+        if self._can_write:
+            self._retrievals.note(item)
+
+    def retrieved(self, item: Retrieval) -> list[float]:
+        """How often each document of *item* was retrieved, for whatever model."""
+        return self._retrievals.counts(item)
 
     def tick(self) -> None:
         """Renew leases, write down which segments were used."""

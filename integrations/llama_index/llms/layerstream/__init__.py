@@ -16,22 +16,34 @@ except ImportError as error:
     raise MissingExtra("llama-index-core", "llama-index") from error
 
 from llama_index.llms.layerstream.base import LayerStreamLLM
+from llama_index.llms.layerstream.citations import CITED_QA_PROMPT, CitedSynthesizer
+from llama_index.llms.layerstream.conversations import GrowingContext
 from llama_index.llms.layerstream.prefixes import (
     CONTEXT_FIRST_REFINE,
     StablePrefixOrder,
-    WarmPrefixes,
     context_first_prompts,
     stable_prompt_helper,
 )
+from llama_index.llms.layerstream.ranking import LayerStreamEmbeddings, LayerStreamReranker
+from llama_index.llms.layerstream.situating import ContextualChunks
+from llama_index.llms.layerstream.templates import context_first
+from llama_index.llms.layerstream.warming import WarmPrefixes
 
 from layerstream import __version__
 
 __all__ = [
+    "CITED_QA_PROMPT",
     "CONTEXT_FIRST_REFINE",
+    "CitedSynthesizer",
+    "ContextualChunks",
+    "GrowingContext",
+    "LayerStreamEmbeddings",
     "LayerStreamLLM",
+    "LayerStreamReranker",
     "StablePrefixOrder",
     "WarmPrefixes",
     "__version__",
+    "context_first",
     "context_first_prompts",
     "stable_prompt_helper",
 ]

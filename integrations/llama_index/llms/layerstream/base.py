@@ -26,10 +26,12 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.llms.layerstream import responses, structured
-from llama_index.llms.layerstream.messages import as_chat, selections
+from llama_index.llms.layerstream.messages import arrange, as_chat, selections
 from llama_index.llms.layerstream.responses import Asked, Reader
+from llama_index.llms.layerstream.retrieved import watch_retrievers
 
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
+from layerstream.api.prompt_layout import PromptLayout, arranged
 from layerstream.errors import ToolError
 from layerstream.handle import EngineHandle, check_call, check_fields, default_model
 
@@ -48,10 +50,10 @@ _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "logprobs", "top_logprobs",
 )  # fmt: skip
-_TERMS = ("timeout", "priority", "client")
+TERMS = ("timeout", "priority", "client", "tenant")
 _CALL_OPTIONS = frozenset(
     {"max_new_tokens", "tools", "tool_choice", "parallel_tool_calls", "explain_schema", "chat_template_kwargs",
-     "top_logprobs", "formatted", "stream", "image_documents", *_TERMS}
+     "top_logprobs", "formatted", "stream", "image_documents", *TERMS}
 )  # fmt: skip
 
 
@@ -88,8 +90,12 @@ class LayerStreamLLM(FunctionCallingLLM):
     timeout: float | None = Field(default=None, description="Seconds until an unfinished answer is given up.")
     priority: int = Field(default=0, description="Where requests wait for each other, more goes first.")
     client: str = Field(default="", description="Whom it is for; clients share the engine fairly.")
+    tenant: str = Field(default="", description="Whose it is: no other tenant finds what it left in memory or on disk.")
     explain_schema: bool = Field(default=True, description="Say the schema of a structured answer in the prompt.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the chat template.")
+    prompt_layout: PromptLayout = Field(
+        default="as_given", description="context_first: a labelled question goes behind a labelled, longer context."
+    )
 
     _handle: EngineHandle = PrivateAttr()
     _formats_messages: bool = PrivateAttr(default=False)
@@ -98,6 +104,8 @@ class LayerStreamLLM(FunctionCallingLLM):
     def __init__(self, model: str | None = None, *, engine: LayerStream | None = None, **fields: Any) -> None:
         check_fields(type(self).__name__, fields, type(self).model_fields)
         handle = EngineHandle(model, fields.get("engine_kwargs"), engine)
+        if handle.reuses_anywhere:
+            watch_retrievers()
         super().__init__(model=handle.model, **fields)
         self._handle = handle
         # not whether they were given: what is unpickled is given LlamaIndex's own
@@ -310,6 +318,10 @@ class LayerStreamLLM(FunctionCallingLLM):
         return messages, {**(llm_kwargs or {}), **structured.options_for(output_cls, self.pydantic_program_mode)}
 
     def _submit_text(self, engine: LayerStream, text: str, formatted: bool, kwargs: dict[str, Any]) -> Asked:
+        if not formatted or not (
+            engine.has_chat_template or self._formats_completions
+        ):  # else it has an end of its own
+            text = arranged(text, self.prompt_layout)
         if formatted:
             return self._submit(engine, text, self._sampling(kwargs), None, kwargs)
         if self._formats_completions:
@@ -331,7 +343,7 @@ class LayerStreamLLM(FunctionCallingLLM):
     def _chat_prompt(
         self, engine: LayerStream, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
     ) -> tuple[Prompt, SamplingParams, Reader]:
-        params = self._sampling(kwargs)
+        params, messages = self._sampling(kwargs), arrange(messages, self.prompt_layout)
         if self._formats_messages or not engine.has_chat_template:
             if kwargs.get("tools"):
                 raise ToolError(
@@ -353,7 +365,7 @@ class LayerStreamLLM(FunctionCallingLLM):
     def _submit(
         self, engine: LayerStream, prompt: Prompt, params: SamplingParams, reader: Reader, kwargs: dict[str, Any]
     ) -> Asked:
-        terms = {name: kwargs.get(name, getattr(self, name)) for name in _TERMS}
+        terms = {name: kwargs.get(name, getattr(self, name)) for name in TERMS}
         try:
             return Asked(engine.submit(prompt, params, **terms), reader, engine.tokenizer.decode)
         except ValueError as error:  # as above

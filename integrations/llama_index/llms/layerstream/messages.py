@@ -8,6 +8,7 @@ from typing import Any
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ContentBlock,
+    MessageRole,
     TextBlock,
     ThinkingBlock,
     ToolCallBlock,
@@ -15,12 +16,18 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms.llm import ToolSelection
 
+from layerstream.api.prompt_layout import PromptLayout, arranged
 from layerstream.chat.reader import Reply, ToolCall
 
 
 def as_chat(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """What the engine's chats are made of."""
     return [_as_message(message) for message in messages]
+
+
+def arrange(messages: Sequence[ChatMessage], layout: PromptLayout) -> list[ChatMessage]:
+    """*messages*, with the texts of users and the system as *layout* wants them."""
+    return [_arranged(message, layout) for message in messages]
 
 
 def as_blocks(reply: Reply) -> list[ContentBlock]:
@@ -47,6 +54,16 @@ def selections(message: ChatMessage) -> list[ToolSelection]:
 def _kwargs(call: ToolCall) -> dict[str, Any] | str:
     """The arguments; while they are not complete, their text."""
     return call.text if call.arguments is None else call.arguments
+
+
+def _arranged(message: ChatMessage, layout: PromptLayout) -> ChatMessage:
+    if message.role not in (MessageRole.USER, MessageRole.SYSTEM):
+        return message
+    blocks = [
+        block.model_copy(update={"text": arranged(block.text, layout)}) if isinstance(block, TextBlock) else block
+        for block in message.blocks
+    ]
+    return message if blocks == message.blocks else message.model_copy(update={"blocks": blocks})
 
 
 def _as_message(message: ChatMessage) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Retrieved nodes: in the order that shares the longest stored prefix, and computed when they enter the index.
+"""Retrieved nodes in the order that shares the longest stored prefix, and prompts that keep it.
 
 Only what stands at the very beginning of a prompt can be shared, so of several nodes in a context only the first is
-found on its own, the second only behind the same first, and so on. Hence the two halves here: :class:`WarmPrefixes`
+found on its own, the second only behind the same first, and so on. Hence two halves: ``WarmPrefixes`` (``warming.py``)
 computes every node as the first of a context, and :class:`StablePrefixOrder` puts one that is stored first.
 """
 
@@ -17,10 +17,10 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate, Selecto
 from llama_index.core.prompts.chat_prompts import CHAT_REFINE_PROMPT
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.utils import is_chat_model
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle, TextNode, TransformComponent
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from llama_index.llms.layerstream.base import LayerStreamLLM
 
-from layerstream.api.prefix_order import prefix_order
+from layerstream.api.prefix_order import learned_order, prefix_order
 
 CONTEXT_FIRST_REFINE = PromptTemplate(
     "More context is below.\n---------------------\n{context_msg}\n---------------------\n"
@@ -63,14 +63,16 @@ def stable_prompt_helper(llm: LayerStreamLLM, reserve_tokens: int | None = None)
 class StablePrefixOrder(BaseNodePostprocessor):
     """Puts retrieved nodes into the order that shares the longest stored prefix; the last of the postprocessors.
 
-    What the store does not know stands in an order of its own (document, position), the same for every question.
-    Without *llm* that order alone is used. *prompt* is the one that the context goes into first: ``text_qa_template``
+    What the store does not know stands by how often it was retrieved, so that what many questions bring comes first;
+    equals stand in an order of their own (document, position), the same for every question. Without *llm* that order
+    alone is used. *prompt* is the one that the context goes into first: ``text_qa_template``
     for compact, refine and accumulate (the default), ``summary_template`` for tree_summarize, a
     ``ChatPromptTemplate`` of the context template as the system's message for a ``ContextChatEngine``.
     """
 
     llm: SerializeAsAny[LayerStreamLLM] | None = Field(default=None, description="The model whose store is asked.")
     prompt: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The one that the context goes into.")
+    learn: bool = Field(default=True, description="Count retrievals, and put what is retrieved often first.")
 
     @classmethod
     def class_name(cls) -> str:
@@ -85,40 +87,26 @@ class StablePrefixOrder(BaseNodePostprocessor):
             return prefix_order(nodes, _canonical)
         engine, template = llm.load(), self.prompt
 
-        def cached_tokens(some: Sequence[NodeWithScore]) -> int:
-            return engine.cached_tokens(_render(llm, template, _join(found.node for found in some), "?"))
+        def write(some: Sequence[NodeWithScore]) -> str:
+            return join_nodes(found.node for found in some)
 
+        def render(context: str) -> Any:
+            return render_context(llm, template, context, "?")
+
+        def cached_tokens(some: Sequence[NodeWithScore]) -> int:
+            return engine.cached_tokens(render(write(some)), tenant=llm.tenant)
+
+        if self.learn:
+            return learned_order(engine, nodes, _canonical, write, render, llm.tenant)
         return prefix_order(nodes, _canonical, cached_tokens)
 
 
-class WarmPrefixes(TransformComponent):
-    """Computes nodes as they enter the index, so that the first question about one finds its KV.
-
-    The last of an ``IngestionPipeline``'s transformations, or called with nodes; they are returned as they came. What
-    is stored already costs nothing, so it can run over everything again.
-    """
-
-    llm: SerializeAsAny[LayerStreamLLM] = Field(description="The model that will answer.")
-    prompt: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The one that the context goes into.")
-
-    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """*nodes*, warmed.
-
-        Raises:
-            StorageFull: more than the store may hold; nothing was computed.
-            ConfigurationError: no store, or a prompt that puts the question first.
-        """
-        texts = [_join([node]) for node in nodes if isinstance(node, TextNode)]
-        self.llm.load().warm(texts, prompt=lambda context, question: _render(self.llm, self.prompt, context, question))
-        return nodes
-
-
-def _join(nodes: Any) -> str:
+def join_nodes(nodes: Any) -> str:
     """As LlamaIndex's synthesizers put nodes into one context."""
     return "\n\n".join(node.get_content(metadata_mode=MetadataMode.LLM).strip() for node in nodes)
 
 
-def _render(llm: LayerStreamLLM, template: BasePromptTemplate, context: str, question: str) -> Any:
+def render_context(llm: LayerStreamLLM, template: BasePromptTemplate, context: str, question: str) -> Any:
     """What the engine would be given."""
     values = {"context_str": context, "query_str": question}
     if llm.metadata.is_chat_model:

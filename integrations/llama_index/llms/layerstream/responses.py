@@ -151,6 +151,7 @@ def _raw(completion: Completion) -> dict[str, Any]:
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
             "cached_tokens": usage.cached_tokens,
+            "blended_tokens": usage.blended_tokens,
         },
         "finish_reason": completion.finish_reason,
         "metrics": dataclasses.asdict(completion.metrics),

@@ -1,0 +1,91 @@
+"""From texts that stand in a prompt to passages, and to the sequences that compute them in contexts of their own.
+
+Made on the caller's thread, as the rest of a request is. What is cached by then is looked at and may be gone when the
+request is admitted; whoever admits it looks again (:mod:`layerstream.scheduling.blending`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from layerstream.api.params import SamplingParams
+from layerstream.core.passages import Passage
+from layerstream.core.sequence import Sequence
+from layerstream.kv.prefix import page_keys
+from layerstream.scheduling.scheduler import Scheduler
+from layerstream.store.store import PrefixStore
+from layerstream.text.passages import EDGE, LEAST_TOKENS, Heads, find_passages
+
+
+class Contexts:
+    """Finds passages in prompts of one model. Any thread may call.
+
+    Args:
+        how: which of their tokens are computed again.
+    """
+
+    def __init__(self, tokenizer: Any, scheduler: Scheduler, store: PrefixStore | None, how: str) -> None:
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._store = store
+        self._how = how
+        self._heads = Heads()
+
+    def find(
+        self, token_ids: Seq[int], texts: Iterable[str], tenant: str = ""
+    ) -> tuple[tuple[Passage, ...], list[list[int]]]:
+        """The passages of a prompt of *tenant*, of which *texts* stand in it; and the tokens of contexts that are to be
+        computed.
+
+        A passage that stands where it was computed before, in pages of this very beginning, is none: it is exact. So
+        are those that there is no memory for beside the prompt.
+        """
+        pool = self._scheduler.pool
+        size, room = pool.page_tokens, pool.num_pages - pool.pages_for(len(token_ids)) - 1
+        places = find_passages(token_ids, texts, self._encode)
+        if not places:
+            return (), []
+        head = self._heads.head_of(token_ids, max(0, places[0][0] - EDGE), tenant)
+        num_exact = size * self._count_exact(page_keys(token_ids, size, tenant))
+        passages: list[Passage] = []
+        contexts: list[list[int]] = []
+        for start, stop in places:
+            context = [*head, *token_ids[start:stop], token_ids[min(stop, len(token_ids) - 1)]]
+            keys = page_keys(context, size, tenant)
+            movable = len(keys) * size - len(head)
+            exact = max(0, num_exact - start)  # of the passage: there as they stand
+            if movable - exact < LEAST_TOKENS:
+                continue
+            if len(keys) > room:
+                break
+            room -= len(keys)
+            passages.append(Passage(start + exact, start + movable, len(head) + exact, tuple(keys), self._how))
+            contexts.append(context)  # also of one that is there: by the time of its admission it may not be
+        return tuple(passages), contexts
+
+    def _count_exact(self, keys: Seq[bytes]) -> int:
+        """How many of *keys*, from the first on, are in memory or stored."""
+        in_memory = self._scheduler.count_cached(keys)
+        if self._store is None or in_memory == len(keys) or not keys:
+            return in_memory
+        return max(in_memory, self._store.look_up(keys))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def context_sequence(number: int, token_ids: list[int], priority: int, client: str, tenant: str) -> Sequence:
+    """The sequence that computes a passage in a context of its own."""
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    return Sequence(
+        number,
+        token_ids,
+        len(token_ids),
+        params,
+        priority=priority,
+        client=client,
+        tenant=tenant,
+        is_passage=True,
+    )
