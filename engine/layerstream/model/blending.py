@@ -39,11 +39,10 @@ class Blender:
     """
 
     def __init__(self, trace: Trace, modules: Mapping[str, torch.nn.Module]) -> None:
-        layers = [trace.layers[layer] for layer in trace.keepers]
-        turns = [layer.turn for layer in layers]
-        self._of_values = [turn is not None and turn.is_of_values for turn in turns]
-        self._turners = [None if turn is None else Turner(turn, modules[turn.angles]) for turn in turns]
-        self.compared = min(COMPARED, len(layers) - 1)
+        turns = [trace.layers[layer].turn for layer in trace.keepers]
+        turners = {turn: Turner(turn, modules[turn.angles]) for turn in turns if turn is not None}
+        self._turners = [None if turn is None else turners[turn] for turn in turns]
+        self.compared = min(COMPARED, len(turns) - 1)
 
     def begin(self, moves: Mapping[Sequence, Seq[Move]], staying: Mapping[Sequence, int]) -> Blend:
         """For a sweep with *moves*, of whose rows some are *staying*."""
@@ -62,11 +61,7 @@ class Blender:
         source = start - move.distance
         keys, values = state.read(list(move.pages), source, source + stop - start)
         turner = self._turners[number]
-        if turner is None or not move.distance:
-            return keys, values
-        if self._of_values[number]:
-            return keys, turner.turned(values.transpose(0, 1), move.distance).transpose(0, 1)
-        return turner.turned(keys.transpose(0, 1), move.distance).transpose(0, 1), values
+        return (keys, values) if turner is None else turner.moved(keys, values, move.distance)
 
 
 class Blend:

@@ -26,7 +26,7 @@ from layerstream.model.hooks import call_instead
 from layerstream.model.rotary import Formula, find_formula, rotary_functions
 
 MOST_DISTANCES = 64
-"""Whose factors are kept, of a layer: those of a few prompts."""
+"""Whose factors are kept: those of a few prompts."""
 MODULES = ("RotaryEmbedding", "RotaryPositionalEmbedding")
 """How the modules that give angles end, everywhere in transformers."""
 
@@ -63,6 +63,7 @@ class RotaryNotes:
 
     _angles: dict[int, tuple[str, tuple[tuple[str, Any], ...], Any]] = field(default_factory=dict[int, Any])
     _calls: list[_Call] = field(default_factory=list[_Call])
+    _formulas: dict[tuple[Any, ...], Formula | None] = field(default_factory=dict[tuple[Any, ...], Any])
 
     def take(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Turn | None, bool]:
         """How *keys* ``(1, heads, rows, width)``, which are about to be cached beside *values*, were rotated; whether
@@ -129,15 +130,24 @@ class RotaryNotes:
             formula = None
             if known is not None:
                 rest = {name: value for name, value in bound.items() if name not in {*parameters[: at + 2]}}
-                formula = find_formula(own, heads, [cosines, bound["sin"]], rest)
+                formula = self._formula(own, heads, [cosines, bound["sin"]], rest)
             self._calls.append(_Call(formula, None if known is None else known[:2], results))
             return found
 
         return rotate
 
+    def _formula(
+        self, own: FunctionType, heads: Sequence[torch.Tensor], angles: Sequence[torch.Tensor], others: dict[str, Any]
+    ) -> Formula | None:
+        """What *own* does to such heads, found once: layers that rotate alike have one formula."""
+        kinds = own, *((tensor.shape[-1], tensor.dtype) for tensor in (*heads, *angles)), repr(others)
+        if kinds not in self._formulas:
+            self._formulas[kinds] = find_formula(own, heads, angles, others)
+        return self._formulas[kinds]
+
 
 class Turner:
-    """Moves the keys of one layer.
+    """Moves what layers that rotate alike have cached.
 
     Args:
         module: that gives the angles.
@@ -148,25 +158,27 @@ class Turner:
         self._module = module
         self._factors: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
-    def turned(self, keys: torch.Tensor, distance: int) -> torch.Tensor:
-        """*keys* ``(rows, heads, width)`` as they are *distance* positions further on (negative: further ahead).
+    def moved(self, keys: torch.Tensor, values: torch.Tensor, distance: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """*keys* and *values* ``(…, rows, width)`` as they are cached *distance* positions further on (negative:
+        further ahead).
 
         Computed in fp32, returned in their dtype.
         """
         if not distance:
-            return keys
+            return keys, values
+        if self._turn.is_of_values:
+            return keys, self._turned(values, distance)
+        return self._turned(keys, distance), values
+
+    def _turned(self, heads: torch.Tensor, distance: int) -> torch.Tensor:
         direct, of_partner = self._at(distance)
         width = self._turn.width
-        seen = keys[..., :width].float()
-        found = torch.addcmul(seen * direct, self._turn.formula.swapped(seen), of_partner)
-        return (
-            torch.cat([found.to(keys.dtype), keys[..., width:]], dim=-1)
-            if width < keys.shape[-1]
-            else found.to(keys.dtype)
-        )
+        seen = heads[..., :width].float()
+        found = torch.addcmul(seen * direct, self._turn.formula.swapped(seen), of_partner).to(heads.dtype)
+        return found if width == heads.shape[-1] else torch.cat([found, heads[..., width:]], dim=-1)
 
     def _at(self, distance: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(1, 1, width)``: what values are multiplied by, and their partners."""
+        """``(width,)``: what values are multiplied by, and their partners."""
         if distance not in self._factors:
             while len(self._factors) >= MOST_DISTANCES:
                 self._factors.popitem(last=False)
@@ -177,5 +189,5 @@ class Turner:
             direct, of_partner = (part.reshape(2, -1).float() for part in self._turn.formula.factors(angles))
             scale = direct[0]  # at position 0: what else the function multiplies by
             sign = 1 if distance > 0 else -1
-            self._factors[distance] = (direct[1] / scale)[None, None], (sign * of_partner[1] / scale)[None, None]
+            self._factors[distance] = direct[1] / scale, sign * of_partner[1] / scale
         return self._factors[distance]

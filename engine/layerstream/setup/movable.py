@@ -94,13 +94,9 @@ def _cached(model: Any, ids: torch.Tensor, offset: int) -> list[tuple[torch.Tens
 def _moved(
     layer: LayerTrace, cached: tuple[torch.Tensor, torch.Tensor], modules: dict[str, torch.nn.Module]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values = cached
     if layer.turn is None:
         return cached
-    turner = Turner(layer.turn, modules[layer.turn.angles])
-    turned = turner.turned((values if layer.turn.is_of_values else keys)[0].transpose(0, 1), DISTANCE)
-    turned = turned.transpose(0, 1)[None]
-    return (keys, turned) if layer.turn.is_of_values else (turned, values)
+    return Turner(layer.turn, modules[layer.turn.angles]).moved(*cached, DISTANCE)
 
 
 def _off(mine: torch.Tensor, other: torch.Tensor) -> float:
