@@ -513,11 +513,8 @@ class LayerStream:
         """Tokens at the beginning of *prompt* whose KV *tenant* has there, in memory or in the store: what a prefill of
         it would not compute. Whole pages; never the last token."""
         self._home.check()
-        scheduler, store = self._parts.scheduler, self._parts.store
-        keys = scheduler.prefixes.keys_of(self.encode(prompt), Terms(tenant=tenant).tenant)
-        in_memory = scheduler.count_cached(keys)
-        stored = 0 if store is None else store.look_up(keys)
-        return max(in_memory, stored) * self.plan.page_tokens
+        keys = self._parts.scheduler.prefixes.keys_of(self.encode(prompt), Terms(tenant=tenant).tenant)
+        return self._parts.count_cached(keys) * self.plan.page_tokens
 
     @overload
     def warm(

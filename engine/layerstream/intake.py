@@ -104,7 +104,10 @@ class Intake:
         self._numbers = itertools.count()
         self._guard = guard
         self._contexts = Contexts(
-            parts.tokenizer, parts.scheduler, parts.store, f"{parts.config.recompute} {parts.config.recompute_by}"
+            parts.tokenizer,
+            parts.scheduler.pool,
+            parts.count_cached,
+            f"{parts.config.recompute} {parts.config.recompute_by}",
         )
 
     def take(self, prompts: Seq[Prompt], params: SamplingParams, terms: Terms) -> tuple[list[Request], list[Answer]]:

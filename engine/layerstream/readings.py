@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -38,39 +38,53 @@ def read(
         on_done: called with the number of prompts done and of all, after each.
     """
     found: list[np.ndarray] = []
-    size = _wave(most)
-    waves = _waves(prompts, size)
-    running: deque[Request] = deque()
-    try:
-        while running or len(found) < len(prompts):
-            while _has_room(len(running), size, most) and (wave := next(waves, None)) is not None:
-                running.extend(submit(wave))
-            found.append(running[0].result().reading)
-            running.popleft()
+    with _Waves(submit, prompts, most) as waves:
+        while (request := waves.next()) is not None:
+            found.append(request.result().reading)
             if on_done is not None:
                 on_done(len(found), len(prompts))
-        return found
-    except BaseException:
-        _cancel(running)
-        raise
+    return found
 
 
 async def aread(submit: Submit, prompts: Sequence[Prompt], most: int | None = None) -> list[np.ndarray]:
     """As :func:`read`, without blocking the event loop."""
     found: list[np.ndarray] = []
-    size = _wave(most)
-    waves = _waves(prompts, size)
-    running: deque[Request] = deque()
-    try:
-        while running or len(found) < len(prompts):
-            while _has_room(len(running), size, most) and (wave := next(waves, None)) is not None:
-                running.extend(submit(wave))
-            found.append((await running[0]).reading)
-            running.popleft()
-        return found
-    except BaseException:
-        _cancel(running)
-        raise
+    with _Waves(submit, prompts, most) as waves:
+        while (request := waves.next()) is not None:
+            found.append((await request).reading)
+    return found
+
+
+class _Waves:
+    """Hands prompts in, a wave after the other, and gives their requests in order. On an error, or when whoever waits
+    gives up, what is left of them is cancelled."""
+
+    def __init__(self, submit: Submit, prompts: Sequence[Prompt], most: int | None) -> None:
+        self._submit = submit
+        self._rest = iter(prompts)
+        self._most = most
+        self._size = WAVE if most is None else max(1, min(WAVE, most))
+        self._running: deque[Request] = deque()  # the first of them was given out last
+
+    def __enter__(self) -> _Waves:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for request in self._running if kind is not None else ():
+            request.cancel()
+
+    def next(self) -> Request | None:
+        """The next request, the one before being done; ``None``: that was the last."""
+        if self._running:
+            self._running.popleft()
+        while self._has_room() and (wave := list(itertools.islice(self._rest, self._size))):
+            self._running.extend(self._submit(wave))
+        return self._running[0] if self._running else None
+
+    def _has_room(self) -> bool:
+        """Whether one more wave may be handed in beside those that run."""
+        count = len(self._running)
+        return count <= self._size and (self._most is None or count + self._size <= self._most or not count)
 
 
 def normalized(vectors: Sequence[np.ndarray], width: int, *, is_wanted: bool = True) -> np.ndarray:
@@ -113,24 +127,3 @@ def _token_id(token: Any, encode: Callable[[str], list[int]]) -> int:
             f"{shown(token)} is {len(ids)} tokens to this model; expected one: name others, or a token's id"
         )
     return ids[0]
-
-
-def _wave(most: int | None) -> int:
-    """Prompts of a wave, where *most* may wait."""
-    return WAVE if most is None else max(1, min(WAVE, most))
-
-
-def _has_room(num_running: int, size: int, most: int | None) -> bool:
-    """Whether one more wave of *size* may be handed in beside those that run."""
-    return num_running <= size and (most is None or num_running + size <= most or not num_running)
-
-
-def _waves(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
-    rest = iter(prompts)
-    while wave := list(itertools.islice(rest, size)):
-        yield wave
-
-
-def _cancel(requests: Iterable[Request]) -> None:
-    for request in requests:
-        request.cancel()

@@ -20,6 +20,7 @@ Stays = Callable[[Sequence, int], bool]
 @dataclass(slots=True)
 class _Filling:
     num_rows: int
+    is_prompt: bool
     spans: list[Span] = field(default_factory=list[Span])
     rows: list[int] = field(default_factory=list[int])
 
@@ -34,26 +35,21 @@ def blocks_without(blocks: Seq[RowBlock], stays: Stays) -> tuple[list[RowBlock],
     row = 0
     for block in blocks:
         if not block.is_prompt:
-            found.append(_Filling(block.num_rows, list(block.spans), list(range(row, row + block.num_rows))))
+            rows = list(range(row, row + block.num_rows))
+            found.append(_Filling(block.num_rows, is_prompt=False, spans=list(block.spans), rows=rows))
         else:
             for at, span in block.spans_from(row):
                 for part in _staying(span, stays):
                     _fill(found, block, part, at + part.start - span.start)
         row += block.num_rows
-    return [RowBlock(tuple(each.spans), each.num_rows) for each in found], [
-        row for each in found for row in _padded(each)
-    ]
+    rows = [row for each in found for row in _padded(each)]
+    return [RowBlock(tuple(each.spans), each.num_rows) for each in found], rows
 
 
 def _fill(found: list[_Filling], block: RowBlock, span: Span, row: int) -> None:
-    is_open = (
-        bool(found)
-        and bool(found[-1].spans)
-        and found[-1].spans[0].start < found[-1].spans[0].sequence.num_prompt_tokens
-    )
-    room = found[-1].num_rows - len(found[-1].rows) if is_open else 0
-    if len(span) > room:
-        found.append(_Filling(max(block.num_rows, len(span))))
+    last = found[-1] if found and found[-1].is_prompt else None
+    if last is None or len(span) > last.num_rows - len(last.rows):
+        found.append(_Filling(max(block.num_rows, len(span)), is_prompt=True))
     found[-1].spans.append(span)
     found[-1].rows += range(row, row + len(span))
 

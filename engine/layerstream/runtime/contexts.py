@@ -6,16 +6,15 @@ request is admitted; whoever admits it looks again (:mod:`layerstream.scheduling
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 from layerstream.api.params import SamplingParams
 from layerstream.core.passages import Passage
 from layerstream.core.sequence import Sequence
+from layerstream.kv.pages import PagePool
 from layerstream.kv.prefix import page_keys
-from layerstream.scheduling.scheduler import Scheduler
-from layerstream.store.store import PrefixStore
 from layerstream.text.passages import EDGE, LEAST_TOKENS, Heads, find_passages
 
 
@@ -23,13 +22,14 @@ class Contexts:
     """Finds passages in prompts of one model. Any thread may call.
 
     Args:
+        count_cached: how many of some pages, from the first on, need not be computed.
         how: which of their tokens are computed again.
     """
 
-    def __init__(self, tokenizer: Any, scheduler: Scheduler, store: PrefixStore | None, how: str) -> None:
+    def __init__(self, tokenizer: Any, pool: PagePool, count_cached: Callable[[Seq[bytes]], int], how: str) -> None:
         self._tokenizer = tokenizer
-        self._scheduler = scheduler
-        self._store = store
+        self._pool = pool
+        self._count_cached = count_cached
         self._how = how
         self._heads = Heads()
 
@@ -42,13 +42,13 @@ class Contexts:
         A passage that stands where it was computed before, in pages of this very beginning, is none: it is exact. So
         are those that there is no memory for beside the prompt.
         """
-        pool = self._scheduler.pool
+        pool = self._pool
         size, room = pool.page_tokens, pool.num_pages - pool.pages_for(len(token_ids)) - 1
         places = find_passages(token_ids, texts, self._encode)
         if not places:
             return (), []
         head = self._heads.head_of(token_ids, max(0, places[0][0] - EDGE), tenant)
-        num_exact = size * self._count_exact(page_keys(token_ids, size, tenant))
+        num_exact = size * self._count_cached(page_keys(token_ids, size, tenant))
         passages: list[Passage] = []
         contexts: list[list[int]] = []
         for start, stop in places:
@@ -64,13 +64,6 @@ class Contexts:
             passages.append(Passage(start + exact, start + movable, len(head) + exact, tuple(keys), self._how))
             contexts.append(context)  # also of one that is there: by the time of its admission it may not be
         return tuple(passages), contexts
-
-    def _count_exact(self, keys: Seq[bytes]) -> int:
-        """How many of *keys*, from the first on, are in memory or stored."""
-        in_memory = self._scheduler.count_cached(keys)
-        if self._store is None or in_memory == len(keys) or not keys:
-            return in_memory
-        return max(in_memory, self._store.look_up(keys))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

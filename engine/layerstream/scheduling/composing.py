@@ -178,32 +178,21 @@ class Composer:
         Returns:
             The position where they end.
         """
-        start, size = sequence.num_computed, self.limits.chunk_tokens
-        if sequence.tenancy.sources:
-            return self._add_pieces(prompts, sequence)
-        while start < sequence.num_prompt_tokens:
-            stop = min(start // size * size + size, sequence.num_prompt_tokens)
-            if not prompts.has_room(stop - start):
-                break
-            if sequence.is_long and not self._spill.frames(sequence, stop):
-                break  # they are still being written
-            prompts.add(Span(sequence, start, stop))
-            start = stop
-        return start
-
-    def _add_pieces(self, prompts: PromptBlocks, sequence: Sequence) -> int:
-        """As :meth:`_add_chunks`, of a prompt that has passages to be moved."""
         start, free, moves = sequence.num_computed, self._free, list[Move]()
         for piece in self._blending.pieces(sequence, self.limits.chunk_tokens, free):
             if not prompts.has_room(piece.stop - piece.start):
                 break
+            if sequence.is_long and not self._spill.frames(sequence, piece.stop):
+                break  # they are still being written
             prompts.add(Span(sequence, piece.start, piece.stop))
             moves += piece.moves
             start = piece.stop
-            self._free = max(0, self._free - (piece.stop - piece.start))
-        chosen, staying = self._blending.choice(sequence, start, free)
-        if chosen:
-            self._moves[sequence], self._staying[sequence] = chosen, staying
-        elif moves:
-            self._moves[sequence] = moves
+        if sequence.tenancy.sources:
+            computed = start - sequence.num_computed - sum(map(len, moves))
+            self._free = max(0, self._free - computed)
+            chosen, staying = self._blending.choice(sequence, start, free)
+            if chosen:
+                self._staying[sequence] = staying
+            if chosen or moves:
+                self._moves[sequence] = chosen or moves
         return start

@@ -7,6 +7,7 @@ Whatever has something to let go of is handed to one :class:`Closing` as soon as
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,13 @@ class Assembly:
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together."""
         return min(self.plan.facts.context_length, self.scheduler.max_prompt_tokens)
+
+    def count_cached(self, keys: Seq[bytes]) -> int:
+        """How many of the pages *keys*, from the first on, need not be computed: in memory, or stored. Any thread."""
+        in_memory = self.scheduler.count_cached(keys)
+        if self.store is None or in_memory == len(keys):
+            return in_memory
+        return max(in_memory, self.store.look_up(keys))
 
     def close(self) -> None:
         """Write what is to be stored, let go of all files, end all threads. Idempotent; never raises."""
