@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from layerstream import ConfigurationError, LayerStream, PromptTooLong
-from layerstream.situating import Chunked, Situating, rejoin, situate, spans_of, windows_of
+from layerstream.situating import Chunked, Situating, rejoin, spans_of, windows_of
 
 SENTENCES = [f"In year {year} the hall of Brenvik had {year % 7} doors and {year % 11} windows." for year in range(40)]
 DOCUMENT = " ".join(SENTENCES)
@@ -23,6 +23,12 @@ TEXT = st.text("ab \n", max_size=60)
 def engine() -> Iterator[LayerStream]:
     with LayerStream("demo", kv_store=None, progress=False, chunk_tokens=32, speculation="off") as engine:
         yield engine
+
+
+def situate(engine: LayerStream, text: str, chunks: list[str], **options: Any) -> list[str]:
+    """A line for each of *chunks* of the document *text*."""
+    (lines,) = Situating(**options).lines(engine, [Chunked(text, chunks)])
+    return lines
 
 
 def cost(engine: LayerStream, document: str, chunks: list[str]) -> tuple[int, int, list[str]]:

@@ -34,6 +34,8 @@ ENGINE_OPTIONS = frozenset(
      "reuse", "revision", "speculation", "token", "trust_remote_code"}
 )  # fmt: skip
 """What :class:`~layerstream.LayerStream` takes beside the model."""
+TERMS = ("timeout", "priority", "client", "tenant")
+"""On which terms it takes a request: fields of every wrapper."""
 _lock = threading.Lock()
 _loading: dict[str, threading.Lock] = {}
 _engines: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()

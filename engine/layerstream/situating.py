@@ -226,11 +226,5 @@ def rejoin(pieces: Sequence[tuple[str, int | None]]) -> tuple[str, list[int]]:
     return text, starts
 
 
-def situate(engine: Engine, text: str, chunks: Sequence[str], **options: Any) -> list[str]:
-    """A line for each of *chunks* of the document *text*; *options* are those of :class:`Situating`."""
-    (lines,) = Situating(**options).lines(engine, [Chunked(text, chunks)])
-    return lines
-
-
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")

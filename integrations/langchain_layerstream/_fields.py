@@ -12,10 +12,10 @@ from layerstream.api.completion import Completion, openai_logprobs
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
 from layerstream.api.prompt_layout import PromptLayout
 from layerstream.errors import ConfigurationError
-from layerstream.handle import check_call
+from layerstream.handle import TERMS, check_call
 from pydantic import Field, field_validator, model_validator
 
-from langchain_layerstream._source import TERMS, EngineSource
+from langchain_layerstream._source import EngineSource
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
-from layerstream.handle import EngineHandle, check_fields, default_model
+from layerstream.handle import TERMS, EngineHandle, check_fields, default_model
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from langchain_layerstream.retrieved import watch_retrievers
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
-
-TERMS = ("timeout", "priority", "client", "tenant")
 
 
 class EngineSource(BaseModel):

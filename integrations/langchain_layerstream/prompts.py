@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate
-from layerstream.api.prompt_layout import CONTEXT_NAMES, QUESTION_NAMES, context_first_template, variables_of
+from layerstream.api.prompt_layout import CONTEXT_NAMES, QUESTION_NAMES, context_first_template, place_to_swap
 
 Template = TypeVar("Template", bound=BasePromptTemplate)
 
@@ -49,12 +49,9 @@ def context_first(
     """
     if isinstance(prompt, ChatPromptTemplate):
         messages = [_moved(message, question, context) for message in prompt.messages]
-        for at in range(len(messages) - 1):
-            first, second = _text(messages[at]), _text(messages[at + 1])
-            if variables_of(first, question) and variables_of(second, context):
-                if not variables_of(first, context) and not variables_of(second, question):
-                    messages[at], messages[at + 1] = messages[at + 1], messages[at]
-                break
+        at = place_to_swap([_text(message) for message in messages], question, context)
+        if at is not None:
+            messages[at], messages[at + 1] = messages[at + 1], messages[at]
         return prompt.model_copy(update={"messages": messages})
     return _moved(prompt, question, context)
 

@@ -12,7 +12,7 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.embeddings import Embeddings
 from layerstream.ranking.embedder import INSTRUCTION, QUERY_FORM, Embedder
-from layerstream.ranking.reranker import Reranker
+from layerstream.ranking.reranker import Reranker, ranked
 from pydantic import Field
 
 from langchain_layerstream._source import EngineSource, configured_terms
@@ -148,10 +148,7 @@ class LayerStreamReranker(EngineSource, BaseDocumentCompressor):
         )
 
     def _ranked(self, documents: Sequence[Document], scores: Sequence[float]) -> list[Document]:
-        found = sorted(zip(scores, documents, strict=True), key=lambda pair: -pair[0])
-        kept = [
+        return [
             document.model_copy(update={"metadata": {**document.metadata, "relevance_score": score}})
-            for score, document in found
-            if score >= self.min_score
+            for document, score in ranked(documents, scores, self.top_n, self.min_score)
         ]
-        return kept[: self.top_n]

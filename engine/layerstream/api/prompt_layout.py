@@ -15,6 +15,7 @@ already, or does not show it, comes back as it is. So doing it twice is doing it
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -93,6 +94,16 @@ def context_first_template(
 def variables_of(template: str, names: Collection[str]) -> bool:
     """Whether *template* has one of *names*."""
     return _variable(names).search(template) is not None
+
+
+def place_to_swap(texts: Sequence[str], question: Collection[str], context: Collection[str]) -> int | None:
+    """Of the messages of a chat, the first that has the question and stands right before the context's; ``None``: there
+    is none, or one of the two has both."""
+    for at, (first, second) in enumerate(itertools.pairwise(texts)):
+        if variables_of(first, question) and variables_of(second, context):
+            is_apart = not variables_of(first, context) and not variables_of(second, question)
+            return at if is_apart else None
+    return None
 
 
 def _labelled(text: str) -> tuple[int, int, int] | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerstream import readings
 from layerstream.api import arguments
 from layerstream.api.reading import TokenLogits
 from layerstream.errors import ConfigurationError, PromptTooLong
 from layerstream.ranking.forms import RerankForm, fill, form_of
+
+Item = TypeVar("Item")
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
@@ -126,3 +128,11 @@ class Reranker:
 
     def _scores(self, logits: Sequence[Any]) -> list[float]:
         return readings.probabilities(logits, len(self._tokens))[:, 0].tolist()
+
+
+def ranked(
+    items: Iterable[Item], scores: Iterable[float], top_n: int | None, min_score: float
+) -> list[tuple[Item, float]]:
+    """*items* with their *scores*, the best first: *top_n* at most, none below *min_score*."""
+    found = sorted(zip(items, scores, strict=True), key=lambda pair: -pair[1])
+    return [pair for pair in found if pair[1] >= min_score][:top_n]

@@ -33,7 +33,7 @@ from llama_index.llms.layerstream.retrieved import watch_retrievers
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
 from layerstream.api.prompt_layout import PromptLayout, arranged
 from layerstream.errors import ToolError
-from layerstream.handle import EngineHandle, check_call, check_fields, default_model
+from layerstream.handle import TERMS, EngineHandle, check_call, check_fields, default_model
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -50,7 +50,6 @@ _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "logprobs", "top_logprobs",
 )  # fmt: skip
-TERMS = ("timeout", "priority", "client", "tenant")
 _CALL_OPTIONS = frozenset(
     {"max_new_tokens", "tools", "tool_choice", "parallel_tool_calls", "explain_schema", "chat_template_kwargs",
      "top_logprobs", "formatted", "stream", "image_documents", *TERMS}

@@ -12,14 +12,13 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
-from layerstream.handle import EngineHandle, check_fields
+from layerstream.handle import TERMS, EngineHandle, check_fields
 from layerstream.ranking.embedder import INSTRUCTION, QUERY_FORM, Embedder
-from layerstream.ranking.reranker import Reranker
+from layerstream.ranking.reranker import Reranker, ranked
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
 
-_TERMS = ("timeout", "priority", "client", "tenant")
 _AT_ONCE = 256
 
 
@@ -177,10 +176,9 @@ class LayerStreamReranker(BaseNodePostprocessor):
         )
 
     def _ranked(self, nodes: list[NodeWithScore], scores: list[float]) -> list[NodeWithScore]:
-        found = sorted(zip(scores, nodes, strict=True), key=lambda pair: -pair[0])
-        kept = [NodeWithScore(node=node.node, score=score) for score, node in found if score >= self.min_score]
-        return kept[: self.top_n]
+        best = ranked(nodes, scores, self.top_n, self.min_score)
+        return [NodeWithScore(node=node.node, score=score) for node, score in best]
 
 
 def _terms(fields: Any) -> dict[str, Any]:
-    return {name: getattr(fields, name) for name in _TERMS}
+    return {name: getattr(fields, name) for name in TERMS}

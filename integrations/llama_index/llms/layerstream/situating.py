@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from llama_index.core.bridge.pydantic import Field, SerializeAsAny
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
-from llama_index.llms.layerstream.base import TERMS, LayerStreamLLM
+from llama_index.llms.layerstream.base import LayerStreamLLM
 
+from layerstream.handle import TERMS
 from layerstream.situating import INSTRUCTIONS, MAX_TOKENS, Chunked, Situating, rejoin
 
 

@@ -13,7 +13,7 @@ from llama_index.core.prompts import (
     SelectorPromptTemplate,
 )
 
-from layerstream.api.prompt_layout import CONTEXT_NAMES, QUESTION_NAMES, context_first_template, variables_of
+from layerstream.api.prompt_layout import CONTEXT_NAMES, QUESTION_NAMES, context_first_template, place_to_swap
 
 
 def context_first(
@@ -58,10 +58,7 @@ def _moved_messages(messages: list[Any], question: Collection[str], context: Col
             text = context_first_template(message.content, question, context)
             block = message.blocks[0].model_copy(update={"text": text})
             moved[at] = message.model_copy(update={"blocks": [block]})
-    for at in range(len(moved) - 1):
-        first, second = moved[at].content or "", moved[at + 1].content or ""
-        if variables_of(first, question) and variables_of(second, context):
-            if not variables_of(first, context) and not variables_of(second, question):
-                moved[at], moved[at + 1] = moved[at + 1], moved[at]
-            break
+    at = place_to_swap([message.content or "" for message in moved], question, context)
+    if at is not None:
+        moved[at], moved[at + 1] = moved[at + 1], moved[at]
     return moved
