@@ -79,7 +79,7 @@ def measure(model: str, build: Any, variant: Variant, corpus: Corpus, options: a
         return {
             "prompt_tokens": found.prompt_tokens,
             "reused_tokens": sum(usage.cached_tokens for usage in usages),
-            "blended_tokens": sum(getattr(usage, "blended_tokens", 0) for usage in usages),
+            "blended_tokens": sum(usage.blended_tokens for usage in usages),
             "ideal_tokens": found.ideal_tokens,
             "seen_tokens": found.seen_tokens,
             "first_token_seconds": seconds,
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--reuse", choices=("off", "exact", "anywhere"), default="exact")
     parser.add_argument("--seconds", action="store_true", help="show what later questions take")
     parser.add_argument("--memory")
-    parser.add_argument("--chunk-tokens", type=int, help="tokens of a page; the engine's own choice otherwise")
+    parser.add_argument("--chunk-tokens", type=int, help="that attend together; the engine's choice if not given")
     parser.add_argument("--documents", type=int, default=NUM_DOCUMENTS)
     parser.add_argument("--passages", type=int, default=NUM_PASSAGES)
     parser.add_argument("--questions", type=int, default=NUM_QUESTIONS)
@@ -129,7 +129,7 @@ def run(model: str, options: argparse.Namespace) -> None:
     try:
         with fresh_engine(model, options) as engine:
             count, page_tokens = engine.tokenizer, engine.plan.page_tokens
-    except (ConfigurationError, TypeError) as error:
+    except ConfigurationError as error:
         if options.reuse != "anywhere":
             raise
         raise SystemExit(f"this engine does not take reuse='anywhere': {error}") from error

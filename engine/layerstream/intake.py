@@ -192,9 +192,10 @@ class Intake:
         if not params.ignore_eos:
             ends |= self._end_token_ids
 
+        whose = {"priority": terms.priority, "client": terms.client, "tenant": terms.tenant}
         owes = tuple(
-            context_sequence(next(self._numbers), context, terms.priority, terms.client, terms.tenant)
-            for context in contexts
+            context_sequence(next(self._numbers), context, passage, whose)
+            for passage, context in zip(passages, contexts, strict=True)
         )
 
         def make(index: int, kind: Callable[..., Answer] = Answer, **more: Any) -> Answer:
@@ -211,11 +212,9 @@ class Intake:
                     prefix_keys=keys,
                     constraint=self._constraint(own),
                     group=group,
-                    priority=terms.priority,
-                    client=terms.client,
-                    tenant=terms.tenant,
                     passages=passages,
                     owes=owes,
+                    **whose,
                 ),
                 detokenizer=Detokenizer(
                     self._parts.tokenizer, prompt_ids=token_ids, skip_special_tokens=own.skip_special_tokens

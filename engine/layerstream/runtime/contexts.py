@@ -6,7 +6,7 @@ request is admitted; whoever admits it looks again (:mod:`layerstream.scheduling
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -36,8 +36,7 @@ class Contexts:
     def find(
         self, token_ids: Seq[int], texts: Iterable[str], tenant: str = ""
     ) -> tuple[tuple[Passage, ...], list[list[int]]]:
-        """The passages of a prompt of *tenant*, of which *texts* stand in it; and the tokens of contexts that are to be
-        computed.
+        """The passages of a prompt of *tenant*, of which *texts* stand in it; and the tokens of the context of each.
 
         A passage that stands where it was computed before, in pages of this very beginning, is none: it is exact. So
         are those that there is no memory for beside the prompt.
@@ -69,16 +68,12 @@ class Contexts:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def context_sequence(number: int, token_ids: list[int], priority: int, client: str, tenant: str) -> Sequence:
-    """The sequence that computes a passage in a context of its own."""
-    params = SamplingParams(max_tokens=1, temperature=0.0)
-    return Sequence(
-        number,
-        token_ids,
-        len(token_ids),
-        params,
-        priority=priority,
-        client=client,
-        tenant=tenant,
-        is_passage=True,
-    )
+def context_sequence(number: int, token_ids: list[int], passage: Passage, terms: Mapping[str, Any]) -> Sequence:
+    """The sequence that computes *passage* in a context of its own, *token_ids*.
+
+    Args:
+        terms: priority, client and tenant of the prompt that the passage stands in.
+    """
+    params = SamplingParams(max_tokens=1, temperature=0.0)  # none is drawn
+    keys = list(passage.keys)
+    return Sequence(number, token_ids, len(token_ids), params, prefix_keys=keys, is_passage=True, **terms)
