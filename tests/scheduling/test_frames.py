@@ -19,15 +19,15 @@ from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler
 from layerstream.scheduling.verify import verify
 
-PAGE = 8
-LIMITS = SweepLimits(max_tokens=20, chunk_tokens=PAGE, decode_rows=4, prompt_rows=16, max_draft_rows=6)
+PAGE = 4
+LIMITS = SweepLimits(max_tokens=20, chunk_tokens=2 * PAGE, decode_rows=4, prompt_rows=16, max_draft_rows=6)
 
 
 class Memory:
     """What frames hold: the token of each position, as a stand-in for its KV; also the swap that keeps them."""
 
-    def __init__(self, num_pages: int, rng: random.Random | None = None) -> None:
-        self.pages: list[list[int | None]] = [[None] * PAGE for _ in range(num_pages)]
+    def __init__(self, num_pages: int, rng: random.Random | None = None, page_tokens: int = PAGE) -> None:
+        self.pages: list[list[int | None]] = [[None] * page_tokens for _ in range(num_pages)]
         self.kept: dict[int, list[list[int | None]]] = {}
         self.num_rows = 0
         self._rng = rng
@@ -59,14 +59,18 @@ class Memory:
         for _, span in sweep.known_spans():
             sequence = span.sequence
             for position in range(span.start, span.stop):
-                self.pages[sequence.pages[position // PAGE]][position % PAGE] = sequence.token_ids[position]
+                self._put(sequence, position)
                 self.num_rows += 1
-            found = [self.pages[sequence.pages[at // PAGE]][at % PAGE] for at in range(span.stop)]
+            found = [token for page in sequence.pages for token in self.pages[page]][: span.stop]
             assert found == sequence.token_ids[: span.stop], "a row that attends to something else"
 
     def accept(self, sequence: Sequence, count: int) -> None:
         for position in range(sequence.num_computed, sequence.num_computed + count):
-            self.pages[sequence.pages[position // PAGE]][position % PAGE] = sequence.token_ids[position]
+            self._put(sequence, position)
+
+    def _put(self, sequence: Sequence, position: int) -> None:
+        number, within = divmod(position, len(self.pages[0]))
+        self.pages[sequence.pages[number]][within] = sequence.token_ids[position]
 
 
 class Chain:
@@ -119,13 +123,48 @@ def go_on(steward: Steward, memory: Memory, sweep: Sweep) -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=10),
-    st.integers(10, 16),
+    st.integers(20, 32),
     st.booleans(),
     st.randoms(use_true_random=False),
 )
 def test_everybody_finishes_with_what_they_computed(
     requests: list[tuple[int, int, int]], num_pages: int, is_flaky: bool, rng: random.Random
 ) -> None:
+    finish(requests, num_pages, rng, is_flaky=is_flaky)
+
+
+def test_who_was_suspended_waits_for_what_it_shares() -> None:
+    """Its prefix is evicted meanwhile, and somebody else's to compute when it goes on."""
+    memory = Memory(20)
+    steward = make_steward(20, memory)
+    scheduler = steward.scheduler
+    greedy, asked = make(0, 4, 74, 0), make(1, 9, 12, 1)  # greedy needs all twenty pages in the end
+    scheduler.add(greedy)
+    while greedy.num_tokens < greedy.max_num_tokens:
+        if greedy.num_tokens == 56:
+            scheduler.add(asked)
+        sweep = steward.schedule()
+        assert sweep is not None
+        go_on(steward, memory, sweep)
+    assert asked.tenancy.suspension is not None
+    assert scheduler.count_cached(asked.prefix_keys) == 0
+    large, same = make(3, 40, 2, 2), make(4, 9, 2, 1)
+    large.priority = same.priority = 9  # whatever the other has gained by waiting
+    for sequence in (large, same):
+        scheduler.add(sequence)
+    sweep = steward.schedule()
+    assert sweep is not None
+    assert asked.is_prefilled
+    assert asked.pages[:2] == same.pages[:2]
+    assert {span.sequence for _, span in sweep.spans()} == {large}, "the pages that both share are not there yet"
+    while sweep is not None:
+        go_on(steward, memory, sweep)
+        sweep = steward.schedule()
+    assert [sequence.num_output_tokens for sequence in (asked, large, same)] == [12, 2, 2]
+
+
+def finish(requests: list[tuple[int, int, int]], num_pages: int, rng: random.Random, *, is_flaky: bool) -> None:
+    """Ask *requests*, prompt and answer tokens and context of each, and cancel some."""
     memory = Memory(num_pages, rng if is_flaky else None)
     steward = make_steward(num_pages, memory)
     scheduler = steward.scheduler
@@ -144,7 +183,7 @@ def test_everybody_finishes_with_what_they_computed(
             continue
         go_on(steward, memory, sweep)
         for sequence in everyone:
-            if sequence.num_output_tokens and sequence.num_tokens < sequence.max_num_tokens and rng.random() < 0.02:
+            if sequence.num_tokens < sequence.max_num_tokens and sequence not in arriving and rng.random() < 0.02:
                 steward.remove(sequence)
                 everyone.remove(sequence)
                 cancelled.add(sequence)
@@ -157,10 +196,10 @@ def test_everybody_finishes_with_what_they_computed(
 
 
 def test_a_suspended_sequence_computes_nothing_again() -> None:
-    memory = Memory(6)
-    steward = make_steward(6, memory)
+    memory = Memory(12)
+    steward = make_steward(12, memory)
     scheduler = steward.scheduler
-    both = [make(number, 15, 33, number) for number in range(2)]  # six pages each, and there are six
+    both = [make(number, 15, 33, number) for number in range(2)]  # twelve pages each, and there are twelve
     for sequence in both:
         scheduler.add(sequence)
     suspended = False
@@ -176,13 +215,13 @@ def test_a_suspended_sequence_computes_nothing_again() -> None:
 
 
 def test_room_that_was_reserved_and_not_reached_is_given_up_first() -> None:
-    memory = Memory(8)
-    steward = make_steward(8, memory)
+    memory = Memory(16)
+    steward = make_steward(16, memory)
     scheduler = steward.scheduler
     scheduler.add(first := make(0, 4, 60, 0))
     sweep = steward.schedule()
     assert sweep is not None
-    assert len(first.pages) == 8, "as long as nobody else wants them"
+    assert len(first.pages) == 16, "as long as nobody else wants them"
     go_on(steward, memory, sweep)
     scheduler.add(second := make(1, 9, 4, 1))
     sweep = steward.schedule()
@@ -193,8 +232,8 @@ def test_room_that_was_reserved_and_not_reached_is_given_up_first() -> None:
 
 def test_what_is_decided_about_a_suspended_sequence_is_said_page_by_page() -> None:
     """Whoever is asked for the next sweep does nothing of it."""
-    memory = Memory(6)
-    steward = make_steward(6, memory)
+    memory = Memory(12)
+    steward = make_steward(12, memory)
     scheduler = steward.scheduler
     first, second = (make(number, 15, 33, number) for number in range(2))
     for sequence in (first, second):
@@ -210,13 +249,13 @@ def test_what_is_decided_about_a_suspended_sequence_is_said_page_by_page() -> No
             else:
                 assert memory.read(0, decision.first, decision.pages)
         go_on(steward, memory, sweep)
-    assert found == [Suspend(second, (3, 4, 5)), Resume(second, 0, (1, 2, 3))]
+    assert found == [Suspend(second, (7, 8, 9, 10, 11, 6)), Resume(second, 0, (3, 4, 5, 6, 7, 8))]
 
 
 @pytest.mark.parametrize("broken", ["write", "read"])
 def test_what_was_not_kept_is_computed_again(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory(6)
-    steward = make_steward(6, memory)
+    memory = Memory(12)
+    steward = make_steward(12, memory)
     monkeypatch.setattr(memory, broken, lambda *args: False)
     for sequence in (both := [make(number, 15, 33, number) for number in range(2)]):
         steward.scheduler.add(sequence)
@@ -233,8 +272,8 @@ def test_a_fault_in_bringing_pages_back_is_that_sequences_own(monkeypatch: pytes
     def read(*args: object) -> bool:
         raise RuntimeError("a fault")
 
-    memory = Memory(6)
-    steward = make_steward(6, memory)
+    memory = Memory(12)
+    steward = make_steward(12, memory)
     monkeypatch.setattr(memory, "read", read)
     first, second = (make(number, 15, 33, number) for number in range(2))
     for sequence in (first, second):

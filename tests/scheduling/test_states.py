@@ -139,7 +139,7 @@ class World:
     """A scheduler with frames, slots and a store that hold tokens."""
 
     def __init__(self, num_pages: int, num_slots: int, stride: int = 2, rng: random.Random | None = None) -> None:
-        self.memory = Memory(num_pages, rng)
+        self.memory = Memory(num_pages, rng, PAGE)
         self.slots = Slots(num_slots, rng)
         self.store = None if rng is None else Store(self.slots, rng)
         pool = PagePool(num_pages, PAGE)

@@ -246,7 +246,7 @@ class PrefixTable:
     def owners(self, keys: Sequence[Key]) -> list[tuple[int, TokenSequence]]:
         """``(position, owner)`` of those of *keys*, the beginning of a prompt, that are still to be computed."""
         pending: list[tuple[int, TokenSequence]] = []
-        for key in reversed(keys):
+        for key in reversed(keys if self._num_pending else ()):
             entry = self._entries.get(key)
             if entry is not None and entry.is_ready:
                 break

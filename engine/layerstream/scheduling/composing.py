@@ -99,7 +99,7 @@ class Composer:
         self._states.start(running)
         self._moves, self._staying = {}, {}
         self._free = self._budget.free_tokens()
-        ready = [s for s in running if s.is_prefilled and s.num_pending and self._states.may_join(s)]
+        ready = [s for s in running if self._may_decode(s)]
         for sequence in ready:
             self._states.join(sequence, sequence.num_tokens)
         prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
@@ -129,6 +129,15 @@ class Composer:
         self.limits = replace(limits, max_tokens=max_tokens, max_draft_rows=max_draft_rows)
         self._budget.max_draft_rows = max_draft_rows
         return True
+
+    def _may_decode(self, sequence: Sequence) -> bool:
+        """Whether tokens of the answer of *sequence* may be computed, as all before them is there.
+
+        Who was suspended may share pages again that were evicted meanwhile and that another is to compute: they are
+        waited for.
+        """
+        is_due = sequence.is_prefilled and sequence.num_pending > 0
+        return is_due and not self._is_ahead(sequence, {}) and self._states.may_join(sequence)
 
     def _add_prompts(self, prompts: PromptBlocks, running: Seq[Sequence]) -> list[Sequence]:
         """Fill *prompts*; those of *running* whose prompt ends in it."""
