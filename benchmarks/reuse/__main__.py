@@ -21,7 +21,9 @@ a few tokens of no meaning, retrievers search for the user's own question where 
 the agent's decisions are scripted. All prompts are real.
 
 ``--reuse off``: without a store; what is still in memory is reused. ``--reuse anywhere``: passages wherever they stand,
-where the engine can; what was blended has a column of its own.
+where the engine can. Then there are columns for what was blended, passages that were read for that very prompt among
+it, and for what was not computed: passages in contexts of their own count as computed, and so does what is computed
+again.
 
 With ``--seconds``: what a later question takes until its answer begins, from asking the chain on; for a model whose
 sweeps cost something.
@@ -63,6 +65,8 @@ NAMES = {"oracle": "by true popularity"}
 def measure(model: str, build: Any, variant: Variant, corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
     """The questions of *corpus* through what *build* makes, with an empty store."""
     with fresh_engine(model, options) as engine:
+        if options.reuse == "anywhere":
+            engine.trust_reuse()  # what is asked is how much, and a toy's answers agree with nothing
         setting, watch = Setting(engine, corpus, variant), Watch(engine)
         ask = build(setting)
         seconds: list[float] = []
@@ -80,6 +84,7 @@ def measure(model: str, build: Any, variant: Variant, corpus: Corpus, options: a
             "prompt_tokens": found.prompt_tokens,
             "reused_tokens": sum(usage.cached_tokens for usage in usages),
             "blended_tokens": sum(usage.blended_tokens for usage in usages),
+            "spared_tokens": found.prompt_tokens - watch.computed_tokens,
             "ideal_tokens": found.ideal_tokens,
             "seen_tokens": found.seen_tokens,
             "first_token_seconds": seconds,
@@ -95,7 +100,10 @@ def _until_answer(asked: list[Asked], started: float) -> float:
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of the prompt tokens of all *runs*, and the median of later questions."""
     total = {key: sum(run[key] for run in runs) for key in runs[0] if key.endswith("_tokens")}
-    share = {name: total[f"{name}_tokens"] / total["prompt_tokens"] for name in ("reused", "blended", "ideal", "seen")}
+    share = {
+        name: total[f"{name}_tokens"] / total["prompt_tokens"]
+        for name in ("reused", "blended", "spared", "ideal", "seen")
+    }
     later = [value for run in runs for value in run["first_token_seconds"][1:]]
     return {
         **share,
@@ -158,13 +166,16 @@ def run(model: str, options: argparse.Namespace) -> None:
             shown.append("-" if figures["of_ideal"] is None else f"{figures['of_ideal']:.2f}")
             shown.append(f"{100 * figures['seen']:.0f} %")
             if options.reuse == "anywhere":
-                shown.append(f"{100 * figures['blended']:.0f} %")
+                shown += [f"{100 * figures['blended']:.0f} %", f"{100 * figures['spared']:.0f} %"]
+                shown.append(f"{figures['spared'] / figures['seen']:.2f}")
             if options.seconds:
                 shown.append("-" if figures["later_seconds"] is None else f"{figures['later_seconds']:.2f}")
             rows.append(shown)
             print(*shown, sep=" | ", flush=True)
     columns = ["pipeline", "passages", "reused", "ideal prefix", "reused / ideal", "seen anywhere"]
-    columns += ["blended"] * (options.reuse == "anywhere") + ["later: s"] * options.seconds
+    columns += ["blended", "not computed", "not computed / seen"] * (options.reuse == "anywhere") + [
+        "later: s"
+    ] * options.seconds
     note = f"pages of {page_tokens} tokens, {options.questions} questions, {options.seeds} corpora"
     bench.show(f"Prompt tokens reused, {options.model}, reuse={options.reuse}", columns, rows, note)
     payload = {"model": options.model, "reuse": options.reuse, "page_tokens": page_tokens, "rows": results}

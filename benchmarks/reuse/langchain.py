@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Annotated, Any, TypedDict
 
 from langchain_classic.chains import create_history_aware_retriever, create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import create_retriever_tool
 from langchain_layerstream import add_new_passages, rag_prompt
@@ -43,11 +47,20 @@ REPHRASE = ChatPromptTemplate.from_messages(
 AGENT = "You are an assistant. Look passages up with your tool before you answer a question about the institutions."
 
 
+class Found(BaseRetriever):
+    """What a function finds, whatever is asked."""
+
+    find: Callable[[], list[Document]]
+
+    def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[Document]:
+        return self.find()
+
+
 def retrieval_chain(setting: Setting, prompt: ChatPromptTemplate | None = None) -> Ask:
     """``create_retrieval_chain`` around ``create_stuff_documents_chain``."""
     prompt = prompt or rag_prompt()
     order = setting.document_order(prompt)
-    retrieve = RunnableLambda(lambda inputs: order(setting.find_documents()))
+    retrieve = RunnableLambda(itemgetter("input")) | Found(find=setting.find_documents) | RunnableLambda(order)
     chain = create_retrieval_chain(retrieve, create_stuff_documents_chain(setting.llm, prompt))
     return lambda question: chain.invoke({"input": question})
 
@@ -61,7 +74,7 @@ def history_aware(setting: Setting, turns: int = 5) -> Ask:
     """``create_history_aware_retriever``: the model rewrites the question, then answers. Conversations of *turns*."""
     prompt = rag_prompt(history=True)
     order = setting.document_order(prompt)
-    retrieve = RunnableLambda(lambda query: order(setting.find_documents()))
+    retrieve = Found(find=setting.find_documents) | RunnableLambda(order)
     aware = create_history_aware_retriever(setting.llm, retrieve, REPHRASE)
     chain = create_retrieval_chain(aware, create_stuff_documents_chain(setting.llm, prompt))
     history: list[AnyMessage] = []
@@ -82,7 +95,7 @@ def agent(setting: Setting, turns: int = 1) -> Ask:
     included, and so are the tokens that they take.
     """
     tool = create_retriever_tool(
-        RunnableLambda(lambda query: setting.find_documents()),  # type: ignore[arg-type]
+        Found(find=setting.find_documents),
         "look_up",
         "Passages about an institution.",
         response_format="content_and_artifact",

@@ -17,6 +17,7 @@ from langchain_core.documents import Document
 from langchain_layerstream import ChatLayerStream, StablePrefixOrder, WarmPrefixes
 from layerstream import KVStoreConfig, LayerStream
 from layerstream.api.request import Request
+from layerstream.core.sweep import Sweep
 from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 from llama_index.llms.layerstream import LayerStreamLLM
 from llama_index.llms.layerstream import StablePrefixOrder as NodeOrder
@@ -44,10 +45,11 @@ class Asked:
 
 @dataclass
 class Watch:
-    """Notes every prompt that is handed to *engine*."""
+    """Notes every prompt that is handed to *engine*, and how many tokens of prompts it computes for them."""
 
     engine: LayerStream
     asked: list[Asked] = field(default_factory=list)
+    computed_tokens: int = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -61,11 +63,20 @@ class Watch:
                 self.asked.append(Asked(self.engine.encode(prompt), at, request))
             return requests
 
+        scheduler = self.engine._parts.scheduler
+        commit = scheduler.commit
+
+        def counting(sweep: Sweep) -> Any:
+            for _, span in sweep.known_spans():
+                self.computed_tokens += max(0, min(span.stop, span.sequence.num_prompt_tokens) - span.start)
+            return commit(sweep)
+
         self.engine._submit = noting  # type: ignore[method-assign]
+        scheduler.commit = counting  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del self.engine._submit  # the class's own is there again
+            del self.engine._submit, scheduler.commit  # the classes' own are there again
 
 
 @dataclass

@@ -51,9 +51,10 @@ class Contexts:
         passages: list[Passage] = []
         contexts: list[list[int]] = []
         for start, stop in places:
-            context = [*head, *token_ids[start:stop], token_ids[min(stop, len(token_ids) - 1)]]
+            context = [*head, *token_ids[start:stop]]
+            context += [context[-1]] * (-len(context) % size + 1)  # up to the end of a page, and one that is not kept
             keys = page_keys(context, size, tenant)
-            movable = len(keys) * size - len(head)
+            movable = stop - start
             exact = max(0, num_exact - start)  # of the passage: there as they stand
             if movable - exact < LEAST_TOKENS:
                 continue
