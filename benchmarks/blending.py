@@ -24,7 +24,7 @@ from benchmarks import bench
 from benchmarks.reader.facts import Sheet, draw_question, draw_sentences, draw_sheets, render_document
 
 RETRIEVED = 4
-SHARES: tuple[float, ...] = (0.05, 0.15, 0.3)
+SHARES: tuple[float, ...] = (0.05, 0.15, 0.3, 0.6)
 PARAMS = SamplingParams(max_tokens=24, temperature=0.0, logprobs=1)
 
 
@@ -40,12 +40,7 @@ class Asked:
 def draw(num_questions: int, num_documents: int) -> list[Asked]:
     """Questions about held-out documents."""
     rng = random.Random("held out, blended")
-    documents: list[tuple[Sheet, str]] = []
-    while len(documents) < num_documents:
-        for sheet in draw_sheets(rng, 24):
-            text = render_document(sheet.entity, draw_sentences(sheet.facts, rng), rng)
-            if len(sheet.facts) >= 5 and len(documents) < num_documents:
-                documents.append((sheet, text))
+    documents = draw_documents(rng, num_documents)
     asked = []
     for _ in range(num_questions):
         chosen = rng.sample(documents, RETRIEVED)
@@ -54,6 +49,17 @@ def draw(num_questions: int, num_documents: int) -> list[Asked]:
         texts = tuple(text for _, text in chosen)
         asked.append(Asked(QUESTION_PROMPT.format(context="\n\n".join(texts), question=question), texts, answer))
     return asked
+
+
+def draw_documents(rng: random.Random, count: int) -> list[tuple[Sheet, str]]:
+    """*count* documents of 100 to 250 tokens."""
+    documents: list[tuple[Sheet, str]] = []
+    while len(documents) < count:
+        for sheet in draw_sheets(rng, 24):
+            text = render_document(sheet.entity, draw_sentences(sheet.facts, rng), rng)
+            if len(sheet.facts) >= 5 and len(documents) < count:
+                documents.append((sheet, text))
+    return documents
 
 
 def answer(asked: Sequence[Asked], **options: Any) -> dict[str, Any]:
