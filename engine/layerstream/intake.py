@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Any
 
 from layerstream.api import arguments
@@ -19,6 +18,7 @@ from layerstream.api.home import Home
 from layerstream.api.params import SamplingParams, derive_seed
 from layerstream.api.reading import HiddenState, Reading, TokenLogits
 from layerstream.api.request import Request
+from layerstream.api.terms import MOST_PRIORITY, Terms
 from layerstream.chat.turn import TurnMaker
 from layerstream.core.constraint import Constraint
 from layerstream.core.sequence import BeamGroup, Sequence
@@ -42,32 +42,6 @@ logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 30 * 60  # the default max_tokens fits in this much time
 DEFAULT_MAX_TOKENS = 256
 MIN_DEFAULT_MAX_TOKENS = 16
-MOST_PRIORITY = 10**6
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """On which terms a request is taken: seconds until it is given up, its place in the queue, whose it is, and which
-    texts in its prompt other prompts have as well.
-
-    Raises:
-        ConfigurationError: one of them cannot be meant; names it.
-    """
-
-    timeout: float | None = None
-    priority: int = 0
-    client: str = ""
-    tenant: str = ""
-    passages: Seq[str] | None = ()
-
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "timeout", arguments.seconds("timeout", self.timeout, above_zero=True))
-        set_(self, "priority", arguments.whole_number("priority", self.priority, -MOST_PRIORITY, MOST_PRIORITY))
-        set_(self, "client", arguments.text("client", self.client))
-        set_(self, "tenant", arguments.text("tenant", self.tenant))
-        if self.passages is not None:
-            set_(self, "passages", arguments.texts("passages", self.passages))
 
 
 class Intake:

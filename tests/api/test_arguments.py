@@ -141,12 +141,12 @@ def test_every_argument_is_checked_at_the_call_and_nobody_else_suffers(
      "revision", "token", "allow_untested", "progress", "kv_store"],
 )  # fmt: skip
 def test_every_option_of_the_engine(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerstream import engine as module
+    from layerstream.front import opened
 
     def stop_here(*_: object) -> None:
         raise LayerStreamError("all options are checked before anything is opened")
 
-    monkeypatch.setattr(module, "run_apart", stop_here)
+    monkeypatch.setattr(opened, "run_apart", stop_here)
     for value in STRANGE:
         with pytest.raises(LayerStreamError):
             LayerStream(**{"model": folder, "progress": False, name: value})

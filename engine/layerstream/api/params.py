@@ -158,7 +158,11 @@ _HABITS = {
 """What others call a field, and what it is here."""
 
 
-def as_params(params: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:
+Params = SamplingParams | Mapping[str, Any] | None
+"""Sampling parameters, a dict of their fields, or ``None`` for the model's own."""
+
+
+def as_params(params: Params) -> SamplingParams:
     """What a caller means by *params*: parameters, a dict of their fields, or ``None`` for the model's own.
 
     Raises:
