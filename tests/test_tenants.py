@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layerstream import ConfigurationError, KVStoreConfig, LayerStream, SamplingParams
-from layerstream.kv.prefix import page_keys
+from layerstream.kv.keys import page_keys
 from layerstream.store.answers import note, places
 
 from tests.harness import budget_for, draw_prompt, shrink_units

@@ -23,7 +23,7 @@ from layerstream.chat.turn import TurnMaker
 from layerstream.core.constraint import Constraint
 from layerstream.core.sequence import BeamGroup, Sequence
 from layerstream.errors import ConfigurationError, UnsupportedModel
-from layerstream.kv.prefix import page_keys
+from layerstream.kv.keys import page_keys
 from layerstream.runtime.answer import Answer
 from layerstream.runtime.beams import BeamAnswer, largest
 from layerstream.runtime.contexts import Contexts, context_sequence

@@ -11,8 +11,8 @@ from layerstream.api.params import SamplingParams
 from layerstream.core.passages import Passage
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
+from layerstream.kv.keys import page_keys
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import page_keys
 from layerstream.scheduling.blending import Recompute
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler

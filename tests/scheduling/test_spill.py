@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from layerstream import KVStoreConfig, LayerStream, PromptTooLong, SamplingParams, StorageFull
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import Sweep
+from layerstream.kv.keys import page_keys
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import Published, Stored, page_keys
+from layerstream.kv.stored import Published, Stored
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_host
 from layerstream.runtime.steward import Steward

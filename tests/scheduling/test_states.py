@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from layerstream.api.params import SamplingParams
 from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import StateRoute, Sweep
+from layerstream.kv.keys import snapshot_key
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import Published, PublishedState, Stored, snapshot_key
+from layerstream.kv.stored import Published, PublishedState, Stored
 from layerstream.runtime.steward import Steward
 from layerstream.scheduling.packing import SweepLimits
 from layerstream.scheduling.scheduler import Scheduler

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from layerstream.kv.prefix import snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.store import segment
 from layerstream.store.index import Index
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Sequence
 
-from layerstream.kv.prefix import Published
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.shape import PageShape
 from layerstream.kv.state import LayerState, PageMemory
+from layerstream.kv.stored import Published
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS

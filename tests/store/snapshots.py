@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from layerstream.core.sweep import PageLoad
 from layerstream.hardware.reader import DirectReader
-from layerstream.kv.prefix import Published, PublishedState, snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.shape import StatePart, StateShape
 from layerstream.kv.state import LayerState, PageMemory
+from layerstream.kv.stored import Published, PublishedState
 from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS
 from layerstream.store.loader import PageLoader

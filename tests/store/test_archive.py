@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from layerstream.errors import KVStoreUnusable, StorageFull
 from layerstream.hardware.reader import DirectReader
-from layerstream.kv.prefix import snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.store import archive, maintenance
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.tiers.folder import Bounds, StoreFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream.kv.prefix import snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.store.eviction import Candidate, choose_victims
 from layerstream.store.tiers.folder import Bounds
 from layerstream.store.tiers.local import FOOTER_ALLOWANCE

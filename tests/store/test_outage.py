@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layerstream.kv.prefix import PublishedState, Stored
 from layerstream.kv.recurrent import RecurrentLayer
+from layerstream.kv.stored import PublishedState, Stored
 from layerstream.store import connection
 from layerstream.store.choice import Rates
 from layerstream.store.codecs import CODECS

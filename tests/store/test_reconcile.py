@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from layerstream.kv.prefix import snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.store import maintenance
 from layerstream.store.answers import Answers, RememberedAnswer
 from layerstream.store.database import IndexReplaced

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layerstream.kv.prefix import PublishedState, Stored, snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.kv.shape import StatePart, StateShape
+from layerstream.kv.stored import PublishedState, Stored
 from layerstream.store import leases
 from layerstream.store.choice import Rates
 from layerstream.store.leases import LEASE_SECONDS

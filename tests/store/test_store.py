@@ -13,7 +13,7 @@ import pytest
 import torch
 from layerstream import KVStoreConfig, KVStoreUnusable, LayerStream, SamplingParams
 from layerstream.core.sizes import PAGE
-from layerstream.kv.prefix import page_keys, snapshot_key
+from layerstream.kv.keys import page_keys, snapshot_key
 from layerstream.planner import facts as assumed
 from layerstream.planner import on_host
 from layerstream.setup.assembly import Assembly, assemble
@@ -493,7 +493,7 @@ class TestDamage:
     @staticmethod
     def flip(store: KVStoreConfig, page: int, layer: int) -> None:
         """One bit of page *page* of the prompt, in *layer*."""
-        from layerstream.kv.prefix import page_keys
+        from layerstream.kv.keys import page_keys
         from layerstream.store.segment import padded, read_info
 
         key = page_keys(QUESTIONS[0], PAGE_TOKENS)[page]

@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from layerstream.kv.prefix import SpillStore, snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.kv.recurrent import RecurrentLayer
+from layerstream.kv.stored import SpillStore
 from layerstream.store.store import PrefixStore
 
 from tests.scheduling.test_spill import FakeStore

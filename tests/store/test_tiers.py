@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from layerstream.kv.prefix import snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.store.tiers.base import Tier
 
 from tests.store.memory_tier import MemoryTier

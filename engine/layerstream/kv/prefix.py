@@ -1,13 +1,11 @@
 """Which pages hold which prefixes, so that no prefix is computed twice: pure accounting, no tensors.
 
-A *page key* is SHA-256(parent key ‖ token ids of the page); the first page's parent is empty, or follows from the
-tenant that the prompt belongs to. Equal keys therefore mean equal tokens from position 0 on and the same tenant, and
-the key of a page says all that its KV depends on, but for the model and its arithmetic, which a store's namespace
-stands for. Only whole pages of a prompt, computed as prefill, are entered; what decoding wrote never is.
+A page is known by its key (:mod:`layerstream.kv.keys`), which says all tokens from position 0 on. Only whole pages of a
+prompt, computed as prefill, are entered; what decoding wrote never is.
 
 A page is what is shared, and smaller than a *chunk*, what attends together: a sequence that begins behind shared pages
 may begin inside a chunk, and its rows have the bits that they would have had if all of it had been computed
-(:mod:`layerstream.model.attention`). Pages of a prompt whose passages were moved have keys of their own.
+(:mod:`layerstream.model.attention`).
 
 States of an entry, and who holds its page:
 
@@ -33,107 +31,18 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from layerstream.core.passages import Passage
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import PageLoad
+from layerstream.kv.keys import Key, page_keys
 from layerstream.kv.pages import PagePool
-
-Key = bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What a store has of a prefix: pages to load now, and pages that it is faster to compute again.
-
-    Of a model with recurrent layers, ``snapshot`` is the number of pages at whose end it has their states, 0: nowhere;
-    ``num_known`` how many pages in a row some prompt has had before: they are in memory or stored.
-    """
-
-    num_pages: int
-    num_declined: int
-    snapshot: int = 0
-    num_known: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """Consecutive pages that were just computed; ``parent`` is the key before the first.
-
-    ``is_spilled``: their sequence goes on only when they are stored.
-    """
-
-    keys: tuple[Key, ...]
-    parent: Key
-    pages: tuple[int, ...]
-    is_spilled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedState:
-    """The states of recurrent layers after the page *key*, in *slot*; computing from the last snapshot to there took
-    *num_tokens* tokens."""
-
-    key: Key
-    slot: int
-    num_tokens: int
-
-
-class SpillStore(Protocol):
-    """What the scheduler asks of a store. Nothing here raises, or waits for more than a moment.
-
-    ``can_spill`` and what follows are for sequences whose pages do not fit the memory.
-    """
-
-    def take(self, keys: Sequence[Key], start: int, resumable: int | None = None) -> Stored | None:
-        """What is there of ``keys[start:]``; ``None``: not known yet, or another process is at it: ask again later.
-
-        Args:
-            resumable: of a model with recurrent layers, the number of pages at whose end their states are at hand. What
-                is there beyond then counts up to the last page whose states are there as well (``Stored.snapshot``).
-        """
-        ...
-
-    def collect_slots(self) -> list[int]:
-        """Slots of states that were published and that need not be held any longer."""
-        ...
-
-    def give_back_slots(self) -> list[int]:
-        """Slots that can be had by not storing what is in them."""
-        ...
-
-    def abandon(self, keys: Sequence[Key]) -> None:
-        """*keys* are not going to be computed."""
-        ...
-
-    def collect(self) -> list[int]:
-        """Frames that ``publish`` was given and that need not be held any longer."""
-        ...
-
-    def give_back(self) -> list[int]:
-        """Frames that can be had by not storing what is in them."""
-        ...
-
-    @property
-    def can_spill(self) -> bool | None:
-        """Whether it takes pages; ``None``: not known yet."""
-        ...
-
-    def count_stored(self, keys: Sequence[Key]) -> int:
-        """How many of *keys*, from the first on, are stored as far as was seen: asked for, or written here."""
-        ...
-
-    def has_given_up(self, key: Key) -> bool:
-        """Whether page *key*, whose sequence waits for it, could not be stored since it was published last."""
-        ...
+from layerstream.kv.stored import Published
 
 
 class Inherited(NamedTuple):
@@ -435,35 +344,6 @@ class PrefixTable:
             parent = self._entries[entry.parent]
             parent.num_children -= 1
             self._queue(parent)
-
-
-def page_keys(
-    token_ids: Sequence[int], page_tokens: int, tenant: str = "", passages: Sequence[Passage] = ()
-) -> list[Key]:
-    """Keys of the whole pages of *token_ids*, the last token left out, of *tenant*; empty: the engine's own.
-
-    Where *passages* are moved, pages from the first of their tokens on have keys that no prompt has which was computed
-    as it stands: they say what was moved, and from where.
-    """
-    keys: list[Key] = []
-    parent = tenant_key(tenant)
-    for start in range(0, (len(token_ids) - 1) // page_tokens * page_tokens, page_tokens):
-        moved = [passage for passage in passages if passage.start < start + page_tokens and start < passage.stop]
-        blended = "".join(f"moved {part.start} {part.stop} {part.source} {part.how};" for part in moved).encode()
-        page = array("q", token_ids[start : start + page_tokens]).tobytes()
-        parent = hashlib.sha256(parent + page + blended).digest()
-        keys.append(parent)
-    return keys
-
-
-def tenant_key(tenant: str) -> Key:
-    """What the first page of *tenant*'s prompts has for a parent; of the engine's own it is empty."""
-    return hashlib.sha256(b"tenant" + tenant.encode(errors="surrogatepass")).digest() if tenant else b""
-
-
-def snapshot_key(key: Key) -> Key:
-    """Under which the states of recurrent layers after the page *key* are stored."""
-    return hashlib.sha256(b"state" + key).digest()
 
 
 def _holds(sequence: TokenSequence, entry: Entry) -> bool:

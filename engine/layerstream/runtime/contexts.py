@@ -13,8 +13,8 @@ from typing import Any
 from layerstream.api.params import SamplingParams
 from layerstream.core.passages import Passage
 from layerstream.core.sequence import Sequence
+from layerstream.kv.keys import page_keys
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import page_keys
 from layerstream.text.passages import EDGE, LEAST_TOKENS, Heads, find_passages
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from layerstream.core.sequence import Sequence
-from layerstream.kv.prefix import Key, PrefixTable, SpillStore, Stored
+from layerstream.kv.keys import Key
+from layerstream.kv.prefix import PrefixTable
+from layerstream.kv.stored import SpillStore, Stored
 from layerstream.scheduling.states import States
 
 

@@ -19,7 +19,8 @@ from collections.abc import Sequence as Seq
 from layerstream.core.sequence import Sequence
 from layerstream.core.tenancy import Suspension
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import PrefixTable, SpillStore
+from layerstream.kv.prefix import PrefixTable
+from layerstream.kv.stored import SpillStore
 from layerstream.scheduling.decisions import Decision, Forget, Resume, Suspend
 
 LOOK_AHEAD_TOKENS = 32  # room for guesses, where frames are free

@@ -35,7 +35,8 @@ from layerstream.core.sweep import Sweep
 from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import PrefixTable, Published, PublishedState, SpillStore, Stored
+from layerstream.kv.prefix import PrefixTable
+from layerstream.kv.stored import Published, PublishedState, SpillStore, Stored
 from layerstream.scheduling.beginnings import Beginnings
 from layerstream.scheduling.blending import Blending, Recompute
 from layerstream.scheduling.budget import ExpertLoad, SweepBudget

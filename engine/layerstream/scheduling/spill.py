@@ -30,8 +30,9 @@ from layerstream.core.sequence import Sequence
 from layerstream.core.sweep import PageLoad
 from layerstream.core.tenancy import Tenancy
 from layerstream.errors import StorageFull
+from layerstream.kv.keys import Key
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import Key, Published, SpillStore
+from layerstream.kv.stored import Published, SpillStore
 from layerstream.scheduling.beginnings import Beginnings
 from layerstream.scheduling.decisions import Decision, Hold, LetGo
 

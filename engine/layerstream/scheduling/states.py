@@ -34,8 +34,9 @@ from dataclasses import dataclass
 
 from layerstream.core.sequence import Sequence as TokenSequence
 from layerstream.core.sweep import PageLoad, StateRoute, Sweep
+from layerstream.kv.keys import Key, snapshot_key
 from layerstream.kv.pages import PagePool
-from layerstream.kv.prefix import Key, PublishedState, SpillStore, snapshot_key
+from layerstream.kv.stored import PublishedState, SpillStore
 
 SLOTS_EACH = 2  # of a sequence that runs: the state that was committed, and the next one
 SLOTS_STEPPING_BACK = 4  # of one that steps back: also the state before its newest token, of this sweep and of the last

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from layerstream.kv.prefix import snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.store.connection import Question, TierConnection
 from layerstream.store.offers import Found, Snapshot, Wanted
 from layerstream.store.segment import Key

@@ -8,7 +8,7 @@ Layer-major, so that one layer of consecutive pages is one contiguous read, and 
     footer:  JSON, then a trailer of fixed size: magic, version, CRC-32 and length of the JSON
 
 A *snapshot*, the states of recurrent layers after a page, is a segment of one page of one token: its key follows from
-the page's (:func:`~layerstream.kv.prefix.snapshot_key`), and that page is its parent.
+the page's (:func:`~layerstream.kv.keys.snapshot_key`), and that page is its parent.
 
 The footer says all that is needed to use the pages, and the index can be rebuilt from it: namespace, keys, the parent
 of the first page, shapes, codec, and a CRC-32 for every page-layer. A segment is written under a temporary name,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerstream.kv.prefix import Published, PublishedState, snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.shape import PageShape
+from layerstream.kv.stored import Published, PublishedState
 from layerstream.kv.swap import Swapped
 from layerstream.store.codecs import CODECS, PageCodec
 from layerstream.store.segment import SNAPSHOT_TOKENS, padded
@@ -20,7 +21,7 @@ from layerstream.store.tiers.base import NewPages
 class PageSource:
     """Pages of *page_tokens* tokens of all *layers*; without layers they have no bytes, and there is nothing to write.
 
-    What is read of a layer is not changed while it is (:class:`~layerstream.kv.prefix.Published`).
+    What is read of a layer is not changed while it is (:class:`~layerstream.kv.stored.Published`).
     """
 
     def __init__(self, layers: Sequence[Swapped], page_tokens: int, codec: PageCodec) -> None:

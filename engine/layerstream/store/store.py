@@ -45,9 +45,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from layerstream.kv.prefix import Published, PublishedState, Stored, snapshot_key
+from layerstream.kv.keys import snapshot_key
 from layerstream.kv.recurrent import RecurrentLayer
 from layerstream.kv.state import LayerState
+from layerstream.kv.stored import Published, PublishedState, Stored
 from layerstream.store.answers import note, places
 from layerstream.store.choice import Rates, load_seconds, recompute_seconds
 from layerstream.store.codecs import PageCodec

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from layerstream.kv.prefix import Published, PublishedState
+from layerstream.kv.stored import Published, PublishedState
 from layerstream.store.answers import RememberedAnswer
 
 MOST_ANSWERS = 1000  # that wait to be written; the oldest are dropped

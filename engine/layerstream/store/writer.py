@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from layerstream.kv.prefix import Published, PublishedState, snapshot_key
+from layerstream.kv.keys import snapshot_key
+from layerstream.kv.stored import Published, PublishedState
 from layerstream.store.answers import RememberedAnswer
 from layerstream.store.connection import STORE_ERRORS, TierConnection
 from layerstream.store.counters import StoreCounters

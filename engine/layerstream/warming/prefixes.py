@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from layerstream.api.request import Request
 from layerstream.errors import ConfigurationError, PromptTooLong
-from layerstream.kv.prefix import page_keys
+from layerstream.kv.keys import page_keys
 from layerstream.planner import Plan
 from layerstream.text.prompt import QUESTION_PROMPT, Prompt
 
