@@ -192,7 +192,7 @@ def test_close_does_not_raise_whatever_is_broken(folder: Path, monkeypatch: pyte
 
 
 def test_a_constructor_that_fails_leaves_no_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layerstream import engine as module
+    from layerstream.front import opened as module
 
     before = threading.active_count()
     poisoned(module.Intake, "__init__", lambda args: True, monkeypatch)
