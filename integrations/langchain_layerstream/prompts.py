@@ -41,7 +41,9 @@ def context_first(
     and the like share nothing between questions, however long the context is that both have.
 
     Lines are moved, and nothing is rewritten; of a chat, a message with the question goes behind the message with the
-    context that follows it. What cannot be decided (both on one line, one of them twice) comes back as it is.
+    context that follows it. Of a prompt with examples (``FewShotPromptTemplate``) the suffix is moved, which has the
+    real question; examples stay as they are. What cannot be decided (both on one line, one of them twice) comes back as
+    it is.
 
     Args:
         question: names that the question may have among the variables.
@@ -63,10 +65,12 @@ def _text(message: Any) -> str:
 
 
 def _moved(message: Any, question: Collection[str], context: Collection[str]) -> Any:
-    text = _text(message)
-    moved = context_first_template(text, question, context)
-    if moved == text:
-        return message
-    if hasattr(message, "prompt"):
-        return message.model_copy(update={"prompt": message.prompt.model_copy(update={"template": moved})})
-    return message.model_copy(update={"template": moved})
+    """A message, a prompt, or the text of a template."""
+    if isinstance(message, str):
+        return context_first_template(message, question, context)
+    for name in ("prompt", "suffix", "template"):  # of a message; behind examples; of a prompt
+        inner = getattr(message, name, None)
+        if isinstance(inner, str | BasePromptTemplate):
+            moved = _moved(inner, question, context)
+            return message if moved == inner else message.model_copy(update={name: moved})
+    return message

@@ -46,9 +46,8 @@ def test_without_labels_or_names_nothing_changes(first: str, second: str) -> Non
 def test_the_hub_s_prompt() -> None:
     moved = context_first_template(HUB)
     assert moved.endswith("concise.\nContext: {context} \nQuestion: {question} \nAnswer:")
-    for context in (LONG, LONG + "\nQuestion: is it?\nContext: none\nAnswer: no", LONG + "\nAnswer:"):
-        values = {"question": "Who leads Brenvik?", "context": context}
-        assert context_first(HUB.format(**values)) == moved.format(**values), "the text as the template"
+    values = {"question": "Who leads Brenvik?", "context": LONG}
+    assert context_first(HUB.format(**values)) == moved.format(**values), "the text as the template"
 
 
 @pytest.mark.parametrize(
@@ -94,10 +93,61 @@ def test_names_of_ones_own() -> None:
         f"The Question: who?\n{LONG}",
         f"A question: who?\nMy context: {LONG}",
         LONG,
+        f"Question: who?\nContext: {LONG}\nQuestion: is it?\nContext: none\nAnswer: no\nAnswer:",
+        f"Question: who?\nContext: {LONG}\nSources: none\nAnswer:",
+        f"Question: 2 + 2?\nAnswer: 4\n\nWho leads it?\nContext: {LONG}\nAnswer:",
+        f"Question: 2 + 2?\nContext: a sum of numbers is asked\nAnswer: 4\n\nWho leads it? {LONG}",
+        f"Question: who?\nContext: {LONG}\nAnswer: Let's think step by step.",
     ],
 )
 def test_texts_that_stay(text: str) -> None:
     assert context_first(text) == text
+
+
+LINES = st.lists(
+    st.sampled_from(
+        ["word word word", "7", "Question: x", "**Query**: y", "Context: z and more of it", "# Sources: none",
+         "Answer:", "Answer: 4", "Helpful answer: no", "Response: r", "", "- item: 1", "my question: why"]
+    ),
+    max_size=4,
+).map("\n".join)  # fmt: skip
+EXAMPLES = st.lists(st.tuples(LINES, LINES | st.none(), LINES | st.none()), max_size=3)
+
+
+@given(
+    examples=EXAMPLES,
+    question=LINES,
+    context=LINES | st.just(LONG),
+    tail=st.sampled_from(["", "\nAnswer:", " \nHelpful Answer: ", "\n\nSay it in French."]),
+    labels=st.sampled_from([("Question:", "Context:"), ("# Query:", "Documents:"), ("**Question**:", "**Sources**:")]),
+)
+def test_only_the_real_question_is_moved_and_only_behind_the_real_context(
+    examples, question: str, context: str, tail: str, labels: tuple[str, str]
+) -> None:
+    """Whatever examples stand in front, and whatever labels stand in what was said and retrieved."""
+    ask, show = labels
+    head = "Answer as in the examples.\n\n" if examples else ""
+    for asked, shown, answer in examples:
+        head += f"{ask} {asked}\n"
+        head += "" if shown is None else f"{show} {shown}\n"
+        head += "\n" if answer is None else f"Answer: {answer}\n\n"
+    asked, shown = f"{ask} {question}".rstrip(), f"{show} {context}".rstrip()
+    text = f"{head}{asked}\n{shown}{tail}"
+    moved = context_first(text)
+    assert moved in (text, f"{head}{shown}\n{asked}{tail}", f"{head}{shown}{tail.rstrip()}\n{asked}".rstrip())
+    assert moved.startswith(head), "examples stay"
+    assert Counter(moved.split()) == Counter(text.split())
+
+
+def test_examples_in_messages_are_each_for_itself() -> None:
+    """What was said before is the same in the next turn, so that its KV is found."""
+    pairs = [f"Question: who {number}?\nContext: {LONG} {number}" for number in range(3)]
+    chat = [{"role": role, "content": text} for text in pairs for role in ("user", "assistant")]
+    moved = arranged_messages(chat, "context_first")
+    assert moved[:2] == arranged_messages(chat[:2], "context_first")
+    assert [message["content"] for message in moved] == [
+        context_first(message["content"]) if message["role"] == "user" else message["content"] for message in chat
+    ]
 
 
 def test_what_could_help_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

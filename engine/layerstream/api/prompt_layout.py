@@ -10,6 +10,11 @@ of a template behind its context; :func:`context_first` does it in a text, where
 
 Both only exchange two pieces: nothing is lost or added, white space stays where it was, and what has the context first
 already, or does not show it, comes back as it is. So doing it twice is doing it once.
+
+A text may have examples in front, and documents with labels in them. Which question is the real one then cannot be
+told from the text, and an example's question behind the real context would ask something else. So a text is moved only
+where it has one question, one context and at most one place for the answer, at its end. A template knows its variables:
+there the real question is moved whatever the examples say.
 """
 
 from __future__ import annotations
@@ -37,13 +42,13 @@ _LABEL = r"^[ \t]*(?:\#+[ ]*|\*\*)?(?:{words})(?:\*\*)?[ \t]*:"
 _FLAGS = re.MULTILINE | re.IGNORECASE
 _QUESTION = re.compile(_LABEL.format(words="(?:user(?:'s)? |the )?(?:question|query)"), _FLAGS)
 _CONTEXT = re.compile(_LABEL.format(words="(?:retrieved )?(?:context|documents|passages|sources)"), _FLAGS)
-_ANSWER = re.compile(_LABEL.format(words="(?:(?:helpful|final|your) )?(?:answer|response)") + r"\s*\Z", _FLAGS)
+_ANSWER = re.compile(_LABEL.format(words="(?:(?:helpful|final|your) )?(?:answer|response)"), _FLAGS)
 _FENCE = re.compile(r"^\s*(?:[^\w\s{}]+|</?\w+>)\s*$")
 
 
 def context_first(text: str) -> str:
-    """*text*, with the question behind the context, if it is a prompt with a labelled question, then a labelled context
-    that is longer."""
+    """*text*, with the question behind the context, if it is a prompt with one labelled question, then a labelled
+    context that is longer."""
     found = _labelled(text)
     return text if found is None else _exchange(text, *found)
 
@@ -59,7 +64,8 @@ def arranged(text: str, layout: PromptLayout) -> str:
 
 
 def arranged_messages(messages: Sequence[Mapping[str, Any]], layout: PromptLayout) -> list[dict[str, Any]]:
-    """As :func:`arranged`, what users and the system say."""
+    """As :func:`arranged`, what users and the system say: each message for itself, so that what was said in earlier
+    turns, or in examples, stays as it was whatever is said next."""
     return [
         {**message, "content": arranged(message["content"], layout)}
         if message.get("role") in ("user", "system") and isinstance(message.get("content"), str)
@@ -107,18 +113,17 @@ def place_to_swap(texts: Sequence[str], question: Collection[str], context: Coll
 
 
 def _labelled(text: str) -> tuple[int, int, int] | None:
-    """Where a question begins, the context behind it, and what comes behind that; ``None``: it is not so."""
-    question = _QUESTION.search(text)
-    if question is None or _CONTEXT.search(text, 0, question.start()) is not None:
+    """Where the question begins, the context behind it, and what comes behind that; ``None``: it is not so, or it is
+    not the only one."""
+    questions, contexts = list(_QUESTION.finditer(text)), list(_CONTEXT.finditer(text))
+    if len(questions) != 1 or len(contexts) != 1 or contexts[0].start() < questions[0].start():
         return None
-    context = _CONTEXT.search(text, question.end())
-    if context is None:
+    begin, context = questions[0].start(), contexts[0].start()
+    answers = list(_ANSWER.finditer(text, begin))
+    end = answers[0].start() if answers else len(text)
+    if end < context or (answers and text[answers[0].end() :].strip()):
         return None
-    answer = _ANSWER.search(text, context.end())
-    end = len(text) if answer is None else answer.start()
-    if end - context.start() <= context.start() - question.start():
-        return None
-    return question.start(), context.start(), end
+    return None if end - context <= context - begin else (begin, context, end)
 
 
 def _exchange(text: str, begin: int, context: int, end: int, question_end: int | None = None) -> str:

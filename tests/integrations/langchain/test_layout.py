@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.documents import Document
-from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from langchain_core.prompts import (
+    BasePromptTemplate,
+    ChatPromptTemplate,
+    FewShotChatMessagePromptTemplate,
+    FewShotPromptTemplate,
+    FewShotPromptWithTemplates,
+    MessagesPlaceholder,
+    PromptTemplate,
+)
 from langchain_layerstream import ChatLayerStream, LayerStreamLLM, WarmPrefixes, context_first
 from layerstream import ConfigurationError, KVStoreConfig, LayerStream
+
+from tests.integrations.fake_engine import FakeEngine
 
 HUB = (
     "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer the "
@@ -56,6 +66,57 @@ def test_messages_change_places() -> None:
     assert context_first(context_first(prompt)) == context_first(prompt)
     stays = ChatPromptTemplate.from_messages([("system", "{context}"), ("human", "{input}")])
     assert context_first(stays) == stays
+
+
+PAIR = "Question: {question}\nContext: {context}\nAnswer:"
+NAMES = ("Jaskeld", "Tredry")
+EXAMPLES = [{"question": f"Who leads {name}?", "context": TEXT + name, "answer": name} for name in NAMES]
+REAL = {"question": "Who leads Brenvik?", "context": TEXT}
+
+
+def few_shot(kind: type) -> BasePromptTemplate:
+    example = PromptTemplate.from_template(PAIR + " {answer}")
+    suffix = PAIR if kind is FewShotPromptTemplate else PromptTemplate.from_template(PAIR)
+    prefix = "Be brief." if kind is FewShotPromptTemplate else PromptTemplate.from_template("Be brief.")
+    return kind(
+        examples=EXAMPLES, example_prompt=example, prefix=prefix, suffix=suffix, input_variables=["question", "context"]
+    )
+
+
+@pytest.mark.parametrize("kind", [FewShotPromptTemplate, FewShotPromptWithTemplates])
+def test_behind_examples_the_real_question_is_moved(kind: type) -> None:
+    prompt = few_shot(kind)
+    head, real = prompt.format(**REAL), PAIR.format(**REAL)
+    head = head[: -len(real)]
+    moved = context_first(prompt)
+    assert moved.format(**REAL) == f"{head}Context: {TEXT}\nQuestion: Who leads Brenvik?\nAnswer:"
+    assert context_first(moved) == moved
+    assert prompt.format(**REAL) == head + real, "the one that was given stays"
+
+
+@pytest.mark.parametrize("kind", [FewShotPromptTemplate, FewShotPromptWithTemplates])
+def test_which_of_many_questions_is_the_real_one_no_text_shows(kind: type) -> None:
+    engine = FakeEngine()
+    asked = few_shot(kind).invoke(REAL)
+    LayerStreamLLM(engine=engine, prompt_layout="context_first").invoke(asked)
+    assert engine.batches == [[asked.to_string()]]
+
+
+def test_messages_of_examples_are_each_for_itself() -> None:
+    example = ChatPromptTemplate.from_messages([("human", PAIR), ("ai", "{answer}")])
+    examples = FewShotChatMessagePromptTemplate(examples=EXAMPLES, example_prompt=example)  # pyright: ignore
+    prompt = ChatPromptTemplate.from_messages([("system", "Be brief."), examples, ("human", PAIR)])
+    moved = context_first(prompt).invoke(REAL).to_messages()
+    given = prompt.invoke(REAL).to_messages()
+    assert moved[:-1] == given[:-1]
+    assert moved[-1].text == f"Context: {TEXT}\nQuestion: Who leads Brenvik?\nAnswer:"
+
+    engine = FakeEngine(has_chat_template=True)
+    ChatLayerStream(engine=engine, prompt_layout="context_first").invoke(given)
+    said = engine.batches[0][0]
+    places = [said.index(text) for name in NAMES for text in (f"{TEXT}{name}", f"Who leads {name}?")]
+    places += [said.rindex(f"Context: {TEXT}\nQuestion: Who leads Brenvik?")]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("kind", [ChatLayerStream, LayerStreamLLM])
