@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from functools import partial
 from typing import Annotated, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, AnyMessage, HumanMessage, RemoveMessage, ToolMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import create_retriever_tool
 from langchain_layerstream import ChatLayerStream, add_new_passages, grow_context, rag_prompt
 from langchain_layerstream.conversations import NOTHING_NEW
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
-from langgraph.graph.message import add_messages
+from langgraph.graph.message import REMOVE_ALL_MESSAGES, add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
 from typing_extensions import TypedDict
 
@@ -96,20 +100,121 @@ def results(agent: Any, *questions: str) -> list[str]:
     return [message.content for message in messages if isinstance(message, ToolMessage)]
 
 
-def test_a_retrievers_result_has_what_is_new_in_an_order_of_its_own() -> None:
+def test_a_retrievers_result_has_what_is_new() -> None:
     agent = make_agent(make_tool(response_format="content_and_artifact"))
-    assert results(agent, "ba", "dcab", "ab") == ["aaa\n\nbbb", "ccc\n\nddd", NOTHING_NEW]
+    assert results(agent, "ba", "dcab", "ab", "e") == ["bbb\n\naaa", "ddd\n\nccc", NOTHING_NEW, "eee"]
 
 
 def test_what_has_no_documents_is_as_it_was() -> None:
     assert results(make_agent(make_tool()), "ba", "ab") == ["bbb\n\naaa", "aaa\n\nbbb"]
 
 
+def result(number: int, letters: str, **fields: Any) -> ToolMessage:
+    """What a retriever's tool returns."""
+    texts = [document.page_content for document in found(letters)]
+    fields = {"content": "\n\n".join(texts), "id": f"r{number}", "artifact": found(letters), **fields}
+    return ToolMessage(tool_call_id=str(number), **fields)
+
+
+def contents(messages: list[Any]) -> list[Any]:
+    return [message.content for message in messages]
+
+
 def test_a_result_that_is_said_again_keeps_its_passages() -> None:
-    result = ToolMessage("x", tool_call_id="1", id="r", artifact=found("ba"))
-    messages = add_new_passages([HumanMessage("q", id="q")], result)
-    again = add_new_passages(messages, [result])
-    assert [message.content for message in again] == ["q", "aaa\n\nbbb"]
+    messages = add_new_passages([HumanMessage("q", id="q")], result(1, "ba"))
+    again = add_new_passages(messages, [result(1, "ba")])
+    assert contents(again) == ["q", "bbb\n\naaa"]
+
+
+def test_what_was_removed_comes_again() -> None:
+    messages = add_new_passages([], [result(1, "ab"), result(2, "bc")])
+    assert contents(messages) == ["aaa\n\nbbb", "ccc"]
+    assert contents(add_new_passages(messages, [RemoveMessage(id="r1"), result(3, "abc")])) == ["ccc", "aaa\n\nbbb"]
+    gone = RemoveMessage(id=REMOVE_ALL_MESSAGES)
+    assert contents(add_new_passages(messages, [result(3, "a"), gone, result(4, "abc")])) == ["aaa\n\nbbb\n\nccc"]
+    with pytest.raises(ValueError, match="doesn't exist"):
+        add_new_passages(messages, RemoveMessage(id="unknown"))
+    with pytest.raises(ValueError, match="non-null"):
+        add_new_passages(messages, None)
+    cleared = [result(1, "ab", content="[cleared]"), result(2, "bc", content="[cleared]")]
+    assert contents(add_new_passages(cleared, result(3, "ab")))[-1] == "aaa\n\nbbb", "it is not there to be read"
+
+
+def test_content_of_blocks_and_documents_of_a_checkpoint() -> None:
+    picture = {"type": "image", "url": "https://example.org/a.png"}
+    blocks = [{"type": "text", "text": "aaa\n\nbbb", "id": "1"}, picture, "ccc", {"type": "text", "text": "ddd"}]
+    dicts: list[Any] = [document.model_dump() for document in found("abcd")]
+    old = add_new_passages([], result(1, "ac", artifact=dicts[::2]))
+    message = add_new_passages(old, result(2, "abcd", content=blocks, artifact=[*dicts, "score"]))[-1]
+    assert message.content == [{"type": "text", "text": "bbb", "id": "1"}, picture, {"type": "text", "text": "ddd"}]
+    assert message.artifact == [dicts[1], dicts[3], "score"]
+    assert (message.id, message.tool_call_id) == ("r2", "2")
+    last = add_new_passages(old, result(2, "ac", content=["aaa", "ccc"]))[-1]
+    assert last.content == [{"type": "text", "text": NOTHING_NEW}]
+
+
+def test_what_a_document_prompt_writes_goes_along() -> None:
+    documents = found("abc")
+    written = "\n\n".join(f"From {d.metadata['source']}:\n{d.page_content}" for d in documents)
+    messages = add_new_passages([result(1, "b")], result(2, "abc", content=written))
+    assert messages[-1].content == "From a:\naaa\n\nFrom c:\nccc"
+    told = result(2, "abc", content="a summary")
+    assert add_new_passages([result(1, "b")], told) == [result(1, "b"), told], "it does not say them"
+
+
+NUMBERS = st.integers(0, 5)
+WITHOUT_PASSAGES = st.one_of(
+    st.builds(lambda n: HumanMessage("hello", id=f"h{n}"), NUMBERS),
+    st.builds(lambda n: AIMessage([{"type": "text", "text": "hi"}], id=f"a{n}"), NUMBERS),
+    st.builds(lambda n: ToolMessage("1\n\n1", tool_call_id="1", id=f"t{n}"), NUMBERS),
+    st.builds(lambda n: ToolMessage("1", tool_call_id="1", id=f"t{n}", artifact=[1, {"type": "x"}]), NUMBERS),
+    st.builds(lambda n: AIMessageChunk("piece", id=f"c{n}"), NUMBERS),
+    st.just(("user", "a pair")),
+    st.just({"role": "user", "content": "a dict", "id": "d"}),
+)
+REMOVED = st.one_of(
+    st.builds(lambda kind, n: RemoveMessage(id=f"{kind}{n}"), st.sampled_from("hatc"), NUMBERS),
+    st.just(RemoveMessage(id=REMOVE_ALL_MESSAGES)),
+)
+UPDATES = st.lists(st.lists(WITHOUT_PASSAGES | REMOVED, max_size=5) | WITHOUT_PASSAGES, max_size=6)
+
+
+@given(UPDATES, st.data())
+def test_where_nothing_is_repeated_it_is_add_messages(updates: list[Any], data: st.DataObject) -> None:
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    state: list[Any] = []
+    for update in updates:
+        if isinstance(update, list):
+            some = [next(letters) for _ in range(data.draw(st.integers(0, 3)))]
+            update = [*update, result(data.draw(NUMBERS), "".join(some))]
+        try:
+            expected: list[Any] = add_messages(list(state), copy.deepcopy(update))  # type: ignore[assignment]
+        except ValueError as error:
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                add_new_passages(state, update)
+            continue
+        state = add_new_passages(state, update)
+        assert [_plain(message) for message in state] == [_plain(message) for message in expected]
+
+
+@given(st.lists(st.lists(st.builds(result, NUMBERS, st.text("abcd", max_size=4)), max_size=3), max_size=6))
+def test_every_passage_is_shown_once(updates: list[list[ToolMessage]]) -> None:
+    state: list[Any] = []
+    for update in updates:
+        expected: list[Any] = add_messages(list(state), copy.deepcopy(update))  # type: ignore[assignment, arg-type]
+        state = add_new_passages(state, update)
+        assert [message.id for message in state] == [message.id for message in expected]
+        shown = [letters for message in state for letters in message.content.split("\n\n") if letters != NOTHING_NEW]
+        shown = [letters for letters in shown if letters]
+        assert len(shown) == len(set(shown))
+        brought = {document.page_content for message in expected for document in message.artifact}
+        assert set(shown) == brought, "as LangGraph's own would have it in the conversation"
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """What a message says; new ids are drawn."""
+    plain = message.model_dump()
+    return {**plain, "id": plain["id"] if len(plain["id"] or "") < 20 else "drawn"}
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -141,4 +246,4 @@ async def test_create_agent_takes_the_reducer_in_its_state(is_async: bool) -> No
         state = await agent.ainvoke(asked, THREAD) if is_async else agent.invoke(asked, THREAD)
         engine.release = release  # type: ignore[method-assign]
         shown = [message.content for message in state["messages"] if isinstance(message, ToolMessage)]
-    assert shown == ["aaa\n\nbbb", "ccc"]
+    assert shown == ["bbb\n\naaa", "ccc"]

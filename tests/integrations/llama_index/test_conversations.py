@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -55,3 +58,31 @@ def test_a_tools_result_has_only_what_is_new() -> None:
     tool = RetrieverTool.from_defaults(Letters(), node_postprocessors=[GrowingContext(only_new=True)])
     results = [str(tool.call(query).content).split() for query in ("|ba|", "|abc|", "|c|")]
     assert results == [["bbb", "aaa"], ["ccc"], []]
+
+
+@pytest.mark.parametrize("only_new", [False, True])
+def test_one_conversation_from_many_threads(only_new: bool) -> None:
+    growing = GrowingContext(most=None, only_new=only_new)
+
+    def found(*names: str) -> list[NodeWithScore]:
+        return [NodeWithScore(node=TextNode(text=name, id_=name), score=0.5) for name in names]
+
+    with ThreadPoolExecutor(8) as pool:
+        calls = [found(f"common {call}", f"own {call} {thread}") for call in range(20) for thread in range(8)]
+        returned = list(pool.map(growing.postprocess_nodes, calls))
+    names = [node.node.node_id for some in returned for node in some] if only_new else None
+    last = [node.node.node_id for node in max(returned, key=len)] if names is None else names
+    assert len(last) == 20 + 160
+    assert len(set(last)) == 20 + 160
+    growing.reset()
+    assert growing.postprocess_nodes(found("common 1")) == found("common 1")
+
+
+def test_copies_go_on_alone() -> None:
+    growing = GrowingContext()
+    node = NodeWithScore(node=TextNode(text="a", id_="a"), score=0.5)
+    growing.postprocess_nodes([node])
+    for other in (copy.deepcopy(growing), pickle.loads(pickle.dumps(growing))):
+        assert other.postprocess_nodes([]) == [node]
+        other.reset()
+    assert growing.postprocess_nodes([]) == [node]

@@ -10,14 +10,15 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from layerstream.api.prefix_order import append_new
+from layerstream.api.conversations import Growing
 
 
 class GrowingContext(BaseNodePostprocessor):
     """The nodes of a conversation so far, and behind them the new ones; the last of a chat engine's postprocessors.
 
-    One object belongs to one conversation; :meth:`reset` when it begins anew. Behind a ``StablePrefixOrder``, which
-    orders what comes in::
+    One object belongs to one conversation, whose turns may come from any thread; :meth:`reset` when it begins anew. It
+    holds *most* nodes (1000 where that is ``None``), or as many as one retrieval brought. Behind a
+    ``StablePrefixOrder``, which orders what comes in::
 
         engine = index.as_chat_engine("condense_plus_context", node_postprocessors=[order, GrowingContext(most=12)])
 
@@ -25,10 +26,14 @@ class GrowingContext(BaseNodePostprocessor):
     already, so a result has only nodes that no earlier one has.
     """
 
-    most: int | None = Field(default=12, description="Nodes at most; past it the context begins again with the new.")
-    only_new: bool = Field(default=False, description="Return only nodes that were not returned before.")
+    most: int | None = Field(
+        default=12, description="Nodes at most; past it the context begins again with the new. None: 1000."
+    )
+    only_new: bool = Field(
+        default=False, description="Return only nodes that were not returned before (of the last 1000)."
+    )
 
-    _nodes: list[NodeWithScore] = PrivateAttr(default_factory=list)
+    _conversation: Growing[NodeWithScore] = PrivateAttr(default_factory=lambda: Growing(_node_id))
 
     @classmethod
     def class_name(cls) -> str:
@@ -37,12 +42,13 @@ class GrowingContext(BaseNodePostprocessor):
 
     def reset(self) -> None:
         """The conversation begins anew."""
-        self._nodes = []
+        self._conversation.reset()
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        known = {found.node.node_id for found in self._nodes} if self.only_new else set()
-        most = None if self.only_new else self.most
-        self._nodes = append_new(self._nodes, nodes, lambda found: found.node.node_id, most)
-        return [found for found in self._nodes if found.node.node_id not in known]
+        return self._conversation.only_new(nodes) if self.only_new else self._conversation.grow(nodes, self.most)
+
+
+def _node_id(found: NodeWithScore) -> str:
+    return found.node.node_id
