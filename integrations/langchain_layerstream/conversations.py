@@ -39,7 +39,7 @@ def add_new_passages(left: Any, right: Any, *, document_separator: str = "\n\n")
     """
     from langgraph.graph.message import add_messages
 
-    messages = add_messages(left, right)
+    messages: list[Any] = add_messages(left, right)  # type: ignore[assignment]
     stood = {id(message) for message in (left if isinstance(left, list) else [left])}
     known = {passage for message in messages if id(message) in stood for passage in _shown(message)}
     for number, message in enumerate(messages):

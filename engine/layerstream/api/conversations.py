@@ -44,7 +44,7 @@ def leave_out(
         seen.add(passage)
     if not repeated:
         return list(texts), []
-    rest, left_out, next_passage = [], list[int](), 0
+    rest, left_out, next_passage = list[str](), list[int](), 0
     for text in texts:
         places = _places(text, passages, next_passage)
         if places:
@@ -56,7 +56,7 @@ def leave_out(
 
 def _places(text: str, passages: Sequence[str], first: int) -> list[tuple[int, int, int]]:
     """Number, start and stop of those of *passages* from the *first* on that stand in *text*, in order."""
-    places, position = [], 0
+    places, position = list[tuple[int, int, int]](), 0
     for number, passage in enumerate(passages[first:], start=first):
         at = text.find(passage, position) if passage.strip() else -1
         if at >= 0:

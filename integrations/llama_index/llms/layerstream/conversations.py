@@ -6,6 +6,8 @@ anew for every turn and replacing the context would have it computed again from 
 
 from __future__ import annotations
 
+from typing import Any
+
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
@@ -43,6 +45,12 @@ class GrowingContext(BaseNodePostprocessor):
     def reset(self) -> None:
         """The conversation begins anew."""
         self._conversation.reset()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        kept = (state.get("__pydantic_private__") or {}).get("_conversation")  # LlamaIndex makes a new one
+        if kept is not None:
+            self._conversation = kept
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
