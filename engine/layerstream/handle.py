@@ -36,6 +36,8 @@ ENGINE_OPTIONS = frozenset(
 """What :class:`~layerstream.LayerStream` takes beside the model."""
 TERMS = ("timeout", "priority", "client", "tenant")
 """On which terms it takes a request: fields of every wrapper."""
+CALL_TERMS = ("passages",)
+"""What a call alone can say beside those."""
 _lock = threading.Lock()
 _loading: dict[str, threading.Lock] = {}
 _engines: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -82,6 +84,13 @@ def check_call(kind: str, model: str, given: Mapping[str, Any], known: Iterable[
             raise ConfigurationError(f"this is {model!r}; another model is another {kind}(model={value!r})")
         if name not in known and name not in ("model", "model_name"):
             raise ConfigurationError(f"a call has no option {name!r}{_suggest(name, value, known)}")
+
+
+def terms_of(wrapper: object, call: Mapping[str, Any]) -> dict[str, Any]:
+    """On which terms the engine takes a request: the *call*'s, else the *wrapper*'s; of what a call alone can say, what
+    it said (``passages=None`` says something)."""
+    own = {name: call.get(name, getattr(wrapper, name)) for name in TERMS}
+    return own | {name: call[name] for name in CALL_TERMS if name in call}
 
 
 def _suggest(name: str, value: Any, known: Iterable[str]) -> str:
@@ -147,6 +156,14 @@ class EngineHandle:
     def reuses_anywhere(self) -> bool:
         """Whether the engine moves passages; known before it is loaded."""
         return self._given.reuses_anywhere if self._given is not None else self._options.get("reuse") == "anywhere"
+
+    def note_passages(self, texts: Iterable[str], tenant: str) -> None:
+        """*texts* are about to stand in a prompt of *tenant*, as they are here: they are found in it and in later ones,
+        where the engine moves passages. Nothing is loaded for it."""
+        if self.reuses_anywhere:
+            from layerstream.text.passages import SEEN
+
+            SEEN.add(texts, tenant)
 
     @property
     def identity(self) -> dict[str, Any]:

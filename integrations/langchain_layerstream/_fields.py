@@ -12,7 +12,7 @@ from layerstream.api.completion import Completion, openai_logprobs
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
 from layerstream.api.prompt_layout import PromptLayout
 from layerstream.errors import ConfigurationError
-from layerstream.handle import TERMS, check_call
+from layerstream.handle import CALL_TERMS, TERMS, check_call
 from pydantic import Field, field_validator, model_validator
 
 from langchain_layerstream._source import EngineSource
@@ -100,7 +100,7 @@ class EngineFields(EngineSource):
 
     def _check_call(self, kwargs: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
         """Refuse what a call was given and nobody here knows."""
-        known = {*SAMPLING_NAMES, *_LOGPROBS, *TERMS, *_IGNORED_IN_CALLS, *taken}
+        known = {*SAMPLING_NAMES, *_LOGPROBS, *TERMS, *CALL_TERMS, *_IGNORED_IN_CALLS, *taken}
         check_call(type(self).__name__, self.model, kwargs, known)
 
     def _tracing(self, kind: str, stop: Iterable[str] | None, kwargs: Mapping[str, Any]) -> LangSmithParams:

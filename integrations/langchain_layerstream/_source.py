@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ensure_config
-from layerstream.handle import TERMS, EngineHandle, check_fields, default_model
+from layerstream.handle import EngineHandle, check_fields, default_model, terms_of
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from langchain_layerstream._config import check_names, configured_terms
 from langchain_layerstream.retrieved import watch_retrievers
 
 if TYPE_CHECKING:
@@ -82,10 +82,17 @@ class EngineSource(BaseModel):
 
     def _terms(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """On which terms the engine takes a request: the instance's, or the call's."""
-        return {name: kwargs.get(name, getattr(self, name)) for name in TERMS}
+        return terms_of(self, kwargs)
 
+    def _configured(self, config: RunnableConfig | None = None) -> dict[str, Any]:
+        """The terms that a call's *config*, or that of the chain around it, has in ``configurable``.
 
-def configured_terms(config: RunnableConfig | None = None) -> dict[str, Any]:
-    """The terms that a call's *config*, or that of the chain around it, has in ``configurable``."""
-    configurable = ensure_config(config).get("configurable") or {}
-    return {name: configurable[name] for name in TERMS if name in configurable}
+        Raises:
+            ConfigurationError: a term by another name than its own.
+        """
+        check_names(self, config)
+        return configured_terms(config)
+
+    def _tenant_of(self, config: RunnableConfig | None = None) -> str:
+        """Whose a call is."""
+        return self._configured(config).get("tenant", self.tenant)

@@ -22,7 +22,6 @@ from pydantic import Field
 
 from langchain_layerstream._errors import overflow_as_langchains
 from langchain_layerstream._fields import EngineFields, add_usages, check_stream, logprobs_of, usage_of
-from langchain_layerstream._source import configured_terms
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 from langchain_layerstream.messages import ChunkStream, as_chat, as_message, as_tool
 from langchain_layerstream.structured import AnswerParser, target_of, with_raw
@@ -185,8 +184,9 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Answer *input*; ``timeout``, ``priority``, ``client`` and ``tenant`` may stand in *config*'s
-        ``configurable``."""
-        return super().invoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        ``configurable``. ``passages=`` says which texts in *input* other prompts have as well; ``None``: this one is
+        computed exactly."""
+        return super().invoke(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     async def ainvoke(
         self,
@@ -197,7 +197,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """As :meth:`invoke`, without blocking the event loop."""
-        return await super().ainvoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        return await super().ainvoke(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     def stream(
         self,
@@ -208,7 +208,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """As :meth:`invoke`, piece by piece."""
-        return super().stream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        return super().stream(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     def astream(
         self,
@@ -219,7 +219,7 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """As :meth:`stream`, without blocking the event loop."""
-        return super().astream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        return super().astream(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     def batch(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 from langchain_core.documents import Document
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate, format_document
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
-from layerstream.api.citations import citation_format, number_passages, read_citations
+from layerstream.api.citations import citation_format, number_passages, read_citations, without_numbers
 
 from langchain_layerstream.chat_models import ChatLayerStream
 from langchain_layerstream.llms import LayerStreamLLM
@@ -48,9 +48,11 @@ def cited_documents_chain(
     """
     template = prompt or rag_prompt(citations=True)
 
-    def prepare(values: dict[str, Any]) -> tuple[Any, list[Document], dict[str, Any]]:
+    def prepare(values: dict[str, Any], config: RunnableConfig) -> tuple[Any, list[Document], dict[str, Any]]:
         documents: Sequence[Document] = values[document_variable_name]
-        context = number_passages(format_document(document, document_prompt) for document in documents)
+        texts = [format_document(document, document_prompt) for document in documents]
+        llm._handle.note_passages(without_numbers(texts), llm._tenant_of(config))
+        context = number_passages(texts)
         ids = range(1, len(documents) + 1)
         bound = {"response_format": citation_format(ids, required=required)} if documents else {}
         return template.invoke({**values, document_variable_name: context}), list(documents), bound
@@ -61,11 +63,11 @@ def cited_documents_chain(
         return CitedAnswer(answer, found.text, found.ids, tuple(documents[number - 1] for number in found.ids))
 
     def answer(values: dict[str, Any], config: RunnableConfig) -> CitedAnswer:
-        asked, documents, bound = prepare(values)
+        asked, documents, bound = prepare(values, config)
         return read(llm.invoke(asked, config, **bound), documents)
 
     async def aanswer(values: dict[str, Any], config: RunnableConfig) -> CitedAnswer:
-        asked, documents, bound = prepare(values)
+        asked, documents, bound = prepare(values, config)
         return read(await llm.ainvoke(asked, config, **bound), documents)
 
     return RunnableLambda(answer, aanswer, name="cited_documents_chain")

@@ -17,7 +17,6 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from layerstream.api.prefix_order import learned_order, prefix_order
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from langchain_layerstream._source import configured_terms
 from langchain_layerstream.chat_models import ChatLayerStream
 from langchain_layerstream.llms import LayerStreamLLM
 from langchain_layerstream.prompts import rag_prompt
@@ -81,9 +80,7 @@ class StablePrefixOrder(ContextPrompt, RunnableSerializable[list[Document], list
     def _order(self, documents: list[Document]) -> list[Document]:
         if self.llm is None:
             return prefix_order(documents, canonical)
-        engine = self.llm.load()
-
-        tenant = configured_terms().get("tenant", self.llm.tenant)
+        engine, tenant = self.llm.load(), self.llm._tenant_of()
 
         def render(context: str) -> Any:
             return self._render(self.llm, context, "?")

@@ -17,7 +17,6 @@ from layerstream.chat.tools import closed
 
 from langchain_layerstream._errors import OutputCutOff, overflow_as_langchains
 from langchain_layerstream._fields import EngineFields, check_stream, logprobs_of, usage_of
-from langchain_layerstream._source import configured_terms
 from langchain_layerstream.gangs import join_gang, run_abatch, run_batch
 from langchain_layerstream.structured import AnswerParser, target_of
 
@@ -69,8 +68,9 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> str:
         """Answer *input*; ``timeout``, ``priority``, ``client`` and ``tenant`` may stand in *config*'s
-        ``configurable``."""
-        return super().invoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        ``configurable``. ``passages=`` says which texts in *input* other prompts have as well; ``None``: this one is
+        computed exactly."""
+        return super().invoke(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     async def ainvoke(
         self,
@@ -81,7 +81,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> str:
         """As :meth:`invoke`, without blocking the event loop."""
-        return await super().ainvoke(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        return await super().ainvoke(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     def stream(
         self,
@@ -92,7 +92,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[str]:
         """As :meth:`invoke`, piece by piece."""
-        return super().stream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        return super().stream(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     def astream(
         self,
@@ -103,7 +103,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[str]:
         """As :meth:`stream`, without blocking the event loop."""
-        return super().astream(input, config, stop=stop, **{**configured_terms(config), **kwargs})
+        return super().astream(input, config, stop=stop, **{**self._configured(config), **kwargs})
 
     def batch(
         self,
@@ -114,7 +114,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> list[str]:
         """All *inputs* in the same sweeps; with *return_exceptions* each fails alone."""
-        if not return_exceptions and not _has_terms(config):
+        if not return_exceptions and not self._has_terms(config):
             return super().batch(inputs, config, return_exceptions=False, **kwargs)
         return run_batch(self.invoke, inputs, config, return_exceptions=return_exceptions, **kwargs)
 
@@ -127,7 +127,7 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> list[str]:
         """As :meth:`batch`, on the event loop."""
-        if not return_exceptions and not _has_terms(config):
+        if not return_exceptions and not self._has_terms(config):
             return await super().abatch(inputs, config, return_exceptions=False, **kwargs)
         return await run_abatch(self.ainvoke, inputs, config, return_exceptions=return_exceptions, **kwargs)
 
@@ -220,6 +220,10 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         finally:
             request.cancel()
 
+    def _has_terms(self, config: RunnableConfig | list[RunnableConfig] | None) -> bool:
+        """Whether each input has terms of its own, so that LangChain's one call for all of them will not do."""
+        return any(self._configured(one) for one in (config if isinstance(config, list) else [config]))
+
     def _params(self, stop: list[str] | None, kwargs: dict[str, Any]) -> SamplingParams:
         self._check_call(kwargs, _CALL_OPTIONS)
         return self._sampling(stop, kwargs)
@@ -246,11 +250,6 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         done = delta.completion
         info = None if done is None else {**_info(done, engine, kwargs), "model_name": self.model}
         return GenerationChunk(text=delta.text, generation_info=info)
-
-
-def _has_terms(config: RunnableConfig | list[RunnableConfig] | None) -> bool:
-    """Whether each input has terms of its own, so that LangChain's one call for all of them will not do."""
-    return any(configured_terms(one) for one in (config if isinstance(config, list) else [config]))
 
 
 def _info(completion: Completion, engine: LayerStream, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from layerstream.ranking.embedder import INSTRUCTION, QUERY_FORM, Embedder
 from layerstream.ranking.reranker import Reranker, ranked
 from pydantic import Field
 
-from langchain_layerstream._source import EngineSource, configured_terms
+from langchain_layerstream._source import EngineSource
 
 if TYPE_CHECKING:
     from layerstream.engine import LayerStream
@@ -76,7 +76,7 @@ class LayerStreamEmbeddings(EngineSource, Embeddings):
         return (await embedder.adocuments([embedder.as_query(text)], **self._own_terms()))[0].tolist()
 
     def _own_terms(self) -> dict[str, Any]:
-        return self._terms(configured_terms())
+        return self._terms(self._configured())
 
     def _embedder(self, engine: LayerStream) -> Embedder:
         return Embedder(
@@ -136,7 +136,7 @@ class LayerStreamReranker(EngineSource, BaseDocumentCompressor):
         return self._ranked(documents, await reranker.ascore(query, texts, **self._own_terms()))
 
     def _own_terms(self) -> dict[str, Any]:
-        return self._terms(configured_terms())
+        return self._terms(self._configured())
 
     def _reranker(self, engine: LayerStream) -> Reranker:
         return Reranker(

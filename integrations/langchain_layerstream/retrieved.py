@@ -16,6 +16,8 @@ from langchain_core.documents import Document
 from langchain_core.tracers.context import register_configure_hook
 from layerstream.text.passages import SEEN
 
+from langchain_layerstream._config import configured_terms
+
 
 class _Listener(BaseCallbackHandler):
     """Hears what retrievers find."""
@@ -23,8 +25,9 @@ class _Listener(BaseCallbackHandler):
     run_inline = True  # before the run goes on: the model is asked next
 
     def on_retriever_end(self, documents: Sequence[Document], **kwargs: Any) -> None:
-        """*documents* were found."""
-        SEEN.add(document.page_content for document in documents)
+        """*documents* were found, for the tenant that the chain's config names."""
+        tenant = configured_terms().get("tenant", "")
+        SEEN.add((document.page_content for document in documents), tenant if isinstance(tenant, str) else "")
 
 
 _LISTENER: ContextVar[Any] = ContextVar("layerstream_retrieved", default=_Listener())  # noqa: B039  # one for all

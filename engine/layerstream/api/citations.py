@@ -62,7 +62,11 @@ def read_citations(answer: str, ids: Iterable[int] | None = None) -> Citations:
 
 
 def number_passages(texts: Iterable[str], *, separator: str = "\n\n") -> str:
-    """*texts* as one context, each behind its number from 1 on. Numbers in brackets that stand in the texts themselves
-    are put into parentheses, so that none of them looks like a passage."""
-    plain = (_NUMBER.sub(r"(\1)", text) for text in texts)
-    return separator.join(f"[{number}] {text}" for number, text in enumerate(plain, start=1))
+    """*texts* as one context, each behind its number from 1 on, as :func:`without_numbers` has them."""
+    return separator.join(f"[{number}] {text}" for number, text in enumerate(without_numbers(texts), start=1))
+
+
+def without_numbers(texts: Iterable[str]) -> list[str]:
+    """*texts* as they stand in a context of numbered passages: numbers in brackets that they have themselves are in
+    parentheses, so that none of them looks like a passage."""
+    return [_NUMBER.sub(r"(\1)", text) for text in texts]

@@ -365,6 +365,25 @@ def test_terms_of_a_call_reach_the_engine() -> None:
         assert engine.terms == [terms]
 
 
+@pytest.mark.parametrize("kind", [ChatLayerStream, LayerStreamLLM])
+async def test_passages_are_an_option_of_a_call(kind: type) -> None:
+    engine = FakeEngine(has_chat_template=True)
+    llm = kind(engine=engine)
+    llm.invoke("who?")
+    assert "passages" not in engine.terms.pop(), "what that means is the engine's to say"
+    for passages in (["a text"], None, ()):
+        llm.invoke("who?", passages=passages)
+        await llm.ainvoke("who?", passages=passages)
+        list(llm.stream("who?", passages=passages))
+        assert [chunk async for chunk in llm.astream("who?", passages=passages)]
+        llm.bind(passages=passages).invoke("who?")
+        llm.batch(["who?", "what?"], passages=passages)
+        assert [terms["passages"] for terms in engine.terms] == [passages] * len(engine.terms)
+        engine.terms.clear()
+    with pytest.raises(ConfigurationError, match="did you mean 'passages'"):
+        llm.invoke("who?", passage=["a text"])
+
+
 INVALID = {"name": "search", "args": '{"query": "x', "id": "1", "error": None, "type": "invalid_tool_call"}
 OPENAIS = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"query": "x"}'}}
 

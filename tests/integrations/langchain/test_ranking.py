@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from langchain_core.documents import Document
-from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import ConfigurableField
+from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_layerstream import (
     ChatLayerStream,
     LayerStreamEmbeddings,
     LayerStreamLLM,
     LayerStreamReranker,
+    StablePrefixOrder,
     cited_documents_chain,
     rag_prompt,
 )
 from layerstream import ConfigurationError, LayerStream
 from layerstream.ranking.embedder import Embedder
 from layerstream.ranking.forms import RerankForm
+from layerstream.text.passages import SEEN
+
+from tests.integrations.fake_engine import FakeEngine
 
 TEXTS = [f"Passage {number}: the keeper of light {number} is away. " * 2 for number in range(4)]
 DOCUMENTS = [Document(text, metadata={"source": str(number)}) for number, text in enumerate(TEXTS)]
@@ -107,6 +112,91 @@ def test_fields_are_configurable(engine: LayerStream) -> None:
     llm = LayerStreamLLM(engine=engine, max_tokens=1).configurable_fields(client=ConfigurableField(id="client"))
     llm.with_config(configurable={"client": "field"}).invoke("Who?")
     assert engine.stats().clients["field"].requests == 1
+
+
+@pytest.mark.parametrize("kind", [ChatLayerStream, LayerStreamLLM])
+async def test_none_in_a_config_is_as_the_wrapper_was_made(kind: type) -> None:
+    own = {"timeout": 3.0, "priority": 2, "client": "alice", "tenant": "acme"}
+    fake = FakeEngine(has_chat_template=True)
+    llm = kind(engine=fake, **own)
+    config: Any = {"configurable": {**dict.fromkeys(own), "thread_id": "7", "other": None}}
+    llm.invoke("Who?", config)
+    await llm.ainvoke("Who?", config)
+    list(llm.stream("Who?", config))
+    llm.batch(["Who?", "What?"], config)
+    await llm.abatch(["Who?"], [config])
+    assert fake.terms == [own] * len(fake.terms)
+    fake.terms.clear()
+    llm.invoke("Who?", {"configurable": {"tenant": "", "priority": 0, "client": None}})
+    assert fake.terms == [{**own, "tenant": "", "priority": 0}]
+
+
+@pytest.mark.parametrize("kind", [ChatLayerStream, LayerStreamLLM])
+@pytest.mark.parametrize("key", ["layerstream_tenant", "layerstream_tennant", "LayerStream_Priority"])
+async def test_a_term_by_another_name_is_refused(kind: type, key: str) -> None:
+    fake = FakeEngine(has_chat_template=True)
+    llm, config = kind(engine=fake), {"configurable": {key: 1}}
+    name = "priority" if "rior" in key else "tenant"
+    calls = (
+        lambda: llm.invoke("Who?", config),
+        lambda: asyncio.run(llm.ainvoke("Who?", config)),
+        lambda: list(llm.stream("Who?", config)),
+        lambda: llm.batch(["Who?", "What?"], config),
+        lambda: (RunnableLambda(str) | llm).invoke("Who?", config),
+        lambda: StablePrefixOrder(llm=llm).invoke([Document("a")], config),
+    )
+    for call in calls:
+        with pytest.raises(ConfigurationError, match=rf"'{key}'.* called '{name}', and there are 'timeout'"):
+            await asyncio.to_thread(call)
+    assert not fake.batches
+
+
+def test_other_libraries_entries_are_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeEngine()
+    llm = LayerStreamLLM(engine=fake)
+    llm.invoke("Who?", {"configurable": {"thread_id": "1", "tenant_id": "x", "session": object(), "clients": 3}})
+    assert not caplog.records
+    for _ in range(2):
+        llm.invoke("Who?", {"configurable": {"layerstream_temperature": 0.5}})
+    (record,) = caplog.records
+    assert "'layerstream_temperature', which has no effect; there are 'timeout', 'priority'" in record.getMessage()
+    named = LayerStreamLLM(engine=fake).configurable_fields(
+        tenant=ConfigurableField(id="layerstream_tenant"), top_k=ConfigurableField(id="layerstream_top_k")
+    )
+    named.invoke("Who?", {"configurable": {"layerstream_tenant": "acme", "layerstream_top_k": 3}})
+    assert fake.terms[-1]["tenant"] == "acme"
+    assert fake.params[-1].top_k == 3
+    assert len(caplog.records) == 1
+
+
+def test_what_a_chain_retrieves_is_noted_for_its_tenant() -> None:
+    fake = FakeEngine(has_chat_template=True)
+    fake.reuses_anywhere = True
+    chain = {"context": _Fixed(), "input": RunnablePassthrough()} | rag_prompt() | ChatLayerStream(engine=fake)
+    for tenant in (None, "retrieving"):
+        chain.invoke("Who?", {"configurable": {"tenant": tenant}})
+        asyncio.run(chain.ainvoke("Who?", {"configurable": {"tenant": tenant}}))
+        assert SEEN.within(TEXTS, tenant or "") == [text.strip() for text in TEXTS]
+    assert not SEEN.within(TEXTS, "another")
+
+
+@pytest.mark.parametrize("kind", [ChatLayerStream, LayerStreamLLM])
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_numbered_documents_are_passages_as_they_stand(kind: type, anywhere: bool) -> None:
+    fake = FakeEngine(has_chat_template=True)
+    fake.reuses_anywhere = anywhere
+    own, configured = (f"{which} {kind.__name__} {anywhere}" for which in ("own", "configured"))
+    chain = cited_documents_chain(
+        kind(engine=fake, tenant=own), document_prompt=PromptTemplate.from_template("From {source}:\n{page_content}")
+    )
+    document = Document("As [7] says, the keeper is away.", metadata={"source": "a.md"})
+    asked: Any = {"context": [document], "input": "Who?"}
+    chain.invoke(asked)
+    asyncio.run(chain.ainvoke(asked, {"configurable": {"tenant": configured}}))
+    text = "From a.md:\nAs (7) says, the keeper is away."
+    for (prompt,), tenant in zip(fake.batches, (own, configured), strict=True):
+        assert SEEN.within(prompt, tenant) == ([text] if anywhere else [])
+        assert not SEEN.within(prompt, f"not {tenant}")
 
 
 @pytest.mark.parametrize("kind", [ChatLayerStream, LayerStreamLLM])

@@ -138,3 +138,22 @@ def test_what_many_questions_bring_comes_first(engine: LayerStream) -> None:
     assert order.postprocess_nodes([first, second, popular], query_str="x")[0] == popular
     unlearned = StablePrefixOrder(llm=llm, learn=False)
     assert unlearned.postprocess_nodes([popular, first], query_str="x") == [first, popular]
+
+
+def test_the_order_is_a_tenants(engine: LayerStream) -> None:
+    llm = LayerStreamLLM(engine=engine, tenant="own", max_new_tokens=2)
+    first, second, third = nodes(3)
+    for _ in range(4):
+        StablePrefixOrder(llm=llm, tenant="acme").postprocess_nodes([third])
+        StablePrefixOrder(llm=llm).postprocess_nodes([second])
+    given = [first, second, third]
+    assert StablePrefixOrder(llm=llm, tenant="acme").postprocess_nodes(given) == [third, first, second]
+    assert StablePrefixOrder(llm=llm).postprocess_nodes(given) == [second, first, third]
+    assert StablePrefixOrder(llm=llm, tenant="").postprocess_nodes(given) == given
+    unlearned = StablePrefixOrder(llm=llm, tenant="acme", learn=False)
+    prompt = get_response_synthesizer(llm=llm, use_async=False)
+    prompt.synthesize("Who leads it?", nodes=[third, second])
+    engine._open_store().flush()
+    assert unlearned.postprocess_nodes(given) == given, "what is stored is the other tenant's"
+    own = StablePrefixOrder(llm=llm, learn=False)
+    assert own.postprocess_nodes(given)[0] == third

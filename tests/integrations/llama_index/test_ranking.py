@@ -9,10 +9,13 @@ import pytest
 from layerstream import LayerStream
 from layerstream.api.citations import read_citations
 from layerstream.ranking.forms import RerankForm
+from layerstream.text.passages import SEEN
 from llama_index.core import VectorStoreIndex
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.llms.layerstream import CitedSynthesizer, LayerStreamEmbeddings, LayerStreamLLM, LayerStreamReranker
+
+from tests.integrations.fake_engine import FakeEngine
 
 TEXTS = [f"Passage {number}: the keeper of light {number} is away. " * 2 for number in range(4)]
 NODES = [TextNode(text=text, id_=str(number)) for number, text in enumerate(TEXTS)]
@@ -60,3 +63,21 @@ def test_a_reranker_wants_a_query(engine: LayerStream) -> None:
     assert reranker.postprocess_nodes([], query_str="Who?") == []
     with pytest.raises(ValueError, match="query"):
         reranker.postprocess_nodes(found)
+
+
+@pytest.mark.parametrize("anywhere", [False, True])
+async def test_numbered_nodes_are_passages_as_they_stand(anywhere: bool) -> None:
+    fake = FakeEngine()
+    fake.reuses_anywhere = anywhere
+    tenant = f"cites {anywhere}"
+    synthesizer = CitedSynthesizer(LayerStreamLLM(engine=fake, tenant=tenant))
+    found = [
+        NodeWithScore(node=TextNode(text="As [7] says, the keeper is away.", metadata={"source": "a.md"}), score=1)
+    ]
+    synthesizer.synthesize("Who?", nodes=found)
+    await synthesizer.asynthesize("Who?", nodes=found)
+    for (prompt,) in fake.batches:
+        assert "[1] source: a.md\n\nAs (7) says, the keeper is away." in prompt
+        expected = ["source: a.md\n\nAs (7) says, the keeper is away."]
+        assert SEEN.within(prompt, tenant) == (expected if anywhere else [])
+        assert not SEEN.within(prompt, "another")

@@ -322,6 +322,24 @@ def test_terms_of_a_call_reach_the_engine() -> None:
     ]
 
 
+async def test_passages_are_an_option_of_a_call() -> None:
+    llm, engine = make()
+    llm.complete("x")
+    assert "passages" not in engine.terms.pop(), "what that means is the engine's to say"
+    chat = [ChatMessage(role="user", content="x")]
+    for passages in (["a text"], None, ()):
+        llm.complete("x", passages=passages)
+        await llm.acomplete("x", passages=passages)
+        list(llm.stream_complete("x", passages=passages))
+        llm.chat(chat, passages=passages)
+        await llm.achat(chat, passages=passages)
+        list(llm.stream_chat(chat, passages=passages))
+        assert [terms["passages"] for terms in engine.terms] == [passages] * 6
+        engine.terms.clear()
+    with pytest.raises(ConfigurationError, match="did you mean 'passages'"):
+        llm.complete("x", passage=["a text"])
+
+
 OPENAIS = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"query": "x"}'}}
 
 

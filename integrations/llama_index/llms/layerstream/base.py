@@ -33,7 +33,7 @@ from llama_index.llms.layerstream.retrieved import watch_retrievers
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
 from layerstream.api.prompt_layout import PromptLayout, arranged
 from layerstream.errors import ToolError
-from layerstream.handle import TERMS, EngineHandle, check_call, check_fields, default_model
+from layerstream.handle import CALL_TERMS, TERMS, EngineHandle, check_call, check_fields, default_model, terms_of
 
 if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
@@ -52,7 +52,7 @@ _SAMPLING_FIELDS = (
 )  # fmt: skip
 _CALL_OPTIONS = frozenset(
     {"max_new_tokens", "tools", "tool_choice", "parallel_tool_calls", "explain_schema", "chat_template_kwargs",
-     "top_logprobs", "formatted", "stream", "image_documents", *TERMS}
+     "top_logprobs", "formatted", "stream", "image_documents", *TERMS, *CALL_TERMS}
 )  # fmt: skip
 
 
@@ -364,9 +364,8 @@ class LayerStreamLLM(FunctionCallingLLM):
     def _submit(
         self, engine: LayerStream, prompt: Prompt, params: SamplingParams, reader: Reader, kwargs: dict[str, Any]
     ) -> Asked:
-        terms = {name: kwargs.get(name, getattr(self, name)) for name in TERMS}
         try:
-            return Asked(engine.submit(prompt, params, **terms), reader, engine.tokenizer.decode)
+            return Asked(engine.submit(prompt, params, **terms_of(self, kwargs)), reader, engine.tokenizer.decode)
         except ValueError as error:  # as above
             logger.error("%s", error)
             raise

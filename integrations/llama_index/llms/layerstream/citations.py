@@ -11,7 +11,7 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.llms.layerstream.base import LayerStreamLLM
 
-from layerstream.api.citations import citation_format, number_passages
+from layerstream.api.citations import citation_format, number_passages, without_numbers
 
 CITED_QA_PROMPT = PromptTemplate(
     "Passages are below, each behind its number.\n---------------------\n{context_str}\n---------------------\n"
@@ -41,6 +41,7 @@ class CitedSynthesizer(BaseSynthesizer):
         **options: Any,
     ) -> None:
         super().__init__(llm=llm, **options)
+        self._model = llm
         self._prompt = prompt
         self._required = required
 
@@ -56,6 +57,7 @@ class CitedSynthesizer(BaseSynthesizer):
         return answer.text.strip()
 
     def _ask(self, query: str, texts: Sequence[str]) -> str:
+        self._model._handle.note_passages(without_numbers(texts), self._model.tenant)
         return self._prompt.format(llm=self._llm, context_str=number_passages(texts), query_str=query)
 
     def _format(self, texts: Sequence[str]) -> dict[str, Any]:

@@ -68,10 +68,14 @@ class StablePrefixOrder(BaseNodePostprocessor):
     alone is used. *prompt* is the one that the context goes into first: ``text_qa_template``
     for compact, refine and accumulate (the default), ``summary_template`` for tree_summarize, a
     ``ChatPromptTemplate`` of the context template as the system's message for a ``ContextChatEngine``.
+
+    What is stored and what is popular is asked for one *tenant*: that of the model, or another one, where calls say so
+    (``llm.complete(..., tenant="acme")``): ``StablePrefixOrder(llm=llm, tenant="acme")``.
     """
 
     llm: SerializeAsAny[LayerStreamLLM] | None = Field(default=None, description="The model whose store is asked.")
     prompt: Any = Field(default=DEFAULT_TEXT_QA_PROMPT_SEL, description="The one that the context goes into.")
+    tenant: str | None = Field(default=None, description="Whose questions these are; None: the model's own tenant.")
     learn: bool = Field(default=True, description="Count retrievals, and put what is retrieved often first.")
 
     @classmethod
@@ -86,6 +90,7 @@ class StablePrefixOrder(BaseNodePostprocessor):
         if llm is None:
             return prefix_order(nodes, _canonical)
         engine, template = llm.load(), self.prompt
+        tenant = llm.tenant if self.tenant is None else self.tenant
 
         def write(some: Sequence[NodeWithScore]) -> str:
             return join_nodes(found.node for found in some)
@@ -94,10 +99,10 @@ class StablePrefixOrder(BaseNodePostprocessor):
             return render_context(llm, template, context, "?")
 
         def cached_tokens(some: Sequence[NodeWithScore]) -> int:
-            return engine.cached_tokens(render(write(some)), tenant=llm.tenant)
+            return engine.cached_tokens(render(write(some)), tenant=tenant)
 
         if self.learn:
-            return learned_order(engine, nodes, _canonical, write, render, llm.tenant)
+            return learned_order(engine, nodes, _canonical, write, render, tenant)
         return prefix_order(nodes, _canonical, cached_tokens)
 
 
