@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -169,3 +170,61 @@ def test_a_passage_that_is_not_there_any_more_is_computed_in_its_place() -> None
         run(scheduler, sweep)
     assert computed == sequence.num_prompt_tokens
     assert sequence.num_blended == 0
+
+
+@pytest.mark.parametrize(
+    ("by_deviation", "decodes", "prompt_tokens", "again"),
+    [
+        (False, False, 0, 11),
+        (False, True, 0, 6),
+        (False, False, 6, 5),
+        (False, True, 3, 3),
+        (False, False, 15, 2),
+        (True, False, 0, 11),
+        (True, False, 6, 5),
+        (True, False, 15, 2),
+    ],
+)
+def test_what_rides_free_is_what_answers_and_prompts_before_it_leave(
+    by_deviation: bool, decodes: bool, prompt_tokens: int, again: int
+) -> None:
+    recompute = Recompute(first=2, by_deviation=by_deviation)
+    limits = replace(LIMITS, prompt_rows=0)
+    scheduler = Scheduler(limits, PagePool(100, PAGE), read_seconds=lambda: 0.2 / 0.9 + 1e-6, recompute=recompute)
+    scheduler.budget.observe(1, 0, 0.05)  # a block that decodes takes what five tokens of a prompt do
+    scheduler.budget.observe(0, 100, 1.0)
+    sequence, contexts = blended(0, [0])
+    answer, prompt = (
+        Sequence(n, [n] * most, most, SamplingParams(max_tokens=3)) for n, most in ((1, 2), (2, prompt_tokens))
+    )
+    for each in (*contexts, *([answer] if decodes else [])):
+        scheduler.add(each)
+    first = scheduler.schedule()
+    assert first is not None
+    run(scheduler, first)
+    for each in (*([prompt] if prompt_tokens else []), sequence):
+        scheduler.add(each)
+    sweep = scheduler.schedule()
+    assert sweep is not None
+    assert covered(sweep, sequence) == list(range(sequence.num_prompt_tokens))
+    assert sum(map(len, sweep.moves[sequence])) - sweep.staying.get(sequence, 0) == 17 - again
+
+
+def test_blended_prompts_of_a_sweep_share_what_rides_free() -> None:
+    scheduler = Scheduler(
+        LIMITS, PagePool(100, PAGE), read_seconds=lambda: 0.4 / 0.9 + 1e-6, recompute=Recompute(first=2)
+    )
+    scheduler.budget.observe(0, 100, 1.0)
+    both = [blended(number, [number]) for number in range(2)]
+    for each in [context for _, contexts in both for context in contexts]:
+        scheduler.add(each)
+    while any(not context.is_prefilled for _, contexts in both for context in contexts):
+        sweep = scheduler.schedule()
+        assert sweep is not None
+        run(scheduler, sweep)
+    for sequence, _ in both:
+        scheduler.add(sequence)
+    sweep = scheduler.schedule()
+    assert sweep is not None
+    moved = [sum(map(len, sweep.moves.get(sequence, ()))) for sequence, _ in both]
+    assert moved == [0, 17 - 5], "26 of 40 are the first one's, and of 14 are 9 behind the second one's passage"

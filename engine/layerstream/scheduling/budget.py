@@ -118,11 +118,13 @@ class SweepBudget:
         free = MARGIN * reading - self._decoding(num_rows)
         return int(min(most, max(least, free / max(self._token_seconds, 1e-9))))
 
-    def free_tokens(self) -> int:
-        """Prompt tokens that a sweep computes while it reads; 0 where nothing is read, or nothing is known yet."""
+    def free_tokens(self, num_rows: int) -> int:
+        """Prompt tokens that a sweep computes while it reads, beside *num_rows* that decode; 0 where nothing is read,
+        or nothing is known yet."""
         if self._token_seconds is None or self._experts is not None:
             return 0
-        return int(MARGIN * self._read_seconds() / max(self._token_seconds, 1e-9))
+        free = MARGIN * self._read_seconds() - self._decoding(num_rows)
+        return max(0, int(free / max(self._token_seconds, 1e-9)))
 
     def _reading(self, num_rows: int) -> float:
         """What reading takes for a sweep of so many rows."""

@@ -20,7 +20,8 @@ Rules:
   and chunks share row blocks of ``prompt_rows`` rows, padded, so that neither shape depends on what a chunk lacks;
 * where there are recurrent layers, a sequence is in the sweep if its states are there, or an earlier row block leaves
   them, and there is a slot for the next ones (:mod:`layerstream.scheduling.states`);
-* of a prompt that has passages, some tokens are not computed but moved (:mod:`layerstream.scheduling.blending`);
+* of a prompt that has passages, some tokens are not computed but moved (:mod:`layerstream.scheduling.blending`); what
+  rides free is what the rows that decode and the prompts before it leave;
 * guesses (:mod:`layerstream.core.draft`) follow their sequence's newest token as decode rows, as many as there is room
   for; a sequence never gets guesses past its longest answer.
 """
@@ -92,17 +93,18 @@ class Composer:
         self._blending = blending
         self._moves: dict[Sequence, Seq[Move]] = {}
         self._staying: dict[Sequence, int] = {}
-        self._free = 0
+        self._free = 0  # prompt tokens that still hide behind the read
 
     def compose(self, running: Seq[Sequence], drafting: Drafting) -> Sweep | None:
         """A sweep of *running*, in order of admission, with guesses of *drafting*; ``None`` if none has a row."""
         self._states.start(running)
         self._moves, self._staying = {}, {}
-        self._free = self._budget.free_tokens()
         ready = [s for s in running if self._may_decode(s)]
         for sequence in ready:
             self._states.join(sequence, sequence.num_tokens)
-        prompts = self._prompt_blocks(sum(sequence.num_pending for sequence in ready))
+        num_decoded = sum(sequence.num_pending for sequence in ready)
+        self._free = self._budget.free_tokens(num_decoded)
+        prompts = self._prompt_blocks(num_decoded)
         ready += [sequence for sequence in self._add_prompts(prompts, running) if not sequence.is_passage]
         for sequence in ready:
             sequence.tenancy.capacity = len(sequence.pages) * self._pool.page_tokens
@@ -196,12 +198,13 @@ class Composer:
             prompts.add(Span(sequence, piece.start, piece.stop))
             moves += piece.moves
             start = piece.stop
+        computed = start - sequence.num_computed - sum(map(len, moves))
         if sequence.tenancy.sources:
-            computed = start - sequence.num_computed - sum(map(len, moves))
-            self._free = max(0, self._free - computed)
             chosen, staying = self._blending.choice(sequence, start, free)
             if chosen:
                 self._staying[sequence] = staying
             if chosen or moves:
                 self._moves[sequence] = chosen or moves
+            computed -= max(0, sum(map(len, chosen)) - staying)
+        self._free = max(0, self._free - computed)  # nobody's rows ride free twice
         return start
