@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from layerstream import EngineClosed, KVStoreConfig, LayerStream, RequestTimeout, SamplingParams, StorageFull
 from layerstream.api.events import SweepStarted
+from layerstream.warming import Warming
 
 CHUNK = 32
 DOCUMENTS = [f"The {name} of the house has {number} doors. " * 12 for number, name in enumerate("abcdefghijkl")]
@@ -164,3 +167,43 @@ def test_where_nothing_fits_it_does_not_begin(tmp_path: Path) -> None:
 def test_a_short_queue_is_no_reason_to_fail(tmp_path: Path) -> None:
     with make(tmp_path, max_queued=2) as engine:
         assert engine.warm(DOCUMENTS, background=True).wait(60).warmed == len(DOCUMENTS)
+
+
+def end(engine: LayerStream, how: str) -> Warming:
+    """Warming with *engine* that has ended."""
+    reached = threading.Event()
+
+    def on_document(done: int, count: int) -> None:
+        reached.set()
+        if how == "failed" and done and engine:  # what a caller is told of may know the engine
+            raise RuntimeError("mine")
+
+    warming = engine.warm(DOCUMENTS, background=True, on_document=on_document)
+    assert reached.wait(60)
+    if how == "cancelled":
+        warming.cancel()
+    elif how == "closed":
+        engine.close()
+    until(warming.done)
+    return warming
+
+
+@pytest.mark.parametrize("how", ["done", "cancelled", "failed", "closed"])
+def test_once_it_is_over_its_handle_keeps_no_engine(tmp_path: Path, how: str) -> None:
+    engine = make(tmp_path)
+    try:
+        warming = end(engine, how)
+        assert warming.progress.documents == len(DOCUMENTS)
+        if how == "failed":
+            error = warming.exception()
+            assert error is not None
+            assert "in on_document" in error.__notes__[0], "where it was raised"
+        said = repr(warming)
+    finally:
+        engine.close()
+    kept = [weakref.ref(engine), weakref.ref(engine._parts.scheduler)]
+    del engine
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+    assert repr(warming) == said
+    warming.cancel()
