@@ -68,7 +68,7 @@ def test_no_prompts_are_no_rows(engine: LayerStream) -> None:
 
 
 def test_more_than_a_wave(engine: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerstream.readings.WAVE", 3)
+    monkeypatch.setattr("layerstream.waves.WAVE", 3)
     told: list[tuple[int, int]] = []
     prompts = [draw_prompt(4 + n) for n in range(8)]
     waves = engine.embed(prompts, on_done=lambda done, count: told.append((done, count)))

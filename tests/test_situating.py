@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from layerstream import ConfigurationError, LayerStream, PromptTooLong
-from layerstream.situating import Chunked, Situating, rejoin, spans_of, windows_of
+from layerstream import ConfigurationError, LayerStream, RequestTimeout
+from layerstream.situating import Chunked, Failures, Situating, rejoin, spans_of, windows_of
 
 SENTENCES = [f"In year {year} the hall of Brenvik had {year % 7} doors and {year % 11} windows." for year in range(40)]
 DOCUMENT = " ".join(SENTENCES)
@@ -58,7 +58,7 @@ def test_all_lines_take_about_the_sweeps_of_one(engine: LayerStream) -> None:
     document = "Something else. " + DOCUMENT
     together, computed, lines = cost(engine, document, CHUNKS)
     assert together <= alone + -(-computed // engine.plan.max_sweep_tokens), "but for what a sweep carries of a prompt"
-    prompts = Situating()._prompts(engine, Chunked(document, CHUNKS))
+    prompts = Situating()._prompts(engine, Chunked(document, CHUNKS), Failures())
     shared = next(at for at, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
     own = max(map(len, prompts)) - shared
     assert computed <= len(prompts[0]) + len(CHUNKS) * (own + engine.plan.page_tokens + 12)
@@ -98,9 +98,53 @@ def test_of_a_long_document_a_window_is_shown(
     assert "in windows" in caplog.text
 
 
-def test_a_chunk_that_is_too_long_alone(engine: LayerStream) -> None:
-    with pytest.raises(PromptTooLong):
-        situate(engine, DOCUMENT * 12, [DOCUMENT * 12])
+def test_a_chunk_that_is_too_long_harms_no_other(
+    engine: LayerStream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = DOCUMENT * 12
+    groups = listen(engine, monkeypatch)
+    expected = situate(engine, DOCUMENT, CHUNKS, max_tokens=8)
+    lines = situate(engine, DOCUMENT, [*CHUNKS[:2], long, *CHUNKS[2:]], max_tokens=8)
+    assert lines == [*expected[:2], "", *expected[2:]]
+    assert groups[0] == groups[1], "and takes no room from them"
+    assert caplog.text.count("gets no line") == 1
+    assert list(Situating().lines(engine, [Chunked(long, [long]), Chunked(long, [long, long])])) == [[""], ["", ""]]
+    assert caplog.text.count("gets no line") == 2, "once a call"
+
+
+def test_a_chunk_that_leaves_its_document_no_room_takes_none_from_others(
+    engine: LayerStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is shown next to nothing of it, and they are shown all of it."""
+    long = (DOCUMENT * 2)[: len(DOCUMENT) * 1700 // len(engine.encode(DOCUMENT))]
+    groups = listen(engine, monkeypatch)
+    expected = situate(engine, DOCUMENT, CHUNKS[:2], max_tokens=300)
+    assert situate(engine, DOCUMENT, [CHUNKS[0], long, CHUNKS[1]], max_tokens=300)[::2] == expected
+    assert [groups[1][0], groups[1][2]] == groups[0]
+    assert engine.context_length - 300 < len(groups[1][1]) < engine.context_length
+
+
+def test_a_request_that_fails_is_its_own_chunks(engine: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = situate(engine, DOCUMENT, CHUNKS[:4], max_tokens=8)
+    submit = engine.submit_many
+
+    def submit_many(*prompts: Any, **terms: Any) -> Any:
+        requests = submit(*prompts, **terms)
+        requests[1].fail(RequestTimeout("it took too long"))
+        return requests
+
+    monkeypatch.setattr(engine, "submit_many", submit_many)
+    assert situate(engine, DOCUMENT, CHUNKS[:4], max_tokens=8) == [expected[0], "", *expected[2:]]
+
+
+def test_more_chunks_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"kv_store": None, "progress": False, "chunk_tokens": 32, "speculation": "off"}
+    with LayerStream("demo", **options) as engine:
+        expected = situate(engine, DOCUMENT, CHUNKS, max_tokens=4)
+    with LayerStream("demo", **options, max_queued=3) as engine:
+        groups = listen(engine, monkeypatch)
+        assert situate(engine, DOCUMENT, CHUNKS, max_tokens=4) == expected
+        assert max(map(len, groups)) == 3
 
 
 @pytest.mark.parametrize("instructions", ["{chunk} of {document}", "{document}", "Summarise."])

@@ -1,29 +1,24 @@
 """Prompts that are read, not answered, many at a time: what is behind ``engine.embed`` and ``engine.score``.
 
-Prompts are handed in a wave after the other, the next one while the last is computed, so that sweeps stay full and a
-hundred thousand texts are no queue of a hundred thousand. If one fails, or whoever waits gives up, nothing of the rest
-stays behind.
+Prompts are handed in a wave after the other (:mod:`layerstream.waves`). If one fails, or whoever waits gives up,
+nothing of the rest stays behind.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from layerstream.api import arguments
+from layerstream.api.apart import apart
 from layerstream.errors import ConfigurationError, shown
+from layerstream.waves import Submit, Waves
 
 if TYPE_CHECKING:  # whoever imports a wrapper pays for no torch
-    from layerstream.api.request import Request
     from layerstream.text.prompt import Prompt
 
-WAVE = 128  # texts: more than a sweep has room for, as a rule
-
-Submit: TypeAlias = "Callable[[Sequence[Prompt]], list[Request]]"
 OnDone: TypeAlias = Callable[[int, int], None]
 
 
@@ -38,7 +33,7 @@ def read(
         on_done: called with the number of prompts done and of all, after each.
     """
     found: list[np.ndarray] = []
-    with _Waves(submit, prompts, most) as waves:
+    with Waves(submit, prompts, most) as waves:
         while (request := waves.next()) is not None:
             found.append(request.result().reading)
             if on_done is not None:
@@ -49,42 +44,14 @@ def read(
 async def aread(submit: Submit, prompts: Sequence[Prompt], most: int | None = None) -> list[np.ndarray]:
     """As :func:`read`, without blocking the event loop."""
     found: list[np.ndarray] = []
-    with _Waves(submit, prompts, most) as waves:
-        while (request := waves.next()) is not None:
+    with Waves(submit, prompts, most) as waves:
+        while True:
+            waves.step()
+            if waves.is_due:
+                await apart(waves.hand_in)
+            if (request := waves.first) is None:
+                return found
             found.append((await request).reading)
-    return found
-
-
-class _Waves:
-    """Hands prompts in, a wave after the other, and gives their requests in order. On an error, or when whoever waits
-    gives up, what is left of them is cancelled."""
-
-    def __init__(self, submit: Submit, prompts: Sequence[Prompt], most: int | None) -> None:
-        self._submit = submit
-        self._rest = iter(prompts)
-        self._most = most
-        self._size = WAVE if most is None else max(1, min(WAVE, most))
-        self._running: deque[Request] = deque()  # the first of them was given out last
-
-    def __enter__(self) -> _Waves:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for request in self._running if kind is not None else ():
-            request.cancel()
-
-    def next(self) -> Request | None:
-        """The next request, the one before being done; ``None``: that was the last."""
-        if self._running:
-            self._running.popleft()
-        while self._has_room() and (wave := list(itertools.islice(self._rest, self._size))):
-            self._running.extend(self._submit(wave))
-        return self._running[0] if self._running else None
-
-    def _has_room(self) -> bool:
-        """Whether one more wave may be handed in beside those that run."""
-        count = len(self._running)
-        return count <= self._size and (self._most is None or count + self._size <= self._most or not count)
 
 
 def normalized(vectors: Sequence[np.ndarray], width: int, *, is_wanted: bool = True) -> np.ndarray:

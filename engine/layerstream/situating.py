@@ -8,10 +8,14 @@ adds a token to every line. So all lines of a document cost about as many sweeps
 A document that the context does not hold is replaced by *windows*: pieces of the document, half overlapping, of which
 each chunk is shown the one where it is nearest to the middle. Chunks with the same window share it as they would the
 document. What decides is pure (:func:`spans_of`, :func:`windows_of`).
+
+What goes wrong with a chunk is its own: it has no line, and the others have theirs. A chunk that leaves a window next
+to no room is shown the smallest one, and takes none from the others.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from layerstream.api.params import SamplingParams
 from layerstream.api.request import Request
-from layerstream.errors import ConfigurationError, PromptTooLong
+from layerstream.errors import ConfigurationError, DeviceLost, EngineClosed, LayerStreamError, PromptTooLong
+from layerstream.waves import Waves
 
 if TYPE_CHECKING:  # wrappers import this file, and bring no torch
     from layerstream.text.prompt import Prompt
@@ -48,6 +53,11 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int:
         """Tokens of prompt and answer."""
+        ...
+
+    @property
+    def max_queued(self) -> int | None:
+        """Answers that may wait for their turn; ``None``: any number."""
         ...
 
     @property
@@ -81,7 +91,7 @@ class Situating:
     Attributes:
         instructions: a text with ``{document}`` and, behind it, ``{chunk}``.
         max_tokens: of a line at most; what is longer ends there.
-        at_once: chunks that are asked at once; those of one document always are.
+        at_once: chunks that are asked at once; those of one document always are, as far as the engine lets them wait.
     """
 
     instructions: str = INSTRUCTIONS
@@ -99,67 +109,105 @@ class Situating:
     def lines(self, engine: Engine, documents: Iterable[Chunked], **terms: Any) -> Iterator[list[str]]:
         """A line for each chunk of each of *documents*, in order; empty where the model had nothing to say.
 
-        Greedy, so the same every time.
+        Greedy, so the same every time. Empty, too, where a chunk failed: the context does not hold it even with next to
+        nothing of its document, or its request did not end well. The log says so once.
 
         Args:
             terms: on which requests are taken (``priority``, ``client``, ``timeout``).
 
         Raises:
-            PromptTooLong: a chunk that the context does not hold, even with next to nothing of its document.
+            EngineClosed, DeviceLost: nobody gets a line any more.
         """
         group, size = list[Chunked](), 0
+        failures = Failures()
         for document in documents:
             if group and size + len(document.chunks) > self.at_once:
-                yield from self._ask(engine, group, terms)
+                yield from self._ask(engine, group, terms, failures)
                 group, size = [], 0
             group.append(document)
             size += len(document.chunks)
-        yield from self._ask(engine, group, terms)
+        yield from self._ask(engine, group, terms, failures)
 
-    def _ask(self, engine: Engine, group: Sequence[Chunked], terms: dict[str, Any]) -> Iterator[list[str]]:
-        prompts = [self._prompts(engine, document) for document in group]
+    def _ask(
+        self, engine: Engine, group: Sequence[Chunked], terms: dict[str, Any], failures: Failures
+    ) -> Iterator[list[str]]:
+        prompts = [self._prompts(engine, document, failures) for document in group]
         params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0, stop=["\n\n"], seed=0)
-        asked = [prompt for some in prompts for prompt in some]
-        requests = engine.submit_many(asked, params, **terms) if asked else []
-        try:
-            texts = iter([_first_line(request.result().text) for request in requests])
-        except BaseException:
-            for request in requests:
-                request.cancel()
-            raise
+        asked = [prompt for some in prompts for prompt in some if prompt is not None]
+        submit = functools.partial(engine.submit_many, params=params, **terms)
+        texts = list[str]()
+        with Waves(submit, asked, engine.max_queued, len(asked)) as waves:
+            while (request := waves.next()) is not None:
+                texts.append(_line_of(request, failures))
+        rest = iter(texts)
         for some in prompts:
-            yield [next(texts) for _ in some]
+            yield ["" if prompt is None else next(rest) for prompt in some]
 
-    def _prompts(self, engine: Engine, document: Chunked) -> list[list[int]]:
-        """Each chunk behind the document, or behind its window: token ids that leave room for a line."""
+    def _prompts(self, engine: Engine, document: Chunked, failures: Failures) -> list[list[int] | None]:
+        """Each chunk behind the document, or behind its window: token ids that leave room for a line; ``None``: the
+        context does not hold it."""
         text, chunks = document.text, document.chunks
         spans, size = spans_of(text, chunks, document.starts), len(text)
-        while True:
-            shown = windows_of(len(text), spans, size)
-            is_smallest = size <= _LEAST_CHARACTERS
-            longest, prompts = 0, list[list[int]]()
+        most = engine.context_length - self.max_tokens
+        alone: dict[int, list[int] | None] = {}  # the smallest window is as much as they leave room for
+
+        def encode(number: int, size: int) -> tuple[list[int] | None, int]:
+            ((start, end),) = windows_of(len(text), [spans[number]], size)
             try:
-                for (start, end), chunk in zip(shown, chunks, strict=True):
-                    prompts.append(engine.encode(self._render(engine, text[start:end], chunk)))
-                    longest = len(prompts[-1])
-                    if longest + self.max_tokens > engine.context_length and not is_smallest:
-                        break
-                else:
-                    return prompts
+                ids = engine.encode(self._render(engine, text[start:end], chunks[number]))
             except PromptTooLong as error:
-                if is_smallest:
-                    raise
-                longest = error.num_tokens
+                if size <= _LEAST_CHARACTERS:
+                    failures.add(error)
+                return None, error.num_tokens
+            return ids, len(ids)
+
+        while True:
+            prompts = dict(alone)
+            for number in [number for number in range(len(chunks)) if number not in alone]:
+                prompts[number], longest = encode(number, size)
+                if longest <= most:
+                    continue
+                if size > _LEAST_CHARACTERS:
+                    least, length = encode(number, _LEAST_CHARACTERS)
+                    if length <= most:
+                        break
+                    prompts[number] = least
+                alone[number] = prompts[number]
+            else:
+                return [prompts[number] for number in range(len(chunks))]
             if size == len(text):
                 logger.info("a document of %d characters is shown in windows: the context does not hold it", size)
-            share = (engine.context_length - self.max_tokens) / longest
-            size = max(_LEAST_CHARACTERS, int(size * min(_SHRINK, share)))
+            size = max(_LEAST_CHARACTERS, int(size * min(_SHRINK, most / longest)))
 
     def _render(self, engine: Engine, document: str, chunk: str) -> Prompt:
         before, rest = self.instructions.split("{document}", 1)
         between, after = rest.split("{chunk}", 1)
         text = f"{before}{document}{between}{chunk}{after}"
         return [{"role": "user", "content": text}] if engine.has_chat_template else text
+
+
+class Failures:
+    """Chunks without a line: the first one is said in the log, and that there may be others."""
+
+    def __init__(self) -> None:
+        self._are_said = False
+
+    def add(self, error: LayerStreamError) -> None:
+        """One more, because of *error*."""
+        if not self._are_said:
+            self._are_said = True
+            logger.warning("a chunk gets no line and keeps its text, as do others like it: %s", error)
+
+
+def _line_of(request: Request, failures: Failures) -> str:
+    """What was said; nothing, if that chunk's *request* failed."""
+    try:
+        return _first_line(request.result().text)
+    except (EngineClosed, DeviceLost):
+        raise
+    except LayerStreamError as error:
+        failures.add(error)
+        return ""
 
 
 def spans_of(document: str, chunks: Sequence[str], starts: Sequence[int | None] = ()) -> list[Span]:

@@ -14,6 +14,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from layerstream.api.apart import apart
 from layerstream.api.completion import Completion, Delta
 from layerstream.api.prompt_layout import arranged_messages
 from layerstream.errors import ConfigurationError, PromptTooLong
@@ -283,12 +284,10 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        engine = await self._handle.get_async()
-        turn = self._turn(engine, messages, stop, kwargs)
-        request = self._submit(engine, turn, kwargs)
+        turn, request = await self._ask_apart(await self._handle.get_async(), messages, stop, kwargs)
         try:
             await request
-            return self._result(turn, request.completions(), engine)
+            return self._result(turn, request.completions(), self.load())
         finally:
             request.cancel()
 
@@ -320,9 +319,8 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         engine = await self._handle.get_async()
-        turn = self._turn(engine, messages, stop, kwargs)
-        check_stream(turn.params)
-        request, chunks = self._submit(engine, turn, kwargs), ChunkStream(turn.reader())
+        turn, request = await self._ask_apart(engine, messages, stop, kwargs, streams=True)
+        chunks = ChunkStream(turn.reader())
         try:
             async for delta in request:
                 for chunk in self._chunks(delta, chunks, engine):
@@ -350,6 +348,25 @@ class ChatLayerStream(EngineFields, BaseChatModel):
             explain_format=kwargs.get("explain_schema", self.explain_schema),
             **{**self.chat_template_kwargs, **kwargs.get("chat_template_kwargs", {})},
         )
+
+    async def _ask_apart(
+        self,
+        engine: LayerStream,
+        messages: Sequence[BaseMessage],
+        stop: list[str] | None,
+        kwargs: dict[str, Any],
+        *,
+        streams: bool = False,
+    ) -> tuple[Turn, Request]:
+        """The model's turn, handed in; templates and tokens are no work for an event loop."""
+
+        def ask() -> tuple[Turn, Request]:
+            turn = self._turn(engine, messages, stop, kwargs)
+            if streams:
+                check_stream(turn.params)
+            return turn, self._submit(engine, turn, kwargs)
+
+        return await apart(ask, lambda asked: asked[1].cancel())
 
     def _submit(self, engine: LayerStream, turn: Turn, kwargs: dict[str, Any]) -> Request:
         join_gang(engine)

@@ -11,6 +11,7 @@ from langchain_core.language_models import BaseLLM, LangSmithParams, LanguageMod
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.utils.function_calling import convert_to_json_schema
+from layerstream.api.apart import apart
 from layerstream.api.completion import Completion, Delta, why_cut_off
 from layerstream.api.prompt_layout import arranged
 from layerstream.chat.tools import closed
@@ -171,7 +172,10 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         engine = await self._handle.get_async()
-        requests = self._submit(engine, prompts, self._params(stop, kwargs), kwargs)
+        requests = await apart(
+            lambda: self._submit(engine, prompts, self._params(stop, kwargs), kwargs),
+            lambda requests: [request.cancel() for request in requests],
+        )
         try:
             for request in requests:
                 await request
@@ -210,7 +214,9 @@ class LayerStreamLLM(EngineFields, BaseLLM):
         engine = await self._handle.get_async()
         params = self._params(stop, kwargs)
         check_stream(params)
-        (request,) = self._submit(engine, [prompt], params, kwargs)
+        request = await apart(
+            lambda: self._submit(engine, [prompt], params, kwargs)[0], lambda request: request.cancel()
+        )
         try:
             async for delta in request:
                 chunk = self._chunk(delta, engine, kwargs)

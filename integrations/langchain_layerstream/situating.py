@@ -9,7 +9,6 @@ from langchain_core.documents import BaseDocumentTransformer, Document
 from layerstream.situating import INSTRUCTIONS, MAX_TOKENS, Chunked, Situating, rejoin
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from langchain_layerstream._errors import overflow_as_langchains
 from langchain_layerstream.documents import check_model
 
 
@@ -44,20 +43,18 @@ class ContextualChunks(BaseModel, BaseDocumentTransformer):
     _check_llm = field_validator("llm")(check_model)
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
-        """Chunks with their lines.
+        """Chunks with their lines. One that fails (the context does not hold it) is left as it is, and the log says so.
 
         Raises:
-            PromptTooLong: a chunk that the context does not hold; also LangChain's ``ContextOverflowError``.
             ConfigurationError: *instructions* without the document in front.
         """
         whole = self._split(documents) if self.splitter is not None else self._rejoined(documents)
         cut = list(whole)
         situating = Situating(self.instructions, self.max_tokens)
-        with overflow_as_langchains():
-            lines = situating.lines(self.llm.load(), (chunked for _, chunked in cut), **self.llm._terms({}))
-            situated: list[tuple[int, Document]] = []
-            for (chunks, _), own in zip(cut, lines, strict=True):
-                situated += [(at, self._with(chunk, line)) for (at, chunk), line in zip(chunks, own, strict=True)]
+        lines = situating.lines(self.llm.load(), (chunked for _, chunked in cut), **self.llm._terms({}))
+        situated: list[tuple[int, Document]] = []
+        for (chunks, _), own in zip(cut, lines, strict=True):
+            situated += [(at, self._with(chunk, line)) for (at, chunk), line in zip(chunks, own, strict=True)]
         return [chunk for _, chunk in sorted(situated, key=lambda item: item[0])]
 
     def _split(self, documents: Sequence[Document]) -> Iterator[tuple[list[tuple[int, Document]], Chunked]]:

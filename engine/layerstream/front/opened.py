@@ -85,6 +85,11 @@ class Opened:
         self._guard.is_acting = False
 
     @property
+    def max_queued(self) -> int | None:
+        """Answers that may wait for their turn; ``None``: any number."""
+        return self._parts.config.max_queued
+
+    @property
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together: the model's limit, or what the budget has KV pages for."""
         return self._parts.context_length

@@ -41,7 +41,7 @@ class Scoring(Phrasing):
                 :meth:`submit_to_read`.
         """
         submit = functools.partial(self.submit_to_read, reading=HiddenState(pooling), **{"keep": False, **terms})
-        vectors = readings.read(submit, self._encode_all(texts), on_done, self._parts.config.max_queued)
+        vectors = readings.read(submit, self._encode_all(texts), on_done, self.max_queued)
         return readings.normalized(vectors, self.plan.facts.hidden_size, is_wanted=normalize)
 
     def score(
@@ -65,7 +65,7 @@ class Scoring(Phrasing):
         wanted = readings.token_ids_of(tokens, self.encode_piece)
         submit = functools.partial(self.submit_to_read, reading=TokenLogits(wanted), **terms)
         return readings.probabilities(
-            readings.read(submit, self._encode_all(prompts), on_done, self._parts.config.max_queued), len(wanted)
+            readings.read(submit, self._encode_all(prompts), on_done, self.max_queued), len(wanted)
         )
 
     def submit_to_read(

@@ -10,6 +10,7 @@ import numpy as np
 
 from layerstream import readings
 from layerstream.api import arguments
+from layerstream.api.apart import apart
 from layerstream.api.reading import HiddenState, Pooling
 from layerstream.errors import ConfigurationError, PromptTooLong
 
@@ -80,12 +81,12 @@ class Embedder:
             EmptyPrompt: a text without tokens.
         """
         prompts = [self.encode(text) for text in texts]
-        return self._vectors(readings.read(self._submit(terms), prompts, on_done))
+        return self._vectors(readings.read(self._submit(terms), prompts, on_done, self._engine.max_queued))
 
     async def adocuments(self, texts: Iterable[str], **terms: Any) -> np.ndarray:
         """As :meth:`documents`, without blocking the event loop."""
-        prompts = [self.encode(text) for text in texts]
-        return self._vectors(await readings.aread(self._submit(terms), prompts))
+        prompts = await apart(lambda: [self.encode(text) for text in texts])
+        return self._vectors(await readings.aread(self._submit(terms), prompts, self._engine.max_queued))
 
     def as_query(self, query: str) -> str:
         """What is embedded of *query*."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerstream import readings
 from layerstream.api import arguments
+from layerstream.api.apart import apart
 from layerstream.api.reading import TokenLogits
 from layerstream.errors import ConfigurationError, PromptTooLong
 from layerstream.ranking.forms import RerankForm, fill, form_of
@@ -60,12 +61,12 @@ class Reranker:
             PromptTooLong: a query, or with ``truncate=False`` a passage, that the context has no room for.
         """
         prompts = self.prompts(query, passages)
-        return self._scores(readings.read(self._submit(terms), prompts, on_done))
+        return self._scores(readings.read(self._submit(terms), prompts, on_done, self._engine.max_queued))
 
     async def ascore(self, query: str, passages: Iterable[str], **terms: Any) -> list[float]:
         """As :meth:`score`, without blocking the event loop."""
-        prompts = self.prompts(query, passages)
-        return self._scores(await readings.aread(self._submit(terms), prompts))
+        prompts = await apart(lambda: self.prompts(query, passages))
+        return self._scores(await readings.aread(self._submit(terms), prompts, self._engine.max_queued))
 
     def prompts(self, query: str, passages: Iterable[str]) -> list[list[int]]:
         """The token ids that the model reads for each of *passages*."""

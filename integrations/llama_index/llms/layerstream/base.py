@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -30,6 +30,7 @@ from llama_index.llms.layerstream.messages import arrange, as_chat, selections
 from llama_index.llms.layerstream.responses import Asked, Reader
 from llama_index.llms.layerstream.retrieved import watch_retrievers
 
+from layerstream.api.apart import apart
 from layerstream.api.params import SAMPLING_NAMES, SamplingParams, merge_params
 from layerstream.api.prompt_layout import PromptLayout, arranged
 from layerstream.errors import ToolError
@@ -164,12 +165,12 @@ class LayerStreamLLM(FunctionCallingLLM):
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As :meth:`complete`, without blocking the event loop."""
-        return await responses.acomplete(self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
+        return await responses.acomplete(await self._apart(self._submit_text, prompt, formatted, kwargs))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """As :meth:`stream_complete`, without blocking the event loop."""
-        return responses.astream_text(self._submit_text(await self._handle.get_async(), prompt, formatted, kwargs))
+        return responses.astream_text(await self._apart(self._submit_text, prompt, formatted, kwargs))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -184,12 +185,12 @@ class LayerStreamLLM(FunctionCallingLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As :meth:`chat`, without blocking the event loop."""
-        return await responses.achat(self._submit_chat(await self._handle.get_async(), messages, kwargs))
+        return await responses.achat(await self._apart(self._submit_chat, messages, kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As :meth:`stream_chat`, without blocking the event loop."""
-        return responses.astream_chat(self._submit_chat(await self._handle.get_async(), messages, kwargs))
+        return responses.astream_chat(await self._apart(self._submit_chat, messages, kwargs))
 
     def _prepare_chat_with_tools(
         self,
@@ -315,6 +316,11 @@ class LayerStreamLLM(FunctionCallingLLM):
         )
         messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
         return messages, {**(llm_kwargs or {}), **structured.options_for(output_cls, self.pydantic_program_mode)}
+
+    async def _apart(self, submit: Callable[..., Asked], *asked: Any) -> Asked:
+        """What *submit* makes of the engine and what is *asked*; templates and tokens are no work for an event loop."""
+        engine = await self._handle.get_async()
+        return await apart(lambda: submit(engine, *asked), lambda made: made.request.cancel())
 
     def _submit_text(self, engine: LayerStream, text: str, formatted: bool, kwargs: dict[str, Any]) -> Asked:
         if not formatted or not (

@@ -34,10 +34,10 @@ class ContextualChunks(TransformComponent):
     max_tokens: int = Field(default=MAX_TOKENS, description="Of a line at most.")
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """*nodes* with their lines, in the order given.
+        """*nodes* with their lines, in the order given. One that fails (the context does not hold it) is left as it
+        is, and the log says so.
 
         Raises:
-            PromptTooLong: a node that the context does not hold.
             ConfigurationError: *instructions* without the document in front.
         """
         situating = Situating(self.instructions, self.max_tokens)
