@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from layerstream import (
     SamplingParams,
     TokenLogits,
     UnsupportedModel,
+    readings,
 )
 from layerstream.ranking.embedder import Embedder
 from layerstream.ranking.forms import BGE_GEMMA, CHAT, QWEN3, RerankForm, fill, form_of
@@ -244,3 +246,63 @@ def test_a_tokenizer_that_appends_eos(tmp_path: Path, folder: Path) -> None:
     with LayerStream(tmp_path / "model", memory=memory, dtype="float32", progress=False) as engine:
         assert engine.frame == ([], [2])
         assert Embedder(engine, append_eos=True).encode("Rain.") == engine.tokenizer("Rain.")["input_ids"]
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_no_more_are_handed_in_than_may_wait(folder: Path, engine: LayerStream, most: int) -> None:
+    texts = [f"text {number} of several" for number in range(12)]
+    expected = Embedder(engine).documents(texts)
+    scores = Reranker(engine, LETTERS).score("which", texts)
+    with LayerStream(folder, dtype="float32", kv_store=None, progress=False, max_queued=most) as small:
+        assert np.array_equal(Embedder(small).documents(texts), expected)
+        assert np.array_equal(asyncio.run(Embedder(small).adocuments(texts)), expected)
+        assert Reranker(small, LETTERS).score("which", texts) == scores
+        assert asyncio.run(Reranker(small, LETTERS).ascore("which", texts)) == scores
+
+
+def test_event_loops_do_not_tokenise(engine: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+    encode, encode_piece = engine._intake.encoder.encode, engine._intake.encoder.encode_piece
+    for name, method in (("encode", encode), ("encode_piece", encode_piece)):
+
+        def told(*given: Any, method: Any = method, **options: Any) -> list[int]:
+            threads.add(threading.get_ident())
+            return method(*given, **options)
+
+        monkeypatch.setattr(engine._intake.encoder, name, told)
+    embedder, reranker = Embedder(engine), Reranker(engine, LETTERS)
+    threads.clear()
+    texts = ["one text", "another text"]
+
+    async def read() -> None:
+        await embedder.adocuments(texts)
+        await reranker.ascore("which", texts)
+
+    asyncio.run(read())
+    assert threads, "somebody does"
+    assert threading.get_ident() not in threads
+
+
+def test_who_gives_up_while_a_wave_is_handed_in_leaves_nothing_behind(engine: LayerStream) -> None:
+    submitted: list[Any] = []
+    may_go, begun = threading.Event(), threading.Event()
+
+    def submit(prompts: Any) -> Any:
+        begun.set()
+        assert may_go.wait(60)
+        submitted.extend(engine.submit_to_read(prompts, HiddenState("mean")))
+        return submitted
+
+    async def give_up() -> None:
+        reading = asyncio.ensure_future(readings.aread(submit, [draw_prompt(90)]))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        may_go.set()
+
+    with engine.gang(2, 60):  # nothing begins
+        asyncio.run(give_up())
+        assert submitted
+        assert submitted[0].result(60).finish_reason == "cancelled"
