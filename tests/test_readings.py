@@ -26,6 +26,8 @@ from layerstream import (
 from layerstream.ranking.embedder import Embedder
 from layerstream.ranking.forms import BGE_GEMMA, CHAT, QWEN3, RerankForm, fill, form_of
 from layerstream.ranking.reranker import Reranker
+from layerstream.scheduling.admission import Admission
+from torch.nn.functional import pad
 from transformers import Qwen3Model
 
 from tests.harness import add_tokenizer, budget_for, draw_prompt
@@ -306,3 +308,20 @@ def test_who_gives_up_while_a_wave_is_handed_in_leaves_nothing_behind(engine: La
         asyncio.run(give_up())
         assert submitted
         assert submitted[0].result(60).finish_reason == "cancelled"
+
+
+def test_a_last_chunk_copies_no_past(engine: LayerStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of its prompt reach as far as it attends; bits are the same where they cannot."""
+    prompts = [draw_prompt(length) for length in (33, 40, 57, 64, 90)]
+
+    def scarce(self: Any, sequence: Any, shared: list[int]) -> list[int] | None:
+        pool = self._memory.pool
+        return pool.acquire(pool.pages_for(sequence.max_num_tokens) - len(shared))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Admission, "_acquire", scarce)
+        expected = engine.embed(prompts, pooling="mean")
+    copied: list[Any] = []
+    monkeypatch.setattr("layerstream.kv.state.pad", lambda *given: copied.append(given) or pad(*given))
+    assert np.array_equal(engine.embed(prompts, pooling="mean"), expected)
+    assert not copied

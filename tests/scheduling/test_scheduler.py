@@ -131,3 +131,27 @@ def test_everything_finishes_once_without_gaps(
         done = sequence.num_output_tokens == sequence.params.max_tokens
         assert done or sequence.sequence_id in cancelled
     assert scheduler.pool.num_used == len(scheduler.prefixes), "only idle prefixes are left"
+
+
+def test_a_prompt_has_pages_to_the_end_of_its_last_chunk_where_they_are_free() -> None:
+    """It attends in the shape of a whole chunk; without pages there, all of its past would be copied to be padded."""
+    for num_pages, expected in ((100, 6), (6, 6), (5, 5), (4, 4)):
+        scheduler = Scheduler(LIMITS, PagePool(num_pages, 4))
+        sequence = make(0, 15 if num_pages < 5 else 17, max_tokens=1)
+        scheduler.add(sequence)
+        assert scheduler.schedule() is not None
+        assert len(sequence.pages) == expected, f"{num_pages} frames"
+        scheduler.check_integrity()
+
+
+def test_pages_behind_a_prompt_are_given_to_who_needs_them() -> None:
+    scheduler = Scheduler(LIMITS, PagePool(9, 4))
+    first, second = make(0, 17, max_tokens=1), make(1, 15, max_tokens=1)
+    scheduler.add(first)
+    assert scheduler.schedule() is not None
+    assert len(first.pages) == 6
+    scheduler.add(second)
+    sweep = scheduler.schedule()
+    assert sweep is not None
+    assert scheduler.num_running == 2
+    scheduler.check_integrity()

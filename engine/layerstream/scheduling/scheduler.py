@@ -80,7 +80,7 @@ class Scheduler:
         self._memory = memory = Memory.lay(limits, pool, store, self.states, can_swap=can_swap, recompute=recompute)
         self.prefixes = memory.prefixes
         self._books = Books()
-        self._admission = Admission(self._books, memory, limits.max_sequences)
+        self._admission = Admission(self._books, memory, limits)
         self._composer = Composer(limits, self.budget, pool, self.prefixes, memory.spill, self.states, memory.blending)
 
     @property
