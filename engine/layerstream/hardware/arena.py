@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -41,6 +43,8 @@ class Arena:
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memory
+        if (owner := _OWNER.get()) is not None:
+            owner.add(memory)
         self.view = memoryview(memory)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
@@ -54,6 +58,38 @@ class Arena:
                 return
             with contextlib.suppress(OSError, ValueError, AttributeError):  # before Linux 5.14, or another system
                 self._memory.madvise(_MADV_POPULATE_WRITE, start, min(POPULATED_AT_ONCE, self.num_bytes - start))
+
+
+class Arenas:
+    """Those that are made while it collects; they are freed together when it is closed.
+
+    So what is closed takes no memory, even if somebody still holds it, or a tensor that lies there.
+    """
+
+    def __init__(self) -> None:
+        self._memories: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # tensors keep these, and no arena
+
+    def add(self, memory: mmap.mmap) -> None:
+        """*memory* is freed with the others."""
+        self._memories.add(memory)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Within, arenas that this thread makes are added."""
+        token = _OWNER.set(self)
+        try:
+            yield
+        finally:
+            _OWNER.reset(token)
+
+    def close(self) -> None:
+        """Free them; nothing may be under way there, and what is read there afterwards is zeros. Idempotent."""
+        for memory in list(self._memories):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # another system
+                memory.madvise(mmap.MADV_REMOVE)
+
+
+_OWNER: ContextVar[Arenas | None] = ContextVar("arenas", default=None)
 
 
 class Populating:

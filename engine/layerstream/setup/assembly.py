@@ -14,6 +14,7 @@ from typing import Any
 
 from layerstream.api.events import Listener, PackProgress
 from layerstream.errors import KVStoreUnusable
+from layerstream.hardware.arena import Arenas
 from layerstream.hardware.device import Device
 from layerstream.hardware.footprint import Footprint
 from layerstream.hardware.reader import DirectReader
@@ -143,7 +144,7 @@ def assemble(config: EngineConfig, listener: Listener | None) -> Assembly:
     """Open the model, plan, load what stays; on failure nothing is left open."""
     if config.quantization is not None:
         config = dataclasses.replace(config, packed=_pack(config, config.quantization, listener))
-    with Closing() as closing:
+    with Closing() as closing, closing.keep(Arenas()).collecting():
         draft = None if config.draft_model is None else closing.keep(assemble(draft_config(config), None))
         config = config if draft is None else _beside(config, draft)
         ground = Groundwork.lay(config, closing.keep(DirectReader()))
