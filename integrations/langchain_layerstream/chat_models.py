@@ -284,10 +284,11 @@ class ChatLayerStream(EngineFields, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        turn, request = await self._ask_apart(await self._handle.get_async(), messages, stop, kwargs)
+        engine = await self._handle.get_async()
+        turn, request = await self._ask_apart(engine, messages, stop, kwargs)
         try:
             await request
-            return self._result(turn, request.completions(), self.load())
+            return self._result(turn, request.completions(), engine)
         finally:
             request.cancel()
 

@@ -127,7 +127,7 @@ class Remembering(Phrasing):
             corpus,
             functools.partial(submit, params=_ONE_TOKEN, terms=terms),
             on_document=on_document or (lambda done, count: None),
-            at_once=min(AT_ONCE, self._parts.config.max_queued or AT_ONCE),
+            at_once=min(AT_ONCE, self.max_queued or AT_ONCE),
         )
         if not arguments.flag("background", background):
             return run.run()

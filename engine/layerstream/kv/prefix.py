@@ -152,11 +152,13 @@ class PrefixTable:
             else:
                 self._num_pending[owner] += 1
 
-    def owners(self, keys: Sequence[Key]) -> list[tuple[int, TokenSequence]]:
-        """``(position, owner)`` of those of *keys*, the beginning of a prompt, that are still to be computed."""
+    def owners(self, keys: Sequence[Key], stop: int | None = None) -> list[tuple[int, TokenSequence]]:
+        """``(position, owner)`` of those of *keys*, a prompt's, that are still to be computed: of the first *stop*."""
+        if not self._num_pending:  # asked for every sequence in every sweep
+            return []
         pending: list[tuple[int, TokenSequence]] = []
-        for key in reversed(keys if self._num_pending else ()):
-            entry = self._entries.get(key)
+        for position in reversed(range(len(keys) if stop is None else min(stop, len(keys)))):
+            entry = self._entries.get(keys[position])
             if entry is not None and entry.is_ready:
                 break
             if entry is not None and entry.owner is not None:

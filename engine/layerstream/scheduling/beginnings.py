@@ -41,7 +41,7 @@ class Beginnings:
                 return Stored(0, 0), num_shared
             stored = self._store.take(keys, num_shared)
             return None if stored is None else (stored, num_shared + stored.num_pages)
-        if any(position == num_shared - 1 for position, _ in self._prefixes.owners(keys[:num_shared])):
+        if any(position == num_shared - 1 for position, _ in self._prefixes.owners(keys, num_shared)):
             states.expect(keys[num_shared - 1])  # whoever computes that page leaves them
             return Stored(0, 0), num_shared
         resumable = states.resumable(keys, num_shared)

@@ -172,7 +172,7 @@ class Composer:
         size = self._pool.page_tokens
         return any(
             planned.get(owner, owner.num_computed) < (position + 1) * size
-            for position, owner in self._prefixes.owners(sequence.prefix_keys[: sequence.num_computed // size])
+            for position, owner in self._prefixes.owners(sequence.prefix_keys, sequence.num_computed // size)
         )
 
     def _prompt_blocks(self, num_decoded: int) -> PromptBlocks:
